@@ -1,0 +1,526 @@
+# A connection: two endpoints, two halves, and how it ends.
+#
+# What is passed on, and when (the promises of the man page):
+#
+#   EOF at X            everything before it, then SHUT_WR to Y; the other half goes on
+#   both ended          both are closed
+#   X reset or failed   what could still be read from X goes to Y; then Y lingers until its send
+#                       queue is empty, or has not moved for STUCK_MS, and is reset
+#   X cannot be         what X had already sent goes to Y, to the end; then Y, which has been sent a
+#   written             clean end, lingers: it is drained for DRAIN_MS or DRAIN_BYTES and closed
+#
+# A lingering connection has only Y left, X is closed. Nothing is freed while a batch of events is
+# worked on, since a later event of the batch may still point to it: the dead go last.
+
+from proxyd._half cimport (
+    COPY_UNIT, DEAD, DRAINING, FIRST_UNIT, FLOWING, SHUT, STAT_TO_CLIENT, STAT_TO_TARGET,
+    Endpoint, Engine, Half, endpoint_failed, endpoint_interest, half_abandon, half_drop, half_held,
+    half_keep, half_pump, half_read_ended, spill_free,
+)
+from proxyd._linux cimport (
+    AF_INET, AF_INET6, AF_UNIX, EAGAIN, ECONNRESET, EINTR, ELOOP, ENOMEM, EPIPE, EPOLLERR, EPOLLHUP,
+    EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP, EPOLL_CTL_ADD, EPOLL_CTL_DEL, ETIMEDOUT, IPPROTO_TCP,
+    MSG_NOSIGNAL, SHUT_WR, SIOCOUTQ, SOL_SOCKET, SO_ERROR, SO_KEEPALIVE, SO_LINGER, SO_OOBINLINE, TCP_NODELAY,
+    calloc, close, epoll_ctl, epoll_event, errno, free, getpeername, getsockname, getsockopt,
+    in6_addr, int64_t, ioctl, linger, memcmp, memcpy, memset, recv, send, setsockopt, shutdown, sockaddr,
+    sockaddr_in, sockaddr_in6, sockaddr_storage, socklen_t, uint8_t, uint16_t, uint32_t, uint64_t,
+)
+from proxyd._list cimport Link, link_init, list_append, list_remove
+from proxyd._own cimport Own, OwnTable, own_add, own_remove
+from proxyd._pipe cimport pipe_init, pool_clear
+
+cdef enum:
+    KIND_WATCH, KIND_CLIENT, KIND_TARGET
+
+cdef enum:
+    CONNECTING, CONNECTED, LINGERING, CLOSED
+
+# how a connection ended
+cdef enum:
+    HOW_ENDED, HOW_RESET, HOW_IDLE, HOW_CUT, HOW_GONE, HOW_COUNT
+
+cdef enum:
+    DRAIN_MS = 1000            # a side that was sent a clean end may go on sending so long …
+    DRAIN_BYTES = 1024 * 1024  # … or so much, before it is closed
+    STUCK_MS = 5000            # a send queue that has not moved for so long is given up
+    LINGER_FIRST_MS = 1        # the first look at a send queue, then twice as long each time …
+    LINGER_LONGEST_MS = 128    # … up to this
+
+ctypedef struct Connection:
+    Link live                  # all connections, the longest without a byte first
+    Link timed                 # connecting, lingering or stuck ones: `wake_ms` says when to look
+    Link again                 # those whose pump spent its budget
+    Connection *next           # among the failed, the ended or the dead
+    Endpoint client
+    Endpoint target
+    Half up                    # client → target
+    Half down                  # target → client
+    Own own                    # the target socket's own address, to recognise loops
+    long long id
+    long long cookie           # the caller's, given back when the connect fails
+    int state
+    int how                    # HOW_*, valid once CLOSED
+    int64_t opened_ms
+    int64_t active_ms          # when a byte last moved
+    int64_t wake_ms
+    int64_t linger_ms          # when lingering began
+    int64_t progress_ms        # when the queue towards the lingering side last moved
+    uint64_t queue             # what it was then, bytes
+    uint64_t moved             # up.moved + down.moved when last looked at
+    int pause_ms               # until the next look
+    size_t drained             # bytes thrown away while lingering
+    Endpoint *last             # the side that lingers
+    bint reset                 # it is to be reset at the end
+
+ctypedef struct Relaying:
+    Engine engine
+    Link live
+    Link timed
+    Link again
+    Connection *failed         # connects that failed: the caller gets the client back
+    Connection *ended          # closed ones, to be reported
+    Connection *dead           # closed ones, to be freed after the batch
+    OwnTable own
+    int open                   # connections, lingering ones included
+    int64_t next_wake_ms       # the earliest of `timed`; 0: none
+    bint report_ends
+    uint64_t ends[5]           # connections ended, by HOW_*
+
+
+# ── set-up ───────────────────────────────────────────────────────────────────────────────────
+
+cdef inline void endpoint_init(Endpoint *end, int kind, int fd, int family, void *owner) noexcept nogil:
+    end.kind = kind
+    end.fd = fd
+    end.family = family
+    end.armed = family != AF_UNIX
+    end.writable = 1
+    end.connection = owner
+
+
+cdef inline void half_init(Half *half, Endpoint *src, Endpoint *dst, int direction) noexcept nogil:
+    half.src = src
+    half.dst = dst
+    half.direction = direction
+    half.state = FLOWING
+    pipe_init(&half.pipe)
+
+
+cdef inline Connection *connection_new(
+    int client, int client_family, int target, int target_family
+) noexcept nogil:
+    """Neither fd is owned yet. NULL: no memory."""
+    cdef Connection *c = <Connection *>calloc(1, sizeof(Connection))
+    if c == NULL:
+        return NULL
+    link_init(&c.live, c)
+    link_init(&c.timed, c)
+    link_init(&c.again, c)
+    endpoint_init(&c.client, KIND_CLIENT, client, client_family, c)
+    endpoint_init(&c.target, KIND_TARGET, target, target_family, c)
+    half_init(&c.up, &c.client, &c.target, STAT_TO_TARGET)
+    half_init(&c.down, &c.target, &c.client, STAT_TO_CLIENT)
+    c.client.readable = 1
+    return c
+
+
+cdef inline int endpoint_register(Engine *engine, Endpoint *end) noexcept nogil:
+    """0 or -errno."""
+    cdef epoll_event event
+    event.events = endpoint_interest(end)
+    event.data.ptr = end
+    return -errno if epoll_ctl(engine.epoll, EPOLL_CTL_ADD, end.fd, &event) < 0 else 0
+
+
+cdef inline void socket_tune(int fd, int family) noexcept nogil:
+    """What both legs have: keepalive, urgent bytes in their place, no Nagle delay.
+
+    Failures are ignored: a transport without the option has no need of it.
+    """
+    cdef int on = 1
+    if family != AF_INET and family != AF_INET6:
+        return
+    setsockopt(fd, SOL_SOCKET, SO_KEEPALIVE, &on, sizeof(on))
+    setsockopt(fd, SOL_SOCKET, SO_OOBINLINE, &on, sizeof(on))
+    setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on))
+
+
+# ── time ─────────────────────────────────────────────────────────────────────────────────────
+
+cdef inline void connection_wake_at(Relaying *relay, Connection *c, int64_t when_ms) noexcept nogil:
+    list_remove(&c.timed)
+    list_append(&relay.timed, &c.timed)
+    c.wake_ms = when_ms
+    if relay.next_wake_ms == 0 or when_ms < relay.next_wake_ms:
+        relay.next_wake_ms = when_ms
+
+
+cdef inline void connection_active(Relaying *relay, Connection *c) noexcept nogil:
+    """Note whether bytes have moved since the last look."""
+    cdef uint64_t moved = c.up.moved + c.down.moved
+    cdef uint64_t held = half_held(&c.up) + half_held(&c.down)
+    if moved - held == c.moved:
+        return
+    c.moved = moved - held
+    c.active_ms = relay.engine.now_ms
+    list_remove(&c.live)
+    list_append(&relay.live, &c.live)
+
+
+# ── the end ──────────────────────────────────────────────────────────────────────────────────
+
+cdef inline void endpoint_close(Endpoint *end, bint reset) noexcept nogil:
+    """Close; with `reset` as RST, which throws away what was not yet acknowledged. AF_UNIX has no
+    reset: it is a plain close there."""
+    cdef linger now
+    if end.fd < 0:
+        return
+    if reset and end.family != AF_UNIX:
+        now.l_onoff = 1
+        now.l_linger = 0
+        setsockopt(end.fd, SOL_SOCKET, SO_LINGER, &now, sizeof(now))
+    close(end.fd)
+    end.fd = -1
+
+
+cdef inline void connection_unlink(Relaying *relay, Connection *c) noexcept nogil:
+    list_remove(&c.live)
+    list_remove(&c.timed)
+    list_remove(&c.again)
+    own_remove(&relay.own, &c.own)
+    half_drop(&c.up)
+    half_drop(&c.down)
+    c.state = CLOSED
+    relay.open -= 1
+
+
+cdef inline void connection_close(Relaying *relay, Connection *c, int how, bint reset) noexcept nogil:
+    """Close whatever is left of it, both sides the same way."""
+    endpoint_close(&c.client, reset)
+    endpoint_close(&c.target, reset)
+    connection_unlink(relay, c)
+    c.how = how
+    relay.ends[how] += 1
+    if relay.report_ends:
+        c.next = relay.ended
+        relay.ended = c
+    else:
+        c.next = relay.dead
+        relay.dead = c
+    if relay.open == 0:
+        pool_clear(&relay.engine.pool)
+
+
+cdef inline int64_t endpoint_queue(const Endpoint *end) noexcept nogil:
+    """Bytes its peer has not acknowledged; 0 for AF_UNIX, where they are with the peer already."""
+    cdef int size = 0
+    if end.family != AF_INET and end.family != AF_INET6:
+        return 0
+    if ioctl(end.fd, SIOCOUTQ, &size) < 0:
+        return 0
+    return size
+
+
+cdef inline bint connection_stuck(Relaying *relay, Connection *c, uint64_t queue) noexcept nogil:
+    """Whether the queue towards the last side has not moved for STUCK_MS."""
+    if queue != c.queue:
+        c.queue = queue
+        c.progress_ms = relay.engine.now_ms
+    return relay.engine.now_ms - c.progress_ms >= STUCK_MS
+
+
+cdef inline bint endpoint_drain(Relaying *relay, Connection *c, Endpoint *end) noexcept nogil:
+    """Throw away what it sends. True once it has ended."""
+    cdef ssize_t size
+    while c.drained < DRAIN_BYTES:
+        size = recv(end.fd, relay.engine.buffer, COPY_UNIT, 0)
+        if size > 0:
+            c.drained += <size_t>size
+        elif size == 0 or (errno != EAGAIN and errno != EINTR):
+            return True
+        elif errno == EAGAIN:
+            return False
+    return False
+
+
+cdef inline bint linger_over(Relaying *relay, Connection *c) noexcept nogil:
+    cdef int64_t now_ms = relay.engine.now_ms
+    cdef int64_t queue = endpoint_queue(c.last)
+    cdef bint stuck = connection_stuck(relay, c, <uint64_t>queue)
+    if c.last.error != 0 or c.last.family == AF_UNIX and c.reset:
+        return True
+    if c.reset:
+        return queue == 0 or stuck
+    if endpoint_drain(relay, c, c.last):
+        return True
+    if c.drained < DRAIN_BYTES and now_ms - c.linger_ms < DRAIN_MS:
+        return False
+    return queue == 0 or stuck
+
+
+cdef inline void linger_step(Relaying *relay, Connection *c) noexcept nogil:
+    """Look whether the last side may be closed; otherwise look again later, less and less often."""
+    if linger_over(relay, c):
+        connection_close(relay, c, HOW_RESET if c.reset else HOW_ENDED, c.reset)
+        return
+    connection_wake_at(relay, c, relay.engine.now_ms + c.pause_ms)
+    c.pause_ms = min(2 * c.pause_ms, LINGER_LONGEST_MS)
+
+
+cdef inline void connection_linger(
+    Relaying *relay, Connection *c, Endpoint *last, Endpoint *other, bint reset
+) noexcept nogil:
+    """`other` has nothing more to give or take: close it, and `last` when its time has come."""
+    endpoint_close(other, False)
+    own_remove(&relay.own, &c.own)
+    half_drop(&c.up)
+    half_drop(&c.down)
+    list_remove(&c.again)
+    c.state = LINGERING
+    c.last = last
+    c.reset = reset
+    c.linger_ms = c.progress_ms = relay.engine.now_ms
+    c.pause_ms = LINGER_FIRST_MS
+    linger_step(relay, c)
+
+
+cdef inline void half_finish(Relaying *relay, Connection *c, Half *half, Half *other) noexcept nogil:
+    """src has ended cleanly and everything is delivered: pass the end on.
+
+    Where the other half is over, closing both says the same with a system call less.
+    """
+    half.state = SHUT
+    if other.state != SHUT:
+        shutdown(half.dst.fd, SHUT_WR)
+
+
+cdef inline void half_settle(Relaying *relay, Connection *c, Half *half, Half *other) noexcept nogil:
+    """Draw the consequences of what the pumps have found, for src → dst."""
+    if c.state != CONNECTED:
+        return
+    if half.dst.gone:
+        half_abandon(half)
+    elif half.state == DRAINING and half_held(half) == 0:
+        if half.src.error != 0:
+            connection_linger(relay, c, half.dst, half.src, True)
+        else:
+            half_finish(relay, c, half, other)
+
+
+cdef inline void connection_settle(Relaying *relay, Connection *c) noexcept nogil:
+    """The one place where a connection's end is decided."""
+    half_settle(relay, c, &c.up, &c.down)
+    half_settle(relay, c, &c.down, &c.up)
+    if c.state != CONNECTED or c.up.state < SHUT and c.down.state < SHUT:
+        return
+    if c.up.state == SHUT and c.down.state == SHUT:
+        connection_close(relay, c, HOW_ENDED, False)
+    elif c.up.state == DEAD and c.down.state == DEAD:
+        connection_close(relay, c, HOW_RESET, c.client.error != 0 or c.target.error != 0)
+    elif c.up.state == SHUT and c.down.state == DEAD:
+        connection_linger(relay, c, &c.target, &c.client, c.client.error != 0)
+    elif c.down.state == SHUT and c.up.state == DEAD:
+        connection_linger(relay, c, &c.client, &c.target, c.target.error != 0)
+    elif (c.client.error != 0 or c.target.error != 0) and c.wake_ms == 0:
+        # A side has failed while the other does not take its last words: watch that they move.
+        c.progress_ms = relay.engine.now_ms
+        c.pause_ms = LINGER_LONGEST_MS
+        connection_wake_at(relay, c, relay.engine.now_ms + c.pause_ms)
+
+
+cdef inline void connection_advance(Relaying *relay, Connection *c) noexcept nogil:
+    """Pump both halves as far as they go, then settle what follows."""
+    cdef bint more = half_pump(&relay.engine, &c.up)
+    more |= half_pump(&relay.engine, &c.down)
+    # What the second pump has found may free the first: a failed write leaves last words to read.
+    if c.client.gone and not more:
+        more = half_pump(&relay.engine, &c.up)
+    connection_settle(relay, c)
+    if c.state == CLOSED:
+        return
+    connection_active(relay, c)
+    if more and c.state == CONNECTED:
+        list_remove(&c.again)
+        list_append(&relay.again, &c.again)
+
+
+cdef inline void connection_look(Relaying *relay, Connection *c) noexcept nogil:
+    """A side has failed, and its last words wait for a reader: give up where nothing moves."""
+    cdef Half *half = &c.down if c.target.error != 0 else &c.up
+    cdef uint64_t queue = half.moved + half_held(half) + <uint64_t>endpoint_queue(half.dst)
+    if connection_stuck(relay, c, queue):
+        connection_close(relay, c, HOW_RESET, True)
+    else:
+        connection_wake_at(relay, c, relay.engine.now_ms + c.pause_ms)
+
+
+# ── the connect ──────────────────────────────────────────────────────────────────────────────
+
+cdef inline int socket_error(int fd) noexcept nogil:
+    """SO_ERROR, which reading clears."""
+    cdef int error = 0
+    cdef socklen_t size = sizeof(error)
+    if getsockopt(fd, SOL_SOCKET, SO_ERROR, &error, &size) < 0:
+        return errno
+    return error
+
+
+cdef inline bint socket_met_itself(int fd) noexcept nogil:
+    """Whether a TCP socket was connected to itself: a connect to a port of the ephemeral range on
+    which nobody listens may be given that very port as its own."""
+    cdef sockaddr_storage mine, peer
+    cdef socklen_t mine_size = sizeof(mine), peer_size = sizeof(peer)
+    memset(&mine, 0, sizeof(mine))
+    memset(&peer, 0, sizeof(peer))
+    if getsockname(fd, <sockaddr *>&mine, &mine_size) < 0:
+        return False
+    if getpeername(fd, <sockaddr *>&peer, &peer_size) < 0:
+        return False
+    return mine_size == peer_size and memcmp(&mine, &peer, mine_size) == 0
+
+
+cdef inline void connect_failed(Relaying *relay, Connection *c, int error) noexcept nogil:
+    """Give the client back, with the bytes already taken from it."""
+    epoll_ctl(relay.engine.epoll, EPOLL_CTL_DEL, c.client.fd, NULL)
+    endpoint_close(&c.target, False)
+    list_remove(&c.live)
+    list_remove(&c.timed)
+    own_remove(&relay.own, &c.own)
+    c.state = CLOSED
+    c.target.error = error
+    relay.open -= 1
+    c.next = relay.failed
+    relay.failed = c
+
+
+cdef inline void connect_done(Relaying *relay, Connection *c) noexcept nogil:
+    list_remove(&c.timed)
+    c.wake_ms = 0
+    c.state = CONNECTED
+    if c.own.self_possible and socket_met_itself(c.target.fd):
+        c.state = CONNECTING
+        connect_failed(relay, c, ELOOP)
+
+
+cdef inline void connecting_event(Relaying *relay, Connection *c, Endpoint *end, uint32_t events) noexcept nogil:
+    """A target that accepted and then reset has been reached: that is for the client to see."""
+    if end.kind == KIND_CLIENT:
+        if end.gone:
+            connection_close(relay, c, HOW_GONE, False)
+        return
+    if end.error != 0 and end.error != ECONNRESET and end.error != EPIPE:
+        connect_failed(relay, c, end.error)
+    elif events & (EPOLLOUT | EPOLLERR | EPOLLHUP | EPOLLRDHUP):
+        connect_done(relay, c)
+
+
+cdef inline void connecting_send(Relaying *relay, Connection *c, const char *data, size_t size) noexcept nogil:
+    """The first bytes for the target, sent before it is known to be there. They are kept until it
+    has taken them: the next target may need them."""
+    cdef ssize_t sent = send(c.target.fd, data, size, MSG_NOSIGNAL)
+    cdef int error = errno
+    if sent < 0:
+        sent = 0
+        if error == ECONNRESET or error == EPIPE:
+            endpoint_failed(&c.target, error)
+            c.target.readable = c.target.ending = 1
+            connect_done(relay, c)
+            return
+        if error != EAGAIN and error != EINTR:
+            endpoint_failed(&c.target, error)
+    if c.up.spill != NULL:
+        c.up.spill_at += <size_t>sent
+        if c.up.spill_at == c.up.spill_end:
+            spill_free(&c.up)
+    elif <size_t>sent < size and half_keep(&c.up, data + sent, size - <size_t>sent) < 0:
+        connection_close(relay, c, HOW_RESET, True)
+        return
+    relay.engine.counters.forwarded[STAT_TO_TARGET] += <size_t>sent
+    relay.engine.counters.copied += <size_t>sent
+    if c.target.gone:
+        connect_failed(relay, c, c.target.error)
+    elif sent > 0:
+        connect_done(relay, c)
+
+
+cdef inline void connection_first_pump(Relaying *relay, Connection *c) noexcept nogil:
+    """Do not wait to hear that the target is there: over loopback and UNIX sockets it is, before
+    connect() has returned. Otherwise send answers EAGAIN, and the bytes wait for the connection.
+    """
+    cdef ssize_t size
+    if c.up.spill != NULL:
+        connecting_send(relay, c, c.up.spill, c.up.spill_end)
+    else:
+        size = recv(c.client.fd, relay.engine.buffer, FIRST_UNIT, 0)
+        if size > 0:
+            c.client.readable = size == FIRST_UNIT
+            c.up.moved += <size_t>size
+            connecting_send(relay, c, relay.engine.buffer, <size_t>size)
+        elif size == 0:
+            half_read_ended(&c.up)
+        elif errno == EAGAIN:
+            c.client.readable = 0
+        elif errno != EINTR:
+            connection_close(relay, c, HOW_GONE, False)
+    if c.state == CONNECTED:
+        connection_advance(relay, c)
+
+
+# ── events ───────────────────────────────────────────────────────────────────────────────────
+
+cdef inline void endpoint_note(Connection *c, Endpoint *end, uint32_t events) noexcept nogil:
+    """Remember what an edge has said."""
+    cdef int error
+    cdef Half *towards = &c.down if end.kind == KIND_CLIENT else &c.up
+    if events & EPOLLERR or c.state == CONNECTING and events & (EPOLLHUP | EPOLLRDHUP):
+        error = socket_error(end.fd)
+        if error != 0:
+            endpoint_failed(end, error)
+    if events & (EPOLLIN | EPOLLRDHUP | EPOLLHUP | EPOLLERR | EPOLLPRI):
+        end.readable = 1
+    if events & (EPOLLRDHUP | EPOLLHUP | EPOLLERR):
+        end.ending = 1
+    if events & EPOLLPRI:
+        end.urgent = 1
+    if events & (EPOLLOUT | EPOLLHUP | EPOLLERR):
+        end.writable = 1
+    if events & EPOLLHUP and end.family == AF_UNIX and towards.state != SHUT:
+        end.gone = 1
+
+
+cdef inline void connection_event(Relaying *relay, Endpoint *end, uint32_t events) noexcept nogil:
+    cdef Connection *c = <Connection *>end.connection
+    if end.fd < 0 or c.state == CLOSED:
+        return
+    endpoint_note(c, end, events)
+    if c.state == CONNECTING:
+        connecting_event(relay, c, end, events)
+    if c.state == CONNECTED:
+        connection_advance(relay, c)
+    elif c.state == LINGERING:
+        linger_step(relay, c)
+
+
+cdef inline void connection_timer(Relaying *relay, Connection *c) noexcept nogil:
+    if c.state == CONNECTING:
+        connect_failed(relay, c, ETIMEDOUT)
+    elif c.state == CONNECTED:
+        connection_look(relay, c)
+    elif c.state == LINGERING:
+        linger_step(relay, c)
+
+
+cdef inline void relay_timers(Relaying *relay) noexcept nogil:
+    """Look after the timed connections that are due, and find out when the next one is."""
+    cdef Link *link = relay.timed.next
+    cdef Link *after
+    cdef Connection *c
+    relay.next_wake_ms = 0
+    while link != &relay.timed:
+        after = link.next
+        c = <Connection *>link.owner
+        if c.wake_ms <= relay.engine.now_ms:
+            connection_timer(relay, c)
+        elif relay.next_wake_ms == 0 or c.wake_ms < relay.next_wake_ms:
+            relay.next_wake_ms = c.wake_ms
+        link = after

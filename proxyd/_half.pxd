@@ -1,0 +1,381 @@
+# One direction of a connection, and the pump that moves its bytes.
+#
+# Sockets are registered once, edge-triggered. So the kernel says once that a socket has become
+# readable or writable, and the endpoint remembers it until a call proves the contrary:
+#
+#   readable  ends with EAGAIN from an empty socket, or with a short recv: what came after that recv
+#             raises a new edge. A short recv proves nothing where the end or an urgent mark may have
+#             cut it short (`ending`, `urgent`): those were announced with the same edge.
+#   writable  ends with EAGAIN or a short send; both make the kernel announce the next free space.
+#
+# The states of a half:
+#
+#   FLOWING ──EOF or error at src──▶ DRAINING ──nothing held any more──▶ SHUT (end passed on)
+#      └───────────── dst cannot be written any more ────────────▶ DEAD (what is held is dropped)
+#
+# errno × call → what the pump does:
+#
+#                       recv, splice in             send, splice out
+#   EAGAIN              not readable                not writable
+#   EINTR               again                       again
+#   EINVAL ENOSYS       this half copies from       what the pipe holds is read back and sent
+#   EPERM EOPNOTSUPP    now on
+#   anything else       src has failed: DRAINING    dst is gone: DEAD; src's last words go on in
+#                                                   the other half
+
+from proxyd._linux cimport (
+    AF_UNIX, AF_VSOCK, EAGAIN, EINTR, EINVAL, ENOMEM, ENOSYS, EOPNOTSUPP, EPERM, EPIPE,
+    EPOLL_CTL_MOD, EPOLLET, EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP, MSG_NOSIGNAL,
+    SPLICE_F_MOVE, SPLICE_F_NONBLOCK, epoll_ctl, epoll_event, errno, free, int64_t,
+    malloc, memcpy, read, recv, send, splice, uint8_t, uint32_t, uint64_t,
+)
+from proxyd._pipe cimport Pipe, PipePool, pipe_close, pipe_get, pipe_put
+
+cdef enum:
+    FLOWING, DRAINING, SHUT, DEAD
+
+cdef enum:
+    COPY_UNIT = 64 * 1024      # bytes asked of one recv, until the half proves to be a stream
+    FIRST_UNIT = 16 * 1024     # while connecting: the bytes are kept if the target cannot be reached
+    STREAM_READS = 2           # so many full reads in a row make a stream …
+    STREAM_SMALL = 16 * 1024   # … and so many reads below this size make it none
+    STREAM_MISSES = 4
+    PUMP_BUDGET = 1024 * 1024  # bytes one pump may move before the others have their turn
+
+cdef enum:
+    STAT_TO_TARGET, STAT_TO_CLIENT
+
+ctypedef struct Counters:
+    uint64_t forwarded[2]      # bytes delivered, by direction: to targets, to clients
+    uint64_t spliced           # of them, bytes that never entered this process
+    uint64_t copied
+
+ctypedef struct Engine:
+    int epoll
+    int64_t now_ms             # CLOCK_MONOTONIC, read once per batch of events
+    char *buffer               # the copy buffer, shared by all halves: empty between two calls
+    size_t stream_unit         # bytes asked of one recv of a stream; the size of `buffer`
+    bint may_splice
+    PipePool pool
+    Counters counters
+
+ctypedef struct Endpoint:
+    int kind                   # what an epoll event points to: see _connection.pxd
+    int fd                     # -1: closed
+    int family
+    int error                  # the errno that ended it; 0: none
+    uint8_t readable
+    uint8_t writable
+    uint8_t ending             # FIN, RST or hang-up announced: read on until it comes
+    uint8_t urgent             # an urgent byte is ahead: splice stops there, recv does not
+    uint8_t gone               # nothing can be written to it any more
+    uint8_t armed              # EPOLLOUT is registered
+    void *connection           # the Connection it is part of
+
+ctypedef struct Half:
+    Endpoint *src
+    Endpoint *dst
+    int state
+    int direction              # STAT_TO_TARGET or STAT_TO_CLIENT
+    Pipe pipe                  # bytes on their way by splice
+    char *spill                # bytes that recv has taken and send has not; NULL: none
+    size_t spill_at            # the first of them
+    size_t spill_end
+    uint64_t moved             # bytes taken from src
+    uint8_t full_reads         # in a row
+    uint8_t small_reads        # in a row, of a stream
+    uint8_t streaming          # large units, by splice or by copy as `splices` says
+    uint8_t copy_only          # the kernel refuses to splice these sockets
+
+
+# ── endpoints ────────────────────────────────────────────────────────────────────────────────
+
+cdef inline uint32_t endpoint_interest(const Endpoint *end) noexcept nogil:
+    """What epoll is to announce: a function of the endpoint's state, computed only here.
+
+    TCP announces free space only after a send that did not fit, so EPOLLOUT costs nothing there.
+    A UNIX socket announces it whenever its peer has read, so it is asked for after the first send
+    that did not fit, and stays.
+    """
+    cdef uint32_t interest = EPOLLIN | EPOLLRDHUP | EPOLLPRI | EPOLLET
+    if end.armed:
+        interest |= EPOLLOUT
+    return interest
+
+
+cdef inline void endpoint_blocked(Engine *engine, Endpoint *end) noexcept nogil:
+    """No more fits into the socket: wait for EPOLLOUT."""
+    cdef epoll_event event
+    end.writable = 0
+    if not end.armed:
+        end.armed = 1
+        event.events = endpoint_interest(end)
+        event.data.ptr = end
+        epoll_ctl(engine.epoll, EPOLL_CTL_MOD, end.fd, &event)
+
+
+cdef inline void endpoint_failed(Endpoint *end, int error) noexcept nogil:
+    """A read or write said that the peer is gone, not having ended cleanly."""
+    end.gone = 1
+    if end.error == 0:
+        end.error = error
+
+
+# ── what a half holds ────────────────────────────────────────────────────────────────────────
+
+cdef inline size_t half_held(const Half *half) noexcept nogil:
+    """Bytes taken from src and not yet given to dst."""
+    return half.pipe.filled + (half.spill_end - half.spill_at)
+
+
+cdef inline void spill_free(Half *half) noexcept nogil:
+    free(half.spill)
+    half.spill = NULL
+    half.spill_at = half.spill_end = 0
+
+
+cdef inline void half_drop(Half *half) noexcept nogil:
+    """Give up what is held, and the memory and fds that held it."""
+    pipe_close(&half.pipe)
+    spill_free(half)
+
+
+cdef inline void half_abandon(Half *half) noexcept nogil:
+    """dst cannot be written any more."""
+    if half.state != SHUT:
+        half.state = DEAD
+    half_drop(half)
+
+
+cdef inline int half_keep(Half *half, const char *data, size_t size) noexcept nogil:
+    """Keep bytes that dst did not take; 0 or -ENOMEM. Only while nothing else is held."""
+    half.spill = <char *>malloc(size)
+    if half.spill == NULL:
+        return -ENOMEM
+    memcpy(half.spill, data, size)
+    half.spill_at = 0
+    half.spill_end = size
+    return 0
+
+
+# ── writing ──────────────────────────────────────────────────────────────────────────────────
+
+cdef inline void half_write_failed(Half *half, int error) noexcept nogil:
+    """dst is gone. What it had already sent is still to be read, to the end.
+
+    EPIPE from a UNIX socket is a peer that closed, or only stopped reading: no reset.
+    """
+    cdef Endpoint *dst = half.dst
+    if error == EPIPE and dst.family == AF_UNIX:
+        dst.gone = 1
+    else:
+        endpoint_failed(dst, error)
+    dst.readable = dst.ending = 1
+    half_abandon(half)
+
+
+cdef inline void half_broke(Half *half) noexcept nogil:
+    """Bytes were lost for want of memory: neither side may take this for a clean end."""
+    endpoint_failed(half.src, ENOMEM)
+    endpoint_failed(half.dst, ENOMEM)
+    half_abandon(half)
+
+
+cdef inline ssize_t half_send(Engine *engine, Half *half, const char *data, size_t size) noexcept nogil:
+    """Bytes that dst took, 0 where it takes none now, -errno where it is gone."""
+    cdef ssize_t sent = send(half.dst.fd, data, size, MSG_NOSIGNAL)
+    cdef int error
+    if sent < 0:
+        error = errno
+        if error == EINTR:
+            return 0
+        if error != EAGAIN:
+            half_write_failed(half, error)
+            return -error
+        sent = 0
+    if <size_t>sent < size:
+        endpoint_blocked(engine, half.dst)
+    engine.counters.forwarded[half.direction] += <size_t>sent
+    engine.counters.copied += <size_t>sent
+    return sent
+
+
+cdef inline void half_send_spill(Engine *engine, Half *half) noexcept nogil:
+    cdef ssize_t sent = half_send(
+        engine, half, half.spill + half.spill_at, half.spill_end - half.spill_at)
+    if sent <= 0:
+        return
+    half.spill_at += <size_t>sent
+    if half.spill_at == half.spill_end:
+        spill_free(half)
+
+
+cdef inline void half_unpipe(Engine *engine, Half *half) noexcept nogil:
+    """dst refuses splice: read what the pipe holds, and copy from now on."""
+    cdef ssize_t size = read(half.pipe.rd, engine.buffer, engine.stream_unit)
+    half.copy_only = 1
+    if size <= 0 or half_keep(half, engine.buffer, <size_t>size) < 0:
+        half_broke(half)
+        return
+    half.pipe.filled -= min(<size_t>size, half.pipe.filled)
+    if half.pipe.filled == 0:
+        pipe_put(&engine.pool, &half.pipe)
+    half_send_spill(engine, half)
+
+
+cdef inline void half_splice_out(Engine *engine, Half *half) noexcept nogil:
+    """Empty the pipe into dst. Asks for exactly what is inside: a larger length may be taken for
+    a promise of more to come, and the last segment is then held back."""
+    cdef ssize_t moved
+    cdef int error
+    while half.pipe.filled > 0:
+        moved = splice(half.pipe.rd, NULL, half.dst.fd, NULL, half.pipe.filled,
+                       SPLICE_F_MOVE | SPLICE_F_NONBLOCK)
+        if moved <= 0:
+            error = errno if moved < 0 else EPIPE
+            if error == EAGAIN:
+                endpoint_blocked(engine, half.dst)
+            elif error == EINVAL or error == ENOSYS or error == EPERM or error == EOPNOTSUPP:
+                half_unpipe(engine, half)
+            elif error != EINTR:
+                half_write_failed(half, error)
+            return
+        half.pipe.filled -= min(<size_t>moved, half.pipe.filled)
+        engine.counters.forwarded[half.direction] += <size_t>moved
+        engine.counters.spliced += <size_t>moved
+    pipe_put(&engine.pool, &half.pipe)
+
+
+cdef inline void half_flush(Engine *engine, Half *half) noexcept nogil:
+    """Give dst what is held. The spill goes first: it is older than anything in the pipe."""
+    if half.spill != NULL:
+        half_send_spill(engine, half)
+    if half.spill == NULL and half.pipe.filled > 0:
+        if half.copy_only:
+            half_unpipe(engine, half)
+        else:
+            half_splice_out(engine, half)
+
+
+# ── reading ──────────────────────────────────────────────────────────────────────────────────
+
+cdef inline void half_read_failed(Half *half, int error) noexcept nogil:
+    """src is gone, and nothing more can be read from it."""
+    endpoint_failed(half.src, error)
+    half.src.readable = 0
+    half.state = DRAINING
+
+
+cdef inline void half_read_ended(Half *half) noexcept nogil:
+    half.src.readable = 0
+    half.state = DRAINING
+
+
+cdef inline bint half_splices(const Engine *engine, const Half *half) noexcept nogil:
+    """Whether a stream goes by splice in this direction (otherwise by large copies).
+
+    Measured: out of a UNIX socket into TCP copying is cheaper, everywhere else splicing is.
+    """
+    if not engine.may_splice or half.copy_only or half.src.urgent:
+        return False
+    if half.src.family == AF_VSOCK or half.dst.family == AF_VSOCK:
+        return False
+    return half.dst.family == AF_UNIX or half.src.family != AF_UNIX
+
+
+cdef inline void half_learn(Half *half, size_t size, size_t asked) noexcept nogil:
+    """A few full reads in a row make a stream, a few small ones make it none."""
+    if not half.streaming:
+        half.full_reads = half.full_reads + 1 if size == asked else 0
+        half.streaming = half.full_reads >= STREAM_READS
+        half.small_reads = 0
+        return
+    half.small_reads = half.small_reads + 1 if size < STREAM_SMALL else 0
+    if half.small_reads >= STREAM_MISSES:
+        half.streaming = half.full_reads = 0
+
+
+cdef inline ssize_t half_copy(Engine *engine, Half *half, size_t unit) noexcept nogil:
+    """One recv and one send. Bytes taken, 0 at the end or where none can be had now."""
+    cdef ssize_t size = recv(half.src.fd, engine.buffer, unit, 0)
+    cdef ssize_t sent
+    if size < 0:
+        if errno == EAGAIN:
+            half.src.readable = half.src.urgent = 0
+        elif errno != EINTR:
+            half_read_failed(half, errno)
+        return 0
+    if size == 0:
+        half_read_ended(half)
+        return 0
+    if <size_t>size < unit and not (half.src.ending or half.src.urgent):
+        half.src.readable = 0
+    half.moved += <size_t>size
+    half_learn(half, <size_t>size, unit)
+    sent = half_send(engine, half, engine.buffer, <size_t>size)
+    if 0 <= sent < size and half_keep(half, engine.buffer + sent, <size_t>(size - sent)) < 0:
+        half_broke(half)
+    return size
+
+
+cdef inline ssize_t half_splice(Engine *engine, Half *half) noexcept nogil:
+    """Fill an empty pipe from src and empty it into dst. As half_copy.
+
+    Only an empty pipe is filled: then EAGAIN can only mean that the socket is empty, and a pipe
+    that is out of slots is never asked to take more.
+    """
+    cdef ssize_t size
+    cdef int error
+    if half.pipe.rd < 0 and pipe_get(&engine.pool, &half.pipe, engine.now_ms) < 0:
+        return half_copy(engine, half, engine.stream_unit)
+    size = splice(half.src.fd, NULL, half.pipe.wr, NULL, half.pipe.capacity,
+                  SPLICE_F_MOVE | SPLICE_F_NONBLOCK)
+    if size > 0:
+        half.moved += <size_t>size
+        half.pipe.filled = <size_t>size
+        half_learn(half, <size_t>size, half.pipe.capacity)
+        half_splice_out(engine, half)
+        return size
+    error = errno
+    pipe_put(&engine.pool, &half.pipe)
+    if size == 0:
+        half_read_ended(half)
+    elif error == EAGAIN:
+        half.src.readable = 0
+    elif error == EINVAL or error == ENOSYS or error == EPERM or error == EOPNOTSUPP:
+        half.copy_only = 1
+        return half_copy(engine, half, engine.stream_unit)
+    elif error != EINTR:
+        half_read_failed(half, error)
+    return 0
+
+
+# ── the pump ─────────────────────────────────────────────────────────────────────────────────
+
+cdef inline bint half_pump(Engine *engine, Half *half) noexcept nogil:
+    """Move bytes until one side has none, the other takes none, or the budget is spent.
+
+    True: the budget is spent and there is more to do.
+    """
+    cdef size_t budget = PUMP_BUDGET
+    cdef size_t size
+    while half.state == FLOWING or half.state == DRAINING:
+        if half.dst.gone:
+            half_abandon(half)
+            break
+        if half_held(half) > 0:
+            if not half.dst.writable:
+                break
+            half_flush(engine, half)
+            continue
+        if half.state == DRAINING or not half.src.readable:
+            break
+        if budget == 0:
+            return True
+        if half.streaming and half_splices(engine, half):
+            size = <size_t>half_splice(engine, half)
+        else:
+            size = <size_t>half_copy(
+                engine, half, engine.stream_unit if half.streaming else COPY_UNIT)
+        budget -= min(size, budget)
+    return False

@@ -1,0 +1,131 @@
+# Every system call and constant the relay uses, all callable without the GIL.
+#
+# Cython knows neither the values nor the exact types: the C compiler takes both from the headers.
+
+cdef extern from "errno.h" nogil:
+    int errno
+    int EAGAIN, EBADF, ECONNREFUSED, ECONNRESET, EINPROGRESS, EINTR, EINVAL, ELOOP, ENOBUFS, ENOMEM
+    int ENOSYS, ENOTCONN, EOPNOTSUPP, EPERM, EPIPE, ETIMEDOUT
+
+cdef extern from "stdint.h" nogil:
+    ctypedef unsigned char uint8_t
+    ctypedef unsigned short uint16_t
+    ctypedef unsigned int uint32_t
+    ctypedef long long int64_t
+    ctypedef unsigned long long uint64_t
+
+cdef extern from "stdlib.h" nogil:
+    void *malloc(size_t size)
+    void *calloc(size_t count, size_t size)
+    void free(void *memory)
+
+cdef extern from "string.h" nogil:
+    void *memcpy(void *to, const void *source, size_t size)
+    void *memset(void *to, int byte, size_t size)
+    int memcmp(const void *one, const void *other, size_t size)
+
+cdef extern from "time.h" nogil:
+    ctypedef int clockid_t
+    struct timespec:
+        long tv_sec
+        long tv_nsec
+    int CLOCK_MONOTONIC
+    int clock_gettime(clockid_t clock, timespec *now)
+
+cdef extern from "unistd.h" nogil:
+    int close(int fd)
+    ssize_t read(int fd, void *buffer, size_t size)
+    int getpid()
+
+cdef extern from "fcntl.h" nogil:
+    int O_CLOEXEC, O_NONBLOCK
+    int F_SETPIPE_SZ, F_GETPIPE_SZ
+    unsigned int SPLICE_F_MOVE, SPLICE_F_NONBLOCK
+    int fcntl(int fd, int command, ...)
+    int pipe2(int *ends, int flags)
+    ssize_t splice(int source, void *source_offset, int to, void *to_offset, size_t size,
+                   unsigned int flags)
+
+cdef extern from "sys/ioctl.h" nogil:
+    int ioctl(int fd, unsigned long request, ...)
+
+cdef extern from "linux/sockios.h" nogil:
+    unsigned long SIOCOUTQ
+
+cdef extern from "sys/socket.h" nogil:
+    ctypedef unsigned int socklen_t
+    ctypedef unsigned short sa_family_t
+    struct sockaddr:
+        sa_family_t sa_family
+    struct sockaddr_storage:
+        sa_family_t ss_family
+    struct linger:
+        int l_onoff
+        int l_linger
+    struct ucred:
+        int pid
+    int AF_INET, AF_INET6, AF_UNIX, AF_VSOCK
+    int SOCK_STREAM, SOCK_NONBLOCK, SOCK_CLOEXEC
+    int SOL_SOCKET, SO_ERROR, SO_KEEPALIVE, SO_LINGER, SO_OOBINLINE, SO_PEERCRED, SO_DOMAIN
+    int MSG_NOSIGNAL
+    int SHUT_WR
+    int socket(int family, int kind, int protocol)
+    int connect(int fd, const sockaddr *address, socklen_t size)
+    int accept4(int fd, sockaddr *address, socklen_t *size, int flags)
+    int getsockname(int fd, sockaddr *address, socklen_t *size)
+    int getpeername(int fd, sockaddr *address, socklen_t *size)
+    int getsockopt(int fd, int level, int option, void *value, socklen_t *size)
+    int setsockopt(int fd, int level, int option, const void *value, socklen_t size)
+    int shutdown(int fd, int how)
+    ssize_t recv(int fd, void *buffer, size_t size, int flags)
+    ssize_t send(int fd, const void *buffer, size_t size, int flags)
+
+cdef extern from "netinet/in.h" nogil:
+    int IPPROTO_TCP
+    struct in_addr:
+        uint32_t s_addr
+    struct in6_addr:
+        uint8_t s6_addr[16]
+    struct sockaddr_in:
+        uint16_t sin_port
+        in_addr sin_addr
+    struct sockaddr_in6:
+        uint16_t sin6_port
+        in6_addr sin6_addr
+
+cdef extern from "netinet/tcp.h" nogil:
+    int TCP_NODELAY
+
+cdef extern from "sys/epoll.h" nogil:
+    unsigned int EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP, EPOLLHUP, EPOLLERR, EPOLLET
+    int EPOLL_CTL_ADD, EPOLL_CTL_MOD, EPOLL_CTL_DEL, EPOLL_CLOEXEC
+    ctypedef union epoll_data_t:
+        void *ptr
+    struct epoll_event:
+        uint32_t events
+        epoll_data_t data
+    int epoll_create1(int flags)
+    int epoll_ctl(int epoll, int operation, int fd, epoll_event *event)
+    int epoll_wait(int epoll, epoll_event *events, int most, int timeout)
+
+cdef extern from "sys/resource.h" nogil:
+    struct rlimit:
+        unsigned long long rlim_cur
+        unsigned long long rlim_max
+    int RLIMIT_NOFILE
+    int getrlimit(int resource, rlimit *limit)
+    int setrlimit(int resource, const rlimit *limit)
+
+cdef extern from "signal.h" nogil:
+    ctypedef struct sigset_t:
+        pass
+    int SIG_BLOCK
+    int sigemptyset(sigset_t *mask)
+    int sigaddset(sigset_t *mask, int number)
+    int sigprocmask(int how, const sigset_t *mask, sigset_t *old)
+
+cdef extern from "sys/signalfd.h" nogil:
+    int SFD_CLOEXEC, SFD_NONBLOCK
+    struct signalfd_siginfo:
+        uint32_t ssi_signo
+    int signalfd(int fd, const sigset_t *mask, int flags)

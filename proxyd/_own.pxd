@@ -1,0 +1,92 @@
+# The addresses of our own outgoing TCP sockets, to prove that an accepted client is one of them.
+#
+# Equal addresses of a listener and a target prove nothing (they may live in two network
+# namespaces); a client whose peer address is an outgoing socket's own address is a loop.
+
+from proxyd._linux cimport (
+    AF_INET, AF_INET6, getsockname, memcmp, memcpy, memset, sockaddr, sockaddr_in, sockaddr_in6,
+    sockaddr_storage, socklen_t, uint8_t, uint16_t,
+)
+
+cdef enum:
+    OWN_BUCKETS = 4096         # by port; local ports rarely repeat
+
+ctypedef struct OwnKey:
+    uint8_t address[16]        # IPv4 as ::ffff:a.b.c.d, so that both families compare
+    uint16_t port              # network byte order; 0: not TCP
+
+ctypedef struct Own:
+    OwnKey key
+    Own *next
+    bint listed
+    bint self_possible         # its own port is the target's: it may have met itself
+
+ctypedef struct OwnTable:
+    Own *bucket[OWN_BUCKETS]
+
+
+cdef inline void own_key(OwnKey *key, const sockaddr_storage *address) noexcept nogil:
+    cdef const sockaddr_in *v4 = <const sockaddr_in *>address
+    cdef const sockaddr_in6 *v6 = <const sockaddr_in6 *>address
+    memset(key, 0, sizeof(key[0]))
+    if address.ss_family == AF_INET:
+        key.address[10] = key.address[11] = 0xff
+        memcpy(&key.address[12], &v4.sin_addr, 4)
+        key.port = v4.sin_port
+    elif address.ss_family == AF_INET6:
+        memcpy(key.address, &v6.sin6_addr, 16)
+        key.port = v6.sin6_port
+
+
+cdef inline void own_add(OwnTable *table, Own *own, int fd, const sockaddr_storage *target) noexcept nogil:
+    """Enter a TCP socket that is on its way to `target`; connect() has given it its address."""
+    cdef sockaddr_storage mine
+    cdef socklen_t size = sizeof(mine)
+    cdef OwnKey goal
+    cdef int index
+    if target.ss_family != AF_INET and target.ss_family != AF_INET6:
+        return
+    if getsockname(fd, <sockaddr *>&mine, &size) < 0:
+        return
+    own_key(&own.key, &mine)
+    own_key(&goal, target)
+    own.self_possible = own.key.port == goal.port
+    index = own.key.port % OWN_BUCKETS
+    own.next = table.bucket[index]
+    table.bucket[index] = own
+    own.listed = True
+
+
+cdef inline void own_remove(OwnTable *table, Own *own) noexcept nogil:
+    cdef Own **place
+    if not own.listed:
+        return
+    place = &table.bucket[own.key.port % OWN_BUCKETS]
+    while place[0] != own:
+        place = &place[0].next
+    place[0] = own.next
+    own.listed = False
+
+
+cdef inline bint own_has(OwnTable *table, const sockaddr_storage *peer) noexcept nogil:
+    cdef OwnKey key
+    cdef Own *own
+    own_key(&key, peer)
+    own = table.bucket[key.port % OWN_BUCKETS] if key.port != 0 else NULL
+    while own != NULL:
+        if memcmp(&own.key, &key, sizeof(key)) == 0:
+            return True
+        own = own.next
+    return False
+
+
+cdef inline void own_move(OwnTable *table, Own *to, Own *own) noexcept nogil:
+    """Let `to` stand for the same socket instead of `own`."""
+    cdef int index = own.key.port % OWN_BUCKETS
+    if not own.listed:
+        return
+    own_remove(table, own)
+    to[0] = own[0]
+    to.next = table.bucket[index]
+    table.bucket[index] = to
+    to.listed = True

@@ -1,0 +1,127 @@
+"""Sockets inherited from the service manager: the protocol of sd_listen_fds(3)."""
+
+import _socket
+import os
+from _collections_abc import MutableMapping
+
+from proxyd import address as sockaddr
+from proxyd.errors import UsageError, reason
+from proxyd.listen import UNNAMED, Listener
+
+_FDS_START = 3
+
+# LISTEN_PIDFDID: systemd 259 and newer.
+_VARIABLES = ("LISTEN_PID", "LISTEN_PIDFDID", "LISTEN_FDS", "LISTEN_FDNAMES")
+
+
+def inherited(environ: MutableMapping[str, str], pid: int) -> list[Listener]:
+    """Return the sockets passed to process `pid`, checked, close-on-exec and non-blocking.
+
+    The LISTEN_ variables are removed from `environ` in any case, so that no child takes them for
+    its own. Sockets meant for another process are not ours: the list is empty then. Raises
+    UsageError.
+    """
+    values = {name: environ.pop(name) for name in _VARIABLES if name in environ}
+    if not values or not _meant_for(values, pid):
+        return []
+    count = _number(values, "LISTEN_FDS", 1)
+    names = values["LISTEN_FDNAMES"].split(":") if "LISTEN_FDNAMES" in values else None
+    if names is not None and len(names) != count:
+        raise _garbage(values, "LISTEN_FDNAMES", f"{len(names)} names for {count} sockets")
+    # The first fd that is not there ends this, however large the number is.
+    return [_inherit(_FDS_START + n, names[n] if names else UNNAMED) for n in range(count)]
+
+
+def reject_mixture(listeners: list[Listener]) -> None:
+    """Raise UsageError unless all `listeners` listen, or the only one is a connection."""
+    if len(listeners) > 1 and any(listener.connected for listener in listeners):
+        raise UsageError(
+            "A connected socket (Accept=yes) must be the only one, "
+            f"but there are {len(listeners)} sockets."
+        )
+
+
+def _meant_for(values: dict[str, str], pid: int) -> bool:
+    """Tell whether the sockets are ours; raise UsageError if that cannot be told."""
+    if "LISTEN_PID" not in values or _number(values, "LISTEN_PID", 1) != pid:
+        return False
+    if "LISTEN_PIDFDID" in values:
+        own = _pidfd_inode(pid)
+        if own is not None and _number(values, "LISTEN_PIDFDID", 0) != own:
+            return False
+    return "LISTEN_FDS" in values
+
+
+def _pidfd_inode(pid: int) -> int | None:
+    """Return the number that tells `pid` from an earlier process of the same pid.
+
+    None where the kernel has no such number (pidfs came with Linux 6.9): before that all pidfds
+    share one inode, with eventfds and the like.
+    """
+    try:
+        pidfd, shared = _stat_and_close(os.pidfd_open(pid)), _stat_and_close(os.eventfd(0))
+    except (AttributeError, OSError):
+        return None
+    return pidfd.st_ino if pidfd.st_dev != shared.st_dev else None
+
+
+def _stat_and_close(fd: int) -> os.stat_result:
+    try:
+        return os.fstat(fd)
+    finally:
+        os.close(fd)
+
+
+def _inherit(fd: int, name: str) -> Listener:
+    """Check one fd and take it over. Raises UsageError."""
+    try:
+        os.set_inheritable(fd, False)
+        os.set_blocking(fd, False)
+    except OSError as error:
+        raise UsageError(
+            f"Failed to receive sockets from parent: fd {fd} ('{name}'): {reason(error)}"
+        ) from None
+    try:
+        sock = _socket.socket(fileno=fd)
+    except OSError:  # not a socket at all
+        raise UsageError("Passed in socket is not a stream socket.") from None
+    try:
+        return _listener(sock, name)
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"Failed to use passed in socket fd {fd} ('{name}'): {reason(error)}"
+        ) from None
+    finally:
+        sock.detach()  # or its end would close the fd
+
+
+def _listener(sock: _socket.socket, name: str) -> Listener:
+    """Make a Listener of `sock`, without owning it. Raises UsageError, OSError, ValueError."""
+    if sock.type != _socket.SOCK_STREAM:
+        raise UsageError("Passed in socket is not a stream socket.")
+    address = sockaddr.from_socket_name(sock.family, sock.getsockname())
+    listening = sock.getsockopt(_socket.SOL_SOCKET, _socket.SO_ACCEPTCONN)
+    if not listening and not _was_connected(sock):
+        raise UsageError("Passed in socket is neither listening nor connected.")
+    return Listener(sock.fileno(), name, address, connected=not listening)
+
+
+def _was_connected(sock: _socket.socket) -> bool:
+    """Tell whether `sock` is a connection, even one that the client has reset meanwhile."""
+    try:
+        sock.getpeername()
+    except OSError:  # ENOTCONN, after a reset too: then there is an error to be fetched
+        return sock.getsockopt(_socket.SOL_SOCKET, _socket.SO_ERROR) != 0
+    return True
+
+
+def _number(values: dict[str, str], name: str, minimum: int) -> int:
+    """Read a variable that is a decimal number of 64 bits. Raises UsageError."""
+    try:
+        return sockaddr.parse_number(values[name], minimum, 2**64 - 1, "valid")
+    except ValueError as error:
+        raise _garbage(values, name, str(error)) from None
+
+
+def _garbage(values: dict[str, str], name: str, why: str) -> UsageError:
+    return UsageError(f"Failed to receive sockets from parent: {name}={values[name]}: {why}")

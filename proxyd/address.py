@@ -1,0 +1,259 @@
+"""Socket addresses, packed as connect(2) and bind(2) read them.
+
+An address is the `bytes` of a sockaddr. It begins with the family, two bytes in host order:
+
+    sockaddr_in   ip(7)    family, port (2, big-endian), IPv4 address (4), zeroes (8)
+    sockaddr_in6  ipv6(7)  family, port (2, big-endian), flow label (4), IPv6 address (16),
+                           scope, an interface index (4, host order)
+    sockaddr_un   unix(7)  family, path with its NUL; or NUL and the name in the abstract
+                           namespace; or nothing (an unnamed socket)
+    sockaddr_vm   vsock(7) family, reserved (2), port (4), CID (4), flags (1), zeroes (3),
+                           all in host order
+"""
+
+import _socket
+import os
+import sys
+
+AF_UNIX = 1
+AF_INET = 2
+AF_INET6 = 10
+AF_VSOCK = 40
+
+VMADDR_CID_ANY = 2**32 - 1
+
+_UNIX_PATH_MAX = 107  # sun_path is 108 bytes, and the NUL belongs to it
+_V4_MAPPED = bytes(10) + b"\xff\xff"  # ::ffff:0:0/96, RFC 4291 2.5.5.2
+
+
+class UnknownInterfaceError(ValueError):
+    """A scope names a network interface that does not exist, at least not yet."""
+
+
+def pack_inet(host: str, port: int) -> bytes:
+    """Pack an IPv4 or IPv6 literal, the latter with a `%SCOPE` if need be. Raises ValueError."""
+    if ":" in host:
+        literal, percent, scope = host.partition("%")
+        return pack_inet6(literal, port, _scope_id(scope) if percent else 0)
+    return _head(AF_INET) + port.to_bytes(2, "big") + _literal(AF_INET, host) + bytes(8)
+
+
+def pack_inet6(host: str, port: int, scope_id: int = 0) -> bytes:
+    """Pack an IPv6 literal; `scope_id` is an interface index or 0. Raises ValueError."""
+    return (
+        _head(AF_INET6)
+        + port.to_bytes(2, "big")
+        + bytes(4)
+        + _literal(AF_INET6, host)
+        + scope_id.to_bytes(4, sys.byteorder)
+    )
+
+
+def pack_unix(path: bytes | str) -> bytes:
+    """Pack a path, or `@NAME` for the abstract namespace. Raises ValueError."""
+    raw = os.fsencode(path)
+    if raw.startswith(b"@"):
+        raw = b"\0" + raw[1:]
+        limit = _UNIX_PATH_MAX + 1  # an abstract name has no NUL at its end
+    elif b"\0" in raw:
+        raise ValueError("a path cannot contain a NUL")
+    else:
+        limit = _UNIX_PATH_MAX
+    if raw in (b"", b"\0"):
+        raise ValueError("empty path")
+    if len(raw) > limit:
+        raise ValueError("it doesn't fit in an AF_UNIX address")
+    return _pack_sun_path(raw)
+
+
+def pack_vsock(cid: int, port: int) -> bytes:
+    """Pack an AF_VSOCK address; both numbers have 32 bits."""
+    return (
+        _head(AF_VSOCK)
+        + bytes(2)
+        + port.to_bytes(4, sys.byteorder)
+        + cid.to_bytes(4, sys.byteorder)
+        + bytes(4)
+    )
+
+
+def from_socket_name(family: int, name: object) -> bytes:
+    """Pack what `_socket` returns for getsockname(2) or getpeername(2).
+
+    Raises ValueError for a family that this program does not serve.
+    """
+    if family == AF_UNIX and isinstance(name, (bytes, str)):
+        return _pack_sun_path(os.fsencode(name))
+    if isinstance(name, tuple):
+        if family == AF_INET:
+            return pack_inet(name[0], name[1])
+        if family == AF_INET6:
+            return pack_inet6(name[0], name[1], name[3])
+        if family == AF_VSOCK:
+            return pack_vsock(name[0], name[1])
+    raise ValueError(f"address family {family} is not supported")
+
+
+def to_socket_name(address: bytes) -> tuple[str | int, ...] | bytes:
+    """Return `address` in the form that `_socket`'s bind() and connect() want."""
+    kind = family(address)
+    if kind == AF_INET:
+        return _socket.inet_ntop(AF_INET, address[4:8]), port(address)
+    if kind == AF_INET6:
+        return _socket.inet_ntop(AF_INET6, address[8:24]), port(address), 0, _scope(address)
+    if kind == AF_VSOCK:
+        return _cid(address), port(address)
+    return unix_name(address)
+
+
+def unix_name(address: bytes) -> bytes:
+    """Return what names a UNIX `address`: path, NUL and abstract name, or b"" if unnamed."""
+    raw = address[2:]
+    return raw if raw.startswith(b"\0") else raw.partition(b"\0")[0]
+
+
+def family(address: bytes) -> int:
+    """Return the address family, an AF_ number."""
+    return int.from_bytes(address[:2], sys.byteorder)
+
+
+def port(address: bytes) -> int:
+    """Return the port; a UNIX address has none, which is 0."""
+    kind = family(address)
+    if kind == AF_VSOCK:
+        return int.from_bytes(address[4:8], sys.byteorder)
+    if kind in (AF_INET, AF_INET6):
+        return int.from_bytes(address[2:4], "big")
+    return 0
+
+
+def with_port(address: bytes, number: int) -> bytes:
+    """Return an IPv4 or IPv6 `address` with another port."""
+    return address[:2] + number.to_bytes(2, "big") + address[4:]
+
+
+def unmapped(address: bytes) -> bytes:
+    """Return the IPv4 address inside an IPv4-mapped IPv6 one; any other address unchanged."""
+    if family(address) == AF_INET6 and address[8:20] == _V4_MAPPED:
+        return _head(AF_INET) + address[2:4] + address[20:24] + bytes(8)
+    return address
+
+
+def text(address: bytes) -> str:
+    """Write `address` for people: 127.0.0.1:80, [::1]:80, /run/x, @x, vsock:2:80."""
+    kind = family(address)
+    if kind == AF_INET:
+        return f"{_socket.inet_ntop(AF_INET, address[4:8])}:{port(address)}"
+    if kind == AF_INET6:
+        host = _socket.inet_ntop(AF_INET6, address[8:24])
+        return f"[{host}{_scope_text(address)}]:{port(address)}"
+    if kind == AF_VSOCK:
+        cid = _cid(address)
+        return f"vsock:{'' if cid == VMADDR_CID_ANY else cid}:{port(address)}"
+    if kind == AF_UNIX:
+        return _unix_text(unix_name(address))
+    return f"address family {kind}"
+
+
+def parse_local(target: str) -> bytes | None:
+    """Pack a UNIX or VSOCK address in text form; None if `target` is neither.
+
+    `unix:` without a slash and `vsock:` without a second colon are left to be host names,
+    because to the original `unix:80` is port 80 of a host called unix. Raises ValueError.
+    """
+    if target.startswith(("/", "@")):
+        return pack_unix(target)
+    if target.startswith("unix:") and ("/" in target or target[5:6] == "@"):
+        return pack_unix(target[5:])
+    if target.startswith("vsock:") and target.count(":") > 1:
+        return _parse_vsock(target[6:])
+    return None
+
+
+def split_host(target: str) -> tuple[str, str | None]:
+    """Split `HOST:PORT`, `[V6]:PORT`, `HOST` or `[V6]`; the port is None if there is none.
+
+    The split is at the last colon, so `::1:80` is port 80 of ::1. Raises ValueError.
+    """
+    if target.startswith("["):
+        host, bracket, rest = target[1:].rpartition("]")
+        if not bracket or ":" not in host or (rest and rest[0] != ":"):
+            raise ValueError("expected [IPV6-ADDRESS]:PORT")
+        return host, rest[1:] if rest else None
+    host, colon, service = target.rpartition(":")
+    return (host, service) if colon else (target, None)
+
+
+def parse_port(digits: str, minimum: int = 1) -> int:
+    """Read a TCP port number. Raises ValueError."""
+    return parse_number(digits, minimum, 65535, "port")
+
+
+def parse_number(digits: str, minimum: int, maximum: int, what: str) -> int:
+    """Read a plain decimal number; `what` it is stands in the message of the ValueError."""
+    # The length keeps int() cheap; isascii() keeps out the digits of other scripts.
+    if digits.isascii() and digits.isdigit() and len(digits) <= 20:
+        number = int(digits)
+        if minimum <= number <= maximum:
+            return number
+    raise ValueError(f"'{digits}' is not a {what} number")
+
+
+def _parse_vsock(target: str) -> bytes:
+    cid, _, number = target.partition(":")
+    any_cid = VMADDR_CID_ANY
+    return pack_vsock(
+        parse_number(cid, 0, any_cid, "CID") if cid else any_cid,
+        parse_number(number, 0, any_cid, "port"),
+    )
+
+
+def _literal(kind: int, host: str) -> bytes:
+    try:
+        return _socket.inet_pton(kind, host)
+    except (OSError, ValueError):
+        raise ValueError(f"'{host}' is not an IP address") from None
+
+
+def _scope_id(scope: str) -> int:
+    if scope.isascii() and scope.isdigit():
+        return parse_number(scope, 0, 2**32 - 1, "scope")
+    try:
+        return _socket.if_nametoindex(scope)
+    except (OSError, ValueError):
+        raise UnknownInterfaceError(f"there is no network interface '{scope}'") from None
+
+
+def _head(kind: int) -> bytes:
+    return kind.to_bytes(2, sys.byteorder)
+
+
+def _pack_sun_path(raw: bytes) -> bytes:
+    terminated = raw and not raw.startswith(b"\0")
+    return _head(AF_UNIX) + raw + (b"\0" if terminated else b"")
+
+
+def _unix_text(raw: bytes) -> str:
+    if not raw:
+        return "unix client"
+    if raw.startswith(b"\0"):
+        raw = b"@" + raw[1:]
+    return os.fsdecode(raw)
+
+
+def _scope(address: bytes) -> int:
+    return int.from_bytes(address[24:28], sys.byteorder)
+
+
+def _cid(address: bytes) -> int:
+    return int.from_bytes(address[8:12], sys.byteorder)
+
+
+def _scope_text(address: bytes) -> str:
+    scope = _scope(address)
+    if not scope:
+        return ""
+    try:
+        return f"%{_socket.if_indextoname(scope)}"
+    except OSError:
+        return f"%{scope}"

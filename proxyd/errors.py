@@ -1,0 +1,14 @@
+"""What becomes a line on stderr."""
+
+
+class UsageError(Exception):
+    """What the administrator gave us cannot be used; `str()` is the line that says why.
+
+    It is the one exception that ends the program with status 1.
+    """
+
+
+def reason(error: Exception) -> str:
+    """Return why, without the number and the file name that str() of an OSError has."""
+    strerror = error.strerror if isinstance(error, OSError) else None
+    return strerror or str(error)

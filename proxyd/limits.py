@@ -1,0 +1,35 @@
+"""How many connections the fd limit allows."""
+
+from proxyd import log
+from proxyd._relay import raise_fd_limit
+
+# What is open beside connections: stdio (3), epoll, signals, the service manager's socket, the
+# extension's eventfd, a client that is accepted only to be refused, and two to spare.
+_BASE = 10
+
+# What up to four look-ups have open at once: nsswitch.conf, hosts, sockets to name servers.
+_LOOKUPS = 8
+
+_PER_CONNECTION = 2
+"""Client and target. Pipes are had only while they can be."""
+
+_WITH_PIPES = 6
+"""A connection that stalls both ways holds two pipes."""
+
+
+def fit_connections(wanted: int, listeners: int, lookups: bool) -> int:
+    """Raise the soft RLIMIT_NOFILE to what `wanted` connections need; return how many fit.
+
+    The limit is never lowered, and never raised past the hard one. A limit that is too small
+    costs one warning, and connections: at least one remains.
+    """
+    base = _BASE + listeners + (_LOOKUPS if lookups else 0)
+    limit = raise_fd_limit(base + _WITH_PIPES * wanted)
+    fitting = max((limit - base) // _PER_CONNECTION, 1)
+    if fitting >= wanted:
+        return wanted
+    log.warning(
+        f"The limit of {limit} open files allows {fitting} connections, not {wanted}: "
+        "raise LimitNOFILE=."
+    )
+    return fitting

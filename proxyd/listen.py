@@ -1,0 +1,193 @@
+"""Listeners: the class that stands for one, and those of --listen=."""
+
+import _socket
+import errno
+import os
+
+from proxyd import address as sockaddr
+from proxyd.target import Target
+
+UNNAMED = "unknown"
+"""What sd_listen_fds_with_names(3) calls a socket that came without a name."""
+
+_BACKLOG = 65535  # the kernel caps it at net.core.somaxconn
+
+
+class ListenAddress:
+    """What --listen=[NAME=]ADDRESS says."""
+
+    __slots__ = ("address", "any_family", "name", "text")
+
+    def __init__(self, name: str, address: bytes, text: str, any_family: bool) -> None:
+        self.name = name
+        self.address = address
+        """Packed, to bind(2) to."""
+        self.text = text
+        """ADDRESS as it was given."""
+        self.any_family = any_family
+        """A bare PORT: IPv6 and IPv4 alike, or IPv4 alone where there is no IPv6."""
+
+
+class Listener:
+    """A socket that connections come from.
+
+    Usually it listens; with `connected` it is the one connection itself (Accept=yes). It owns
+    its fd. The object is made before its target is known: `target` is set once all listeners
+    are there.
+    """
+
+    __slots__ = ("address", "connected", "family", "fd", "inode", "name", "target", "text")
+
+    target: Target
+
+    def __init__(self, fd: int, name: str, address: bytes, connected: bool = False) -> None:
+        self.fd = fd
+        self.name = name
+        self.address = address
+        """Packed; what getsockname(2) says."""
+        self.family = sockaddr.family(address)
+        self.text = sockaddr.text(address)
+        """The address for messages."""
+        self.connected = connected
+        self.inode: tuple[int, int] | None = None
+        """Device and inode of the socket file, if it is ours to unlink."""
+
+    @property
+    def ours(self) -> bool:
+        """Tell whether close_listener() has a socket file to unlink."""
+        return self.inode is not None
+
+
+def parse_listen(text: str) -> ListenAddress:
+    """Read [NAME=]ADDRESS, with the ADDRESS forms of ListenStream= (systemd.socket(5)).
+
+    Port 0 lets the kernel choose one. Raises ValueError.
+    """
+    from proxyd.names import split_pair  # which imports Listener from here
+
+    name, rest = split_pair(text)
+    bare_port = rest.isascii() and rest.isdigit()
+    return ListenAddress(name or UNNAMED, _parse_address(rest, bare_port), rest, bare_port)
+
+
+def open_listener(where: ListenAddress) -> Listener:
+    """Bind and listen, close-on-exec and non-blocking.
+
+    A UNIX socket file that nobody listens on any more is replaced. Raises OSError.
+    """
+    if where.any_family:
+        try:
+            return _open(where.name, where.address)
+        except OSError as error:
+            if error.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
+                raise
+            port = sockaddr.port(where.address)
+            return _open(where.name, sockaddr.pack_inet("0.0.0.0", port))
+    return _open(where.name, where.address)
+
+
+def close_listener(listener: Listener) -> None:
+    """Close the fd, and unlink the socket file if it is the one we made. Does not raise."""
+    fd, listener.fd = listener.fd, -1
+    try:  # noqa: SIM105 - contextlib is not on the start path
+        os.close(fd)
+    except OSError:
+        pass  # closed before
+    _unlink_ours(listener.address, listener.inode)
+    listener.inode = None
+
+
+def _parse_address(text: str, bare_port: bool) -> bytes:
+    if bare_port:
+        return sockaddr.pack_inet6("::", sockaddr.parse_port(text, minimum=0))
+    local = sockaddr.parse_local(text)
+    if local is not None:
+        return local
+    host, service = sockaddr.split_host(text)
+    if service is None:
+        raise ValueError("expected a port, HOST:PORT, a path, @NAME or vsock:CID:PORT")
+    return sockaddr.pack_inet(host, sockaddr.parse_port(service, minimum=0))
+
+
+def _open(name: str, address: bytes) -> Listener:
+    family = sockaddr.family(address)
+    sock = _socket.socket(family, _socket.SOCK_STREAM | _socket.SOCK_NONBLOCK)
+    try:
+        if family in (sockaddr.AF_INET, sockaddr.AF_INET6):
+            sock.setsockopt(_socket.SOL_SOCKET, _socket.SO_REUSEADDR, 1)
+        if family == sockaddr.AF_INET6:
+            sock.setsockopt(_socket.IPPROTO_IPV6, _socket.IPV6_V6ONLY, 0)
+        inode = _bind(sock, address)
+        try:
+            sock.listen(_BACKLOG)
+            bound = sockaddr.from_socket_name(family, sock.getsockname())
+        except OSError:
+            _unlink_ours(address, inode)
+            raise
+        listener = Listener(sock.fileno(), name, bound)
+        listener.inode = inode
+        sock.detach()
+        return listener
+    finally:
+        sock.close()  # nothing, once it is detached
+
+
+def _bind(sock: _socket.socket, address: bytes) -> tuple[int, int] | None:
+    """Bind `sock`; return device and inode of the socket file, if there is one."""
+    path = _file_path(address)
+    try:
+        sock.bind(sockaddr.to_socket_name(address))
+    except OSError:
+        if not path or not _remove_stale(path):
+            raise
+        sock.bind(path)
+    return _inode(path) if path else None
+
+
+def _remove_stale(path: bytes) -> bool:
+    """Unlink the socket file at `path` if nobody listens on it; tell whether it is gone."""
+    inode = _inode(path)
+    if inode is None:
+        return False
+    probe = _socket.socket(sockaddr.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_NONBLOCK)
+    try:
+        probe.connect(path)
+    except ConnectionRefusedError:
+        # Somebody else may have replaced it since.
+        return _inode(path) == inode and _unlink(path)
+    except OSError:
+        return False  # in use (EAGAIN), or not for us to judge
+    finally:
+        probe.close()
+    return False
+
+
+def _file_path(address: bytes) -> bytes | None:
+    """Return the path of a UNIX address, None if it has none."""
+    name = sockaddr.unix_name(address) if sockaddr.family(address) == sockaddr.AF_UNIX else b""
+    return name if name[:1] not in (b"", b"\0") else None
+
+
+def _inode(path: bytes) -> tuple[int, int] | None:
+    """Return device and inode of the socket file at `path`, None if there is no such."""
+    try:
+        stat = os.lstat(path)
+    except OSError:
+        return None
+    is_socket = stat.st_mode & 0o170000 == 0o140000  # inode(7); the stat module costs a file
+    return (stat.st_dev, stat.st_ino) if is_socket else None
+
+
+def _unlink_ours(address: bytes, inode: tuple[int, int] | None) -> None:
+    """Unlink the socket file of `address` if it is still the one with our `inode`."""
+    path = _file_path(address)
+    if path and inode is not None and _inode(path) == inode:
+        _unlink(path)
+
+
+def _unlink(path: bytes) -> bool:
+    try:
+        os.unlink(path)
+    except OSError:
+        return False
+    return True

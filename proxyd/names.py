@@ -1,0 +1,46 @@
+"""Names of listeners: which target serves which listener."""
+
+from proxyd.address import AF_INET, AF_INET6
+from proxyd.errors import UsageError
+from proxyd.listen import Listener
+from proxyd.target import Target
+
+
+def valid_name(text: str) -> bool:
+    """Tell whether `text` can be the NAME of NAME=TARGET or --listen=NAME=ADDRESS.
+
+    The rule keeps every TARGET that has an equals sign of its own, such as /run/a=b, apart.
+    """
+    return bool(text) and text[0] not in "/@[" and ":" not in text and "=" not in text
+
+
+def split_pair(text: str) -> tuple[str | None, str]:
+    """Split NAME=REST; without a valid NAME the name is None and the rest all of `text`."""
+    name, equals, rest = text.partition("=")
+    return (name, rest) if equals and valid_name(name) else (None, text)
+
+
+def match_targets(
+    targets: list[tuple[str | None, Target]], listeners: list[Listener]
+) -> tuple[list[Target], list[str]]:
+    """Find the target of each listener.
+
+    Returns one target per listener, in their order, and the names that no listener has. Raises
+    UsageError for a listener without a target, and for a `HOST:*` target whose listener has no
+    TCP port that could be passed on.
+    """
+    by_name = dict(targets)
+    plain = by_name.get(None)
+    matched: list[Target] = []
+    for listener in listeners:
+        target = plain or by_name.get(listener.name)
+        if target is None:
+            raise UsageError(f"No target for listener '{listener.name}' ({listener.text}).")
+        if target.any_port and listener.family not in (AF_INET, AF_INET6):
+            raise UsageError(
+                f"Target {target.text} needs a TCP listener, to take the port from: "
+                f"'{listener.name}' ({listener.text}) is none."
+            )
+        matched.append(target)
+    used = {listener.name for listener in listeners}
+    return matched, [name for name in by_name if name is not None and name not in used]

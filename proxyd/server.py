@@ -1,0 +1,233 @@
+"""The main loop, and when the program ends.
+
+One connection, from top to bottom: Intake accepts it, Reach finds a way to its target and hands
+both to the relay (_relay.pyx), which forwards until both sides are done.
+"""
+
+import _signal  # type: ignore[import-not-found]
+import os
+import sys
+from _collections_abc import MutableMapping
+
+from proxyd import address, log
+from proxyd._relay import ENDED, FAILED, READY, Relay, signal_fd
+from proxyd.intake import Door, Intake
+from proxyd.limits import fit_connections
+from proxyd.listen import Listener
+from proxyd.manager import Manager
+from proxyd.notify import Notifier
+from proxyd.race import Handlers
+from proxyd.reach import Reach
+
+TYPE_CHECKING = False  # as typing has it
+if TYPE_CHECKING:
+    from proxyd._relay import Event
+    from proxyd.cli import Options
+    from proxyd.resolver import Resolver
+
+_SIGINFO_SIZE = 128  # signalfd(2)
+
+
+def run(options: "Options", listeners: list[Listener], environ: MutableMapping[str, str]) -> int:
+    """Serve until there is a reason to end; the exit status. The listeners stay the caller's."""
+    server = Server(options, listeners, environ)
+    try:
+        return server.serve()
+    finally:
+        log.flush_limited()
+
+
+class Server:
+    """Ties the parts together and decides when to end."""
+
+    def __init__(
+        self, options: "Options", listeners: list[Listener], environ: MutableMapping[str, str]
+    ) -> None:
+        self.options = options
+        self.handlers: Handlers = {}
+        self.relay = Relay()
+        self.relay.idle_ms = _milliseconds(options.idle_timeout) or 0
+        self.notes: dict[int, str] | None = {} if log.enabled(log.DEBUG) else None
+        """Connection id → who it is, for the log."""
+        self.relay.report_ends = self.notes is not None
+        self._handle_signals()  # before there are threads, which inherit the mask
+        hosts = [one.target.host for one in listeners if one.target.host is not None]
+        self.resolver = self._make_resolver(hosts) if hosts else None
+        self.reaches: list[Reach] = []
+        self.intake = Intake(
+            self.relay,
+            self.handlers,
+            [Door(index, one, self._way_of(one)) for index, one in enumerate(listeners)],
+            fit_connections(options.connections_max, len(listeners), bool(hosts)),
+            options.proxy_protocol,
+            self.notes is not None,
+        )
+        self.manager = Manager(Notifier(environ), self._status, self.relay.now_ms)
+        self.idle_since_ms: int | None = self.relay.now_ms
+        """Since when there has been no connection; None while there is one."""
+        self.exit_idle_ms = _milliseconds(options.exit_idle_time)
+        if len(listeners) == 1 and listeners[0].connected:
+            self.exit_idle_ms = 0  # Accept=yes: with the one connection all ends
+        self.stopping = False
+        self.stop_ms: int | None = None
+        """When to end in any case, once stopping; None: when the last connection has ended."""
+
+    # ── the loop ─────────────────────────────────────────────────────────────────────────────
+
+    def serve(self) -> int:
+        """Serve until there is a reason to end; the exit status."""
+        self.intake.arm()
+        self.manager.ready()
+        self._tick()
+        while not self._over():
+            for event in self.relay.run(self._timeout_ms()):
+                self._dispatch(event)
+            self._tick()
+        self._end()
+        return 1 if self.intake.broken and not self.stopping else 0
+
+    def _dispatch(self, event: "Event") -> None:
+        kind = event[0]
+        if kind == READY:
+            handler = self.handlers.get(event[1])
+            if handler is not None:  # an earlier event of the batch may have removed it
+                handler(event[2])
+        elif kind == FAILED:
+            _, client, error, index, pending, opened_ms, number = event
+            door = self.intake.doors[index]
+            door.way.take_back(client, door.listener, error, pending, opened_ms, number)
+        elif kind == ENDED:
+            self._log_end(event)
+
+    def _tick(self) -> None:
+        """Do what time, or the last batch of events, has made due."""
+        now_ms = self.relay.now_ms
+        for reach in self.reaches:
+            if reach.held:
+                reach.step(now_ms)
+        self.intake.tick(now_ms)
+        busy = self._busy()
+        if busy:
+            self.idle_since_ms = None
+            self.manager.changed(now_ms)
+        elif self.idle_since_ms is None:
+            self.idle_since_ms = now_ms
+        self.manager.tick(now_ms, busy)
+        self._set_wake(busy)
+
+    def _busy(self) -> bool:
+        return self.relay.open > 0 or any(reach.held for reach in self.reaches)
+
+    def _set_wake(self, busy: bool) -> None:
+        """Have run() return when connections end, if anybody waits for that."""
+        ends = self.stopping or self.exit_idle_ms is not None
+        self.relay.wake_at = max(self.intake.wake_at(), 0 if busy and ends else -1)
+
+    def _timeout_ms(self) -> int:
+        """How long the relay may go on without us, -1: until something happens."""
+        times = [self.manager.next_ms(), self.intake.resume_ms, self.stop_ms]
+        times += [reach.next_ms() for reach in self.reaches if reach.held]
+        if self.idle_since_ms is not None and self.exit_idle_ms is not None:
+            times.append(self.idle_since_ms + self.exit_idle_ms)
+        soonest = min((time for time in times if time is not None), default=None)
+        return -1 if soonest is None else max(soonest - self.relay.now_ms, 0)
+
+    # ── the end ──────────────────────────────────────────────────────────────────────────────
+
+    def _over(self) -> bool:
+        now_ms = self.relay.now_ms
+        if self.stopping:
+            return not self._busy() or self.stop_ms is not None and now_ms >= self.stop_ms
+        if self.idle_since_ms is None:
+            return False
+        if self.intake.broken:
+            return True
+        if self.exit_idle_ms is None or now_ms - self.idle_since_ms < self.exit_idle_ms:
+            return False
+        return not self._somebody_came()
+
+    def _somebody_came(self) -> bool:
+        """Look once more before an idle exit: who started the program is always served."""
+        if not self.intake.accept_everything():
+            return False
+        self._tick()
+        return True
+
+    def _stop(self) -> None:
+        """On SIGTERM or SIGINT: no more clients, and an end; the second time at once."""
+        now_ms = self.relay.now_ms
+        if self.stopping:
+            self.stop_ms = now_ms
+            return
+        self.stopping = True
+        drain_ms = _milliseconds(self.options.drain_timeout)
+        self.stop_ms = None if drain_ms is None else now_ms + drain_ms
+        self.intake.disarm()
+        self.manager.stopping(now_ms, waits=drain_ms != 0)
+
+    def _end(self) -> None:
+        if not self.stopping:
+            self.manager.stopping(self.relay.now_ms, waits=False)
+        cut = self.relay.close_all()
+        waiting = sum(reach.drop_all() for reach in self.reaches)
+        if cut or waiting:
+            log.info(f"Stopped; {cut} open and {waiting} waiting connections were cut.")
+
+    # ── signals ──────────────────────────────────────────────────────────────────────────────
+
+    def _handle_signals(self) -> None:
+        signals = signal_fd((_signal.SIGTERM, _signal.SIGINT, _signal.SIGUSR1))
+        self.handlers[signals] = lambda _events: self._signalled(signals)
+        self.relay.watch(signals)
+
+    def _signalled(self, signals: int) -> None:
+        number = int.from_bytes(os.read(signals, _SIGINFO_SIZE)[:4], sys.byteorder)
+        if number == _signal.SIGUSR1:
+            from proxyd.stats import summary
+
+            for line in summary(self.intake, self.relay, self.reaches):
+                log.info(line)
+        else:
+            self._stop()
+
+    # ── parts ────────────────────────────────────────────────────────────────────────────────
+
+    def _make_resolver(self, hosts: list[bytes]) -> "Resolver":
+        from proxyd.resolver import Resolver
+
+        resolver = Resolver()
+        resolver.start(hosts)
+        self.handlers[resolver.fd] = lambda _events: resolver.collect(self.relay.now_ms)
+        self.relay.watch(resolver.fd)
+        return resolver
+
+    def _way_of(self, listener: Listener) -> Reach:
+        """The Reach for a listener's target: one for all that lead to the same place."""
+        target = listener.target
+        port = address.port(listener.address) if target.any_port else target.service or 0
+        for reach in self.reaches:
+            if reach.target is target and reach.port == port:
+                return reach
+        timeout_ms = _milliseconds(self.options.connect_timeout)
+        self.reaches.append(
+            Reach(self.relay, self.handlers, self.resolver, target, port, timeout_ms, self.notes)
+        )
+        return self.reaches[-1]
+
+    # ── words ────────────────────────────────────────────────────────────────────────────────
+
+    def _status(self) -> str:
+        from proxyd.stats import status
+
+        return status(self.relay, self.reaches)
+
+    def _log_end(self, event: "Event") -> None:
+        from proxyd.stats import ending
+
+        note = self.notes.pop(event[1], "") if self.notes is not None else ""
+        log.debug(ending(note, event))
+
+
+def _milliseconds(usec: int | None) -> int | None:
+    """A span in ms, rounded up: a millisecond is the least, but for 0."""
+    return None if usec is None else -(-usec // 1000)

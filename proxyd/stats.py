@@ -1,0 +1,65 @@
+"""What the log and `systemctl status` say in numbers."""
+
+import os
+
+from proxyd._relay import Relay
+from proxyd.intake import Intake
+from proxyd.reach import Reach
+
+TYPE_CHECKING = False  # as typing has it
+if TYPE_CHECKING:
+    from proxyd._relay import Event
+
+_UNITS = "BKMGTPE"
+
+# What HOW_* in _connection.pxd stands for, in a sum and for one connection.
+_ENDINGS = ("ended", "reset", "idle", "cut", "client gone")
+
+
+def bytes_text(count: int) -> str:
+    """Write a number of bytes short, to base 1024: 512B, 1.2G."""
+    value, unit = float(count), 0
+    while value >= 1000 and unit < len(_UNITS) - 1:
+        value /= 1024
+        unit += 1
+    return f"{value:.{1 if unit and value < 100 else 0}f}{_UNITS[unit]}"
+
+
+def status(relay: Relay, reaches: list[Reach]) -> str:
+    """One line for STATUS=."""
+    parts = [f"{relay.open} connection{'' if relay.open == 1 else 's'}"]
+    parts += [f"{len(reach.held)} waiting for {reach.text}" for reach in reaches if reach.held]
+    to_targets, to_clients, *_ = relay.counters()
+    parts.append(f"{bytes_text(to_targets + to_clients)} forwarded")
+    return ", ".join(parts)
+
+
+def summary(intake: Intake, relay: Relay, reaches: list[Reach]) -> list[str]:
+    """Everything since the start: one line, and one for each target."""
+    to_targets, to_clients, spliced, copied, ends = relay.counters()
+    held = sum(len(reach.held) for reach in reaches)
+    failed = sum(reach.failed for reach in reaches)
+    endings = [f"{count} {how}" for how, count in zip(_ENDINGS, ends, strict=True) if count]
+    lines = [
+        f"{intake.accepted} accepted, {relay.open} open, {held} waiting, "
+        f"{intake.refused} refused, {failed} failed; "
+        f"{to_targets} bytes to targets, {to_clients} bytes to clients, "
+        f"{spliced} spliced, {copied} copied; {', '.join(endings) or 'none ended'}"
+    ]
+    lines += [
+        f"{reach.text}: {reach.served} served, {len(reach.held)} waiting, {reach.failed} failed"
+        for reach in reaches
+    ]
+    return lines
+
+
+def ending(note: str, event: "Event") -> str:
+    """One connection's line in the log at debug level; `event` is an ENDED one."""
+    _, _, how, up, down, took_ms, errnos = event
+    sides = [
+        f"{side}: {os.strerror(error)}"
+        for side, error in zip(("client", "target"), errnos, strict=True)
+        if error
+    ]
+    why = f" ({', '.join(sides)})" if sides else ""
+    return f"{note}: {up} bytes up, {down} bytes down in {took_ms} ms, {_ENDINGS[how]}{why}."

@@ -1,0 +1,104 @@
+"""TARGET: where connections are forwarded to."""
+
+from proxyd import address as sockaddr
+from proxyd.errors import UsageError
+
+_DEFAULT_PORT = 80  # as in the original
+
+# No host name and no address contains one of these; most often somebody forgot `unix:`.
+_NOT_IN_HOSTS = "/=@[]*"
+
+_HOST_MAX = 255  # RFC 1035 2.3.4
+
+
+class Target:
+    """A TARGET of the command line.
+
+    Literal addresses are packed here, once; names are left for the resolver.
+    """
+
+    __slots__ = ("address", "host", "service", "text")
+
+    text: str
+    """As it was given, without NAME=; for messages."""
+    host: bytes | None
+    """The name to look up, None for a literal address. Bytes, because getaddrinfo() of a str
+    loads the IDNA codec, which takes longer than the rest of the start."""
+    service: int | None
+    """The TCP port; None for `*`, the port that the client connected to. 0 where the address is
+    not a TCP one."""
+    address: bytes | None
+    """The packed address, None for a name. With `*` its port is 0."""
+
+    def __init__(
+        self, text: str, host: bytes | None, service: int | None, address: bytes | None
+    ) -> None:
+        self.text = text
+        self.host = host
+        self.service = service
+        self.address = address
+
+    @property
+    def any_port(self) -> bool:
+        """Tell whether this is `HOST:*`."""
+        return self.service is None
+
+
+def parse_target(text: str) -> Target:
+    """Read a TARGET without NAME=. Raises UsageError."""
+    try:
+        return _parse(text)
+    except ValueError as error:
+        raise UsageError(f"Failed to parse target '{text}': {error}") from None
+
+
+def _parse(text: str) -> Target:
+    local = sockaddr.parse_local(text)
+    if local is not None:
+        if sockaddr.family(local) == sockaddr.AF_VSOCK and text.startswith("vsock::"):
+            raise ValueError("expected vsock:CID:PORT")
+        return Target(text, None, 0, local)
+    host, service = sockaddr.split_host(text)
+    if not host:
+        raise ValueError("no host")
+    port = _parse_service(service)
+    try:
+        return Target(text, None, port, sockaddr.pack_inet(host, port or 0))
+    except sockaddr.UnknownInterfaceError:
+        return Target(text, _encode(host), port, None)  # the interface may appear later
+    except ValueError as error:
+        if ":" in host:
+            raise ValueError(f"{error}; write IPv6 addresses as [ADDRESS]:PORT") from None
+        return Target(text, _encode(host), port, None)
+
+
+def _parse_service(service: str | None) -> int | None:
+    """Return the port number, None for `*`. Raises ValueError."""
+    if service is None:
+        return _DEFAULT_PORT
+    if service == "*":
+        return None
+    if not service:
+        raise ValueError("no port")
+    if service.isdigit():
+        return sockaddr.parse_port(service)
+    import _socket
+
+    try:
+        return sockaddr.parse_port(str(_socket.getservbyname(service, "tcp")))
+    except (OSError, ValueError):
+        raise ValueError(f"'{service}' is not a port") from None
+
+
+def _encode(host: str) -> bytes:
+    """Return the host name as the resolver wants it. Raises ValueError."""
+    if len(host) <= _HOST_MAX and not any(map(_never_in_host, host)):
+        try:
+            return host.encode("ascii" if host.isascii() else "idna")
+        except UnicodeError:
+            pass
+    raise ValueError(f"'{host}' is not a host name")
+
+
+def _never_in_host(char: str) -> bool:
+    return char in _NOT_IN_HOSTS or char.isspace() or not char.isprintable()
