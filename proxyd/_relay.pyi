@@ -1,4 +1,4 @@
-"""The typed face of _relay.pyx, where everything is explained."""
+# The typed face of _relay.pyx, where everything is explained.
 
 from collections.abc import Iterable
 from typing import Any, TypeAlias

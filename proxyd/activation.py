@@ -119,8 +119,8 @@ def _number(values: dict[str, str], name: str, minimum: int) -> int:
     """Read a variable that is a decimal number of 64 bits. Raises UsageError."""
     try:
         return sockaddr.parse_number(values[name], minimum, 2**64 - 1, "valid")
-    except ValueError as error:
-        raise _garbage(values, name, str(error)) from None
+    except ValueError:
+        raise _garbage(values, name, "not a valid number") from None
 
 
 def _garbage(values: dict[str, str], name: str, why: str) -> UsageError:

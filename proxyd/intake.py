@@ -4,11 +4,11 @@ import errno
 import os
 
 from proxyd import log
-from proxyd._relay import Relay, socket_names, tune
-from proxyd.address import text as address_text
+from proxyd._relay import socket_names, tune
+from proxyd.address import text, unmapped
 from proxyd.listen import Listener
+from proxyd.loop import Loop
 from proxyd.loops import what_to_check
-from proxyd.race import Handlers
 from proxyd.reach import Reach
 
 ACCEPT_MOST = 32
@@ -40,13 +40,7 @@ class Intake:
     """Accepts clients from all listeners, up to the limit. The listeners stay the caller's."""
 
     def __init__(
-        self,
-        relay: Relay,
-        handlers: Handlers,
-        doors: list[Door],
-        connections_max: int,
-        proxy_protocol: int,
-        naming: bool,
+        self, loop: Loop, doors: list[Door], connections_max: int, proxy_protocol: int
     ) -> None:
         self.doors = doors
         self.accepted = 0
@@ -54,13 +48,11 @@ class Intake:
         """Accepted and closed: over the limit, or a loop."""
         self.resume_ms: int | None = None
         """When to accept again, after fds or memory had run out."""
-        self._relay = relay
-        self._handlers = handlers
+        self._loop = loop
+        self._relay = loop.relay
         self._ways = list({id(door.way): door.way for door in doors}.values())
         self._connections_max = connections_max
         self._proxy_protocol = proxy_protocol
-        self._naming = naming
-        """Whether the log wants to know who each client is."""
         self._open_at_pause = 0
 
     def arm(self) -> None:
@@ -77,13 +69,13 @@ class Intake:
     def disarm(self) -> None:
         """Accept nobody any more; what waits in a backlog stays there."""
         for door in self.doors:
-            self._unwatch(door)
+            self._loop.unwatch(door.listener.fd)
 
     def accept_everything(self) -> bool:
         """Accept from every listener until nobody waits; True if anybody came."""
         before = self.accepted
         for door in self.doors:
-            while door.listener.fd in self._handlers and self._accept_from(door):
+            while door.listener.fd in self._loop.handlers and self._accept_batch(door):
                 pass
         return self.accepted > before
 
@@ -91,8 +83,10 @@ class Intake:
     def broken(self) -> bool:
         """Tell whether there is no listener left to accept from."""
         listening = [door for door in self.doors if not door.listener.connected]
-        return bool(listening) and self.resume_ms is None and not any(
-            door.listener.fd in self._handlers for door in listening
+        return (
+            bool(listening)
+            and self.resume_ms is None
+            and not any(door.listener.fd in self._loop.handlers for door in listening)
         )
 
     def tick(self, now_ms: int) -> None:
@@ -110,15 +104,10 @@ class Intake:
         return -1 if self.resume_ms is None else self._open_at_pause - 1
 
     def _watch(self, door: Door) -> None:
-        self._relay.watch(door.listener.fd)
-        self._handlers[door.listener.fd] = lambda _events: self._accept_from(door)
+        self._loop.watch(door.listener.fd, lambda _events: self._accept_batch(door))
 
-    def _unwatch(self, door: Door) -> None:
-        self._relay.unwatch(door.listener.fd)
-        self._handlers.pop(door.listener.fd, None)
-
-    def _accept_from(self, door: Door) -> bool:
-        """Accept a batch; True if there may be more."""
+    def _accept_batch(self, door: Door) -> bool:
+        """Accept some who wait; True if there may be more."""
         for _ in range(ACCEPT_MOST):
             fd = self._relay.accept(door.listener.fd, door.check)
             if fd < 0:
@@ -142,7 +131,7 @@ class Intake:
             from proxyd.proxy_protocol import header as proxy_header
 
             header = proxy_header(self._proxy_protocol, fd)
-        name = address_text(socket_names(fd)[0]) if self._naming else ""
+        name = text(unmapped(socket_names(fd)[0])) if self._loop.notes is not None else ""
         door.way.take(fd, door.listener, door.index, header, name)
 
     def _not_accepted(self, door: Door, error: int) -> bool:
@@ -163,16 +152,14 @@ class Intake:
             return False
         if error in _BROKEN:
             log.error(f"Failed to accept from {door.listener.text}: {os.strerror(error)}.")
-            self._unwatch(door)
+            self._loop.unwatch(door.listener.fd)
             return False
         # accept(2): errors of the network are the client's that was to be accepted.
-        log.limited(
-            "accept", f"Failed to accept from {door.listener.text}: {os.strerror(error)}."
-        )
+        log.limited("accept", f"Failed to accept from {door.listener.text}: {os.strerror(error)}.")
         return True
 
     def _pause(self, error: int) -> None:
-        """fds or memory have run out: a listener would stay readable and burn a CPU."""
+        """Nothing is left to accept with: a listener would stay readable and burn a CPU."""
         self._relay.trim()
         self._open_at_pause = self._relay.open
         self.resume_ms = self._relay.now_ms + PAUSE_MS

@@ -24,8 +24,8 @@ _NAMES = ("emerg", "alert", "crit", "err", "warning", "notice", "info", "debug")
 # Pause between two lines of the same kind, in seconds.
 _REPEAT_PAUSE = 5.0
 
-# PIPE_BUF is 4096; what is kept back is room for the prefix, the newline and a cut character.
-_LINE_MAX = 4000
+# In characters, which have at most 4 bytes each: PIPE_BUF is 4096.
+_LINE_MAX = 1000
 
 _max_level = INFO
 _on_journal = False
@@ -114,9 +114,9 @@ def _log(level: int, text: str) -> None:
         return
     try:
         prefix = f"<{level}>" if _on_journal else ""  # sd-daemon(3)
-        line = (prefix + _printable(text)).encode("utf-8", "backslashreplace")[:_LINE_MAX]
+        line = f"{prefix}{_printable(text)[:_LINE_MAX]}\n".encode("utf-8", "backslashreplace")
         if _takes_a_line(2):
-            os.write(2, line + b"\n")
+            os.write(2, line)
     except (OSError, ValueError, MemoryError):
         pass  # There is nobody left to tell.
 

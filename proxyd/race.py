@@ -3,13 +3,11 @@
 import errno
 from _collections_abc import Callable
 
-from proxyd._relay import Relay, connected
+from proxyd._relay import connected
+from proxyd.loop import Loop
 
 STAGGER_MS = 250
 """Connection Attempt Delay, RFC 8305 section 5."""
-
-Handlers = dict[int, Callable[[int], None]]
-"""fd → what to call, with the epoll events, when it is ready."""
 
 
 class Race:
@@ -24,19 +22,15 @@ class Race:
         "_ahead",
         "_attempts",
         "_ended",
-        "_handlers",
-        "_relay",
+        "_loop",
         "address",
         "error",
         "fd",
         "next_ms",
     )
 
-    def __init__(
-        self, relay: Relay, handlers: Handlers, addresses: list[bytes], ended: Callable[[], None]
-    ) -> None:
-        self._relay = relay
-        self._handlers = handlers
+    def __init__(self, loop: Loop, addresses: list[bytes], ended: Callable[[], None]) -> None:
+        self._loop = loop
         self._ahead = addresses[::-1]
         self._attempts: dict[int, bytes] = {}
         self._ended = ended
@@ -68,25 +62,25 @@ class Race:
         """Close whatever is under way."""
         self._stop()
         if self.fd >= 0:
-            self._relay.hang_up(self.fd)
+            self._loop.relay.hang_up(self.fd)
             self.fd = -1
 
     def _attempt(self, address: bytes) -> bool:
         """Connect to one address; True if it is there at once."""
         try:
-            fd = self._relay.dial(address)
+            fd = self._loop.relay.dial(address)
         except OSError as failure:
             self._note(failure.errno or errno.EIO)
             return False
         self._attempts[fd] = address
-        self._handlers[fd] = lambda _events: self._answered(fd)
+        self._loop.handlers[fd] = lambda _events: self._answered(fd)
         return self._look(fd)
 
     def _answered(self, fd: int) -> None:
         if self._look(fd):
             self._stop()
             self._ended()
-        elif fd not in self._attempts and self.start(self._relay.now_ms):
+        elif fd not in self._attempts and self.start(self._loop.relay.now_ms):
             self._ended()
 
     def _look(self, fd: int) -> bool:
@@ -99,7 +93,7 @@ class Race:
             self.address = self._attempts.pop(fd)
             self.fd = fd
             self.error = 0
-            del self._handlers[fd]
+            del self._loop.handlers[fd]
             return True
         self._note(error)
         self._close(fd)
@@ -112,8 +106,8 @@ class Race:
 
     def _close(self, fd: int) -> None:
         del self._attempts[fd]
-        del self._handlers[fd]
-        self._relay.hang_up(fd)
+        del self._loop.handlers[fd]
+        self._loop.relay.hang_up(fd)
 
     def _stop(self) -> None:
         self.next_ms = None

@@ -11,15 +11,16 @@ import os
 
 from proxyd import address as sockaddr
 from proxyd import log
-from proxyd._relay import Relay
 from proxyd.listen import Listener
-from proxyd.race import RETRYABLE, STAGGER_MS, Handlers, Race
+from proxyd.loop import EPOLLET, Loop
+from proxyd.race import RETRYABLE, STAGGER_MS, Race
 from proxyd.target import Target
 
 TYPE_CHECKING = False  # as typing has it; a literal target never loads the resolver
 if TYPE_CHECKING:
     import _socket
 
+    from proxyd._relay import Event
     from proxyd.resolver import Resolver
 
 PROBE_MS = 10
@@ -36,9 +37,6 @@ LOOKUP_MS = 1000
 
 ACCESS_MS = 1000
 """How long EACCES may be the moment between a server's bind(2) and chmod(2) of its socket."""
-
-_EPOLLET = 1 << 31
-"""Asks only for what is always reported, EPOLLERR and EPOLLHUP, and once."""
 
 
 class Client:
@@ -61,23 +59,23 @@ class Client:
 
 
 class Reach:
-    """Brings clients to one target. Belongs to the main loop, which calls step() after every
-    batch of events while `held` is not empty, and when next_ms() says so."""
+    """Brings clients to one target.
+
+    Belongs to the main loop, which calls step() after every batch of events while there are
+    clients in `held`, and when next_ms() says so.
+    """
 
     def __init__(
         self,
-        relay: Relay,
-        handlers: Handlers,
+        loop: Loop,
         resolver: "Resolver | None",
         target: Target,
         port: int,
         timeout_ms: int | None,
-        notes: dict[int, str] | None,
     ) -> None:
-        self._relay = relay
-        self._handlers = handlers
+        self._loop = loop
+        self._relay = loop.relay
         self._resolver = resolver
-        self._notes = notes
         self.target = target
         self.port = port
         """With `HOST:*` the listener's."""
@@ -144,12 +142,11 @@ class Reach:
         else:
             self._entered(number, name)
 
-    def take_back(
-        self, fd: int, listener: Listener, error: int, pending: bytes, since_ms: int, number: int
-    ) -> None:
-        """A connect of the relay has failed: the client is ours again."""
+    def take_back(self, listener: Listener, event: "Event") -> None:
+        """A connect of the relay has failed: the client is ours again. `event` is a FAILED one."""
+        _, fd, error, _, pending, since_ms, number = event
         self.served -= 1
-        note = self._notes.pop(number, "") if self._notes is not None else ""
+        note = self._loop.notes.pop(number, "") if self._loop.notes is not None else ""
         client = Client(fd, listener, pending, note.partition(" → ")[0], since_ms)
         self._hold(client)
         if self._host is None:
@@ -223,9 +220,7 @@ class Reach:
     # ── one client's attempt ─────────────────────────────────────────────────────────────────
 
     def _start(self, client: Client, addresses: list[bytes], now_ms: int) -> None:
-        client.race = Race(
-            self._relay, self._handlers, addresses, lambda: self._finished.append(client)
-        )
+        client.race = Race(self._loop, addresses, lambda: self._finished.append(client))
         self._racing[client.fd] = client
         if client.race.start(now_ms):
             self._race_ended(client)
@@ -272,8 +267,8 @@ class Reach:
 
     def _entered(self, number: int, name: str) -> None:
         self.served += 1
-        if self._notes is not None:
-            self._notes[number] = f"{name} → {self.text}"
+        if self._loop.notes is not None:
+            self._loop.notes[number] = f"{name} → {self.text}"
 
     def _reason(self, error: int) -> str:
         if error == errno.ELOOP and not self._is_unix():
@@ -323,15 +318,14 @@ class Reach:
             client.deadline_ms = client.since_ms + self._timeout_ms
             if self._first_deadline_ms is None or client.deadline_ms < self._first_deadline_ms:
                 self._first_deadline_ms = client.deadline_ms
-        self._handlers[client.fd] = lambda _events: self._close(client)
         try:
-            self._relay.watch(client.fd, _EPOLLET)
+            # For what is always reported, EPOLLERR and EPOLLHUP, and once.
+            self._loop.watch(client.fd, lambda _events: self._close(client), EPOLLET)
         except OSError:
             pass  # then a hang-up is noticed later, by the relay
 
     def _unhold(self, client: Client) -> None:
-        self._relay.unwatch(client.fd)
-        del self._handlers[client.fd]
+        self._loop.unwatch(client.fd)
         del self.held[client.fd]
 
     def _close(self, client: Client) -> None:
@@ -352,10 +346,9 @@ class Reach:
 
     def _prompt_address(self) -> bytes | None:
         """The address that answered last, promptly, while the look-up is fresh."""
-        if self._good and self._resolver is not None and self._host is not None:
-            if self._resolver.fresh(self._host, self._relay.now_ms):
-                return self._good
-        return None
+        if not self._good or self._resolver is None or self._host is None:
+            return None
+        return self._good if self._resolver.fresh(self._host, self._relay.now_ms) else None
 
     def _addresses(self, now_ms: int) -> list[bytes]:
         """Where to connect to; nothing while that is looked up, or if it cannot be known."""

@@ -104,8 +104,8 @@ class Resolver:
         except BlockingIOError:
             return
         while not self._answers.empty():
-            name, addresses, name.error = self._answers.get()
-            name.asked_ms = now_ms
+            name, addresses, error = self._answers.get()
+            name.asked_ms, name.error = now_ms, error
             if name.error is None:
                 name.addresses, name.good_ms = addresses, now_ms
             waiting, name.waiting = name.waiting, []

@@ -10,13 +10,13 @@ import sys
 from _collections_abc import MutableMapping
 
 from proxyd import address, log
-from proxyd._relay import ENDED, FAILED, READY, Relay, signal_fd
+from proxyd._relay import ENDED, FAILED, signal_fd
 from proxyd.intake import Door, Intake
 from proxyd.limits import fit_connections
 from proxyd.listen import Listener
+from proxyd.loop import Loop
 from proxyd.manager import Manager
 from proxyd.notify import Notifier
-from proxyd.race import Handlers
 from proxyd.reach import Reach
 
 TYPE_CHECKING = False  # as typing has it
@@ -44,23 +44,18 @@ class Server:
         self, options: "Options", listeners: list[Listener], environ: MutableMapping[str, str]
     ) -> None:
         self.options = options
-        self.handlers: Handlers = {}
-        self.relay = Relay()
+        self.loop = Loop()
+        self.relay = self.loop.relay
         self.relay.idle_ms = _milliseconds(options.idle_timeout) or 0
-        self.notes: dict[int, str] | None = {} if log.enabled(log.DEBUG) else None
-        """Connection id → who it is, for the log."""
-        self.relay.report_ends = self.notes is not None
         self._handle_signals()  # before there are threads, which inherit the mask
         hosts = [one.target.host for one in listeners if one.target.host is not None]
         self.resolver = self._make_resolver(hosts) if hosts else None
         self.reaches: list[Reach] = []
         self.intake = Intake(
-            self.relay,
-            self.handlers,
+            self.loop,
             [Door(index, one, self._way_of(one)) for index, one in enumerate(listeners)],
             fit_connections(options.connections_max, len(listeners), bool(hosts)),
             options.proxy_protocol,
-            self.notes is not None,
         )
         self.manager = Manager(Notifier(environ), self._status, self.relay.now_ms)
         self.idle_since_ms: int | None = self.relay.now_ms
@@ -80,23 +75,17 @@ class Server:
         self.manager.ready()
         self._tick()
         while not self._over():
-            for event in self.relay.run(self._timeout_ms()):
-                self._dispatch(event)
+            for event in self.loop.run(self._timeout_ms()):
+                self._relay_event(event)
             self._tick()
         self._end()
         return 1 if self.intake.broken and not self.stopping else 0
 
-    def _dispatch(self, event: "Event") -> None:
-        kind = event[0]
-        if kind == READY:
-            handler = self.handlers.get(event[1])
-            if handler is not None:  # an earlier event of the batch may have removed it
-                handler(event[2])
-        elif kind == FAILED:
-            _, client, error, index, pending, opened_ms, number = event
-            door = self.intake.doors[index]
-            door.way.take_back(client, door.listener, error, pending, opened_ms, number)
-        elif kind == ENDED:
+    def _relay_event(self, event: "Event") -> None:
+        if event[0] == FAILED:
+            door = self.intake.doors[event[3]]
+            door.way.take_back(door.listener, event)
+        elif event[0] == ENDED:
             self._log_end(event)
 
     def _tick(self) -> None:
@@ -137,7 +126,7 @@ class Server:
     def _over(self) -> bool:
         now_ms = self.relay.now_ms
         if self.stopping:
-            return not self._busy() or self.stop_ms is not None and now_ms >= self.stop_ms
+            return not self._busy() or (self.stop_ms is not None and now_ms >= self.stop_ms)
         if self.idle_since_ms is None:
             return False
         if self.intake.broken:
@@ -177,8 +166,7 @@ class Server:
 
     def _handle_signals(self) -> None:
         signals = signal_fd((_signal.SIGTERM, _signal.SIGINT, _signal.SIGUSR1))
-        self.handlers[signals] = lambda _events: self._signalled(signals)
-        self.relay.watch(signals)
+        self.loop.watch(signals, lambda _events: self._signalled(signals))
 
     def _signalled(self, signals: int) -> None:
         number = int.from_bytes(os.read(signals, _SIGINFO_SIZE)[:4], sys.byteorder)
@@ -197,8 +185,7 @@ class Server:
 
         resolver = Resolver()
         resolver.start(hosts)
-        self.handlers[resolver.fd] = lambda _events: resolver.collect(self.relay.now_ms)
-        self.relay.watch(resolver.fd)
+        self.loop.watch(resolver.fd, lambda _events: resolver.collect(self.relay.now_ms))
         return resolver
 
     def _way_of(self, listener: Listener) -> Reach:
@@ -209,9 +196,7 @@ class Server:
             if reach.target is target and reach.port == port:
                 return reach
         timeout_ms = _milliseconds(self.options.connect_timeout)
-        self.reaches.append(
-            Reach(self.relay, self.handlers, self.resolver, target, port, timeout_ms, self.notes)
-        )
+        self.reaches.append(Reach(self.loop, self.resolver, target, port, timeout_ms))
         return self.reaches[-1]
 
     # ── words ────────────────────────────────────────────────────────────────────────────────
@@ -224,7 +209,7 @@ class Server:
     def _log_end(self, event: "Event") -> None:
         from proxyd.stats import ending
 
-        note = self.notes.pop(event[1], "") if self.notes is not None else ""
+        note = self.loop.notes.pop(event[1], "") if self.loop.notes is not None else ""
         log.debug(ending(note, event))
 
 

@@ -40,17 +40,16 @@ def summary(intake: Intake, relay: Relay, reaches: list[Reach]) -> list[str]:
     held = sum(len(reach.held) for reach in reaches)
     failed = sum(reach.failed for reach in reaches)
     endings = [f"{count} {how}" for how, count in zip(_ENDINGS, ends, strict=True) if count]
-    lines = [
+    line = (
         f"{intake.accepted} accepted, {relay.open} open, {held} waiting, "
         f"{intake.refused} refused, {failed} failed; "
         f"{to_targets} bytes to targets, {to_clients} bytes to clients, "
         f"{spliced} spliced, {copied} copied; {', '.join(endings) or 'none ended'}"
-    ]
-    lines += [
+    )
+    return [line] + [
         f"{reach.text}: {reach.served} served, {len(reach.held)} waiting, {reach.failed} failed"
         for reach in reaches
     ]
-    return lines
 
 
 def ending(note: str, event: "Event") -> str:

@@ -1,0 +1,51 @@
+"""The relay's event loop, as the policy uses it: fds, and what to call when they are ready."""
+
+from _collections_abc import Callable
+
+from proxyd import log
+from proxyd._relay import READY, Relay
+
+TYPE_CHECKING = False  # as typing has it
+if TYPE_CHECKING:
+    from proxyd._relay import Event
+
+EPOLLIN = 1
+EPOLLET = 1 << 31
+
+Handler = Callable[[int], object]
+"""Called with the epoll events that have come."""
+
+
+class Loop:
+    """A relay, the handlers of the fds it watches for us, and what the log calls connections."""
+
+    __slots__ = ("handlers", "notes", "relay")
+
+    def __init__(self) -> None:
+        self.relay = Relay()
+        self.handlers: dict[int, Handler] = {}
+        self.notes: dict[int, str] | None = {} if log.enabled(log.DEBUG) else None
+        """Connection id → who it is. None unless the log is at debug level."""
+        self.relay.report_ends = self.notes is not None
+
+    def watch(self, fd: int, handler: Handler, events: int = EPOLLIN) -> None:
+        """Call `handler` when `fd`, which stays the caller's, is ready. Raises OSError."""
+        self.relay.watch(fd, events)
+        self.handlers[fd] = handler
+
+    def unwatch(self, fd: int) -> None:
+        """Forget `fd`, before it is closed; nothing happens where it is not watched."""
+        self.relay.unwatch(fd)
+        self.handlers.pop(fd, None)
+
+    def run(self, timeout_ms: int) -> "list[Event]":
+        """Forward until something happens or `timeout_ms` have passed; the events left over."""
+        rest: list[Event] = []
+        for event in self.relay.run(timeout_ms):
+            if event[0] != READY:
+                rest.append(event)
+                continue
+            handler = self.handlers.get(event[1])
+            if handler is not None:  # an earlier event of the batch may have removed it
+                handler(event[2])
+        return rest
