@@ -13,17 +13,17 @@
 # worked on, since a later event of the batch may still point to it: the dead go last.
 
 from proxyd._half cimport (
-    COPY_UNIT, DEAD, DRAINING, FIRST_UNIT, FLOWING, SHUT, STAT_TO_CLIENT, STAT_TO_TARGET,
-    Endpoint, Engine, Half, endpoint_failed, endpoint_interest, half_abandon, half_drop, half_held,
-    half_keep, half_pump, half_read_ended, spill_free,
+    COPY_UNIT, DEAD, DRAINING, Endpoint, Engine, FIRST_UNIT, FLOWING, Half, SHUT,
+    STAT_TO_CLIENT, STAT_TO_TARGET, endpoint_failed, endpoint_interest, half_abandon, half_drop,
+    half_held, half_keep, half_pump, half_read_ended, spill_free,
 )
 from proxyd._linux cimport (
-    AF_INET, AF_INET6, AF_UNIX, EAGAIN, ECONNRESET, EINTR, ELOOP, ENOMEM, EPIPE, EPOLLERR, EPOLLHUP,
-    EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP, EPOLL_CTL_ADD, EPOLL_CTL_DEL, ETIMEDOUT, IPPROTO_TCP,
-    MSG_NOSIGNAL, SHUT_WR, SIOCOUTQ, SOL_SOCKET, SO_ERROR, SO_KEEPALIVE, SO_LINGER, SO_OOBINLINE, TCP_NODELAY,
-    calloc, close, epoll_ctl, epoll_event, errno, free, getpeername, getsockname, getsockopt,
-    in6_addr, int64_t, ioctl, linger, memcmp, memcpy, memset, recv, send, setsockopt, shutdown, sockaddr,
-    sockaddr_in, sockaddr_in6, sockaddr_storage, socklen_t, uint8_t, uint16_t, uint32_t, uint64_t,
+    AF_INET, AF_INET6, AF_UNIX, EAGAIN, ECONNRESET, EINTR, ELOOP, EPIPE, EPOLLERR, EPOLLHUP,
+    EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP, EPOLL_CTL_ADD, EPOLL_CTL_DEL, ETIMEDOUT,
+    IPPROTO_TCP, MSG_NOSIGNAL, SHUT_WR, SIOCOUTQ, SOL_SOCKET, SO_ERROR, SO_KEEPALIVE, SO_LINGER,
+    SO_OOBINLINE, TCP_NODELAY, calloc, close, epoll_ctl, epoll_event, errno, free, getpeername,
+    getsockname, getsockopt, int64_t, ioctl, linger, memcmp, memset, recv, send, setsockopt,
+    shutdown, sockaddr, sockaddr_storage, socklen_t, uint32_t, uint64_t,
 )
 from proxyd._list cimport Link, link_init, list_append, list_remove
 from proxyd._own cimport Own, OwnTable, own_add, own_remove
@@ -89,11 +89,12 @@ ctypedef struct Relaying:
 
 # ── set-up ───────────────────────────────────────────────────────────────────────────────────
 
-cdef inline void endpoint_init(Endpoint *end, int kind, int fd, int family, void *owner) noexcept nogil:
+cdef inline void endpoint_init(
+    Endpoint *end, int kind, int fd, int family, void *owner
+) noexcept nogil:
     end.kind = kind
     end.fd = fd
     end.family = family
-    end.armed = family != AF_UNIX
     end.writable = 1
     end.connection = owner
 
@@ -124,12 +125,15 @@ cdef inline Connection *connection_new(
     return c
 
 
-cdef inline int endpoint_register(Engine *engine, Endpoint *end) noexcept nogil:
-    """0 or -errno."""
+cdef inline bint endpoint_register(Engine *engine, Endpoint *end) noexcept nogil:
+    """Whether epoll announces it from now on. What is there already is announced at once."""
     cdef epoll_event event
+    if end.fd < 0:
+        return True
     event.events = endpoint_interest(end)
     event.data.ptr = end
-    return -errno if epoll_ctl(engine.epoll, EPOLL_CTL_ADD, end.fd, &event) < 0 else 0
+    end.registered = epoll_ctl(engine.epoll, EPOLL_CTL_ADD, end.fd, &event) == 0
+    return end.registered
 
 
 cdef inline void socket_tune(int fd, int family) noexcept nogil:
@@ -194,7 +198,9 @@ cdef inline void connection_unlink(Relaying *relay, Connection *c) noexcept nogi
     relay.open -= 1
 
 
-cdef inline void connection_close(Relaying *relay, Connection *c, int how, bint reset) noexcept nogil:
+cdef inline void connection_close(
+    Relaying *relay, Connection *c, int how, bint reset
+) noexcept nogil:
     """Close whatever is left of it, both sides the same way."""
     endpoint_close(&c.client, reset)
     endpoint_close(&c.target, reset)
@@ -284,7 +290,9 @@ cdef inline void connection_linger(
     linger_step(relay, c)
 
 
-cdef inline void half_finish(Relaying *relay, Connection *c, Half *half, Half *other) noexcept nogil:
+cdef inline void half_finish(
+    Relaying *relay, Connection *c, Half *half, Half *other
+) noexcept nogil:
     """src has ended cleanly and everything is delivered: pass the end on.
 
     Where the other half is over, closing both says the same with a system call less.
@@ -294,7 +302,9 @@ cdef inline void half_finish(Relaying *relay, Connection *c, Half *half, Half *o
         shutdown(half.dst.fd, SHUT_WR)
 
 
-cdef inline void half_settle(Relaying *relay, Connection *c, Half *half, Half *other) noexcept nogil:
+cdef inline void half_settle(
+    Relaying *relay, Connection *c, Half *half, Half *other
+) noexcept nogil:
     """Draw the consequences of what the pumps have found, for src → dst."""
     if c.state != CONNECTED:
         return
@@ -381,7 +391,8 @@ cdef inline bint socket_met_itself(int fd) noexcept nogil:
 
 cdef inline void connect_failed(Relaying *relay, Connection *c, int error) noexcept nogil:
     """Give the client back, with the bytes already taken from it."""
-    epoll_ctl(relay.engine.epoll, EPOLL_CTL_DEL, c.client.fd, NULL)
+    if c.client.registered:
+        epoll_ctl(relay.engine.epoll, EPOLL_CTL_DEL, c.client.fd, NULL)
     endpoint_close(&c.target, False)
     list_remove(&c.live)
     list_remove(&c.timed)
@@ -402,7 +413,9 @@ cdef inline void connect_done(Relaying *relay, Connection *c) noexcept nogil:
         connect_failed(relay, c, ELOOP)
 
 
-cdef inline void connecting_event(Relaying *relay, Connection *c, Endpoint *end, uint32_t events) noexcept nogil:
+cdef inline void connecting_event(
+    Relaying *relay, Connection *c, Endpoint *end, uint32_t events
+) noexcept nogil:
     """A target that accepted and then reset has been reached: that is for the client to see."""
     if end.kind == KIND_CLIENT:
         if end.gone:
@@ -414,7 +427,9 @@ cdef inline void connecting_event(Relaying *relay, Connection *c, Endpoint *end,
         connect_done(relay, c)
 
 
-cdef inline void connecting_send(Relaying *relay, Connection *c, const char *data, size_t size) noexcept nogil:
+cdef inline void connecting_send(
+    Relaying *relay, Connection *c, const char *data, size_t size
+) noexcept nogil:
     """The first bytes for the target, sent before it is known to be there. They are kept until it
     has taken them: the next target may need them."""
     cdef ssize_t sent = send(c.target.fd, data, size, MSG_NOSIGNAL)
@@ -464,6 +479,30 @@ cdef inline void connection_first_pump(Relaying *relay, Connection *c) noexcept 
             connection_close(relay, c, HOW_GONE, False)
     if c.state == CONNECTED:
         connection_advance(relay, c)
+
+
+cdef inline void connection_begin(
+    Relaying *relay, Connection *c, bint connecting, int64_t timeout_ms
+) noexcept nogil:
+    """Pump for the first time, and only then ask epoll: most short exchanges have by then been
+    heard, and need no event to say so."""
+    c.opened_ms = c.active_ms = relay.engine.now_ms
+    list_append(&relay.live, &c.live)
+    relay.open += 1
+    if connecting:
+        c.state = CONNECTING
+        connection_first_pump(relay, c)
+    else:
+        c.state = CONNECTED
+        connection_advance(relay, c)
+    if c.state == CLOSED:
+        return
+    c.target.armed |= c.state == CONNECTING
+    if not endpoint_register(&relay.engine, &c.client) or (
+            not endpoint_register(&relay.engine, &c.target)):
+        connection_close(relay, c, HOW_RESET, True)
+    elif c.state == CONNECTING and timeout_ms > 0:
+        connection_wake_at(relay, c, relay.engine.now_ms + timeout_ms)
 
 
 # ── events ───────────────────────────────────────────────────────────────────────────────────

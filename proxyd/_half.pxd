@@ -3,9 +3,9 @@
 # Sockets are registered once, edge-triggered. So the kernel says once that a socket has become
 # readable or writable, and the endpoint remembers it until a call proves the contrary:
 #
-#   readable  ends with EAGAIN from an empty socket, or with a short recv: what came after that recv
-#             raises a new edge. A short recv proves nothing where the end or an urgent mark may have
-#             cut it short (`ending`, `urgent`): those were announced with the same edge.
+#   readable  ends with EAGAIN from an empty socket, or with a short recv: what comes after that
+#             raises a new edge. A short recv proves nothing where the end or an urgent mark may
+#             have cut it short (`ending`, `urgent`): those were announced with the same edge.
 #   writable  ends with EAGAIN or a short send; both make the kernel announce the next free space.
 #
 # The states of a half:
@@ -24,10 +24,10 @@
 #                                                   the other half
 
 from proxyd._linux cimport (
-    AF_UNIX, AF_VSOCK, EAGAIN, EINTR, EINVAL, ENOMEM, ENOSYS, EOPNOTSUPP, EPERM, EPIPE,
-    EPOLL_CTL_MOD, EPOLLET, EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP, MSG_NOSIGNAL,
-    SPLICE_F_MOVE, SPLICE_F_NONBLOCK, epoll_ctl, epoll_event, errno, free, int64_t,
-    malloc, memcpy, read, recv, send, splice, uint8_t, uint32_t, uint64_t,
+    AF_UNIX, AF_VSOCK, EAGAIN, EINTR, EINVAL, ENOMEM, ENOSYS, EOPNOTSUPP, EPERM, EPIPE, EPOLLET,
+    EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP, EPOLL_CTL_MOD, MSG_NOSIGNAL, SPLICE_F_MOVE,
+    SPLICE_F_NONBLOCK, epoll_ctl, epoll_event, errno, free, int64_t, malloc, memcpy, read, recv,
+    send, splice, uint32_t, uint64_t, uint8_t,
 )
 from proxyd._pipe cimport Pipe, PipePool, pipe_close, pipe_get, pipe_put
 
@@ -36,7 +36,7 @@ cdef enum:
 
 cdef enum:
     COPY_UNIT = 64 * 1024      # bytes asked of one recv, until the half proves to be a stream
-    FIRST_UNIT = 16 * 1024     # while connecting: the bytes are kept if the target cannot be reached
+    FIRST_UNIT = 16 * 1024     # while connecting: the bytes are kept if the connect fails
     STREAM_READS = 2           # so many full reads in a row make a stream …
     STREAM_SMALL = 16 * 1024   # … and so many reads below this size make it none
     STREAM_MISSES = 4
@@ -69,7 +69,8 @@ ctypedef struct Endpoint:
     uint8_t ending             # FIN, RST or hang-up announced: read on until it comes
     uint8_t urgent             # an urgent byte is ahead: splice stops there, recv does not
     uint8_t gone               # nothing can be written to it any more
-    uint8_t armed              # EPOLLOUT is registered
+    uint8_t armed              # EPOLLOUT is asked for
+    uint8_t registered         # with epoll
     void *connection           # the Connection it is part of
 
 ctypedef struct Half:
@@ -93,9 +94,9 @@ ctypedef struct Half:
 cdef inline uint32_t endpoint_interest(const Endpoint *end) noexcept nogil:
     """What epoll is to announce: a function of the endpoint's state, computed only here.
 
-    TCP announces free space only after a send that did not fit, so EPOLLOUT costs nothing there.
-    A UNIX socket announces it whenever its peer has read, so it is asked for after the first send
-    that did not fit, and stays.
+    EPOLLOUT is asked for while connecting and after the first send that did not fit, and stays:
+    TCP announces free space only after such a send, so it costs nothing more; a UNIX socket does
+    so whenever its peer has read, which a socket that never fills has no use for.
     """
     cdef uint32_t interest = EPOLLIN | EPOLLRDHUP | EPOLLPRI | EPOLLET
     if end.armed:
@@ -107,8 +108,10 @@ cdef inline void endpoint_blocked(Engine *engine, Endpoint *end) noexcept nogil:
     """No more fits into the socket: wait for EPOLLOUT."""
     cdef epoll_event event
     end.writable = 0
-    if not end.armed:
-        end.armed = 1
+    if end.armed:
+        return
+    end.armed = 1
+    if end.registered:
         event.events = endpoint_interest(end)
         event.data.ptr = end
         epoll_ctl(engine.epoll, EPOLL_CTL_MOD, end.fd, &event)
@@ -181,7 +184,9 @@ cdef inline void half_broke(Half *half) noexcept nogil:
     half_abandon(half)
 
 
-cdef inline ssize_t half_send(Engine *engine, Half *half, const char *data, size_t size) noexcept nogil:
+cdef inline ssize_t half_send(
+    Engine *engine, Half *half, const char *data, size_t size
+) noexcept nogil:
     """Bytes that dst took, 0 where it takes none now, -errno where it is gone."""
     cdef ssize_t sent = send(half.dst.fd, data, size, MSG_NOSIGNAL)
     cdef int error

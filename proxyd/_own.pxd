@@ -5,7 +5,7 @@
 
 from proxyd._linux cimport (
     AF_INET, AF_INET6, getsockname, memcmp, memcpy, memset, sockaddr, sockaddr_in, sockaddr_in6,
-    sockaddr_storage, socklen_t, uint8_t, uint16_t,
+    sockaddr_storage, socklen_t, uint16_t, uint8_t,
 )
 
 cdef enum:
@@ -38,7 +38,9 @@ cdef inline void own_key(OwnKey *key, const sockaddr_storage *address) noexcept 
         key.port = v6.sin6_port
 
 
-cdef inline void own_add(OwnTable *table, Own *own, int fd, const sockaddr_storage *target) noexcept nogil:
+cdef inline void own_add(
+    OwnTable *table, Own *own, int fd, const sockaddr_storage *target
+) noexcept nogil:
     """Enter a TCP socket that is on its way to `target`; connect() has given it its address."""
     cdef sockaddr_storage mine
     cdef socklen_t size = sizeof(mine)

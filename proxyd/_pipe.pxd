@@ -4,7 +4,8 @@
 # What goes back to the pool is empty; a pipe with bytes in it can only be closed.
 
 from proxyd._linux cimport (
-    EAGAIN, F_GETPIPE_SZ, F_SETPIPE_SZ, O_CLOEXEC, O_NONBLOCK, close, errno, fcntl, int64_t, pipe2,
+    EAGAIN, F_GETPIPE_SZ, F_SETPIPE_SZ, O_CLOEXEC, O_NONBLOCK, close, errno, fcntl, int64_t,
+    pipe2,
 )
 
 cdef enum:

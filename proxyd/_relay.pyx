@@ -7,22 +7,22 @@
 """The mechanism: an epoll loop that forwards between pairs of sockets without the GIL.
 
 Where to read on, in the order a byte meets it: this file (the loop and its Python face),
-_connection.pxd (how a connection begins and ends), _half.pxd (the pump), _pipe.pxd (splice's pipes).
+_connection.pxd (how a connection begins and ends), _half.pxd (the pump), _pipe.pxd (pipes).
 """
 
 from proxyd._connection cimport (
-    CLOSED, CONNECTED, CONNECTING, HOW_COUNT, HOW_CUT, HOW_IDLE, KIND_WATCH, Connection, Relaying,
-    connection_active, connection_advance, connection_close, connection_event,
-    connection_first_pump, connection_new, connection_wake_at, endpoint_register, relay_timers,
-    socket_error, socket_met_itself, socket_tune,
+    CONNECTED, Connection, HOW_COUNT, HOW_CUT, HOW_IDLE, KIND_WATCH, Relaying,
+    connection_advance, connection_begin, connection_close, connection_event, connection_new,
+    relay_timers, socket_error, socket_met_itself, socket_tune,
 )
 from proxyd._half cimport Endpoint, half_drop, half_held, half_keep
 from proxyd._linux cimport (
-    AF_UNIX, CLOCK_MONOTONIC, EINPROGRESS, EINTR, ELOOP, ENOMEM, EPOLLET, EPOLLIN, EPOLLOUT, EPOLL_CLOEXEC,
-    EPOLL_CTL_ADD, EPOLL_CTL_DEL, RLIMIT_NOFILE, SFD_CLOEXEC, SFD_NONBLOCK, SIG_BLOCK, SOCK_CLOEXEC,
-    SOCK_NONBLOCK, SOCK_STREAM, SOL_SOCKET, SO_DOMAIN, SO_PEERCRED, accept4, calloc, clock_gettime,
-    close, connect, epoll_create1, epoll_ctl, epoll_event, epoll_wait, errno, free, getpeername,
-    getpid, getrlimit, getsockname, getsockopt, int64_t, malloc, memcpy, memset, rlimit, setrlimit, sigaddset, sigemptyset, signalfd, sigprocmask, sigset_t,
+    CLOCK_MONOTONIC, EINPROGRESS, EINTR, ELOOP, ENOMEM, EPOLLET, EPOLLIN, EPOLLOUT, EPOLL_CLOEXEC,
+    EPOLL_CTL_ADD, EPOLL_CTL_DEL, RLIMIT_NOFILE, SFD_CLOEXEC, SFD_NONBLOCK, SIG_BLOCK,
+    SOCK_CLOEXEC, SOCK_NONBLOCK, SOCK_STREAM, SOL_SOCKET, SO_DOMAIN, SO_PEERCRED, accept4,
+    calloc, clock_gettime, close, connect, epoll_create1, epoll_ctl, epoll_event, epoll_wait,
+    errno, free, getpeername, getpid, getrlimit, getsockname, getsockopt, int64_t, malloc,
+    memcpy, memset, rlimit, setrlimit, sigaddset, sigemptyset, signalfd, sigprocmask, sigset_t,
     sockaddr, sockaddr_storage, socket, socklen_t, timespec, ucred, uint32_t,
 )
 from proxyd._list cimport Link, link_init, list_append, list_empty, list_remove
@@ -163,7 +163,7 @@ cdef class Relay:
         self.watches_fit(fd)
         watch = <Watch *>calloc(1, sizeof(Watch))
         if watch == NULL:
-            raise MemoryError()
+            raise_errno(ENOMEM)
         watch.kind = KIND_WATCH
         watch.fd = fd
         event.events = events
@@ -196,7 +196,7 @@ cdef class Relay:
             return 0
         table = <Watch **>calloc(size, sizeof(Watch *))
         if table == NULL:
-            raise MemoryError()
+            raise_errno(ENOMEM)
         if self.watches != NULL:
             memcpy(table, self.watches, self.watches_size * sizeof(Watch *))
         free(self.watches)
@@ -229,7 +229,9 @@ cdef class Relay:
     cdef bint peer_is_this_process(self, int fd) noexcept:
         cdef ucred peer
         cdef socklen_t size = sizeof(peer)
-        return getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &size) == 0 and peer.pid == self.own_pid
+        if getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &size) < 0:
+            return False
+        return peer.pid == self.own_pid
 
     # ── connections ──────────────────────────────────────────────────────────────────────────
 
@@ -244,6 +246,7 @@ cdef class Relay:
 
         Raises OSError, the client still the caller's, where it fails at once.
         """
+        cdef Connection *c
         cdef sockaddr_storage target
         cdef bint connecting
         cdef int fd
@@ -257,7 +260,8 @@ cdef class Relay:
             close(fd)
             raise
         own_add(&self.relaying.own, &c.own, fd, &target)
-        return self.begin(c, connecting, timeout_ms)
+        connection_begin(&self.relaying, c, connecting, timeout_ms)
+        return self.last_id
 
     def dial(self, bytes address not None):
         """Start to connect a socket of the caller's; its fd, watched for EPOLLOUT.
@@ -275,7 +279,7 @@ cdef class Relay:
             raise_errno(-fd)
         try:
             self.watch(fd, EPOLLOUT | EPOLLET)
-        except (OSError, MemoryError):
+        except OSError:
             close(fd)
             raise
         watch = self.watches[fd]
@@ -289,64 +293,30 @@ cdef class Relay:
 
     def adopt(self, int client, int client_family, int fd, bytes preamble=None):
         """Forward between a client and a connected socket of dial(), both owned from now on; the
-        id. Raises OSError, both still the caller's, but the target no longer watched.
+        id. Raises OSError, both still the caller's.
         """
-        cdef Own own
         cdef Watch *watch = self.watch_of(fd)
-        memset(&own, 0, sizeof(own))
+        cdef Connection *c
+        c = self.enter(client, client_family, fd, socket_family(fd), preamble, 0)
         if watch != NULL:
-            own_move(&self.relaying.own, &own, &watch.own)
-        self.unwatch(fd)
-        try:
-            c = self.enter(client, client_family, fd, socket_family(fd), preamble, 0)
-        except OSError:
-            own_remove(&self.relaying.own, &own)
-            raise
-        own_move(&self.relaying.own, &c.own, &own)
-        return self.begin(c, False, 0)
+            own_move(&self.relaying.own, &c.own, &watch.own)
+            self.unwatch(fd)
+        connection_begin(&self.relaying, c, False, 0)
+        return self.last_id
 
     cdef Connection *enter(self, int client, int client_family, int fd, int family,
                            bytes preamble, long long cookie) except NULL:
         """Make the two a connection. Raises OSError, and neither is owned."""
-        cdef Relaying *relay = &self.relaying
         cdef Connection *c = connection_new(client, client_family, fd, family)
-        cdef int failure = 0
         if c == NULL:
-            failure = -ENOMEM
-        elif preamble and half_keep(&c.up, <const char *>preamble, <size_t>len(preamble)) < 0:
-            failure = -ENOMEM
-        if failure == 0:
-            failure = endpoint_register(&relay.engine, &c.client)
-        if failure == 0:
-            failure = endpoint_register(&relay.engine, &c.target)
-            if failure < 0:
-                epoll_ctl(relay.engine.epoll, EPOLL_CTL_DEL, client, NULL)
-        if failure < 0:
-            if c != NULL:
-                half_drop(&c.up)
-                free(c)
-            raise_errno(-failure)
+            raise_errno(ENOMEM)
+        if preamble and half_keep(&c.up, <const char *>preamble, <size_t>len(preamble)) < 0:
+            free(c)
+            raise_errno(ENOMEM)
         self.last_id += 1
         c.id = self.last_id
         c.cookie = cookie
-        c.opened_ms = c.active_ms = relay.engine.now_ms
-        list_append(&relay.live, &c.live)
-        relay.open += 1
         return c
-
-    cdef long long begin(self, Connection *c, bint connecting, long long timeout_ms) noexcept:
-        """Pump for the first time; the id."""
-        cdef Relaying *relay = &self.relaying
-        cdef long long number = c.id
-        if not connecting:
-            c.state = CONNECTED
-            connection_advance(relay, c)
-            return number
-        c.state = CONNECTING
-        if timeout_ms > 0:
-            connection_wake_at(relay, c, relay.engine.now_ms + timeout_ms)
-        connection_first_pump(relay, c)
-        return number
 
     def close_all(self):
         """Cut every connection, as a reset: this is no clean end. How many there were."""

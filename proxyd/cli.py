@@ -5,7 +5,6 @@ original uses. argparse is not: it differs in a dozen details, and importing it 
 the rest of the start.
 """
 
-import _signal  # type: ignore[import-not-found]
 import os
 import sys
 from _collections_abc import Callable, Iterator
@@ -99,8 +98,6 @@ def parse_args(argv: list[str]) -> Options | Option:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the program; return its exit status."""
-    if _signal.getsignal(_signal.SIGINT) is not _signal.SIG_IGN:
-        _signal.signal(_signal.SIGINT, _signal.SIG_DFL)  # no KeyboardInterrupt, ever
     _open_standard_fds()
     log.setup(os.environ)
     try:
@@ -108,12 +105,31 @@ def main(argv: list[str] | None = None) -> int:
     except UsageError as error:
         log.error(str(error))
     except OSError as error:
-        log.error(f"Failed to start: {reason(error)}")
+        log.error(f"Failed: {reason(error)}")
     except ImportError as error:  # most often no fd or no memory left to load the relay with
         log.error(f"Failed to start: {error}")
     except MemoryError:
         log.error("Out of memory.")
+    except Exception as error:  # noqa: BLE001 - our own fault, and still one line
+        _log_our_fault(error)
     return 1
+
+
+def _log_our_fault(error: Exception) -> None:
+    """Log an error that nobody has foreseen, in one line; at debug level with all of its trace."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    where = ""
+    if trace is not None:
+        code = trace.tb_frame.f_code
+        where = f" in {code.co_name}, {os.path.basename(code.co_filename)}:{trace.tb_lineno}"
+    log.error(f"Internal error{where}: {type(error).__name__}: {error}")
+    if log.enabled(log.DEBUG):
+        import traceback
+
+        for line in traceback.format_exception(error):
+            log.debug(line.rstrip())
 
 
 def _run(argv: list[str]) -> int:
