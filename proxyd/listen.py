@@ -89,7 +89,7 @@ def open_listener(where: ListenAddress) -> Listener:
 def close_listener(listener: Listener) -> None:
     """Close the fd, and unlink the socket file if it is the one we made. Does not raise."""
     fd, listener.fd = listener.fd, -1
-    try:  # noqa: SIM105 - contextlib is not on the start path
+    try:
         os.close(fd)
     except OSError:
         pass  # closed before
