@@ -18,22 +18,30 @@ from proxyd._half cimport (
     half_held, half_keep, half_pump, half_read_ended, spill_free,
 )
 from proxyd._linux cimport (
-    AF_INET, AF_INET6, AF_UNIX, EAGAIN, ECONNRESET, EINTR, ELOOP, EPIPE, EPOLLERR, EPOLLHUP,
-    EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP, EPOLL_CTL_ADD, EPOLL_CTL_DEL, ETIMEDOUT,
-    IPPROTO_TCP, MSG_NOSIGNAL, SHUT_WR, SIOCOUTQ, SOL_SOCKET, SO_ERROR, SO_KEEPALIVE, SO_LINGER,
-    SO_OOBINLINE, TCP_NODELAY, calloc, close, epoll_ctl, epoll_event, errno, free, getpeername,
-    getsockname, getsockopt, int64_t, ioctl, linger, memcmp, memset, recv, send, setsockopt,
-    shutdown, sockaddr, sockaddr_storage, socklen_t, uint32_t, uint64_t,
+    AF_INET, AF_INET6, AF_UNIX, EAGAIN, ECONNRESET, EINPROGRESS, EINTR, ELOOP, ENOMEM, EPIPE,
+    EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP, EPOLL_CTL_ADD, EPOLL_CTL_DEL,
+    ETIMEDOUT, IPPROTO_TCP, MSG_NOSIGNAL, SHUT_WR, SIOCOUTQ, SOCK_CLOEXEC, SOCK_NONBLOCK,
+    SOCK_STREAM, SOL_SOCKET, SO_ERROR, SO_KEEPALIVE, SO_LINGER, SO_OOBINLINE, TCP_NODELAY,
+    calloc, close, connect, epoll_ctl, epoll_event, errno, free, getpeername, getsockname,
+    getsockopt, int64_t, ioctl, linger, memcmp, memset, recv, send, setsockopt, shutdown,
+    sockaddr, sockaddr_storage, socket, socklen_t, uint32_t, uint64_t,
 )
 from proxyd._list cimport Link, link_init, list_append, list_remove
 from proxyd._own cimport Own, OwnTable, own_add, own_remove
 from proxyd._pipe cimport pipe_init, pool_clear
 
 cdef enum:
-    KIND_WATCH, KIND_CLIENT, KIND_TARGET
+    KIND_WATCH, KIND_GATE, KIND_CLIENT, KIND_TARGET
 
 cdef enum:
     CONNECTING, CONNECTED, LINGERING, CLOSED
+
+# what run() tells the policy
+cdef enum:
+    NOTE_READY, NOTE_ACCEPTED, NOTE_NOBODY, NOTE_REFUSED, NOTE_FAILED, NOTE_ENDED
+
+cdef enum:
+    NOTES_MOST = 512           # per turn; gates stop at half, the other half is for watched fds
 
 # how a connection ended
 cdef enum:
@@ -72,6 +80,12 @@ ctypedef struct Connection:
     Endpoint *last             # the side that lingers
     bint reset                 # it is to be reset at the end
 
+ctypedef struct Note:
+    int kind
+    int fd
+    uint32_t value             # epoll events, or an errno
+    int index                  # of the gate
+
 ctypedef struct Relaying:
     Engine engine
     Link live
@@ -81,7 +95,15 @@ ctypedef struct Relaying:
     Connection *ended          # closed ones, to be reported
     Connection *dead           # closed ones, to be freed after the batch
     OwnTable own
-    int open                   # connections, lingering ones included
+    int open                   # connections, connecting and lingering ones included
+    int most                   # so many may be open before gates refuse
+    long long last_id
+    uint64_t accepted
+    uint64_t refused           # of them, closed at once: over the limit, or ourselves
+    int64_t turns              # epoll_wait calls
+    int64_t quiet_ms           # when `open` last fell to 0
+    Note notes[NOTES_MOST]
+    int notes_count
     int64_t next_wake_ms       # the earliest of `timed`; 0: none
     bint report_ends
     uint64_t ends[5]           # connections ended, by HOW_*
@@ -195,7 +217,13 @@ cdef inline void connection_unlink(Relaying *relay, Connection *c) noexcept nogi
     half_drop(&c.up)
     half_drop(&c.down)
     c.state = CLOSED
+
+
+cdef inline void connections_fewer(Relaying *relay) noexcept nogil:
     relay.open -= 1
+    if relay.open == 0:
+        relay.quiet_ms = relay.engine.now_ms
+        pool_clear(&relay.engine.pool)
 
 
 cdef inline void connection_close(
@@ -213,8 +241,7 @@ cdef inline void connection_close(
     else:
         c.next = relay.dead
         relay.dead = c
-    if relay.open == 0:
-        pool_clear(&relay.engine.pool)
+    connections_fewer(relay)
 
 
 cdef inline int64_t endpoint_queue(const Endpoint *end) noexcept nogil:
@@ -238,30 +265,29 @@ cdef inline bint connection_stuck(Relaying *relay, Connection *c, uint64_t queue
 cdef inline bint endpoint_drain(Relaying *relay, Connection *c, Endpoint *end) noexcept nogil:
     """Throw away what it sends. True once it has ended."""
     cdef ssize_t size
-    while c.drained < DRAIN_BYTES:
+    while end.readable and c.drained < DRAIN_BYTES:
         size = recv(end.fd, relay.engine.buffer, COPY_UNIT, 0)
         if size > 0:
             c.drained += <size_t>size
         elif size == 0 or (errno != EAGAIN and errno != EINTR):
             return True
         elif errno == EAGAIN:
-            return False
+            end.readable = 0
     return False
 
 
 cdef inline bint linger_over(Relaying *relay, Connection *c) noexcept nogil:
-    cdef int64_t now_ms = relay.engine.now_ms
-    cdef int64_t queue = endpoint_queue(c.last)
-    cdef bint stuck = connection_stuck(relay, c, <uint64_t>queue)
-    if c.last.error != 0 or c.last.family == AF_UNIX and c.reset:
+    """Whether the last side may be closed."""
+    cdef int64_t queue
+    if c.last.error != 0 or c.reset and c.last.family == AF_UNIX:
         return True
-    if c.reset:
-        return queue == 0 or stuck
-    if endpoint_drain(relay, c, c.last):
-        return True
-    if c.drained < DRAIN_BYTES and now_ms - c.linger_ms < DRAIN_MS:
-        return False
-    return queue == 0 or stuck
+    if not c.reset:
+        if endpoint_drain(relay, c, c.last):
+            return True
+        if c.drained < DRAIN_BYTES and relay.engine.now_ms - c.linger_ms < DRAIN_MS:
+            return False
+    queue = endpoint_queue(c.last)
+    return queue == 0 or connection_stuck(relay, c, <uint64_t>queue)
 
 
 cdef inline void linger_step(Relaying *relay, Connection *c) noexcept nogil:
@@ -399,7 +425,7 @@ cdef inline void connect_failed(Relaying *relay, Connection *c, int error) noexc
     own_remove(&relay.own, &c.own)
     c.state = CLOSED
     c.target.error = error
-    relay.open -= 1
+    connections_fewer(relay)
     c.next = relay.failed
     relay.failed = c
 
@@ -503,6 +529,79 @@ cdef inline void connection_begin(
         connection_close(relay, c, HOW_RESET, True)
     elif c.state == CONNECTING and timeout_ms > 0:
         connection_wake_at(relay, c, relay.engine.now_ms + timeout_ms)
+
+
+cdef inline int socket_connect(
+    const sockaddr_storage *address, socklen_t size, bint *connecting
+) noexcept nogil:
+    """A new socket on its way to `address`, or there; or -errno."""
+    cdef int fd = socket(address.ss_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0)
+    cdef int error
+    if fd < 0:
+        return -errno
+    socket_tune(fd, address.ss_family)
+    connecting[0] = False
+    if connect(fd, <const sockaddr *>address, size) < 0:
+        error = errno
+        if error != EINPROGRESS:
+            close(fd)
+            return -error
+        connecting[0] = True
+    return fd
+
+
+cdef inline Connection *connection_make(
+    Relaying *relay, int client, int client_family, int target, int target_family,
+    const char *preamble, size_t preamble_size
+) noexcept nogil:
+    """As connection_new, with an id and what is to be sent first."""
+    cdef Connection *c = connection_new(client, client_family, target, target_family)
+    if c == NULL:
+        return NULL
+    if preamble_size > 0 and half_keep(&c.up, preamble, preamble_size) < 0:
+        free(c)
+        return NULL
+    relay.last_id += 1
+    c.id = relay.last_id
+    return c
+
+
+cdef inline long long connection_open(
+    Relaying *relay, int client, int client_family, const sockaddr_storage *address,
+    socklen_t size, const char *preamble, size_t preamble_size, long long cookie,
+    int64_t timeout_ms
+) noexcept nogil:
+    """Connect a client to `address` and forward. The id, or -errno and the client is not owned."""
+    cdef Connection *c
+    cdef bint connecting
+    cdef long long number
+    cdef int fd = socket_connect(address, size, &connecting)
+    if fd < 0:
+        return fd
+    c = connection_make(relay, client, client_family, fd, address.ss_family,
+                        preamble, preamble_size)
+    if c == NULL:
+        close(fd)
+        return -ENOMEM
+    number = c.id
+    c.cookie = cookie
+    own_add(&relay.own, &c.own, fd, address)
+    connection_begin(relay, c, connecting, timeout_ms)
+    return number
+
+
+# ── notes ────────────────────────────────────────────────────────────────────────────────────
+
+cdef inline void note_add(
+    Relaying *relay, int kind, int fd, uint32_t value, int index
+) noexcept nogil:
+    """Something for the policy."""
+    cdef Note *note = &relay.notes[relay.notes_count]
+    note.kind = kind
+    note.fd = fd
+    note.value = value
+    note.index = index
+    relay.notes_count += 1
 
 
 # ── events ───────────────────────────────────────────────────────────────────────────────────

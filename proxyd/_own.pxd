@@ -1,7 +1,9 @@
 # The addresses of our own outgoing TCP sockets, to prove that an accepted client is one of them.
 #
-# Equal addresses of a listener and a target prove nothing (they may live in two network
-# namespaces); a client whose peer address is an outgoing socket's own address is a loop.
+# Equal addresses of a listener and a target prove nothing: they may live in two network namespaces.
+# Nor does a client that has the address of one of our outgoing sockets: the kernel gives one port
+# to two sockets that lead to two places. Both ends must match: the client's address is the outgoing
+# socket's own, and where it came in is where the outgoing socket went.
 
 from proxyd._linux cimport (
     AF_INET, AF_INET6, getsockname, memcmp, memcpy, memset, sockaddr, sockaddr_in, sockaddr_in6,
@@ -16,7 +18,8 @@ ctypedef struct OwnKey:
     uint16_t port              # network byte order; 0: not TCP
 
 ctypedef struct Own:
-    OwnKey key
+    OwnKey key                 # its own address
+    OwnKey goal                # where it goes
     Own *next
     bint listed
     bint self_possible         # its own port is the target's: it may have met itself
@@ -44,15 +47,14 @@ cdef inline void own_add(
     """Enter a TCP socket that is on its way to `target`; connect() has given it its address."""
     cdef sockaddr_storage mine
     cdef socklen_t size = sizeof(mine)
-    cdef OwnKey goal
     cdef int index
     if target.ss_family != AF_INET and target.ss_family != AF_INET6:
         return
     if getsockname(fd, <sockaddr *>&mine, &size) < 0:
         return
     own_key(&own.key, &mine)
-    own_key(&goal, target)
-    own.self_possible = own.key.port == goal.port
+    own_key(&own.goal, target)
+    own.self_possible = own.key.port == own.goal.port
     index = own.key.port % OWN_BUCKETS
     own.next = table.bucket[index]
     table.bucket[index] = own
@@ -70,14 +72,37 @@ cdef inline void own_remove(OwnTable *table, Own *own) noexcept nogil:
     own.listed = False
 
 
-cdef inline bint own_has(OwnTable *table, const sockaddr_storage *peer) noexcept nogil:
-    cdef OwnKey key
+cdef inline bint own_goes_to(const Own *own, const OwnKey *place) noexcept nogil:
+    """Whether it goes to `place`; the unspecified address goes to loopback, ip(7)."""
+    cdef OwnKey nowhere
+    if own.goal.port != place.port:
+        return False
+    if memcmp(own.goal.address, place.address, 16) == 0:
+        return True
+    memset(&nowhere, 0, sizeof(nowhere))
+    return memcmp(own.goal.address, nowhere.address, 16) == 0 or (
+        memcmp(own.goal.address, place.address, 12) == 0
+        and memcmp(&own.goal.address[12], nowhere.address, 4) == 0)
+
+
+cdef inline bint own_came_back(
+    OwnTable *table, int fd, const sockaddr_storage *peer
+) noexcept nogil:
+    """Whether the accepted client `fd` is the other end of one of our outgoing sockets."""
+    cdef sockaddr_storage name
+    cdef socklen_t size = sizeof(name)
+    cdef OwnKey client, here
     cdef Own *own
-    own_key(&key, peer)
-    own = table.bucket[key.port % OWN_BUCKETS] if key.port != 0 else NULL
+    own_key(&client, peer)
+    own = table.bucket[client.port % OWN_BUCKETS] if client.port != 0 else NULL
     while own != NULL:
-        if memcmp(&own.key, &key, sizeof(key)) == 0:
-            return True
+        if memcmp(&own.key, &client, sizeof(client)) == 0:
+            memset(&name, 0, sizeof(name))
+            if getsockname(fd, <sockaddr *>&name, &size) < 0:
+                return False
+            own_key(&here, &name)
+            if own_goes_to(own, &here):
+                return True
         own = own.next
     return False
 

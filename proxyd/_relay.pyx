@@ -11,44 +11,94 @@ _connection.pxd (how a connection begins and ends), _half.pxd (the pump), _pipe.
 """
 
 from proxyd._connection cimport (
-    CONNECTED, Connection, HOW_COUNT, HOW_CUT, HOW_IDLE, KIND_WATCH, Relaying,
-    connection_advance, connection_begin, connection_close, connection_event, connection_new,
-    relay_timers, socket_error, socket_met_itself, socket_tune,
+    CONNECTED, Connection, HOW_COUNT, HOW_CUT, HOW_IDLE, KIND_GATE, KIND_WATCH, NOTE_ACCEPTED,
+    NOTE_ENDED, NOTE_FAILED, NOTE_NOBODY, NOTE_READY, NOTE_REFUSED, Note, Relaying,
+    connection_advance, connection_begin, connection_close, connection_event, connection_make,
+    connection_open, note_add, relay_timers, socket_connect, socket_error, socket_met_itself,
+    socket_tune,
 )
-from proxyd._half cimport Endpoint, half_drop, half_held, half_keep
+from proxyd._gate cimport GATE_CHECK_TCP, GATE_CHECK_UNIX, GateState, gate_event
+from proxyd._half cimport Endpoint, half_drop, half_held
 from proxyd._linux cimport (
-    CLOCK_MONOTONIC, EINPROGRESS, EINTR, ELOOP, ENOMEM, EPOLLET, EPOLLIN, EPOLLOUT, EPOLL_CLOEXEC,
-    EPOLL_CTL_ADD, EPOLL_CTL_DEL, RLIMIT_NOFILE, SFD_CLOEXEC, SFD_NONBLOCK, SIG_BLOCK,
-    SOCK_CLOEXEC, SOCK_NONBLOCK, SOCK_STREAM, SOL_SOCKET, SO_DOMAIN, SO_PEERCRED, accept4,
-    calloc, clock_gettime, close, connect, epoll_create1, epoll_ctl, epoll_event, epoll_wait,
-    errno, free, getpeername, getpid, getrlimit, getsockname, getsockopt, int64_t, malloc,
-    memcpy, memset, rlimit, setrlimit, sigaddset, sigemptyset, signalfd, sigprocmask, sigset_t,
-    sockaddr, sockaddr_storage, socket, socklen_t, timespec, ucred, uint32_t,
+    CLOCK_MONOTONIC, EINPROGRESS, EINTR, ELOOP, ENOMEM, EPOLLET, EPOLLIN, EPOLLOUT,
+    EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL, RLIMIT_NOFILE, SFD_CLOEXEC, SFD_NONBLOCK,
+    SIG_BLOCK, SOL_SOCKET, SO_DOMAIN, calloc, clock_gettime, close, epoll_create1,
+    epoll_ctl, epoll_event, epoll_wait, errno, free, getpeername, getrlimit, getsockname,
+    getsockopt, int64_t, malloc, memcpy, memset, rlimit, setrlimit, sigaddset, sigemptyset,
+    signalfd, sigprocmask, sigset_t, sockaddr, sockaddr_storage, socklen_t, timespec,
 )
 from proxyd._list cimport Link, link_init, list_append, list_empty, list_remove
-from proxyd._own cimport Own, own_add, own_has, own_move, own_remove
+from proxyd._own cimport Own, own_add, own_move, own_remove
 from proxyd._pipe cimport pool_clear
 
 cdef enum:
     EVENTS_MOST = 256          # per epoll_wait
 
 # kinds of events that run() returns
-READY = 0
-FAILED = 1
-ENDED = 2
+READY = NOTE_READY
+ACCEPTED = NOTE_ACCEPTED
+NOBODY = NOTE_NOBODY
+REFUSED = NOTE_REFUSED
+FAILED = NOTE_FAILED
+ENDED = NOTE_ENDED
 
-# what accept() is to check
-CHECK_TCP = 1
-CHECK_UNIX = 2
+# what a Gate is to look for
+CHECK_TCP = GATE_CHECK_TCP
+CHECK_UNIX = GATE_CHECK_UNIX
 
 ctypedef struct Watch:
     int kind                   # KIND_WATCH, where an Endpoint has its kind
     int fd
     Own own                    # of a socket that dial() made
 
-ctypedef struct Ready:
-    int fd
-    uint32_t events
+
+cdef class Gate:
+    """A listener whose clients the relay accepts. The fd stays the caller's.
+
+    Each client becomes an (ACCEPTED, client, index) event; with express() it is connected at once
+    instead. `check` is CHECK_TCP to find clients that are our own outgoing sockets (the listener
+    must be in our network namespace), CHECK_UNIX to find those of this process; such a client is
+    closed, and (NOBODY, ELOOP, index) tells.
+    """
+
+    cdef GateState state
+    cdef Relay relay
+
+    def __init__(self, Relay relay not None, int fd, int family, int check, int index):
+        self.relay = relay
+        self.state.kind = KIND_GATE
+        self.state.fd = fd
+        self.state.family = family
+        self.state.check = check
+        self.state.index = index
+
+    @property
+    def served(self):
+        """Clients connected by express(), those included whose connect failed later."""
+        return self.state.served
+
+    def open(self):
+        """Begin to accept. Raises OSError. The gate must live until shut() was called."""
+        cdef epoll_event event
+        event.events = EPOLLIN
+        event.data.ptr = &self.state
+        if epoll_ctl(self.relay.relaying.engine.epoll, EPOLL_CTL_ADD, self.state.fd, &event) < 0:
+            raise_errno(errno)
+
+    def shut(self):
+        """Accept nobody any more; what waits stays in the backlog."""
+        epoll_ctl(self.relay.relaying.engine.epoll, EPOLL_CTL_DEL, self.state.fd, NULL)
+
+    def express(self, bytes address, long long timeout_ms=0):
+        """Connect clients to the packed `address` from now on, as Relay.connect() does.
+
+        None: no longer.
+        """
+        self.state.express = address is not None
+        if address is not None:
+            address_unpack(&self.state.target, address)
+            self.state.target_size = <socklen_t>len(address)
+            self.state.timeout_ms = timeout_ms
 
 
 cdef object raise_errno(int error):
@@ -70,14 +120,11 @@ cdef class Relay:
 
     cdef Relaying relaying
     cdef epoll_event events[EVENTS_MOST]
-    cdef Ready ready[EVENTS_MOST]
-    cdef int ready_count
-    cdef int own_pid
-    cdef long long last_id
     cdef Watch **watches               # by fd; NULL: not watched
     cdef int watches_size
     cdef public long long idle_ms      # close what has not moved a byte for so long; 0: never
     cdef public int wake_at            # run() returns when the open connections fall to this
+    cdef public bint wake_first        # … and when the first one comes
 
     def __cinit__(self, size_t stream_unit=512 * 1024, size_t pipe_size=1024 * 1024,
                   bint may_splice=True):
@@ -86,7 +133,8 @@ cdef class Relay:
         link_init(&relay.live, NULL)
         link_init(&relay.timed, NULL)
         link_init(&relay.again, NULL)
-        self.own_pid = getpid()
+        relay.most = 1 << 30
+        relay.quiet_ms = clock_ms()
         relay.engine.stream_unit = stream_unit
         relay.engine.pool.size = pipe_size
         relay.engine.may_splice = may_splice
@@ -129,6 +177,20 @@ cdef class Relay:
         return self.relaying.open
 
     @property
+    def most(self):
+        """So many connections may be open before gates refuse more."""
+        return self.relaying.most
+
+    @most.setter
+    def most(self, int value):
+        self.relaying.most = value
+
+    @property
+    def quiet_ms(self):
+        """When the last connection ended, on the clock of now_ms; at first, when it all began."""
+        return self.relaying.quiet_ms
+
+    @property
     def now_ms(self):
         """CLOCK_MONOTONIC in ms, as read for the last batch of events."""
         return self.relaying.engine.now_ms
@@ -143,9 +205,10 @@ cdef class Relay:
         self.relaying.report_ends = value
 
     def counters(self):
-        """(bytes to targets, bytes to clients, spliced, copied, ends by HOW_*)."""
+        """(accepted, refused, bytes to targets, to clients, spliced, copied, ends by HOW_*)."""
         cdef Relaying *relay = &self.relaying
         return (
+            relay.accepted, relay.refused,
             relay.engine.counters.forwarded[0], relay.engine.counters.forwarded[1],
             relay.engine.counters.spliced, relay.engine.counters.copied,
             tuple([relay.ends[i] for i in range(HOW_COUNT)]),
@@ -208,31 +271,6 @@ cdef class Relay:
         """Close the pipes kept for later, to make room where fds are short."""
         pool_clear(&self.relaying.engine.pool)
 
-    def accept(self, int listener, int check=0):
-        """The next client's fd, close-on-exec and non-blocking; the caller owns it.
-
-        -errno where there is none, -ELOOP for one that is proven to be our own and was closed:
-        with CHECK_TCP its address is one of our outgoing sockets' (the listener must be in our
-        network namespace), with CHECK_UNIX its process is this one.
-        """
-        cdef sockaddr_storage peer
-        cdef socklen_t size = sizeof(peer)
-        cdef int fd = accept4(listener, <sockaddr *>&peer, &size, SOCK_CLOEXEC | SOCK_NONBLOCK)
-        if fd < 0:
-            return -errno
-        if (check & CHECK_TCP and own_has(&self.relaying.own, &peer)
-                or check & CHECK_UNIX and self.peer_is_this_process(fd)):
-            close(fd)
-            return -ELOOP
-        return fd
-
-    cdef bint peer_is_this_process(self, int fd) noexcept:
-        cdef ucred peer
-        cdef socklen_t size = sizeof(peer)
-        if getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &size) < 0:
-            return False
-        return peer.pid == self.own_pid
-
     # ── connections ──────────────────────────────────────────────────────────────────────────
 
     def connect(self, int client, int client_family, bytes address not None,
@@ -246,22 +284,17 @@ cdef class Relay:
 
         Raises OSError, the client still the caller's, where it fails at once.
         """
-        cdef Connection *c
         cdef sockaddr_storage target
-        cdef bint connecting
-        cdef int fd
+        cdef long long number
         address_unpack(&target, address)
-        fd = socket_connect(&target, <socklen_t>len(address), &connecting)
-        if fd < 0:
-            raise_errno(-fd)
-        try:
-            c = self.enter(client, client_family, fd, target.ss_family, preamble, cookie)
-        except OSError:
-            close(fd)
-            raise
-        own_add(&self.relaying.own, &c.own, fd, &target)
-        connection_begin(&self.relaying, c, connecting, timeout_ms)
-        return self.last_id
+        if preamble is None:
+            preamble = b""
+        number = connection_open(
+            &self.relaying, client, client_family, &target, <socklen_t>len(address),
+            preamble, <size_t>len(preamble), cookie, timeout_ms)
+        if number < 0:
+            raise_errno(<int>-number)
+        return number
 
     def dial(self, bytes address not None):
         """Start to connect a socket of the caller's; its fd, watched for EPOLLOUT.
@@ -297,26 +330,17 @@ cdef class Relay:
         """
         cdef Watch *watch = self.watch_of(fd)
         cdef Connection *c
-        c = self.enter(client, client_family, fd, socket_family(fd), preamble, 0)
+        if preamble is None:
+            preamble = b""
+        c = connection_make(&self.relaying, client, client_family, fd, socket_family(fd),
+                            preamble, <size_t>len(preamble))
+        if c == NULL:
+            raise_errno(ENOMEM)
         if watch != NULL:
             own_move(&self.relaying.own, &c.own, &watch.own)
             self.unwatch(fd)
         connection_begin(&self.relaying, c, False, 0)
-        return self.last_id
-
-    cdef Connection *enter(self, int client, int client_family, int fd, int family,
-                           bytes preamble, long long cookie) except NULL:
-        """Make the two a connection. Raises OSError, and neither is owned."""
-        cdef Connection *c = connection_new(client, client_family, fd, family)
-        if c == NULL:
-            raise_errno(ENOMEM)
-        if preamble and half_keep(&c.up, <const char *>preamble, <size_t>len(preamble)) < 0:
-            free(c)
-            raise_errno(ENOMEM)
-        self.last_id += 1
-        c.id = self.last_id
-        c.cookie = cookie
-        return c
+        return self.relaying.last_id
 
     def close_all(self):
         """Cut every connection, as a reset: this is no clean end. How many there were."""
@@ -333,12 +357,15 @@ cdef class Relay:
         """Forward until there is something for the policy; the events, as a list of tuples.
 
         (READY, fd, events)                           a watched fd
-        (FAILED, client, errno, cookie, …)            see connect()
+        (ACCEPTED, client, index)                     the caller's now; see Gate
+        (NOBODY, errno, index)                        accept failed
+        (REFUSED, index)                              a client over the limit was closed
+        (FAILED, client, errno, cookie, …)            see connect(); the cookie is a gate's index
         (ENDED, id, how, up, down, ms, errnos)        with report_ends: bytes each way, duration,
                                                       (client's errno, target's errno)
 
-        The list is empty after `timeout_ms` (-1: never), and when the number of open connections
-        has fallen to `wake_at`.
+        The list is empty after `timeout_ms` (-1: never), when the number of open connections has
+        fallen to `wake_at`, and with `wake_first` when it has risen from 0.
         """
         cdef int64_t deadline_ms = clock_ms() + timeout_ms if timeout_ms >= 0 else -1
         cdef int failure
@@ -352,15 +379,16 @@ cdef class Relay:
         """Turn until the policy is needed; 0 or -errno."""
         cdef Relaying *relay = &self.relaying
         cdef int failure, before
-        self.ready_count = 0
         while True:
             before = relay.open
             failure = self.turn(deadline_ms)
             if failure < 0:
                 return failure
-            if self.ready_count > 0 or relay.failed != NULL or relay.ended != NULL:
+            if relay.notes_count > 0 or relay.failed != NULL or relay.ended != NULL:
                 return 0
             if before > self.wake_at >= relay.open:
+                return 0
+            if self.wake_first and before == 0 and relay.open > 0:
                 return 0
             if deadline_ms >= 0 and relay.engine.now_ms >= deadline_ms:
                 return 0
@@ -376,6 +404,7 @@ cdef class Relay:
                 return -errno
             count = 0
         relay.engine.now_ms = clock_ms()
+        relay.turns += 1
         for i in range(count):
             self.dispatch(&self.events[i])
         self.pump_again()
@@ -388,12 +417,12 @@ cdef class Relay:
 
     cdef void dispatch(self, epoll_event *event) noexcept nogil:
         cdef Watch *watch = <Watch *>event.data.ptr
-        if watch.kind != KIND_WATCH:
+        if watch.kind == KIND_GATE:
+            gate_event(&self.relaying, <GateState *>watch)
+        elif watch.kind == KIND_WATCH:
+            note_add(&self.relaying, NOTE_READY, watch.fd, event.events, 0)
+        else:
             connection_event(&self.relaying, <Endpoint *>watch, event.events)
-            return
-        self.ready[self.ready_count].fd = watch.fd
-        self.ready[self.ready_count].events = event.events
-        self.ready_count += 1
 
     cdef void pump_again(self) noexcept nogil:
         """One more turn for each connection whose pump had spent its budget."""
@@ -444,9 +473,9 @@ cdef class Relay:
         cdef Connection *c
         cdef int i
         cdef list events = []
-        for i in range(self.ready_count):
-            events.append((READY, self.ready[i].fd, self.ready[i].events))
-        self.ready_count = 0
+        for i in range(relay.notes_count):
+            events.append(note_tuple(&relay.notes[i], relay.engine.now_ms))
+        relay.notes_count = 0
         while relay.failed != NULL:
             c = relay.failed
             events.append((FAILED, c.client.fd, c.target.error, c.cookie, take_pending(c),
@@ -460,6 +489,18 @@ cdef class Relay:
             relay.ended = c.next
             connection_free(c)
         return events
+
+
+cdef tuple note_tuple(const Note *note, int64_t now_ms):
+    if note.kind == NOTE_READY:
+        return READY, note.fd, note.value
+    if note.kind == NOTE_ACCEPTED:
+        return ACCEPTED, note.fd, note.index
+    if note.kind == NOTE_NOBODY:
+        return NOBODY, note.value, note.index
+    if note.kind == NOTE_REFUSED:
+        return REFUSED, note.index
+    return FAILED, note.fd, note.value, note.index, b"", now_ms, 0
 
 
 cdef int64_t earlier(int64_t one, int64_t other) noexcept nogil:
@@ -501,23 +542,6 @@ cdef int address_unpack(sockaddr_storage *to, bytes address) except -1:
     memset(to, 0, sizeof(to[0]))
     memcpy(to, <const char *>address, len(address))
     return 0
-
-
-cdef int socket_connect(const sockaddr_storage *address, socklen_t size, bint *connecting) noexcept:
-    """A new socket on its way to `address`, or there; or -errno."""
-    cdef int fd = socket(address.ss_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0)
-    cdef int error
-    if fd < 0:
-        return -errno
-    socket_tune(fd, address.ss_family)
-    connecting[0] = False
-    if connect(fd, <const sockaddr *>address, size) < 0:
-        error = errno
-        if error != EINPROGRESS:
-            close(fd)
-            return -error
-        connecting[0] = True
-    return fd
 
 
 def connected(int fd):

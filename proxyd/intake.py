@@ -1,18 +1,23 @@
-"""Accepting: who comes in, and when nobody does."""
+"""Accepting: who comes in, and when nobody does.
+
+The relay accepts, and on express terms connects at once (_gate.pxd). Here the terms are set, and
+the clients admitted for which there are none.
+"""
 
 import errno
 import os
 
 from proxyd import log
-from proxyd._relay import socket_names, tune
+from proxyd._relay import ACCEPTED, NOBODY, REFUSED, Gate, socket_names, tune
 from proxyd.address import text, unmapped
 from proxyd.listen import Listener
 from proxyd.loop import Loop
 from proxyd.loops import what_to_check
 from proxyd.reach import Reach
 
-ACCEPT_MOST = 32
-"""Clients accepted in a row before the connections have their turn."""
+TYPE_CHECKING = False  # as typing has it
+if TYPE_CHECKING:
+    from proxyd._relay import Event
 
 PAUSE_MS = 100
 """How long nobody is accepted when fds or memory have run out, unless a connection ends."""
@@ -26,14 +31,15 @@ _BROKEN = (errno.EBADF, errno.EINVAL, errno.ENOTSOCK, errno.EOPNOTSUPP)
 class Door:
     """A listener and the way to its target."""
 
-    __slots__ = ("check", "index", "listener", "way")
+    __slots__ = ("gate", "index", "listener", "open", "way")
 
-    def __init__(self, index: int, listener: Listener, way: Reach) -> None:
+    def __init__(self, loop: Loop, index: int, listener: Listener, way: Reach) -> None:
         self.index = index
         """In Intake.doors; the relay's cookie."""
         self.listener = listener
         self.way = way
-        self.check = what_to_check(listener)
+        self.gate = Gate(loop.relay, listener.fd, listener.family, what_to_check(listener), index)
+        self.open = False
 
 
 class Intake:
@@ -43,9 +49,10 @@ class Intake:
         self, loop: Loop, doors: list[Door], connections_max: int, proxy_protocol: int
     ) -> None:
         self.doors = doors
-        self.accepted = 0
         self.refused = 0
-        """Accepted and closed: over the limit, or a loop."""
+        """Clients over the limit that were refused here, not by the relay."""
+        self.broken = False
+        """Tell whether no listener is left to accept from."""
         self.resume_ms: int | None = None
         """When to accept again, after fds or memory had run out."""
         self._loop = loop
@@ -61,33 +68,37 @@ class Intake:
             tune(door.listener.fd, door.listener.family)
             if door.listener.connected:
                 fd, door.listener.fd = door.listener.fd, -1
-                self.accepted += 1
                 self._admit(door, fd)
             else:
-                self._watch(door)
+                door.gate.open()
+                door.open = True
+        self.set_terms()
 
     def disarm(self) -> None:
         """Accept nobody any more; what waits in a backlog stays there."""
         for door in self.doors:
-            self._loop.unwatch(door.listener.fd)
+            self._shut(door)
 
-    def accept_everything(self) -> bool:
-        """Accept from every listener until nobody waits; True if anybody came."""
-        before = self.accepted
+    def set_terms(self) -> None:
+        """Tell the relay which clients it may connect without asking, and how many."""
+        held = 0
+        for way in self._ways:
+            held += len(way.held)
+        self._relay.most = self._connections_max - held
+        asked = self._proxy_protocol or self._loop.notes is not None
         for door in self.doors:
-            while door.listener.fd in self._loop.handlers and self._accept_batch(door):
-                pass
-        return self.accepted > before
+            door.gate.express(None if asked else door.way.express, door.way.timeout_ms or 0)
 
-    @property
-    def broken(self) -> bool:
-        """Tell whether there is no listener left to accept from."""
-        listening = [door for door in self.doors if not door.listener.connected]
-        return (
-            bool(listening)
-            and self.resume_ms is None
-            and not any(door.listener.fd in self._loop.handlers for door in listening)
-        )
+    def event(self, event: "Event") -> None:
+        """Take an event of a gate."""
+        kind, *rest, index = event
+        door = self.doors[index]
+        if kind == ACCEPTED:
+            self._accepted(door, rest[0])
+        elif kind == NOBODY:
+            self._not_accepted(door, rest[0])
+        elif kind == REFUSED:
+            log.limited("limit", "Hit connection limit, refusing connection.")
 
     def tick(self, now_ms: int) -> None:
         """Accept again once it is time, or a connection has ended."""
@@ -97,32 +108,23 @@ class Intake:
             self.resume_ms = None
             for door in self.doors:
                 if door.listener.fd >= 0:
-                    self._watch(door)
+                    door.gate.open()
+                    door.open = True
 
     def wake_at(self) -> int:
         """At how many open connections tick() wants to be called."""
         return -1 if self.resume_ms is None else self._open_at_pause - 1
 
-    def _watch(self, door: Door) -> None:
-        self._loop.watch(door.listener.fd, lambda _events: self._accept_batch(door))
-
-    def _accept_batch(self, door: Door) -> bool:
-        """Accept some who wait; True if there may be more."""
-        for _ in range(ACCEPT_MOST):
-            fd = self._relay.accept(door.listener.fd, door.check)
-            if fd < 0:
-                return self._not_accepted(door, -fd)
-            self.accepted += 1
-            held = 0
-            for way in self._ways:
-                held += len(way.held)
-            if self._relay.open + held >= self._connections_max:
-                os.close(fd)
-                self.refused += 1
-                log.limited("limit", "Hit connection limit, refusing connection.")
-            else:
-                self._admit(door, fd)
-        return True
+    def _accepted(self, door: Door, fd: int) -> None:
+        held = 0
+        for way in self._ways:
+            held += len(way.held)
+        if self._relay.open + held >= self._connections_max:
+            os.close(fd)
+            self.refused += 1
+            log.limited("limit", "Hit connection limit, refusing connection.")
+        else:
+            self._admit(door, fd)
 
     def _admit(self, door: Door, fd: int) -> None:
         """Send a client on its way to the target."""
@@ -134,29 +136,22 @@ class Intake:
         name = text(unmapped(socket_names(fd)[0])) if self._loop.notes is not None else ""
         door.way.take(fd, door.listener, door.index, header, name)
 
-    def _not_accepted(self, door: Door, error: int) -> bool:
-        """Nobody was accepted; True if the next one may be."""
-        if error == errno.EAGAIN:
-            return False
+    def _not_accepted(self, door: Door, error: int) -> None:
+        where = door.listener.text
         if error == errno.ELOOP:
-            self.accepted += 1
-            self.refused += 1
             log.limited(
-                f"loop {door.listener.text}",
-                f"Refusing connection: target {door.way.text} leads back to our own listener "
-                f"{door.listener.text}.",
+                f"loop {where}",
+                f"Refusing connection: target {door.way.text} leads back to our own "
+                f"listener {where}.",
             )
-            return True
-        if error in _EXHAUSTED:
+        elif error in _EXHAUSTED:
             self._pause(error)
-            return False
-        if error in _BROKEN:
-            log.error(f"Failed to accept from {door.listener.text}: {os.strerror(error)}.")
-            self._loop.unwatch(door.listener.fd)
-            return False
-        # accept(2): errors of the network are the client's that was to be accepted.
-        log.limited("accept", f"Failed to accept from {door.listener.text}: {os.strerror(error)}.")
-        return True
+        elif error in _BROKEN:
+            log.error(f"Failed to accept from {where}: {os.strerror(error)}.")
+            self._shut(door)
+            self.broken = not any(other.open for other in self.doors)
+        else:  # accept(2): errors of the network are the client's that was to be accepted
+            log.limited("accept", f"Failed to accept from {where}: {os.strerror(error)}.")
 
     def _pause(self, error: int) -> None:
         """Nothing is left to accept with: a listener would stay readable and burn a CPU."""
@@ -168,3 +163,8 @@ class Intake:
             "exhausted",
             f"Failed to accept: {os.strerror(error)}. Waiting until a connection ends.",
         )
+
+    def _shut(self, door: Door) -> None:
+        if door.open:
+            door.open = False
+            door.gate.shut()

@@ -36,10 +36,10 @@ class Manager:
         self._notifier.stopping()
         self._extend_ms = now_ms if waits and self._notifier.enabled else None
 
-    def changed(self, now_ms: int) -> None:
-        """Something that STATUS= shows may have changed."""
-        if self._status_ms is None and self._notifier.enabled:
-            self._status_ms = now_ms + STATUS_MS
+    @property
+    def wanted(self) -> bool:
+        """Tell whether anybody listens, and tick() is to be called when the first client comes."""
+        return self._notifier.enabled
 
     def next_ms(self) -> int | None:
         """When tick() is to be called at the latest."""
@@ -54,7 +54,9 @@ class Manager:
         if self._extend_ms is not None and now_ms >= self._extend_ms:
             self._notifier.extend(EXTEND_BY_USEC)
             self._extend_ms = now_ms + EXTEND_EVERY_MS
-        if self._status_ms is not None and now_ms >= self._status_ms:
+        if self._status_ms is None:
+            self._status_ms = now_ms + STATUS_MS if busy and self.wanted else None
+        elif now_ms >= self._status_ms:
             self._status_ms = now_ms + STATUS_MS if busy else None
             text = self._status()
             if text != self._told:

@@ -80,7 +80,7 @@ class Reach:
         self.port = port
         """With `HOST:*` the listener's."""
         self._host = target.host
-        self._timeout_ms = timeout_ms
+        self.timeout_ms = timeout_ms
         """How long a client is held; 0: one attempt, None: for ever."""
         self._address = target.address
         """The packed address of a literal target."""
@@ -90,7 +90,9 @@ class Reach:
         self.held: dict[int, Client] = {}
         """By fd, the oldest first."""
         self.served = 0
-        """Connections made, those still under way included."""
+        """Connections begun here; the gates count their own."""
+        self.returned = 0
+        """Of all of them, those that the target did not answer."""
         self.failed = 0
         """Clients given up."""
         self._good = b""
@@ -117,6 +119,11 @@ class Reach:
         """When the next probe is due."""
         self._first_deadline_ms: int | None = None
 
+    @property
+    def express(self) -> bytes | None:
+        """Where the relay may connect clients to without asking; None while there is doubt."""
+        return self._address if self._up and not self.held else None
+
     # ── clients come ─────────────────────────────────────────────────────────────────────────
 
     def take(
@@ -130,7 +137,7 @@ class Reach:
         if address is None or not self._up or self.held:
             self._hold(Client(fd, listener, header, name, self._relay.now_ms))
             return
-        timeout_ms = self._timeout_ms if self._host is None else STAGGER_MS
+        timeout_ms = self.timeout_ms if self._host is None else STAGGER_MS
         try:
             number = self._relay.connect(
                 fd, listener.family, address, header, cookie, timeout_ms or 0
@@ -145,7 +152,7 @@ class Reach:
     def take_back(self, listener: Listener, event: "Event") -> None:
         """A connect of the relay has failed: the client is ours again. `event` is a FAILED one."""
         _, fd, error, _, pending, since_ms, number = event
-        self.served -= 1
+        self.returned += 1
         note = self._loop.notes.pop(number, "") if self._loop.notes is not None else ""
         client = Client(fd, listener, pending, note.partition(" → ")[0], since_ms)
         self._hold(client)
@@ -256,7 +263,7 @@ class Reach:
 
     def _hopeful(self, client: Client, error: int) -> bool:
         """Tell whether the target may be there later."""
-        if self._timeout_ms == 0:
+        if self.timeout_ms == 0:
             return False
         if error == errno.EACCES and self._is_unix():
             return self._relay.now_ms - client.since_ms < ACCESS_MS
@@ -314,8 +321,8 @@ class Reach:
             self._pause_ms = PROBE_MS
         self._held_total += 1
         self.held[client.fd] = client
-        if self._timeout_ms:
-            client.deadline_ms = client.since_ms + self._timeout_ms
+        if self.timeout_ms:
+            client.deadline_ms = client.since_ms + self.timeout_ms
             if self._first_deadline_ms is None or client.deadline_ms < self._first_deadline_ms:
                 self._first_deadline_ms = client.deadline_ms
         try:
@@ -376,7 +383,7 @@ class Reach:
         from proxyd.resolver import RETRYABLE as PASSING
 
         reason = f"Failed to resolve host: {error.strerror} ({host.decode()})"
-        if error.errno in PASSING and self._timeout_ms != 0:
+        if error.errno in PASSING and self.timeout_ms != 0:
             self._outage(reason)
             self._probe_ms = self._relay.now_ms + LOOKUP_MS
             return

@@ -53,13 +53,14 @@ class Server:
         self.reaches: list[Reach] = []
         self.intake = Intake(
             self.loop,
-            [Door(index, one, self._way_of(one)) for index, one in enumerate(listeners)],
+            [Door(self.loop, i, one, self._way_of(one)) for i, one in enumerate(listeners)],
             fit_connections(options.connections_max, len(listeners), bool(hosts)),
             options.proxy_protocol,
         )
         self.manager = Manager(Notifier(environ), self._status, self.relay.now_ms)
-        self.idle_since_ms: int | None = self.relay.now_ms
-        """Since when there has been no connection; None while there is one."""
+        self.relay.wake_first = self.manager.wanted
+        self.held_ms = self.relay.now_ms
+        """When a client was last held."""
         self.exit_idle_ms = _milliseconds(options.exit_idle_time)
         if len(listeners) == 1 and listeners[0].connected:
             self.exit_idle_ms = 0  # Accept=yes: with the one connection all ends
@@ -75,11 +76,14 @@ class Server:
         self.manager.ready()
         self._tick()
         while not self._over():
-            for event in self.loop.run(self._timeout_ms()):
-                self._relay_event(event)
-            self._tick()
+            self._turn(self._timeout_ms())
         self._end()
         return 1 if self.intake.broken and not self.stopping else 0
+
+    def _turn(self, timeout_ms: int) -> None:
+        for event in self.loop.run(timeout_ms):
+            self._relay_event(event)
+        self._tick()
 
     def _relay_event(self, event: "Event") -> None:
         if event[0] == FAILED:
@@ -87,39 +91,38 @@ class Server:
             door.way.take_back(door.listener, event)
         elif event[0] == ENDED:
             self._log_end(event)
+        else:
+            self.intake.event(event)
 
     def _tick(self) -> None:
         """Do what time, or the last batch of events, has made due."""
         now_ms = self.relay.now_ms
         for reach in self.reaches:
             if reach.held:
+                self.held_ms = now_ms
                 reach.step(now_ms)
         self.intake.tick(now_ms)
+        self.intake.set_terms()
         busy = self._busy()
-        if busy:
-            self.idle_since_ms = None
-            self.manager.changed(now_ms)
-        elif self.idle_since_ms is None:
-            self.idle_since_ms = now_ms
         self.manager.tick(now_ms, busy)
-        self._set_wake(busy)
+        ends = self.stopping or self.exit_idle_ms is not None
+        self.relay.wake_at = max(self.intake.wake_at(), 0 if busy and ends else -1)
 
     def _busy(self) -> bool:
         return self.relay.open > 0 or any(reach.held for reach in self.reaches)
 
-    def _set_wake(self, busy: bool) -> None:
-        """Have run() return when connections end, if anybody waits for that."""
-        ends = self.stopping or self.exit_idle_ms is not None
-        self.relay.wake_at = max(self.intake.wake_at(), 0 if busy and ends else -1)
-
     def _timeout_ms(self) -> int:
         """How long the relay may go on without us, -1: until something happens."""
-        times = [self.manager.next_ms(), self.intake.resume_ms, self.stop_ms]
+        times = [self.manager.next_ms(), self.intake.resume_ms, self.stop_ms, self._idle_exit_ms()]
         times += [reach.next_ms() for reach in self.reaches if reach.held]
-        if self.idle_since_ms is not None and self.exit_idle_ms is not None:
-            times.append(self.idle_since_ms + self.exit_idle_ms)
         soonest = min((time for time in times if time is not None), default=None)
         return -1 if soonest is None else max(soonest - self.relay.now_ms, 0)
+
+    def _idle_exit_ms(self) -> int | None:
+        """When to end for want of clients, as things stand."""
+        if self.exit_idle_ms is None or self._busy():
+            return None
+        return max(self.relay.quiet_ms, self.held_ms) + self.exit_idle_ms
 
     # ── the end ──────────────────────────────────────────────────────────────────────────────
 
@@ -127,20 +130,15 @@ class Server:
         now_ms = self.relay.now_ms
         if self.stopping:
             return not self._busy() or (self.stop_ms is not None and now_ms >= self.stop_ms)
-        if self.idle_since_ms is None:
-            return False
-        if self.intake.broken:
+        if self.intake.broken and not self._busy():
             return True
-        if self.exit_idle_ms is None or now_ms - self.idle_since_ms < self.exit_idle_ms:
-            return False
-        return not self._somebody_came()
+        end_ms = self._idle_exit_ms()
+        return end_ms is not None and now_ms >= end_ms and not self._somebody_came()
 
     def _somebody_came(self) -> bool:
         """Look once more before an idle exit: who started the program is always served."""
-        if not self.intake.accept_everything():
-            return False
-        self._tick()
-        return True
+        self._turn(0)
+        return self._busy()
 
     def _stop(self) -> None:
         """On SIGTERM or SIGINT: no more clients, and an end; the second time at once."""

@@ -29,25 +29,26 @@ def status(relay: Relay, reaches: list[Reach]) -> str:
     """One line for STATUS=."""
     parts = [f"{relay.open} connection{'' if relay.open == 1 else 's'}"]
     parts += [f"{len(reach.held)} waiting for {reach.text}" for reach in reaches if reach.held]
-    to_targets, to_clients, *_ = relay.counters()
+    _, _, to_targets, to_clients, *_ = relay.counters()
     parts.append(f"{bytes_text(to_targets + to_clients)} forwarded")
     return ", ".join(parts)
 
 
 def summary(intake: Intake, relay: Relay, reaches: list[Reach]) -> list[str]:
     """Everything since the start: one line, and one for each target."""
-    to_targets, to_clients, spliced, copied, ends = relay.counters()
+    accepted, refused, to_targets, to_clients, spliced, copied, ends = relay.counters()
     held = sum(len(reach.held) for reach in reaches)
     failed = sum(reach.failed for reach in reaches)
     endings = [f"{count} {how}" for how, count in zip(_ENDINGS, ends, strict=True) if count]
     line = (
-        f"{intake.accepted} accepted, {relay.open} open, {held} waiting, "
-        f"{intake.refused} refused, {failed} failed; "
+        f"{accepted} accepted, {relay.open} open, {held} waiting, "
+        f"{refused + intake.refused} refused, {failed} failed; "
         f"{to_targets} bytes to targets, {to_clients} bytes to clients, "
         f"{spliced} spliced, {copied} copied; {', '.join(endings) or 'none ended'}"
     )
     return [line] + [
-        f"{reach.text}: {reach.served} served, {len(reach.held)} waiting, {reach.failed} failed"
+        f"{reach.text}: {_served(intake, reach)} served, {len(reach.held)} waiting, "
+        f"{reach.failed} failed"
         for reach in reaches
     ]
 
@@ -62,3 +63,9 @@ def ending(note: str, event: "Event") -> str:
     ]
     why = f" ({', '.join(sides)})" if sides else ""
     return f"{note}: {up} bytes up, {down} bytes down in {took_ms} ms, {_ENDINGS[how]}{why}."
+
+
+def _served(intake: Intake, reach: Reach) -> int:
+    """Connections brought to a target, those still under way included."""
+    express = sum(door.gate.served for door in intake.doors if door.way is reach)
+    return express + reach.served - reach.returned

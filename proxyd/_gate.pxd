@@ -1,0 +1,107 @@
+# A listener: its clients are accepted here and, on the policy's terms, connected at once.
+#
+# The terms are a target and whether it is believed to be there (`express`). Within them a client
+# costs no Python at all. Everything else becomes a note to the policy: a client accepted without
+# terms, one over the limit, one whose connect failed, an error of accept.
+
+from proxyd._connection cimport (
+    KIND_GATE, NOTES_MOST, NOTE_ACCEPTED, NOTE_FAILED, NOTE_NOBODY, NOTE_REFUSED, Relaying,
+    connection_open, note_add,
+)
+from proxyd._linux cimport (
+    EAGAIN, ELOOP, SOCK_CLOEXEC, SOCK_NONBLOCK, SOL_SOCKET, SO_PEERCRED, accept4, close, errno,
+    getpid, getsockopt, int64_t, sockaddr, sockaddr_storage, socklen_t, ucred, uint64_t,
+)
+from proxyd._own cimport own_came_back
+
+# what to look for in an accepted client, to find that it is ourselves
+cdef enum:
+    GATE_CHECK_TCP = 1         # its address is one of our outgoing sockets'
+    GATE_CHECK_UNIX = 2        # its process is this one
+
+# One client at a time is the cheapest while few come: to be told that nobody else waits (EAGAIN)
+# costs as much as a connection does, for the kernel makes the new socket before it looks. Where a
+# listener is ready in turn after turn, more are accepted at a time.
+cdef enum:
+    CROWD_TURNS = 4            # after so many turns in a row, twice as many
+    CROWD_MOST = 32            # before the connections have their turn
+
+ctypedef struct GateState:
+    int kind                   # KIND_GATE, where an Endpoint has its kind
+    int fd
+    int family
+    int check                  # GATE_CHECK_*
+    int index                  # the policy's number for it
+    bint express               # connect at once
+    sockaddr_storage target
+    socklen_t target_size
+    int64_t timeout_ms         # of a connect; 0: as long as the kernel tries
+    uint64_t served            # clients connected, or on their way
+    int64_t turn               # of the relay, in which it was last ready
+    int ready_turns            # in a row
+
+
+cdef inline bint peer_is_this_process(int fd) noexcept nogil:
+    cdef ucred peer
+    cdef socklen_t size = sizeof(peer)
+    if getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &size) < 0:
+        return False
+    return peer.pid == getpid()
+
+
+cdef inline int gate_accept(Relaying *relay, GateState *gate) noexcept nogil:
+    """A client's fd, or -errno; -ELOOP for one that is ourselves and was closed."""
+    cdef sockaddr_storage peer
+    cdef socklen_t size = sizeof(peer)
+    cdef int fd = accept4(gate.fd, <sockaddr *>&peer, &size, SOCK_CLOEXEC | SOCK_NONBLOCK)
+    if fd < 0:
+        return -errno
+    relay.accepted += 1
+    if (gate.check & GATE_CHECK_TCP and own_came_back(&relay.own, fd, &peer)
+            or gate.check & GATE_CHECK_UNIX and peer_is_this_process(fd)):
+        close(fd)
+        relay.refused += 1
+        return -ELOOP
+    return fd
+
+
+cdef inline void gate_admit(Relaying *relay, GateState *gate, int fd) noexcept nogil:
+    """A client is in: on its way to the target, or before the policy."""
+    cdef long long result
+    if not gate.express:
+        note_add(relay, NOTE_ACCEPTED, fd, 0, gate.index)
+        return
+    if relay.open >= relay.most:
+        close(fd)
+        relay.refused += 1
+        note_add(relay, NOTE_REFUSED, -1, 0, gate.index)
+        return
+    gate.served += 1
+    result = connection_open(relay, fd, gate.family, &gate.target, gate.target_size, NULL, 0,
+                             gate.index, gate.timeout_ms)
+    if result < 0:
+        note_add(relay, NOTE_FAILED, fd, <int>-result, gate.index)
+
+
+cdef inline int gate_crowd(GateState *gate, int64_t turn) noexcept nogil:
+    """How many clients to accept in this turn."""
+    gate.ready_turns = gate.ready_turns + 1 if turn == gate.turn + 1 else 0
+    gate.turn = turn
+    return min(1 << min(gate.ready_turns // CROWD_TURNS, 10), CROWD_MOST)
+
+
+cdef inline void gate_event(Relaying *relay, GateState *gate) noexcept nogil:
+    """The listener is readable. Level-triggered: who is left waits for the next turn."""
+    cdef int most = gate_crowd(gate, relay.turns)
+    cdef int fd
+    while most > 0 and relay.notes_count < NOTES_MOST // 2:
+        most -= 1
+        fd = gate_accept(relay, gate)
+        if fd >= 0:
+            gate_admit(relay, gate, fd)
+            continue
+        if fd == -EAGAIN:
+            gate.ready_turns = 0
+        else:
+            note_add(relay, NOTE_NOBODY, -1, -fd, gate.index)
+        return
