@@ -159,16 +159,18 @@ cdef inline bint endpoint_register(Engine *engine, Endpoint *end) noexcept nogil
 
 
 cdef inline void socket_tune(int fd, int family) noexcept nogil:
-    """What both legs have: keepalive, urgent bytes in their place, no Nagle delay.
+    """What both legs have: urgent bytes in their place, keepalive, no Nagle delay.
 
-    Failures are ignored: a transport without the option has no need of it.
+    What a listener has, the TCP sockets it accepts inherit; UNIX ones do not. Failures are
+    ignored: a transport without the option has no need of it.
     """
     cdef int on = 1
-    if family != AF_INET and family != AF_INET6:
-        return
-    setsockopt(fd, SOL_SOCKET, SO_KEEPALIVE, &on, sizeof(on))
-    setsockopt(fd, SOL_SOCKET, SO_OOBINLINE, &on, sizeof(on))
-    setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on))
+    if family == AF_INET or family == AF_INET6:
+        setsockopt(fd, SOL_SOCKET, SO_OOBINLINE, &on, sizeof(on))
+        setsockopt(fd, SOL_SOCKET, SO_KEEPALIVE, &on, sizeof(on))
+        setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on))
+    elif family == AF_UNIX:
+        setsockopt(fd, SOL_SOCKET, SO_OOBINLINE, &on, sizeof(on))
 
 
 # ── time ─────────────────────────────────────────────────────────────────────────────────────
@@ -515,6 +517,8 @@ cdef inline void connection_begin(
     c.opened_ms = c.active_ms = relay.engine.now_ms
     list_append(&relay.live, &c.live)
     relay.open += 1
+    if c.client.family == AF_UNIX:
+        socket_tune(c.client.fd, AF_UNIX)
     if connecting:
         c.state = CONNECTING
         connection_first_pump(relay, c)
