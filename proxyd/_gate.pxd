@@ -39,6 +39,7 @@ ctypedef struct GateState:
     uint64_t served            # clients connected, or on their way
     int64_t turn               # of the relay, in which it was last ready
     int ready_turns            # in a row
+    int64_t full_turn          # in which it last found no room
 
 
 cdef inline bint peer_is_this_process(int fd) noexcept nogil:
@@ -90,12 +91,27 @@ cdef inline int gate_crowd(GateState *gate, int64_t turn) noexcept nogil:
     return min(1 << min(gate.ready_turns // CROWD_TURNS, 10), CROWD_MOST)
 
 
+cdef inline bint gate_waits(Relaying *relay, GateState *gate) noexcept nogil:
+    """Whether to leave the clients in the backlog, since there is no room.
+
+    For one turn: a client that has closed and comes again is often heard before its FIN is. Who
+    finds no room in the turn after that is refused.
+    """
+    cdef int64_t before = gate.full_turn
+    if relay.open < relay.most:
+        return False
+    gate.full_turn = relay.turns
+    return before < relay.turns - 1
+
+
 cdef inline void gate_event(Relaying *relay, GateState *gate) noexcept nogil:
     """The listener is readable. Level-triggered: who is left waits for the next turn."""
     cdef int most = gate_crowd(gate, relay.turns)
     cdef int fd
     while most > 0 and relay.notes_count < NOTES_MOST // 2:
         most -= 1
+        if gate_waits(relay, gate):
+            return
         fd = gate_accept(relay, gate)
         if fd >= 0:
             gate_admit(relay, gate, fd)

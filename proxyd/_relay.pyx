@@ -408,6 +408,7 @@ cdef class Relay:
         for i in range(count):
             self.dispatch(&self.events[i])
         self.pump_again()
+        self.admit(count)
         if relay.next_wake_ms != 0 and relay.next_wake_ms <= relay.engine.now_ms:
             relay_timers(relay)
         if self.idle_ms > 0:
@@ -417,12 +418,22 @@ cdef class Relay:
 
     cdef void dispatch(self, epoll_event *event) noexcept nogil:
         cdef Watch *watch = <Watch *>event.data.ptr
-        if watch.kind == KIND_GATE:
-            gate_event(&self.relaying, <GateState *>watch)
-        elif watch.kind == KIND_WATCH:
+        if watch.kind == KIND_WATCH:
             note_add(&self.relaying, NOTE_READY, watch.fd, event.events, 0)
-        else:
+        elif watch.kind != KIND_GATE:
             connection_event(&self.relaying, <Endpoint *>watch, event.events)
+
+    cdef void admit(self, int count) noexcept nogil:
+        """The gates' turn: after the connections, which may end and make room, and not before the
+        policy has seen what else there is. It may be the signal to accept nobody any more."""
+        cdef Watch *watch
+        cdef int i
+        if self.relaying.notes_count > 0:
+            return  # gates are level-triggered, and announced again
+        for i in range(count):
+            watch = <Watch *>self.events[i].data.ptr
+            if watch.kind == KIND_GATE:
+                gate_event(&self.relaying, <GateState *>watch)
 
     cdef void pump_again(self) noexcept nogil:
         """One more turn for each connection whose pump had spent its budget."""
