@@ -1,0 +1,89 @@
+"""The list of scenarios, and how one is run and reported."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from machine import Failure, Machine
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """`body` returns a note for the report, or raises Failure.
+
+    `needs` are words of the program's --help without which there is nothing to test. `original`
+    says why the C original, of the systemd versions `since` to `until`, is to fail.
+    """
+
+    name: str
+    title: str
+    body: Callable[[Machine], str | None]
+    needs: tuple[str, ...]
+    original: str
+    since: int
+    until: int
+
+    def to_fail(self, original_version: int) -> str:
+        """Why the original of this version (0: it is not the original) is to fail, or empty."""
+        return self.original if self.since <= original_version <= self.until else ""
+
+
+SCENARIOS: dict[str, Scenario] = {}
+
+
+def scenario(*, needs: str = "", original: str = "", since: int = 1, until: int = 9999):
+    """Decorator: add a function to the scenarios; its docstring's first line is the title."""
+
+    def add(body):
+        name = body.__name__.replace("_", "-")
+        title = (body.__doc__ or "").strip().splitlines()[0]
+        SCENARIOS[name] = Scenario(name, title, body, tuple(needs.split()), original, since, until)
+        return body
+
+    return add
+
+
+def run_all(machine: Machine, names: list[str], original_version: int) -> dict[str, int]:
+    """Run scenarios one by one, a line each; return how many ended in which way.
+
+    `original_version` is the systemd version of the C original that is being run, or 0.
+    """
+    counts = {"ok": 0, "FAIL": 0, "skip": 0, "xfail": 0}
+    for name in names:
+        one = SCENARIOS[name]
+        counts[run_one(machine, one, one.to_fail(original_version))] += 1
+    return counts
+
+
+def run_one(machine: Machine, one: Scenario, expected: str) -> str:
+    """Run and report one scenario, which is to fail if `expected` says why."""
+    missing = [word for word in one.needs if word not in machine.help]
+    if missing:
+        print(f"skip {one.name} (its --help has no {' '.join(missing)})", flush=True)
+        return "skip"
+    began = time.monotonic()
+    try:
+        machine.begin(one.name)
+        note, failure = one.body(machine) or "", ""
+    except Failure as error:
+        note, failure = "", str(error) or "failed"
+    finally:
+        journal = end_of_journal(machine)
+        machine.end()
+    seconds = f"{time.monotonic() - began:.1f}"
+    if failure and expected:
+        print(f"xfail {one.name} {seconds} ({expected}): {failure.splitlines()[0]}", flush=True)
+        return "xfail"
+    if not failure and not expected:
+        print(f"ok {one.name} {seconds} {note}".rstrip(), flush=True)
+        return "ok"
+    print(f"FAIL {one.name} {seconds} {failure or 'passes, expected was: ' + expected}")
+    print("".join(f"    {line}\n" for line in journal[-40:]), end="", flush=True)
+    return "FAIL"
+
+
+def end_of_journal(machine: Machine) -> list[str]:
+    try:
+        return machine.journal().splitlines()
+    except Failure as error:
+        return [f"(no journal: {error})"]

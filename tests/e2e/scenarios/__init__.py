@@ -1,0 +1,10 @@
+"""The scenarios, in the order in which they run: importing a module adds its own."""
+
+from scenarios import man_page  # isort: skip  # noqa: F401
+from scenarios import transfers  # isort: skip  # noqa: F401
+from scenarios import activation  # isort: skip  # noqa: F401
+from scenarios import service_manager  # isort: skip  # noqa: F401
+from scenarios import limits  # isort: skip  # noqa: F401
+from scenarios import on_demand  # isort: skip  # noqa: F401
+from scenarios import callers  # isort: skip  # noqa: F401
+from scenarios import targets  # isort: skip  # noqa: F401

@@ -1,0 +1,128 @@
+"""Little memory, few tasks and fds, a hardened unit, and a crowd."""
+
+from harness import scenario
+from machine import Machine, check, same
+
+MEGABYTE = 1 << 20
+
+SMALL_LIMITS = "LimitNOFILE=32\nTasksMax=3\nMemoryMax=32M\n"
+
+HARDENED = """
+DynamicUser=yes
+ProtectSystem=strict
+ProtectHome=yes
+ProtectProc=invisible
+ProcSubset=pid
+ProtectClock=yes
+ProtectControlGroups=yes
+ProtectHostname=yes
+ProtectKernelLogs=yes
+ProtectKernelModules=yes
+ProtectKernelTunables=yes
+PrivateDevices=yes
+PrivateTmp=yes
+PrivateUsers=yes
+NoNewPrivileges=yes
+CapabilityBoundingSet=
+LockPersonality=yes
+MemoryDenyWriteExecute=yes
+RemoveIPC=yes
+RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX
+RestrictNamespaces=yes
+RestrictRealtime=yes
+RestrictSUIDSGID=yes
+SystemCallArchitectures=native
+SystemCallFilter=@system-service
+SystemCallFilter=~@privileged @resources
+SystemCallErrorNumber=EPERM
+UMask=0077
+MemoryMax=32M
+TasksMax=4
+LimitNOFILE=64
+"""
+
+
+def parallel_downloads(m: Machine, count: int) -> dict[str, int]:
+    """Run `count` downloads of 2 MiB at once; how they ended."""
+    return m.load_result(m.start_load("mix", 9000, 0, count, 0))["bulk"]
+
+
+@scenario(original="loses some of the downloads, or spins, when it is out of fds")
+def small_limits(m: Machine) -> str:
+    """LimitNOFILE=32, TasksMax=3, MemoryMax=32M: parallel downloads within and past the cap"""
+    m.nginx_for_load(8000)
+    m.proxy("proxy", "127.0.0.1:9000", "127.0.0.1:8000", service=SMALL_LIMITS, gated=True)
+    with m.limited("proxy.service", 32 * MEGABYTE, 3) as note:
+        first = m.main_pid("proxy.service")
+        for _ in range(3):
+            same("6 downloads", parallel_downloads(m, 6), {"ok": 6})
+        crowd = parallel_downloads(m, 60)
+        check(crowd["ok"] >= 6 and "Wrong: big" not in crowd, f"60 downloads: {crowd}")
+        m.wait_for("the next are served", lambda: parallel_downloads(m, 6) == {"ok": 6}, 10)
+        same("main process", m.main_pid("proxy.service"), first)
+        lines = m.journal("proxy.service").count("\n")
+        check(lines < 40, f"{lines} lines in the journal")
+    return f"{crowd['ok']} of 60 at once served; {note}"
+
+
+@scenario(original="is out of fds with 20 connections, 6 fds each")
+def hardened(m: Machine) -> str:
+    """A hardened unit (DynamicUser, W^X, system call filter ...) under load"""
+    m.nginx_for_load(8000)
+    m.proxy("proxy", "127.0.0.1:9000 [::1]:9000", "127.0.0.1:8000", service=HARDENED, gated=True)
+    with m.limited("proxy.service", 32 * MEGABYTE, 4) as note:
+        same("IPv6", m.sh("curl -sS http://[::1]:9000/small"), "small\n")
+        counts = m.load_result(m.start_load("mix", 9000, 1000, 0, 0))
+        same("short requests", counts["short"], {"ok": 1000})
+        same("downloads", parallel_downloads(m, 12), {"ok": 12})
+        noise = [
+            line
+            for line in m.journal("proxy.service").splitlines()
+            if "Traceback" in line or "arning" in line
+        ]
+        check(not noise, f"{noise[:3]}")
+    exposure = m.sh("systemd-analyze security proxy.service --no-pager | tail -n 1")
+    return f"{note}; {exposure.strip().removeprefix('→ ')}"
+
+
+@scenario(original="counts connections that have ended, until it has noticed", since=260)
+def as_many_clients_as_the_cap(m: Machine) -> str:
+    """--connections-max=20 and 20 clients that each connect again and again: none is refused"""
+    m.nginx_for_load(8000)
+    m.proxy("proxy", "127.0.0.1:9000", "127.0.0.1:8000", options="--connections-max=20")
+    counts = m.load_result(m.start_load("steady", 9000, 20, 3))["steady"]
+    same("failed", {how: count for how, count in counts.items() if how != "ok"}, {})
+    return f"{counts['ok']} served"
+
+
+def usage(m: Machine) -> tuple[int, int]:
+    """fds and RSS (KiB) of the proxy once its connections have ended."""
+    pid = m.main_pid("proxy.service")
+    m.wait_for(
+        "connections end",
+        lambda: not m.sh("ss -Htn state established dport = 8000 or sport = 9000"),
+        15,
+    )
+    m.sh("sleep 1.2")  # what is kept for the next connections may be given back in a while
+    fds, rss = m.sh(
+        f"ls /proc/{pid}/fd | wc -l; awk '/^VmRSS/ {{print $2}}' /proc/{pid}/status"
+    ).split()
+    return int(fds), int(rss)
+
+
+@scenario(original="is out of fds with 200 connections at the default LimitNOFILE", until=259)
+def crowd_leaves_no_trace(m: Machine) -> str:
+    """2000 short, 200 bulk and 30 abusive connections leave fds and RSS where they were"""
+    m.nginx_for_load(8000)
+    m.proxy("proxy", "127.0.0.1:9000", "127.0.0.1:8000", options="-c 512", socket="Backlog=1024")
+    m.load_result(m.start_load("mix", 9000, 100, 10, 5))
+    fds, rss = usage(m)
+    after = []
+    for _ in range(2):
+        counts = m.load_result(m.start_load("mix", 9000, 2000, 200, 30))
+        same("counts", counts, {"short": {"ok": 2000}, "bulk": {"ok": 200}, "abusive": {"ok": 30}})
+        after.append(usage(m))
+    same("fds afterwards", [one[0] for one in after], [fds, fds])
+    check(after[0][1] - rss < 2048, f"RSS grew from {rss} to {after[0][1]} KiB")
+    check(after[1][1] - after[0][1] < 256, f"RSS goes on growing: {rss}, {after} KiB")
+    return f"{fds} fds, RSS {rss} KiB before, {after[0][1]} and {after[1][1]} after"

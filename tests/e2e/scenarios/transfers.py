@@ -1,0 +1,175 @@
+"""Real clients and large payloads through a socket unit."""
+
+from harness import scenario
+from machine import TOOLS, Machine, same
+
+GIGABYTE = 1 << 30
+
+# A stream cipher makes a gigabyte without a pattern faster than /dev/urandom does.
+MAKE_FILE = """
+head -c {size} /dev/zero | openssl enc -aes-128-ctr -K 00 -iv 00 2>/dev/null >{path}
+"""
+
+DAV_SERVER = """
+server {{
+    listen 127.0.0.1:8000;
+    listen unix:{folder}/socket;
+    root {folder}/files;
+    dav_methods PUT;
+}}
+"""
+
+
+def sha256(m: Machine, path: str) -> str:
+    return m.sh(f"sha256sum <{path}", timeout=120).split()[0]
+
+
+def gigabyte_each_way(m: Machine, target: str) -> None:
+    m.sh(f"install -d -o www-data {m.folder}/files")
+    m.sh(MAKE_FILE.format(size=GIGABYTE, path=f"{m.folder}/files/down"))
+    m.nginx("backend", DAV_SERVER.format(folder=m.folder))
+    m.start("backend.service")
+    m.proxy("proxy", "127.0.0.1:9000", target, unit="After=backend.service")
+    upload = m.client(f"exec curl -sS -T {m.folder}/files/down http://127.0.0.1:9000/up")
+    got = m.sh("curl -sS http://127.0.0.1:9000/down | sha256sum", timeout=120).split()[0]
+    same("output of the upload", upload.communicate(timeout=120)[0], "")
+    wanted = sha256(m, f"{m.folder}/files/down")
+    same("downloaded", got, wanted)
+    same("uploaded", sha256(m, f"{m.folder}/files/up"), wanted)
+
+
+@scenario()
+def gigabyte_tcp(m: Machine) -> None:
+    """1 GiB down and up at once by curl and nginx, TCP to TCP"""
+    gigabyte_each_way(m, "127.0.0.1:8000")
+
+
+@scenario()
+def gigabyte_unix(m: Machine) -> None:
+    """1 GiB down and up at once by curl and nginx, TCP to UNIX"""
+    gigabyte_each_way(m, f"{m.folder}/socket")
+
+
+@scenario(original="drops the reply that follows a half-close", until=259)
+def netcat_half_close(m: Machine) -> None:
+    """nc -N sends 64 MiB, half-closes, and gets the server's answer"""
+    m.unit("backend.service", f"[Service]\nExecStart=python3 {TOOLS}/digest_server.py 8000\n")
+    m.start("backend.service")
+    m.wait_for("the server listens", lambda: m.listens(8000))
+    m.proxy("proxy", "127.0.0.1:9000", "127.0.0.1:8000")
+    m.sh(MAKE_FILE.format(size=64 << 20, path=f"{m.folder}/file"))
+    answer = m.sh(f"nc -N 127.0.0.1 9000 <{m.folder}/file")
+    same("answer", answer.strip(), sha256(m, f"{m.folder}/file"))
+
+
+SSHD = """
+[Service]
+RuntimeDirectory=sshd
+ExecStart=/usr/sbin/sshd -D -e -f {folder}/sshd_config
+"""
+
+SSHD_CONFIG = """
+ListenAddress 127.0.0.1:8000
+HostKey {folder}/host_key
+AuthorizedKeysFile {folder}/key.pub
+StrictModes no
+PidFile none
+"""
+
+SSH = (
+    "ssh -q -p 9000 -i {folder}/key -o BatchMode=yes -o StrictHostKeyChecking=no "
+    "-o UserKnownHostsFile=/dev/null"
+)
+
+
+def start_ssh(m: Machine) -> str:
+    """sshd behind the proxy; the client's command line."""
+    for key in ("host_key", "key"):
+        m.sh(f"ssh-keygen -q -t ed25519 -N '' -f {m.folder}/{key}")
+    m.write(f"{m.folder}/sshd_config", SSHD_CONFIG.format(folder=m.folder))
+    m.unit("backend.service", SSHD.format(folder=m.folder))
+    m.start("backend.service")
+    m.wait_for("sshd listens", lambda: m.listens(8000))
+    m.proxy("proxy", "127.0.0.1:9000", "127.0.0.1:8000")
+    return SSH.format(folder=m.folder)
+
+
+@scenario()
+def ssh(m: Machine) -> None:
+    """ssh: a command's status, and 100 MB through it both ways"""
+    command = start_ssh(m)
+    same("exit status", m.run(f"{command} 127.0.0.1 'exit 42'").returncode, 42)
+    m.sh(MAKE_FILE.format(size=100_000_000, path=f"{m.folder}/file"))
+    back = m.sh(f"{command} 127.0.0.1 'tee {m.folder}/copy' <{m.folder}/file | sha256sum")
+    wanted = sha256(m, f"{m.folder}/file")
+    same("there", sha256(m, f"{m.folder}/copy"), wanted)
+    same("and back", back.split()[0], wanted)
+
+
+@scenario()
+def rsync_over_ssh(m: Machine) -> None:
+    """rsync over ssh of a few thousand files, twice"""
+    command = start_ssh(m)
+    for _ in range(2):
+        m.sh(f"rsync -a -e '{command}' /usr/lib/python3.*/ 127.0.0.1:{m.folder}/copy/")
+    m.sh(f"diff -r --no-dereference /usr/lib/python3.*/ {m.folder}/copy/")
+
+
+@scenario()
+def rsync_daemon(m: Machine) -> None:
+    """rsync from and to an rsync daemon"""
+    m.write(
+        f"{m.folder}/rsyncd.conf",
+        f"use chroot = no\nuid = root\n[files]\npath = {m.folder}/files\nread only = no\n",
+    )
+    m.sh(f"mkdir {m.folder}/files")
+    m.unit(
+        "backend.service",
+        "[Service]\nExecStart=rsync --daemon --no-detach --address=127.0.0.1 "
+        f"--port=8000 --config={m.folder}/rsyncd.conf\n",
+    )
+    m.start("backend.service")
+    m.wait_for("rsync listens", lambda: m.listens(8000))
+    m.proxy("proxy", "127.0.0.1:9000", "127.0.0.1:8000")
+    m.sh("rsync -a /usr/lib/python3.*/ rsync://127.0.0.1:9000/files/")
+    m.sh(f"rsync -a rsync://127.0.0.1:9000/files/ {m.folder}/copy/")
+    m.sh(f"diff -r --no-dereference /usr/lib/python3.*/ {m.folder}/copy/")
+
+
+MAKE_REPOSITORY = """
+export GIT_AUTHOR_NAME=e2e GIT_AUTHOR_EMAIL=e2e@example.com
+export GIT_COMMITTER_NAME=e2e GIT_COMMITTER_EMAIL=e2e@example.com
+cd $FOLDER
+git init -q -b main work
+cp -r /usr/lib/python3.*/ work/
+git -C work add .
+git -C work commit -q -m first
+git clone -q --bare work served.git
+touch served.git/git-daemon-export-ok
+"""
+
+
+@scenario()
+def git(m: Machine) -> None:
+    """git clone from git daemon, and a push back"""
+    m.sh(f"FOLDER={m.folder}\n{MAKE_REPOSITORY}")
+    m.unit(
+        "backend.service",
+        "[Service]\nExecStart=git daemon --reuseaddr --listen=127.0.0.1 --port=8000 "
+        f"--enable=receive-pack --base-path={m.folder} {m.folder}\n",
+    )
+    m.start("backend.service")
+    m.wait_for("git listens", lambda: m.listens(8000))
+    m.proxy("proxy", "127.0.0.1:9000", "127.0.0.1:8000")
+    m.sh(f"git clone -q git://127.0.0.1:9000/served.git {m.folder}/clone")
+    m.sh(f"git -C {m.folder}/clone fsck --full")
+    m.sh(f"diff -r --no-dereference --exclude=.git {m.folder}/work {m.folder}/clone")
+    m.sh(
+        f"git -C {m.folder}/clone -c user.name=e2e -c user.email=e2e@example.com "
+        "commit -q --allow-empty -m second"
+    )
+    m.sh(f"git -C {m.folder}/clone push -q origin main")
+    heads = m.sh(
+        f"git -C {m.folder}/clone rev-parse main; git -C {m.folder}/served.git rev-parse main"
+    ).split()
+    same("pushed", heads[1], heads[0])
