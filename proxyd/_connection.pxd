@@ -97,6 +97,8 @@ ctypedef struct Relaying:
     OwnTable own
     int open                   # connections, connecting and lingering ones included
     int most                   # so many may be open before gates refuse
+    Link full                  # gates that wait for room
+    int64_t room_ms            # until when they do; 0: none does
     long long last_id
     uint64_t accepted
     uint64_t refused           # of them, closed at once: over the limit, or ourselves

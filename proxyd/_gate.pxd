@@ -9,9 +9,11 @@ from proxyd._connection cimport (
     connection_open, note_add,
 )
 from proxyd._linux cimport (
-    EAGAIN, ELOOP, SOCK_CLOEXEC, SOCK_NONBLOCK, SOL_SOCKET, SO_PEERCRED, accept4, close, errno,
-    getpid, getsockopt, int64_t, sockaddr, sockaddr_storage, socklen_t, ucred, uint64_t,
+    EAGAIN, ELOOP, EPOLLIN, EPOLL_CTL_MOD, SOCK_CLOEXEC, SOCK_NONBLOCK, SOL_SOCKET, SO_PEERCRED,
+    accept4, close, epoll_ctl, epoll_event, errno, getpid, getsockopt, int64_t, sockaddr,
+    sockaddr_storage, socklen_t, ucred, uint32_t, uint64_t,
 )
+from proxyd._list cimport Link, list_append, list_empty, list_remove
 from proxyd._own cimport own_came_back
 
 # what to look for in an accepted client, to find that it is ourselves
@@ -25,6 +27,7 @@ cdef enum:
 cdef enum:
     CROWD_TURNS = 4            # after so many turns in a row, twice as many
     CROWD_MOST = 32            # before the connections have their turn
+    ROOM_WAIT_MS = 20          # a client over the limit waits so long for room
 
 ctypedef struct GateState:
     int kind                   # KIND_GATE, where an Endpoint has its kind
@@ -39,7 +42,8 @@ ctypedef struct GateState:
     uint64_t served            # clients connected, or on their way
     int64_t turn               # of the relay, in which it was last ready
     int ready_turns            # in a row
-    int64_t full_turn          # in which it last found no room
+    Link full                  # among those that wait for room
+    bint refuses               # the wait was in vain
 
 
 cdef inline bint peer_is_this_process(int fd) noexcept nogil:
@@ -91,26 +95,50 @@ cdef inline int gate_crowd(GateState *gate, int64_t turn) noexcept nogil:
     return min(1 << min(gate.ready_turns // CROWD_TURNS, 10), CROWD_MOST)
 
 
-cdef inline bint gate_waits(Relaying *relay, GateState *gate) noexcept nogil:
-    """Whether to leave the clients in the backlog, since there is no room.
+cdef inline void gate_watch(Relaying *relay, GateState *gate, uint32_t events) noexcept nogil:
+    cdef epoll_event event
+    event.events = events
+    event.data.ptr = gate
+    epoll_ctl(relay.engine.epoll, EPOLL_CTL_MOD, gate.fd, &event)
 
-    For one turn: a client that has closed and comes again is often heard before its FIN is. Who
-    finds no room in the turn after that is refused.
+
+cdef inline bint gate_full(Relaying *relay, GateState *gate) noexcept nogil:
+    """Whether there is no room, and the clients have to wait for it in the backlog.
+
+    A client that has closed and comes again is often here before the target has closed too. So
+    nobody is refused before ROOM_WAIT_MS have passed without a connection's end.
     """
-    cdef int64_t before = gate.full_turn
-    if relay.open < relay.most:
+    if relay.open < relay.most or gate.refuses:
         return False
-    gate.full_turn = relay.turns
-    return before < relay.turns - 1
+    if relay.room_ms == 0:
+        relay.room_ms = relay.engine.now_ms + ROOM_WAIT_MS
+    gate_watch(relay, gate, 0)
+    list_append(&relay.full, &gate.full)
+    return True
+
+
+cdef inline void gates_reopen(Relaying *relay) noexcept nogil:
+    """There is room again, or the wait for it has been long enough: let the clients in, or hear
+    that they are too many."""
+    cdef bint refuse = relay.open >= relay.most
+    cdef GateState *gate
+    if refuse and relay.engine.now_ms < relay.room_ms:
+        return
+    relay.room_ms = 0
+    while not list_empty(&relay.full):
+        gate = <GateState *>relay.full.next.owner
+        list_remove(&gate.full)
+        gate.refuses = refuse
+        gate_watch(relay, gate, EPOLLIN)
 
 
 cdef inline void gate_event(Relaying *relay, GateState *gate) noexcept nogil:
     """The listener is readable. Level-triggered: who is left waits for the next turn."""
-    cdef int most = gate_crowd(gate, relay.turns)
+    cdef int most = NOTES_MOST if gate.refuses else gate_crowd(gate, relay.turns)
     cdef int fd
     while most > 0 and relay.notes_count < NOTES_MOST // 2:
         most -= 1
-        if gate_waits(relay, gate):
+        if gate_full(relay, gate):
             return
         fd = gate_accept(relay, gate)
         if fd >= 0:
@@ -118,6 +146,7 @@ cdef inline void gate_event(Relaying *relay, GateState *gate) noexcept nogil:
             continue
         if fd == -EAGAIN:
             gate.ready_turns = 0
+            gate.refuses = False
         else:
             note_add(relay, NOTE_NOBODY, -1, -fd, gate.index)
         return

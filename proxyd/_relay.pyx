@@ -17,15 +17,15 @@ from proxyd._connection cimport (
     connection_open, note_add, relay_timers, socket_connect, socket_error, socket_met_itself,
     socket_tune,
 )
-from proxyd._gate cimport GATE_CHECK_TCP, GATE_CHECK_UNIX, GateState, gate_event
+from proxyd._gate cimport GATE_CHECK_TCP, GATE_CHECK_UNIX, GateState, gate_event, gates_reopen
 from proxyd._half cimport Endpoint, half_drop, half_held
 from proxyd._linux cimport (
     CLOCK_MONOTONIC, EINPROGRESS, EINTR, ELOOP, ENOMEM, EPOLLET, EPOLLIN, EPOLLOUT,
     EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL, RLIMIT_NOFILE, SFD_CLOEXEC, SFD_NONBLOCK,
-    SIG_BLOCK, SOL_SOCKET, SO_DOMAIN, calloc, clock_gettime, close, epoll_create1,
-    epoll_ctl, epoll_event, epoll_wait, errno, free, getpeername, getrlimit, getsockname,
-    getsockopt, int64_t, malloc, memcpy, memset, rlimit, setrlimit, sigaddset, sigemptyset,
-    signalfd, sigprocmask, sigset_t, sockaddr, sockaddr_storage, socklen_t, timespec,
+    SIG_BLOCK, SOL_SOCKET, SO_DOMAIN, calloc, clock_gettime, close, epoll_create1, epoll_ctl,
+    epoll_event, epoll_wait, errno, free, getpeername, getrlimit, getsockname, getsockopt,
+    int64_t, malloc, memcpy, memset, rlimit, setrlimit, sigaddset, sigemptyset, signalfd,
+    sigprocmask, sigset_t, sockaddr, sockaddr_storage, socklen_t, timespec,
 )
 from proxyd._list cimport Link, link_init, list_append, list_empty, list_remove
 from proxyd._own cimport Own, own_add, own_move, own_remove
@@ -71,6 +71,7 @@ cdef class Gate:
         self.state.family = family
         self.state.check = check
         self.state.index = index
+        link_init(&self.state.full, &self.state)
 
     @property
     def served(self):
@@ -87,6 +88,7 @@ cdef class Gate:
 
     def shut(self):
         """Accept nobody any more; what waits stays in the backlog."""
+        list_remove(&self.state.full)
         epoll_ctl(self.relay.relaying.engine.epoll, EPOLL_CTL_DEL, self.state.fd, NULL)
 
     def express(self, bytes address, long long timeout_ms=0):
@@ -133,6 +135,7 @@ cdef class Relay:
         link_init(&relay.live, NULL)
         link_init(&relay.timed, NULL)
         link_init(&relay.again, NULL)
+        link_init(&relay.full, NULL)
         relay.most = 1 << 30
         relay.quiet_ms = clock_ms()
         relay.engine.stream_unit = stream_unit
@@ -409,6 +412,8 @@ cdef class Relay:
             self.dispatch(&self.events[i])
         self.pump_again()
         self.admit(count)
+        if relay.room_ms != 0:
+            gates_reopen(relay)
         if relay.next_wake_ms != 0 and relay.next_wake_ms <= relay.engine.now_ms:
             relay_timers(relay)
         if self.idle_ms > 0:
@@ -457,6 +462,8 @@ cdef class Relay:
             return 0
         if relay.next_wake_ms != 0:
             until = earlier(until, relay.next_wake_ms)
+        if relay.room_ms != 0:
+            until = earlier(until, relay.room_ms)
         if self.idle_ms > 0 and not list_empty(&relay.live):
             until = earlier(until, (<Connection *>relay.live.next.owner).active_ms + self.idle_ms)
         if until < 0:
