@@ -9,7 +9,7 @@ import os
 import sys
 from _collections_abc import Callable, Iterator
 
-from proxyd import log
+from proxyd import address, log
 from proxyd.activation import inherited, reject_mixture
 from proxyd.errors import UsageError, reason
 from proxyd.listen import ListenAddress, Listener, close_listener, open_listener
@@ -157,7 +157,10 @@ def _open_all(wanted: list[ListenAddress], listeners: list[Listener]) -> None:
     """Open what --listen= asks for and append it to `listeners`. Raises UsageError."""
     for where in wanted:
         try:
-            listeners.append(open_listener(where))
+            listener = open_listener(where)
+            listeners.append(listener)
+            if address.port(where.address) != address.port(listener.address):
+                log.info(f"Listening on {listener.text}.")  # port 0: the kernel has chosen
         except OSError as error:
             raise UsageError(f"Failed to listen on {where.text}: {reason(error)}") from None
 
