@@ -13,9 +13,9 @@
 # worked on, since a later event of the batch may still point to it: the dead go last.
 
 from proxyd._half cimport (
-    COPY_UNIT, DEAD, DRAINING, Endpoint, Engine, FIRST_UNIT, FLOWING, Half, SHUT,
-    STAT_TO_CLIENT, STAT_TO_TARGET, endpoint_failed, endpoint_interest, half_abandon, half_drop,
-    half_held, half_keep, half_pump, half_read_ended, spill_free,
+    DEAD, DRAINING, Endpoint, Engine, FLOWING, Half, SHUT, STAT_TO_CLIENT, STAT_TO_TARGET,
+    endpoint_failed, endpoint_interest, half_abandon, half_drop, half_held, half_keep,
+    half_pump, half_read_ended, spill_free,
 )
 from proxyd._linux cimport (
     AF_INET, AF_INET6, AF_UNIX, EAGAIN, ECONNRESET, EINPROGRESS, EINTR, ELOOP, ENOMEM, EPIPE,
@@ -270,7 +270,7 @@ cdef inline bint endpoint_drain(Relaying *relay, Connection *c, Endpoint *end) n
     """Throw away what it sends. True once it has ended."""
     cdef ssize_t size
     while end.readable and c.drained < DRAIN_BYTES:
-        size = recv(end.fd, relay.engine.buffer, COPY_UNIT, 0)
+        size = recv(end.fd, relay.engine.buffer, relay.engine.stream_unit, 0)
         if size > 0:
             c.drained += <size_t>size
         elif size == 0 or (errno != EAGAIN and errno != EINTR):
@@ -496,9 +496,9 @@ cdef inline void connection_first_pump(Relaying *relay, Connection *c) noexcept 
     if c.up.spill != NULL:
         connecting_send(relay, c, c.up.spill, c.up.spill_end)
     else:
-        size = recv(c.client.fd, relay.engine.buffer, FIRST_UNIT, 0)
+        size = recv(c.client.fd, relay.engine.buffer, relay.engine.first_unit, 0)
         if size > 0:
-            c.client.readable = size == FIRST_UNIT
+            c.client.readable = <size_t>size == relay.engine.first_unit
             c.up.moved += <size_t>size
             connecting_send(relay, c, relay.engine.buffer, <size_t>size)
         elif size == 0:

@@ -35,8 +35,8 @@ cdef enum:
     FLOWING, DRAINING, SHUT, DEAD
 
 cdef enum:
-    COPY_UNIT = 64 * 1024      # bytes asked of one recv, until the half proves to be a stream
-    FIRST_UNIT = 16 * 1024     # while connecting: the bytes are kept if the connect fails
+    COPY_UNIT = 64 * 1024      # most bytes asked of one recv, but of a stream
+    FIRST_UNIT = 16 * 1024     # … and while connecting: the bytes are kept if that fails
     STREAM_READS = 2           # so many full reads in a row make a stream …
     STREAM_SMALL = 16 * 1024   # … and so many reads below this size make it none
     STREAM_MISSES = 4
@@ -54,7 +54,9 @@ ctypedef struct Engine:
     int epoll
     int64_t now_ms             # CLOCK_MONOTONIC, read once per batch of events
     char *buffer               # the copy buffer, shared by all halves: empty between two calls
-    size_t stream_unit         # bytes asked of one recv of a stream; the size of `buffer`
+    size_t first_unit          # bytes asked of one recv while connecting,
+    size_t copy_unit           # … until the half proves to be a stream,
+    size_t stream_unit         # … and of a stream; the size of `buffer`
     bint may_splice
     PipePool pool
     Counters counters
@@ -381,6 +383,6 @@ cdef inline bint half_pump(Engine *engine, Half *half) noexcept nogil:
             size = <size_t>half_splice(engine, half)
         else:
             size = <size_t>half_copy(
-                engine, half, engine.stream_unit if half.streaming else COPY_UNIT)
+                engine, half, engine.stream_unit if half.streaming else engine.copy_unit)
         budget -= min(size, budget)
     return False

@@ -18,7 +18,7 @@ from proxyd._connection cimport (
     socket_tune,
 )
 from proxyd._gate cimport GATE_CHECK_TCP, GATE_CHECK_UNIX, GateState, gate_event, gates_reopen
-from proxyd._half cimport Endpoint, half_drop, half_held
+from proxyd._half cimport COPY_UNIT, Endpoint, FIRST_UNIT, half_drop, half_held
 from proxyd._linux cimport (
     CLOCK_MONOTONIC, EINPROGRESS, EINTR, ELOOP, ENOMEM, EPOLLET, EPOLLIN, EPOLLOUT,
     EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL, RLIMIT_NOFILE, SFD_CLOEXEC, SFD_NONBLOCK,
@@ -116,6 +116,9 @@ cdef int64_t clock_ms() noexcept nogil:
 cdef class Relay:
     """Forwards between pairs of stream sockets. Belongs to one thread.
 
+    `stream_unit` is the most that one recv asks for, `pipe_size` what a pipe is to hold, both in
+    bytes; without `may_splice` everything is copied.
+
     The relay owns a client from the moment connect() or adopt() returns; when either raises, the
     client is still the caller's. A FAILED event gives a client back.
     """
@@ -136,8 +139,12 @@ cdef class Relay:
         link_init(&relay.timed, NULL)
         link_init(&relay.again, NULL)
         link_init(&relay.full, NULL)
+        if stream_unit < 1:
+            raise ValueError("a recv of nothing would look like the end")
         relay.most = 1 << 30
         relay.quiet_ms = clock_ms()
+        relay.engine.first_unit = min(stream_unit, <size_t>FIRST_UNIT)
+        relay.engine.copy_unit = min(stream_unit, <size_t>COPY_UNIT)
         relay.engine.stream_unit = stream_unit
         relay.engine.pool.size = pipe_size
         relay.engine.may_splice = may_splice
