@@ -8,6 +8,8 @@
 #                       queue is empty, or has not moved for STUCK_MS, and is reset
 #   X cannot be         what X had already sent goes to Y, to the end; then Y, which has been sent a
 #   written             clean end, lingers: it is drained for DRAIN_MS or DRAIN_BYTES and closed
+#   X reset after a     as before: a reset at once could cost Y what it has not read yet. At the end
+#   clean end           of the drain Y is reset
 #
 # A lingering connection has only Y left, X is closed. Nothing is freed while a batch of events is
 # worked on, since a later event of the batch may still point to it: the dead go last.
@@ -78,6 +80,7 @@ ctypedef struct Connection:
     int pause_ms               # until the next look
     size_t drained             # bytes thrown away while lingering
     Endpoint *last             # the side that lingers
+    bint drains                # it was sent a clean end, and may go on sending for a while
     bint reset                 # it is to be reset at the end
 
 ctypedef struct Note:
@@ -199,17 +202,24 @@ cdef inline void connection_active(Relaying *relay, Connection *c) noexcept nogi
 
 # ── the end ──────────────────────────────────────────────────────────────────────────────────
 
-cdef inline void endpoint_close(Endpoint *end, bint reset) noexcept nogil:
-    """Close; with `reset` as RST, which throws away what was not yet acknowledged. AF_UNIX has no
-    reset: it is a plain close there."""
+cdef inline void socket_reset(int fd, int family) noexcept nogil:
+    """Close with RST, which throws away what was not yet acknowledged. AF_UNIX has no reset: it is
+    a plain close there."""
     cdef linger now
-    if end.fd < 0:
-        return
-    if reset and end.family != AF_UNIX:
+    if family != AF_UNIX:
         now.l_onoff = 1
         now.l_linger = 0
-        setsockopt(end.fd, SOL_SOCKET, SO_LINGER, &now, sizeof(now))
-    close(end.fd)
+        setsockopt(fd, SOL_SOCKET, SO_LINGER, &now, sizeof(now))
+    close(fd)
+
+
+cdef inline void endpoint_close(Endpoint *end, bint reset) noexcept nogil:
+    if end.fd < 0:
+        return
+    if reset:
+        socket_reset(end.fd, end.family)
+    else:
+        close(end.fd)
     end.fd = -1
 
 
@@ -283,10 +293,11 @@ cdef inline bint endpoint_drain(Relaying *relay, Connection *c, Endpoint *end) n
 cdef inline bint linger_over(Relaying *relay, Connection *c) noexcept nogil:
     """Whether the last side may be closed."""
     cdef int64_t queue
-    if c.last.error != 0 or c.reset and c.last.family == AF_UNIX:
+    if c.last.error != 0:
         return True
-    if not c.reset:
+    if c.drains:
         if endpoint_drain(relay, c, c.last):
+            c.reset = False
             return True
         if c.drained < DRAIN_BYTES and relay.engine.now_ms - c.linger_ms < DRAIN_MS:
             return False
@@ -304,7 +315,7 @@ cdef inline void linger_step(Relaying *relay, Connection *c) noexcept nogil:
 
 
 cdef inline void connection_linger(
-    Relaying *relay, Connection *c, Endpoint *last, Endpoint *other, bint reset
+    Relaying *relay, Connection *c, Endpoint *last, Endpoint *other, bint drains
 ) noexcept nogil:
     """`other` has nothing more to give or take: close it, and `last` when its time has come."""
     endpoint_close(other, False)
@@ -314,7 +325,8 @@ cdef inline void connection_linger(
     list_remove(&c.again)
     c.state = LINGERING
     c.last = last
-    c.reset = reset
+    c.drains = drains
+    c.reset = other.error != 0
     c.linger_ms = c.progress_ms = relay.engine.now_ms
     c.pause_ms = LINGER_FIRST_MS
     linger_step(relay, c)
@@ -342,7 +354,7 @@ cdef inline void half_settle(
         half_abandon(half)
     elif half.state == DRAINING and half_held(half) == 0:
         if half.src.error != 0:
-            connection_linger(relay, c, half.dst, half.src, True)
+            connection_linger(relay, c, half.dst, half.src, False)
         else:
             half_finish(relay, c, half, other)
 
@@ -358,9 +370,9 @@ cdef inline void connection_settle(Relaying *relay, Connection *c) noexcept nogi
     elif c.up.state == DEAD and c.down.state == DEAD:
         connection_close(relay, c, HOW_RESET, c.client.error != 0 or c.target.error != 0)
     elif c.up.state == SHUT and c.down.state == DEAD:
-        connection_linger(relay, c, &c.target, &c.client, c.client.error != 0)
+        connection_linger(relay, c, &c.target, &c.client, True)
     elif c.down.state == SHUT and c.up.state == DEAD:
-        connection_linger(relay, c, &c.client, &c.target, c.target.error != 0)
+        connection_linger(relay, c, &c.client, &c.target, True)
     elif (c.client.error != 0 or c.target.error != 0) and c.wake_ms == 0:
         # A side has failed while the other does not take its last words: watch that they move.
         c.progress_ms = relay.engine.now_ms

@@ -6,7 +6,7 @@
 
 from proxyd._connection cimport (
     KIND_GATE, NOTES_MOST, NOTE_ACCEPTED, NOTE_FAILED, NOTE_NOBODY, NOTE_REFUSED, Relaying,
-    connection_open, note_add,
+    connection_open, note_add, socket_reset,
 )
 from proxyd._linux cimport (
     EAGAIN, ELOOP, EPOLLIN, EPOLL_CTL_MOD, SOCK_CLOEXEC, SOCK_NONBLOCK, SOL_SOCKET, SO_PEERCRED,
@@ -64,7 +64,7 @@ cdef inline int gate_accept(Relaying *relay, GateState *gate) noexcept nogil:
     relay.accepted += 1
     if (gate.check & GATE_CHECK_TCP and own_came_back(&relay.own, fd, &peer)
             or gate.check & GATE_CHECK_UNIX and peer_is_this_process(fd)):
-        close(fd)
+        socket_reset(fd, gate.family)
         relay.refused += 1
         return -ELOOP
     return fd

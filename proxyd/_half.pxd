@@ -25,9 +25,9 @@
 
 from proxyd._linux cimport (
     AF_UNIX, AF_VSOCK, EAGAIN, EINTR, EINVAL, ENOMEM, ENOSYS, EOPNOTSUPP, EPERM, EPIPE, EPOLLET,
-    EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP, EPOLL_CTL_MOD, MSG_NOSIGNAL, SPLICE_F_MOVE,
-    SPLICE_F_NONBLOCK, epoll_ctl, epoll_event, errno, free, int64_t, malloc, memcpy, read, recv,
-    send, splice, uint32_t, uint64_t, uint8_t,
+    EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP, EPOLL_CTL_MOD, MSG_NOSIGNAL, SOL_SOCKET, SO_SNDBUF,
+    SPLICE_F_MOVE, SPLICE_F_NONBLOCK, epoll_ctl, epoll_event, errno, free, int64_t, malloc,
+    memcpy, read, recv, send, setsockopt, splice, uint32_t, uint64_t, uint8_t,
 )
 from proxyd._pipe cimport Pipe, PipePool, pipe_close, pipe_get, pipe_put
 
@@ -40,6 +40,7 @@ cdef enum:
     STREAM_READS = 2           # so many full reads in a row make a stream …
     STREAM_SMALL = 16 * 1024   # … and so many reads below this size make it none
     STREAM_MISSES = 4
+    SEND_BUFFER = 1024 * 1024  # bytes asked for where a stream goes into a UNIX socket
     PUMP_BUDGET = 1024 * 1024  # bytes one pump may move before the others have their turn
 
 cdef enum:
@@ -124,6 +125,17 @@ cdef inline void endpoint_failed(Endpoint *end, int error) noexcept nogil:
     end.gone = 1
     if end.error == 0:
         end.error = error
+
+
+cdef inline void endpoint_widen(const Endpoint *end) noexcept nogil:
+    """Let a stream into a UNIX socket have as large a send buffer as it may (net.core.wmem_max).
+
+    Such a socket is announced as writable when it is nearly empty; the default takes 208 KiB, and
+    a wake-up for every 150 of them. TCP finds the right size by itself.
+    """
+    cdef int size = SEND_BUFFER
+    if end.family == AF_UNIX:
+        setsockopt(end.fd, SOL_SOCKET, SO_SNDBUF, &size, sizeof(size))
 
 
 # ── what a half holds ────────────────────────────────────────────────────────────────────────
@@ -296,6 +308,8 @@ cdef inline void half_learn(Half *half, size_t size, size_t asked) noexcept nogi
         half.full_reads = half.full_reads + 1 if size == asked else 0
         half.streaming = half.full_reads >= STREAM_READS
         half.small_reads = 0
+        if half.streaming:
+            endpoint_widen(half.dst)
         return
     half.small_reads = half.small_reads + 1 if size < STREAM_SMALL else 0
     if half.small_reads >= STREAM_MISSES:
