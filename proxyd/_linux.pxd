@@ -66,7 +66,8 @@ cdef extern from "sys/socket.h" nogil:
         int pid
     int AF_INET, AF_INET6, AF_UNIX, AF_VSOCK
     int SOCK_STREAM, SOCK_NONBLOCK, SOCK_CLOEXEC
-    int SOL_SOCKET, SO_ERROR, SO_KEEPALIVE, SO_LINGER, SO_OOBINLINE, SO_PEERCRED, SO_DOMAIN, SO_SNDBUF
+    int SOL_SOCKET, SO_DOMAIN, SO_ERROR, SO_KEEPALIVE, SO_LINGER, SO_OOBINLINE, SO_PEERCRED
+    int SO_SNDBUF
     int MSG_NOSIGNAL
     int SHUT_WR
     int socket(int family, int kind, int protocol)

@@ -1,0 +1,1 @@
+"""Side-by-side benchmarks of socket forwarders; run by ci/bench."""

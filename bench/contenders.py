@@ -1,0 +1,274 @@
+"""The programs that are compared, and how each is started and stopped."""
+
+import re
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bench import sockets
+
+CACHE = Path(__file__).parent.parent / ".cache" / "bench"  # made by ci/bench
+LAUNCH = str(CACHE / "bin" / "launch")
+CONNECTIONS_MAX = 9_200  # two sockets each and a few pipes fit in 20000 descriptors
+NGINX_STREAM = Path("/usr/lib/nginx/modules/ngx_stream_module.so")
+ORIGINAL = Path("lib/systemd/systemd-socket-proxyd")
+
+
+class Failed(Exception):
+    """A contender did not start, or did not do what was asked of it."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A program under test.
+
+    ``argv`` makes its command line from (front address, target address, folder for its files).
+    ``activated``: it inherits its listening socket as fd 3 instead of opening one itself.
+    """
+
+    name: str
+    version: str
+    argv: Callable[[str, str, Path], list[str]] | None
+    activated: bool = True
+
+
+@dataclass
+class Proxy:
+    """A running contender; ``pids`` are all its processes, and empty for a direct connection."""
+
+    address: str
+    process: subprocess.Popen[bytes] | None = None
+    pids: list[int] = field(default_factory=list)
+    log: Path | None = None
+
+    def stop(self) -> None:
+        """End it, gently first. Raises Failed if it had ended by itself."""
+        if self.process is None:
+            return
+        ended = self.process.poll()
+        if ended is None:
+            self.process.send_signal(signal.SIGTERM)
+            try:
+                self.process.wait(2)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+        if ended is not None:
+            raise Failed(f"ended by itself with {ended}: {self.last_words()}")
+
+    def last_words(self) -> str:
+        """The end of what it wrote to stderr."""
+        text = self.log.read_text(errors="replace") if self.log else ""
+        return text.strip()[-300:]
+
+
+def start(contender: Contender, front: str, target: str, folder: Path, cpu: int) -> Proxy:
+    """Start ``contender`` on ``cpu`` between a listener of family ``front`` and ``target``."""
+    if contender.argv is None:
+        return Proxy(target)
+    log = folder / "log"
+    listener, address = sockets.bind(front, folder / "front")
+    fd = listener.fileno()
+    if not contender.activated:
+        listener.close()
+        (folder / "front").unlink(missing_ok=True)
+    command = contender.argv(address, target, folder)
+    with log.open("wb") as stderr:
+        process = subprocess.Popen(
+            [LAUNCH, str(cpu), str(fd if contender.activated else -1), *command],
+            pass_fds=[fd] if contender.activated else [],
+            stdin=subprocess.DEVNULL,
+            stdout=stderr,
+            stderr=stderr,
+        )
+    listener.close()
+    proxy = Proxy(address, process, [process.pid], log)
+    try:
+        await_service(proxy)
+    except Failed:
+        process.kill()
+        process.wait()
+        raise
+    proxy.pids += children(process.pid)
+    return proxy
+
+
+def await_service(proxy: Proxy) -> None:
+    """Wait until a connection has gone through: everything that is done once is done then."""
+    assert proxy.process is not None
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline and proxy.process.poll() is None:
+        try:
+            sockets.connect(proxy.address).close()
+        except OSError:
+            time.sleep(0.01)
+        else:
+            time.sleep(0.05)
+            return
+    raise Failed(f"does not serve: {proxy.last_words()}")
+
+
+def children(pid: int) -> list[int]:
+    """The child processes of ``pid`` (nginx has its worker there)."""
+    found = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            words = status.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(words[1]) == pid:
+            found.append(int(status.parent.name))
+    return found
+
+
+def find(executable: Path) -> dict[str, Contender]:
+    """All contenders that this machine has, by name, in the order of the report."""
+    originals = [found for found in (distro_original(), newest_original()) if found]
+    originals.sort(key=lambda contender: contender.name)
+    candidates = [ours(executable), *originals, haproxy(), nginx(), direct()]
+    return {contender.name: contender for contender in candidates if contender}
+
+
+def direct() -> Contender:
+    """No proxy: what the load generator and the kernel can do."""
+    return Contender("direct", "no proxy", None)
+
+
+def ours(executable: Path) -> Contender | None:
+    """The program of this repository."""
+    if not executable.exists():
+        return None
+    version = first_line([str(executable), "--version"])
+    return Contender("ours", version, forwarder([str(executable)]))
+
+
+def forwarder(program: list[str]) -> Callable[[str, str, Path], list[str]]:
+    """The command line that this program and the originals have in common."""
+
+    def argv(_front: str, target: str, _folder: Path) -> list[str]:
+        return [*program, f"--connections-max={CONNECTIONS_MAX}", sockets.host_form(target)]
+
+    return argv
+
+
+def distro_original() -> Contender | None:
+    """The original as this distribution has it."""
+    program = Path("/") / ORIGINAL
+    return original([str(program)]) if program.exists() else None
+
+
+def newest_original() -> Contender | None:
+    """The original of Debian unstable, in the folder that newest-original has made.
+
+    Started through the dynamic loader of that folder, since libc there is newer than here.
+    """
+    root = CACHE / "unstable" / "usr"
+    if not (root / ORIGINAL).exists():
+        return None
+    libraries = next(path.parent for path in root.glob("lib/*/ld-linux*.so*"))
+    loader = next(libraries.glob("ld-linux*.so*"))
+    path = f"{libraries}:{libraries}/systemd"
+    return original([str(loader), "--library-path", path, str(root / ORIGINAL)])
+
+
+def original(program: list[str]) -> Contender:
+    """A systemd-socket-proxyd in C, named after its major version."""
+    version = first_line([*program, "--version"])
+    major = re.sub(r"\D.*", "", version.removeprefix("systemd "))
+    return Contender(f"original-{major}", version, forwarder(program))
+
+
+def first_line(command: list[str]) -> str:
+    """What ``command`` says first."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return (done.stdout or done.stderr).strip().partition("\n")[0]
+
+
+def haproxy() -> Contender | None:
+    """HAProxy, in mode tcp with splicing where it thinks it worth while, one thread."""
+    program = shutil.which("haproxy", path="/usr/sbin:/usr/local/sbin:/usr/bin")
+    if not program:
+        return None
+
+    def argv(front: str, target: str, folder: Path) -> list[str]:
+        settings = folder / "haproxy.cfg"
+        settings.write_text(HAPROXY % (CONNECTIONS_MAX, haproxy_form(front), haproxy_form(target)))
+        return [program, "-db", "-f", str(settings)]
+
+    return Contender("haproxy", version_of([program, "-v"]), argv, activated=False)
+
+
+HAPROXY = """\
+global
+  nbthread 1
+  maxconn %d
+  maxpipes 500
+defaults
+  mode tcp
+  option splice-auto
+  timeout connect 10s
+  timeout client 1h
+  timeout server 1h
+listen bench
+  bind %s
+  server target %s
+"""
+
+
+def haproxy_form(address: str) -> str:
+    """``127.0.0.1:PORT`` or ``unix@/PATH``."""
+    form = sockets.host_form(address)
+    return f"unix@{form}" if form.startswith("/") else form
+
+
+def nginx() -> Contender | None:
+    """The stream module of nginx, one worker."""
+    program = shutil.which("nginx", path="/usr/sbin:/usr/local/sbin:/usr/bin")
+    if not program or not NGINX_STREAM.exists():
+        return None
+
+    def argv(front: str, target: str, folder: Path) -> list[str]:
+        settings = folder / "nginx.conf"
+        values = {
+            "module": NGINX_STREAM,
+            "folder": folder,
+            "connections": 2 * CONNECTIONS_MAX + 100,
+            "front": nginx_form(front),
+            "target": nginx_form(target),
+        }
+        settings.write_text(NGINX % values)
+        return [program, "-p", str(folder), "-c", str(settings), "-e", "stderr"]
+
+    return Contender("nginx", version_of([program, "-v"]), argv, activated=False)
+
+
+NGINX = """\
+load_module %(module)s;
+user root;
+daemon off;
+worker_processes 1;
+pid %(folder)s/nginx.pid;
+error_log stderr crit;
+events { worker_connections %(connections)d; }
+stream {
+  access_log off;
+  proxy_timeout 1h;
+  server { listen %(front)s; proxy_pass %(target)s; }
+}
+"""
+
+
+def nginx_form(address: str) -> str:
+    """``127.0.0.1:PORT`` or ``unix:/PATH``."""
+    form = sockets.host_form(address)
+    return f"unix:{form}" if form.startswith("/") else form
+
+
+def version_of(command: list[str]) -> str:
+    """The first word with a dotted number in what ``command`` says."""
+    found = re.search(r"\d+\.\d+[\w.+-]*", first_line(command))
+    return found.group() if found else "unknown"

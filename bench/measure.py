@@ -1,0 +1,124 @@
+"""One run: one work with one contender in a network and a folder of its own."""
+
+import json
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench import contenders, sockets
+from bench.contenders import Contender, Failed, Proxy
+from bench.works import Work
+
+LOAD = str(contenders.CACHE / "bin" / "load")
+PATIENCE = 30  # seconds past the run's own length
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How long and where: seconds, CPU numbers; the most idle connections, how many starts."""
+
+    seconds: float
+    warmup: float
+    proxy_cpu: int
+    load_cpu: int
+    idle: int
+    starts: int
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The result of one run.
+
+    ``cpu``      seconds of CPU in the proxy per unit of the work
+    ``rate``     units per second
+    ``p50``, ``p99``   microseconds, 0 without
+    ``load``     share of its CPU that the load generator used
+    ``extra``    what only some works have, by name
+    """
+
+    cpu: float
+    rate: float
+    p50: float
+    p99: float
+    load: float
+    extra: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A started contender and the backend socket behind it."""
+
+    proxy: Proxy
+    backend: int
+
+
+@contextmanager
+def scene(contender: Contender, pair: str, settings: Settings) -> Iterator[Scene]:
+    """Start ``contender`` between the families of ``pair``; end it and remove its files after."""
+    front, back = pair.split("-")
+    sockets.enter_network()
+    folder = Path(tempfile.mkdtemp(prefix="bench-"))
+    try:
+        backend, target = sockets.bind(back, folder / "backend")
+        with backend:
+            proxy = contenders.start(contender, front, target, folder, settings.proxy_cpu)
+            try:
+                yield Scene(proxy, backend.fileno())
+            finally:
+                proxy.stop()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def load_command(work_load: tuple[str, ...], place: Scene, settings: Settings) -> list[str]:
+    """The command line of load.c."""
+    return [
+        LOAD,
+        f"cpu={settings.load_cpu}",
+        f"backend={place.backend}",
+        f"connect={place.proxy.address}",
+        f"warmup={settings.warmup}",
+        f"seconds={settings.seconds}",
+        *(f"pid={pid}" for pid in place.proxy.pids),
+        *work_load,
+    ]
+
+
+def run(work: Work, contender: Contender, settings: Settings) -> Sample:
+    """Run a work of kind ``load``. Raises Failed."""
+    with scene(contender, work.pair, settings) as place:
+        done = subprocess.run(
+            load_command(work.load, place, settings),
+            pass_fds=[place.backend],
+            capture_output=True,
+            text=True,
+            timeout=settings.seconds + settings.warmup + PATIENCE,
+            check=False,
+        )
+        if done.returncode != 0:
+            raise Failed(f"{done.stderr.strip()} {place.proxy.last_words()}")
+    return sample(work, json.loads(done.stdout))
+
+
+def sample(work: Work, result: dict[str, float]) -> Sample:
+    """Turn load.c's totals into costs per unit."""
+    units = result[work.counter] / work.per
+    if not units:
+        raise Failed("no unit of work was done")
+    extra = {}
+    if result["dial_failures"]:
+        extra["failures"] = result["dial_failures"]
+    if work.name == "mixed":
+        extra["GB/s"] = result["bytes"] / 1e9 / result["wall"]
+    return Sample(
+        cpu=result["proxy_cpu"] / units,
+        rate=units / result["wall"],
+        p50=result["p50"] if work.latency_of else 0,
+        p99=result["p99"] if work.latency_of else 0,
+        load=result["load_cpu"] / result["wall"],
+        extra=extra,
+    )

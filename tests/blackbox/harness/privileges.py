@@ -1,0 +1,58 @@
+"""Prefixes for the command under test that need or take away privileges; loud skips otherwise."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+NOBODY_ELSE = 61200 + os.getpid() % 1000
+"""A user id that nobody uses here, so that its processes can be counted."""
+
+
+def need_root(what):
+    """Skip the test, saying what it would have needed root for."""
+    if os.geteuid() != 0:
+        pytest.skip(f"needs root: {what}")
+
+
+def as_unprivileged_user(executable):
+    """A prefix that runs the program as a user of its own, without capabilities."""
+    need_root("to become another user")
+    prefix = [
+        "setpriv",
+        f"--reuid={NOBODY_ELSE}",
+        f"--regid={NOBODY_ELSE}",
+        "--clear-groups",
+        "--no-new-privs",
+    ]
+    probe = subprocess.run([*prefix, executable, "--version"], capture_output=True, check=False)
+    if probe.returncode != 0:
+        pytest.skip(f"another user cannot run {executable} here")
+    return prefix
+
+
+def with_hosts(directory, lines):
+    """A prefix that runs the program with this /etc/hosts, and no other source of names."""
+    need_root("for a private /etc/hosts")
+    hosts, switch = Path(directory, "hosts"), Path(directory, "nsswitch.conf")
+    hosts.write_text("".join(f"{line}\n" for line in lines))
+    switch.write_text("hosts: files\nservices: files\n")
+    script = (
+        f'mount --bind {hosts} /etc/hosts && mount --bind {switch} /etc/nsswitch.conf && exec "$@"'
+    )
+    prefix = ["unshare", "--mount", "sh", "-c", script, "sh"]
+    probe = subprocess.run([*prefix, "true"], capture_output=True, check=False)
+    if probe.returncode != 0:
+        pytest.skip(f"no private mounts here: {probe.stderr.decode().strip()}")
+    return prefix
+
+
+def namespace_prefix(setup="ip link set lo up"):
+    """A prefix that runs the program in a new network namespace, prepared by a shell command."""
+    need_root("for a network namespace")
+    prefix = ["unshare", "--net", "sh", "-c", f'{setup} && exec "$@"', "sh"]
+    probe = subprocess.run([*prefix, "true"], capture_output=True, check=False)
+    if probe.returncode != 0:
+        pytest.skip(f"no network namespaces here: {probe.stderr.decode().strip()}")
+    return prefix

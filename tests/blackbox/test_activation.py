@@ -1,0 +1,327 @@
+"""Sockets from the service manager, and what the program tells it."""
+
+import os
+import re
+import socket
+import time
+
+import pytest
+from harness.differences import differs
+from harness.sockets import FAMILIES, read_exactly, read_to_end
+from harness.waiting import never_within, wait_until
+
+says_nothing = differs("original-252", reason="sends neither READY=1 nor STATUS=")
+
+
+def greet(client):
+    """One round trip through an echo."""
+    client.sendall(b"hello")
+    assert read_exactly(client, 5) == b"hello"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_listener(stage, family):
+    """One inherited listener of each family is served."""
+    stage.launch(stage.echo(), listeners=[stage.listener(family)])
+    greet(stage.connect())
+
+
+def test_client_that_came_before_the_program(stage):
+    """The client whose connection started the program is the first to be served."""
+    listener, target = stage.listener(), stage.echo()
+    client = stage.connect(listener)
+    client.sendall(b"hello")
+    stage.launch(target, listeners=[listener], wait=False)
+    assert read_exactly(client, 5) == b"hello"
+
+
+def test_listeners_of_all_families_at_once(stage):
+    """Several listeners of mixed families lead to the one target."""
+    listeners = [stage.listener(family) for family in FAMILIES for _ in range(2)]
+    stage.launch(stage.echo(), listeners=listeners)
+    for listener in listeners:
+        greet(stage.connect(listener))
+
+
+def test_many_listeners(stage):
+    """Fifty listeners, all served."""
+    listeners = [stage.listener("unix") for _ in range(50)]
+    stage.launch(stage.echo(), listeners=listeners)
+    for listener in listeners:
+        greet(stage.connect(listener))
+
+
+def test_names_do_not_matter_with_one_target(stage):
+    """Whatever the sockets are called, one plain target serves them all."""
+    listeners = [stage.listener("unix") for _ in range(3)]
+    stage.launch(stage.echo(), listeners=listeners, names="web.socket:proxy@x.socket:unknown")
+    for listener in listeners:
+        greet(stage.connect(listener))
+
+
+def test_without_names(stage):
+    """Without LISTEN_FDNAMES, as older service managers pass sockets, all is the same."""
+    stage.launch(stage.echo(), listeners=[stage.listener()], names=None)
+    greet(stage.connect())
+
+
+@differs("original", reason="takes listening sockets only")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_connected_socket(stage, family):
+    """With Accept=yes the inherited socket is a connection: served, then the program exits."""
+    listener, target = stage.listener(family), stage.echo()
+    client = stage.connect(listener)
+    connection, _ = listener.accept()
+    proxy = stage.launch(target, listeners=[connection], names="connection", wait=False)
+    connection.close()
+    greet(client)
+    client.shutdown(socket.SHUT_WR)
+    assert read_to_end(client) == (b"", "eof")
+    assert proxy.wait() == 0
+    assert proxy.log() == ""
+
+
+@differs("original", reason="takes listening sockets only")
+def test_connected_socket_is_served_in_whole(stage):
+    """The exit after the only connection waits until its last byte is delivered."""
+    listener, backend = stage.listener(), stage.backend()
+    client = stage.connect(listener)
+    connection, _ = listener.accept()
+    proxy = stage.launch(backend.target, listeners=[connection], names="connection", wait=False)
+    connection.close()
+    server = backend.accept()
+    client.shutdown(socket.SHUT_WR)
+    assert read_to_end(server) == (b"", "eof")
+    server.sendall(b"x" * 3_000_000)
+    server.close()
+    assert read_to_end(client) == (b"x" * 3_000_000, "eof")
+    assert proxy.wait() == 0
+
+
+@pytest.mark.parametrize("kind", [socket.AF_INET, socket.AF_UNIX])
+def test_datagram_socket(stage, kind):
+    """A datagram socket is an error in the original's words."""
+    with socket.socket(kind, socket.SOCK_DGRAM) as datagram:
+        datagram.bind(("127.0.0.1", 0) if kind == socket.AF_INET else stage.path("datagram"))
+        outcome = stage.run("127.0.0.1:1", listeners=[datagram])
+    assert outcome.status == 1
+    assert outcome.stderr == "Passed in socket is not a stream socket.\n"
+
+
+def test_datagram_socket_among_others(stage):
+    """One datagram socket spoils the lot, before any client is accepted."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as datagram:
+        datagram.bind(("127.0.0.1", 0))
+        outcome = stage.run("127.0.0.1:1", listeners=[stage.listener(), datagram])
+    assert outcome.status == 1
+    assert outcome.stderr == "Passed in socket is not a stream socket.\n"
+
+
+def test_not_a_socket(stage):
+    """A file where a socket should be is one line and exit status 1."""
+    with open("/dev/null") as file:
+        outcome = stage.run("127.0.0.1:1", listeners=[file])
+    assert outcome.status == 1
+    assert len(outcome.stderr.splitlines()) == 1
+    assert "Traceback" not in outcome.stderr
+
+
+def test_sequential_packet_socket(stage):
+    """A seqpacket socket is no stream socket."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as packets:
+        packets.bind(stage.path("packets"))
+        packets.listen()
+        outcome = stage.run("127.0.0.1:1", listeners=[packets])
+    assert outcome.status == 1
+    assert outcome.stderr == "Passed in socket is not a stream socket.\n"
+
+
+def test_fds_are_closed_on_exec(stage):
+    """Every fd from 3 up is close-on-exec: no child process inherits a client."""
+    stage.launch(stage.echo(), listeners=[stage.listener(), stage.listener("unix")])
+    greet(stage.connect())
+    for fd, what in stage.proxy.fds().items():
+        inherited = fd > 2 and not stage.proxy.fd_flags(fd) & os.O_CLOEXEC
+        assert not inherited, f"fd {fd} ({what}) is inherited by children"
+
+
+def test_blocking_listener_is_made_non_blocking(stage):
+    """A client that is gone before it is accepted does not block the program in accept()."""
+    listener = stage.listener()
+    listener.setblocking(True)
+    stage.launch(stage.echo(), listeners=[listener])
+    greet(stage.connect())
+    assert stage.proxy.fd_flags(3) & os.O_NONBLOCK
+
+
+@says_nothing
+@pytest.mark.parametrize("where", ["abstract", "path"])
+def test_ready(stage, where):
+    """READY=1 is sent once, when clients are already served."""
+    notify = stage.notify_socket(stage.path("notify") if where == "path" else None)
+    stage.launch(stage.echo(), listeners=[stage.listener()], notify=notify, wait=False)
+    notify.wait_for("READY=1")
+    greet(stage.connect())
+    assert notify.lines().count("READY=1") == 1
+
+
+@says_nothing
+def test_ready_without_clients(stage):
+    """READY=1 does not wait for the first client."""
+    notify = stage.notify_socket()
+    stage.launch(stage.echo(), listeners=[stage.listener()], notify=notify, wait=False)
+    notify.wait_for("READY=1")
+
+
+@differs("original", reason="an error at the start is not notified either way, READY=1 never sent")
+def test_no_ready_after_an_error(stage):
+    """A program that cannot start never says READY=1; one that can says it."""
+    notify = stage.notify_socket()
+    outcome = stage.run("-c0", "a:1", listeners=[stage.listener()], notify=notify)
+    assert outcome.status == 1
+    assert "READY=1" not in notify.lines()
+    stage.launch(stage.echo(), listeners=[stage.listener()], notify=notify)
+    notify.wait_for("READY=1")
+
+
+@says_nothing
+def test_status_counts_connections(stage):
+    """STATUS= tells how many connections are open, as they come and go."""
+    notify = stage.notify_socket()
+    stage.launch(stage.echo(), listeners=[stage.listener()], notify=notify)
+
+    def last_status():
+        return (notify.values("STATUS") or [""])[-1]
+
+    def shows(count):
+        return re.search(rf"\b{count} connections?\b", last_status())
+
+    first = stage.connect()
+    greet(first)
+    wait_until(lambda: shows(1), "status with 1 connection")
+    second = stage.connect()
+    greet(second)
+    wait_until(lambda: shows(2), "status with 2 connections")
+    first.close()
+    second.close()
+    wait_until(lambda: re.search(r"\b(0|no) connections?\b", last_status().lower()), "none open")
+
+
+@says_nothing
+def test_status_is_sent_on_change_only(stage):
+    """A thousand short connections are a handful of STATUS= lines, and silence is none."""
+    notify = stage.notify_socket()
+    stage.launch(stage.echo("unix"), listeners=[stage.listener("unix")], notify=notify)
+    start = time.monotonic()
+    for _ in range(1000):
+        client = stage.connect()
+        greet(client)
+        client.close()
+    elapsed = time.monotonic() - start
+    count = len(notify.values("STATUS"))
+    assert 1 <= count <= 20 + 20 * elapsed
+    wait_until(lambda: "0 conn" in notify.values("STATUS")[-1].replace("no ", "0 "), "all closed")
+    count = len(notify.values("STATUS"))
+    never_within(1.2, lambda: len(notify.values("STATUS")) > count + 1, "status without change")
+
+
+def test_watchdog(stage):
+    """WATCHDOG=1 is sent again and again, well within the interval that was asked for."""
+    notify = stage.notify_socket()
+    environment = {"WATCHDOG_USEC": "400000", "WATCHDOG_PID": "own"}
+    stage.launch(stage.echo(), listeners=[stage.listener()], notify=notify, environment=environment)
+    wait_until(lambda: notify.lines().count("WATCHDOG=1") >= 4, "four signs of life")
+    assert stage.proxy.cpu_share(0.5) < 0.3
+
+
+def test_watchdog_of_another_process(stage):
+    """WATCHDOG_PID of another process: no sign of life is asked of this one."""
+    notify = stage.notify_socket()
+    environment = {"WATCHDOG_USEC": "100000", "WATCHDOG_PID": "1"}
+    stage.launch(stage.echo(), listeners=[stage.listener()], notify=notify, environment=environment)
+    greet(stage.connect())
+    never_within(0.4, lambda: "WATCHDOG=1" in notify.lines(), "a sign of life")
+
+
+def test_notification_to_nobody(stage):
+    """A NOTIFY_SOCKET that nobody reads from does not disturb the service."""
+    environment = {"NOTIFY_SOCKET": stage.path("nobody")}
+    stage.launch(stage.echo(), listeners=[stage.listener()], environment=environment, wait=False)
+    for _ in range(20):
+        greet(stage.connect())
+
+
+def test_notification_socket_that_is_full(stage):
+    """A service manager that does not read its notifications does not block the service."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as full:
+        full.bind(stage.path("full"))
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as filler:
+            filler.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                while filler.sendto(b"x", stage.path("full")):
+                    pass
+        environment = {"NOTIFY_SOCKET": stage.path("full")}
+        stage.launch(
+            stage.echo(), listeners=[stage.listener()], environment=environment, wait=False
+        )
+        for _ in range(20):
+            greet(stage.connect())
+
+
+@differs("original", reason="writes to the journal's socket, or without a prefix")
+def test_journal_prefix(stage):
+    """When stderr is the journal, each line begins with its priority, as in sd-daemon(3)."""
+    stage.launch("-c1", stage.echo(), listeners=[stage.listener()], journal=True)
+    greet(stage.connect())
+    assert read_to_end(stage.connect())[0] == b""
+    stage.proxy.wait_for_log("<4>Hit connection limit, refusing connection.")
+    assert all(re.match(r"<[0-7]>", line) for line in stage.proxy.log_lines())
+
+
+def test_no_journal_prefix_for_another_stderr(stage):
+    """JOURNAL_STREAM of some other file: plain lines."""
+    outcome = stage.run("-c0", "a:1", environment={"JOURNAL_STREAM": "1:2"})
+    assert outcome.stderr == "Connection limit is too low.\n"
+
+
+@pytest.mark.parametrize("level", ["debug", "7"])
+def test_log_level_debug(stage, level):
+    """SYSTEMD_LOG_LEVEL by name or by number: at debug level each connection is told."""
+    environment = {"SYSTEMD_LOG_LEVEL": level}
+    stage.launch(stage.echo(), listeners=[stage.listener()], environment=environment)
+    client = stage.connect()
+    greet(client)
+    client.close()
+    wait_until(stage.proxy.log_lines, "a line about the connection")
+
+
+def test_log_level_error(stage):
+    """At the level of errors a warning is not written."""
+    environment = {"SYSTEMD_LOG_LEVEL": "err"}
+    stage.launch("-c1", stage.echo(), listeners=[stage.listener()], environment=environment)
+    clients = [stage.connect() for _ in range(5)]
+    greet(clients[0])
+    assert read_to_end(clients[-1])[0] == b""
+    assert stage.proxy.log() == ""
+
+
+def test_quiet_by_default(stage):
+    """Connections that come, work and go leave no line in the log."""
+    stage.launch(stage.echo(), listeners=[stage.listener()])
+    for _ in range(10):
+        client = stage.connect()
+        greet(client)
+        client.close()
+    assert stage.proxy.log() == ""
+
+
+def test_stderr_closed(stage):
+    """A program started without stdin, stdout and stderr serves all the same."""
+    listener = stage.listener()
+    stage.launch(
+        stage.echo(),
+        listeners=[listener],
+        prefix=["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh"],
+        wait=False,
+    )
+    greet(stage.connect())

@@ -1,0 +1,454 @@
+"""The command line: options as getopt_long reads them, messages word for word, exit codes."""
+
+import os
+import re
+import socket
+
+import pytest
+from harness.differences import differs
+from harness.sockets import open_connection, read_exactly
+from harness.waiting import wait_until
+
+NO_SOCKETS = "Didn't get any sockets passed in."
+
+
+def is_accepted(outcome):
+    """The command line was accepted: what is missing is only the sockets."""
+    return outcome.status == 1 and outcome.stderr.splitlines()[0] == NO_SOCKETS
+
+
+def fails_with(outcome, line):
+    """Exit status 1, nothing on stdout and exactly this line on stderr."""
+    assert (outcome.status, outcome.stdout, outcome.stderr) == (1, "", line + "\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "Not enough parameters."),
+        (["-c5"], "Not enough parameters."),
+        (["127.0.0.1:80", "127.0.0.1:81"], "Too many parameters."),
+        (["-c0", "a:1"], "Connection limit is too low."),
+        (["--connections-max=0", "a:1"], "Connection limit is too low."),
+        (["--connections-max=x", "a:1"], "Failed to parse --connections-max= argument: x"),
+        (["--connections-max=-1", "a:1"], "Failed to parse --connections-max= argument: -1"),
+        (["--connections-max=", "a:1"], "Failed to parse --connections-max= argument: "),
+        (["-c", "3.0", "a:1"], "Failed to parse --connections-max= argument: 3.0"),
+        (["-c", "5x", "a:1"], "Failed to parse --connections-max= argument: 5x"),
+        (
+            ["-c", "4294967296", "a:1"],
+            "Failed to parse --connections-max= argument: 4294967296",
+        ),
+        (["--exit-idle-time=x", "a:1"], "Failed to parse --exit-idle-time= argument: x"),
+        (["--exit-idle-time=", "a:1"], "Failed to parse --exit-idle-time= argument: "),
+        (["--exit-idle-time", "-5", "a:1"], "Failed to parse --exit-idle-time= argument: -5"),
+    ],
+)
+def test_message_of_the_original(stage, arguments, message):
+    """Bad parameters are one line on stderr, in the original's words, and exit status 1."""
+    fails_with(stage.run(*arguments), message)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--foo", "a:1"], "unrecognized option '--foo'"),
+        (["--foo=bar", "a:1"], "unrecognized option '--foo=bar'"),
+        (["-x", "a:1"], "invalid option -- 'x'"),
+        (["-5", "a:1"], "invalid option -- '5'"),
+        (["-c"], "option requires an argument -- 'c'"),
+        (["a:1", "--connections-max"], "option '--connections-max' requires an argument"),
+        (["--exit-idle-time"], "option '--exit-idle-time' requires an argument"),
+        (["--help=3"], "option '--help' doesn't allow an argument"),
+        (["--version=x"], "option '--version' doesn't allow an argument"),
+    ],
+)
+def test_message_of_getopt(stage, arguments, message):
+    """What getopt_long says, it says after the name that the program was called by."""
+    fails_with(stage.run(*arguments), f"{stage.executable}: {message}")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["-c5", "a:1"],
+        ["-c", "5", "a:1"],
+        ["-c", "0x10", "a:1"],
+        ["-c", " 5", "a:1"],
+        ["-c", "+5", "a:1"],
+        ["-c", "4294967295", "a:1"],
+        ["--connections-max=5", "a:1"],
+        ["--connections-max", "5", "a:1"],
+        ["--conn", "5", "a:1"],
+        ["--conn=5", "a:1"],
+        ["--co", "5", "a:1"],
+        ["--c=5", "a:1"],
+        ["--exit=5", "a:1"],
+        ["--e", "5", "a:1"],
+        ["a:1", "-c", "5"],
+        ["a:1", "--exit-idle-time=5"],
+        ["-c5", "a:1", "--exit-idle-time=5"],
+        ["--", "a:1"],
+        ["-c5", "--", "a:1"],
+        ["a:1", "--"],
+    ],
+)
+def test_accepted_by_getopt(stage, arguments):
+    """Abbreviations, joined and separate arguments, options after the target, and `--`."""
+    assert is_accepted(stage.run(*arguments))
+
+
+def test_two_dashes_end_the_options(stage):
+    """After `--` a dash begins a target, not an option."""
+    assert is_accepted(stage.run("--", "-c"))
+    fails_with(stage.run("--", "a:1", "-c5"), "Too many parameters.")
+
+
+def test_posixly_correct(stage):
+    """With POSIXLY_CORRECT the first target ends the options."""
+    outcome = stage.run("a:1", "-c5", environment={"POSIXLY_CORRECT": "1"})
+    fails_with(outcome, "Too many parameters.")
+
+
+@pytest.mark.parametrize("arguments", [["-h"], ["--help"], ["--he"], ["-hc0"], ["a", "b", "-h"]])
+def test_help(stage, arguments):
+    """--help goes to stdout, names every option and exits 0, whatever else is on the line."""
+    outcome = stage.run(*arguments)
+    assert (outcome.status, outcome.stderr) == (0, "")
+    for option in ("--connections-max=", "--exit-idle-time=", "--help", "--version"):
+        assert option in outcome.stdout
+
+
+@differs("original", reason="does not have these options")
+def test_help_names_the_new_options(stage):
+    """--help names every option there is, and no line is wider than a terminal."""
+    outcome = stage.run("--help")
+    names = "proxy-protocol connect-timeout idle-timeout drain-timeout listen"
+    for name in names.split():
+        assert f"--{name}=" in outcome.stdout
+    assert all(len(line) < 81 for line in outcome.stdout.splitlines())
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["--v"]])
+def test_version(stage, arguments):
+    """--version goes to stdout, with a number in it, and exits 0."""
+    outcome = stage.run(*arguments)
+    assert (outcome.status, outcome.stderr) == (0, "")
+    assert re.match(r"\S+ \d+(\.\d+)*", outcome.stdout)
+
+
+def test_help_that_cannot_be_written(stage):
+    """--help into a full device is not a traceback."""
+    outcome = stage.run("--help", prefix=["sh", "-c", 'exec "$@" >/dev/full', "sh"])
+    assert "Traceback" not in outcome.stderr
+    assert outcome.status in (0, 1)
+
+
+SPANS = (
+    "5|5s|5 s|5min 20s|1.5h|500ms|infinity| infinity |1y 12month|55s500ms|5us|5µs|5μs|2 h|2hours"
+    "|48hr|300ms20s 5day|  5  |0|0.5|.5|+5|5m|5M|1w|5d|1h30|3 4|5seconds|5sec|5second|5minute"
+    "|1minutes|1months|1month|1years|1msec|1usec|584541y|5 5 5s|1y1y"
+)
+NOT_SPANS = (
+    "| |x|s|-5|+-5|5 -3|5 parsecs|5s-3|1.2.3|5.|1.s|1.5.s|.|.s|infinity 5|INFINITY|5S|5H|5ns|5µ"
+    "|1e3|0x5|5,5|١|18446744073709551615us|18446744073709551616us|99999999999999999999"
+)
+
+
+@pytest.mark.parametrize("span", SPANS.split("|"))
+def test_span_accepted(stage, span):
+    """Time spans as systemd.time(7) has them."""
+    assert is_accepted(stage.run(f"--exit-idle-time={span}", "a:1"))
+
+
+@pytest.mark.parametrize("span", NOT_SPANS.split("|"))
+def test_span_refused(stage, span):
+    """What systemd.time(7) does not have is refused, with the text as it was given."""
+    outcome = stage.run(f"--exit-idle-time={span}", "a:1")
+    fails_with(outcome, f"Failed to parse --exit-idle-time= argument: {span}")
+
+
+@differs("original", reason="says it on one line, without a way out")
+def test_no_sockets_says_what_to_do(stage):
+    """Without sockets a second line names the two ways to get some."""
+    outcome = stage.run("127.0.0.1:80")
+    first, second = outcome.stderr.splitlines()
+    assert (outcome.status, first) == (1, NO_SOCKETS)
+    assert "--listen=" in second
+    assert ".socket" in second
+
+
+@pytest.mark.parametrize(
+    "target", ["127.0.0.1:80", "127.0.0.1", "localhost", "::1:80", "/run/x", "@x", "a:http"]
+)
+def test_target_accepted(stage, target):
+    """The forms of a target that the original knows; without a port it is port 80."""
+    assert is_accepted(stage.run(target))
+
+
+@differs("original", reason="knows none of these options")
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--connect-timeout=x", "a:1"], "connect-timeout"),
+        (["--idle-timeout=-1", "a:1"], "idle-timeout"),
+        (["--drain-timeout=5 parsecs", "a:1"], "drain-timeout"),
+        (["--proxy-protocol=v3", "a:1"], "proxy-protocol"),
+        (["--proxy-protocol=", "a:1"], "proxy-protocol"),
+        (["--listen=host.example:80", "a:1"], "host.example"),
+        (["--listen=99999", "a:1"], "99999"),
+        (["--listen=", "a:1"], "listen"),
+        (["a:99999"], "99999"),
+        (["a:nosuchservice"], "nosuchservice"),
+        (["[::1"], "[::1"),
+        (["/" + "x" * 200], "xxx"),
+        (["@" + "x" * 200], "xxx"),
+        (["vsock:x:y"], "vsock"),
+        (["--listen=127.0.0.1:0", "one=a:1", "one=a:2"], "one"),
+    ],
+)
+def test_bad_value_of_a_new_option(stage, arguments, named):
+    """A bad value is one line that names the option or shows the value, and exit status 1."""
+    outcome = stage.run(*arguments)
+    assert outcome.status == 1
+    assert len(outcome.stderr.splitlines()) == 1
+    assert f"--{named}=" in outcome.stderr or named in outcome.stderr
+    assert not outcome.stderr.startswith(f"{stage.executable}: unrecognized")
+
+
+@pytest.mark.parametrize("target", ["\x80\xff", "a\nb:1x", "é:1", " ", ":", "::", ":80", "a:b:c:1"])
+def test_strange_target_is_no_traceback(stage, target):
+    """Whatever the target: at most two lines on stderr, exit status 1."""
+    outcome = stage.run(os.fsencode(target) if "\x80" not in target else b"\x80\xff")
+    assert outcome.status == 1
+    assert "Traceback" not in outcome.stderr
+    assert 1 <= len(outcome.stderr.splitlines()) <= 2
+
+
+clear_error = differs("original", reason="says only: Failed to receive sockets from parent.")
+
+
+@clear_error
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("LISTEN_PID", "garbage"),
+        ("LISTEN_PID", "-1"),
+        ("LISTEN_PID", ""),
+        ("LISTEN_FDS", "x"),
+        ("LISTEN_FDS", "-3"),
+        ("LISTEN_FDS", ""),
+    ],
+)
+def test_garbage_in_the_activation(stage, variable, value):
+    """Garbage in LISTEN_* is one line that names the variable, and exit status 1."""
+    listener = stage.listener()
+    if variable == "LISTEN_PID":
+        outcome = stage.run("127.0.0.1:1", listeners=[listener], listen_pid=value)
+    else:
+        outcome = stage.run("127.0.0.1:1", listeners=[listener], environment={variable: value})
+    assert outcome.status == 1
+    assert len(outcome.stderr.splitlines()) == 1
+    assert variable in outcome.stderr
+
+
+@differs("original", reason="does not look at the names")
+@pytest.mark.parametrize("names", ["one:two", "one:two:three"])
+def test_names_that_do_not_fit(stage, names):
+    """More names than sockets is one line that names the variable, and exit status 1."""
+    outcome = stage.run("127.0.0.1:1", listeners=[stage.listener()], names=names)
+    assert outcome.status == 1
+    assert len(outcome.stderr.splitlines()) == 1
+    assert "LISTEN_FDNAMES" in outcome.stderr
+
+
+def test_sockets_of_another_process(stage):
+    """LISTEN_PID of another process: the sockets are not ours, as if there were none."""
+    outcome = stage.run("127.0.0.1:1", listeners=[stage.listener()], listen_pid="1")
+    assert is_accepted(outcome)
+
+
+@pytest.mark.parametrize("count", ["5", "99999999999"])
+def test_more_sockets_announced_than_passed(stage, count):
+    """LISTEN_FDS counts fds that are not open: one line, exit status 1."""
+    environment = {"LISTEN_FDS": count}
+    outcome = stage.run("127.0.0.1:1", listeners=[stage.listener()], environment=environment)
+    assert outcome.status == 1
+    assert "Traceback" not in outcome.stderr
+    assert len(outcome.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        pytest.param(variable, value, marks=differs("original", reason="ignores it without a word"))
+        for variable, value in [
+            ("NOTIFY_SOCKET", "garbage"),
+            ("NOTIFY_SOCKET", "@"),
+            ("NOTIFY_SOCKET", "/" + "x" * 200),
+            ("NOTIFY_SOCKET", "vsock:x"),
+            ("WATCHDOG_USEC", "garbage"),
+            ("WATCHDOG_USEC", "-1"),
+            ("WATCHDOG_PID", "garbage"),
+            ("SYSTEMD_LOG_LEVEL", "garbage"),
+            ("SYSTEMD_LOG_LEVEL", "8"),
+            ("JOURNAL_STREAM", "garbage"),
+        ]
+    ],
+)
+def test_garbage_in_the_environment(stage, variable, value):
+    """Garbage in the other variables is one line that names the variable, and service goes on."""
+    listener = stage.listener()
+    environment = {variable: value}
+    if variable == "WATCHDOG_PID":
+        environment["WATCHDOG_USEC"] = "1000000"
+    proxy = stage.launch(stage.echo(), listeners=[listener], environment=environment, wait=False)
+    client = stage.connect()
+    client.sendall(b"hello")
+    assert read_exactly(client, 5) == b"hello"
+    assert len(proxy.log_lines()) == 1
+    assert variable in proxy.log()
+
+
+@pytest.mark.parametrize("value", ["", None])
+def test_empty_variables_are_no_garbage(stage, value):
+    """An empty NOTIFY_SOCKET is the same as none."""
+    names = ("NOTIFY_SOCKET", "JOURNAL_STREAM")
+    environment = dict.fromkeys(names, value)
+    proxy = stage.launch(
+        stage.echo(), listeners=[stage.listener()], environment=environment, wait=False
+    )
+    client = stage.connect()
+    client.sendall(b"hello")
+    assert read_exactly(client, 5) == b"hello"
+    assert proxy.log() == ""
+
+
+@differs("original", reason="has no --listen=", run=False)
+class TestListen:
+    """--listen= lets the program run without a service manager."""
+
+    def served_at(self, stage, address, family=socket.AF_INET):
+        """True if an echo is behind `address`."""
+        client = stage.connect_to(address, family)
+        client.sendall(b"hello")
+        return read_exactly(client, 5) == b"hello"
+
+    def free_port(self):
+        """A TCP port that was free a moment ago, on IPv4 and IPv6."""
+        with socket.create_server(("::", 0), family=socket.AF_INET6, dualstack_ipv6=True) as probe:
+            return probe.getsockname()[1]
+
+    def test_host_and_port(self, stage):
+        """HOST:PORT."""
+        port = self.free_port()
+        stage.launch(f"--listen=127.0.0.1:{port}", stage.echo())
+        assert self.served_at(stage, ("127.0.0.1", port))
+
+    def test_bracketed_ipv6_and_port(self, stage):
+        """[V6]:PORT."""
+        port = self.free_port()
+        stage.launch(f"--listen=[::1]:{port}", stage.echo())
+        assert self.served_at(stage, ("::1", port), socket.AF_INET6)
+
+    def test_port_alone_is_both_protocols(self, stage):
+        """PORT listens on every address, IPv6 and IPv4."""
+        port = self.free_port()
+        stage.launch("--listen", str(port), stage.echo())
+        assert self.served_at(stage, ("127.0.0.1", port))
+        assert self.served_at(stage, ("::1", port), socket.AF_INET6)
+
+    def test_path(self, stage):
+        """/PATH makes a socket file and removes it at the exit."""
+        path = stage.path("ours")
+        proxy = stage.launch(f"--listen={path}", stage.echo())
+        assert self.served_at(stage, path, socket.AF_UNIX)
+        assert proxy.end()
+        assert not os.path.exists(path)
+
+    def test_abstract_name(self, stage):
+        """@NAME listens in the abstract namespace."""
+        name = f"proxyd-test-{os.getpid()}"
+        stage.launch(f"--listen=@{name}", stage.echo())
+        assert self.served_at(stage, f"\0{name}", socket.AF_UNIX)
+
+    def test_several(self, stage):
+        """The option may be repeated, and mixed with inherited sockets."""
+        path, port, inherited = stage.path("one"), self.free_port(), stage.listener("unix")
+        stage.launch(
+            f"--listen={path}", f"--listen=127.0.0.1:{port}", stage.echo(), listeners=[inherited]
+        )
+        assert self.served_at(stage, path, socket.AF_UNIX)
+        assert self.served_at(stage, ("127.0.0.1", port))
+        assert self.served_at(stage, inherited.getsockname(), socket.AF_UNIX)
+
+    def test_stale_socket_file_is_replaced(self, stage):
+        """A socket file that nobody listens on any more is in nobody's way."""
+        path = stage.path("stale")
+        stale = socket.socket(socket.AF_UNIX)
+        stale.bind(path)
+        stale.close()
+        stage.launch(f"--listen={path}", stage.echo())
+        assert self.served_at(stage, path, socket.AF_UNIX)
+
+    def test_live_socket_file_is_an_error(self, stage):
+        """A socket file that somebody listens on is left alone: one line, exit status 1."""
+        live = stage.listener("unix")
+        path = live.getsockname()
+        outcome = stage.run(f"--listen={path}", "127.0.0.1:1")
+        assert outcome.status == 1
+        assert len(outcome.stderr.splitlines()) == 1
+        assert path in outcome.stderr
+        open_connection(path, socket.AF_UNIX).close()
+
+    def test_other_file_is_left_alone(self, stage):
+        """A file that is not a socket is not removed: one line, exit status 1."""
+        path = stage.path("precious")
+        with open(path, "w") as file:
+            file.write("data")
+        outcome = stage.run(f"--listen={path}", "127.0.0.1:1")
+        assert outcome.status == 1
+        assert path in outcome.stderr
+        with open(path) as file:
+            assert file.read() == "data"
+
+    def test_somebody_elses_file_survives_our_exit(self, stage):
+        """A socket file that has replaced ours is not unlinked at our exit."""
+        path = stage.path("ours")
+        proxy = stage.launch(f"--listen={path}", stage.echo())
+        os.unlink(path)
+        with socket.socket(socket.AF_UNIX) as other:
+            other.bind(path)
+            assert proxy.end()
+            assert os.path.exists(path)
+
+    def test_port_in_use_is_an_error(self, stage):
+        """A port that somebody listens on: one line that names it, exit status 1."""
+        port = stage.listener().getsockname()[1]
+        outcome = stage.run(f"--listen=127.0.0.1:{port}", "127.0.0.1:1")
+        assert outcome.status == 1
+        assert len(outcome.stderr.splitlines()) == 1
+        assert str(port) in outcome.stderr
+
+    def test_port_can_be_taken_again_at_once(self, stage):
+        """A restart finds its port although old connections linger in TIME_WAIT."""
+        port = self.free_port()
+        target = stage.echo()
+        first = stage.launch(f"--listen=127.0.0.1:{port}", target)
+        assert self.served_at(stage, ("127.0.0.1", port))
+        assert first.end()
+        stage.launch(f"--listen=127.0.0.1:{port}", target)
+        assert self.served_at(stage, ("127.0.0.1", port))
+
+    def test_missing_folder_is_an_error(self, stage):
+        """A path in a folder that is not there: one line, exit status 1."""
+        outcome = stage.run("--listen=/nonexistent/folder/socket", "127.0.0.1:1")
+        assert outcome.status == 1
+        assert len(outcome.stderr.splitlines()) == 1
+
+    def test_socket_file_is_gone_after_an_error(self, stage):
+        """When the second address fails, the first one's file is not left behind."""
+        path = stage.path("first")
+        outcome = stage.run(f"--listen={path}", "--listen=/nonexistent/socket", "127.0.0.1:1")
+        assert outcome.status == 1
+        wait_until(lambda: not os.path.exists(path), "the file is removed")

@@ -1,0 +1,175 @@
+"""The end of one direction is passed on after everything before it; the other direction goes on."""
+
+import socket
+
+import pytest
+from harness.differences import differs
+from harness.sockets import (
+    TCP,
+    UNIX,
+    every_pair,
+    is_quiet,
+    main_pairs,
+    read_exactly,
+    read_to_end,
+    send_until_stuck,
+    stuck_bytes,
+    write_fails,
+)
+from harness.traffic import Payload, exchange, expected, receive_digest, send_payload
+from harness.waiting import never_within, wait_until
+
+MIB = 1 << 20
+
+drops_the_rest = differs(
+    "original", reason="the end of one direction ends the connection: the other direction is lost"
+)
+
+
+@drops_the_rest
+@every_pair
+def test_answer_after_the_clients_end(stage, listen, target):
+    """A client sends its request and half-closes; the answer comes afterwards and is delivered."""
+    client, server = stage.pair(listen, target)
+    client.sendall(b"request")
+    client.shutdown(socket.SHUT_WR)
+    assert read_to_end(server) == (b"request", "eof")
+    server.sendall(b"the answer")
+    server.close()
+    assert read_to_end(client) == (b"the answer", "eof")
+
+
+@drops_the_rest
+@every_pair
+def test_request_after_the_servers_end(stage, listen, target):
+    """The mirror image: the server half-closes first, the client goes on sending."""
+    client, server = stage.pair(listen, target)
+    server.sendall(b"all I have to say")
+    server.shutdown(socket.SHUT_WR)
+    assert read_to_end(client) == (b"all I have to say", "eof")
+    client.sendall(b"but listen")
+    client.close()
+    assert read_to_end(server) == (b"but listen", "eof")
+
+
+@drops_the_rest
+@main_pairs
+def test_end_before_any_byte(stage, listen, target):
+    """A client that half-closes at once, without a byte, still gets what the server says."""
+    client, server = stage.pair(listen, target)
+    client.shutdown(socket.SHUT_WR)
+    assert read_to_end(server) == (b"", "eof")
+    server.sendall(b"hello")
+    server.close()
+    assert read_to_end(client) == (b"hello", "eof")
+
+
+@drops_the_rest
+@every_pair
+def test_megabytes_in_flight_both_ways(stage, listen, target):
+    """16 MiB up and 24 MiB down at once, each ended after its last byte; both arrive with ends."""
+    client, server = stage.pair(listen, target)
+    exchange(client, server, Payload(16 * MIB, 1), Payload(24 * MIB, 2), half_close=True)
+
+
+@drops_the_rest
+@main_pairs
+def test_upload_then_large_answer(stage, listen, target):
+    """The answer begins only after the whole request and its end were read."""
+    client, server = stage.pair(listen, target)
+    request, answer = Payload(8 * MIB, 1), Payload(8 * MIB, 2)
+    answer_at_client = receive_digest(client)
+    send_payload(client, request)
+    assert receive_digest(server).result() == expected(request)
+    send_payload(server, answer)
+    assert answer_at_client.result() == expected(answer)
+
+
+@every_pair
+@pytest.mark.parametrize("how", ["half-close", "close"])
+def test_end_while_bytes_are_still_inside(stage, listen, target, how):
+    """The client fills everything up to a server that does not read, then ends its stream.
+
+    The server then reads: every byte comes, and the end after the last.
+    """
+    client, server = stage.pair(listen, target, target_buffer=16384)
+    segment = Payload(MIB).bytes()
+    size = send_until_stuck(client, segment, still=0.1)
+    client.shutdown(socket.SHUT_WR) if how == "half-close" else client.close()
+    assert read_to_end(server) == (stuck_bytes(segment, size), "eof")
+
+
+@drops_the_rest
+@main_pairs
+def test_both_ends_at_the_same_time(stage, listen, target):
+    """Both sides send and half-close at once; both get the other's bytes and end."""
+    client, server = stage.pair(listen, target)
+    for side, words in ((client, b"from the client"), (server, b"from the server")):
+        side.sendall(words)
+        side.shutdown(socket.SHUT_WR)
+    assert read_to_end(client) == (b"from the server", "eof")
+    assert read_to_end(server) == (b"from the client", "eof")
+
+
+@drops_the_rest
+@main_pairs
+def test_half_closed_peer_that_never_finishes(stage, listen, target):
+    """After the client's end the server may talk as long as it likes, with pauses."""
+    client, server = stage.pair(listen, target)
+    client.shutdown(socket.SHUT_WR)
+    assert read_to_end(server) == (b"", "eof")
+    for number in range(3):
+        never_within(0.15, lambda: not is_quiet(client), "an end at the client")
+        server.sendall(b"word %d" % number)
+        assert read_exactly(client, 6) == b"word %d" % number
+
+
+@drops_the_rest
+@main_pairs
+def test_half_closed_connection_costs_nothing(stage, listen, target):
+    """A half-closed connection on which nothing moves uses no CPU and stays open."""
+    client, server = stage.pair(listen, target)
+    client.shutdown(socket.SHUT_WR)
+    assert read_to_end(server) == (b"", "eof")
+    assert stage.proxy.cpu_share() < 0.2
+    assert is_quiet(client)
+
+
+@drops_the_rest
+@main_pairs
+def test_the_end_is_passed_on_as_a_half_close_only(stage, listen, target):
+    """After the client's half-close the server can still write, for as long as it likes."""
+    client, server = stage.pair(listen, target)
+    client.shutdown(socket.SHUT_WR)
+    assert read_to_end(server) == (b"", "eof")
+    never_within(0.2, lambda: write_fails(server), "the server cannot write any more")
+    server.close()
+    assert read_to_end(client)[1] == "eof"
+
+
+@every_pair
+def test_everything_is_closed_after_both_ends(stage, listen, target):
+    """A connection is two sockets in the program, and none once both directions have ended."""
+    backend = stage.forward(listen, target)
+    kept_open = stage.connect()  # so that the program has done all it does for a first client
+    backend.accept()
+    wait_until(lambda: stage.proxy.socket_count() >= 3, "listener and two sockets")
+    before = stage.proxy.socket_count()
+    client = stage.connect()
+    server = backend.accept()
+    wait_until(lambda: stage.proxy.socket_count() == before + 2, "two sockets more")
+    client.shutdown(socket.SHUT_WR)
+    assert read_to_end(server) == (b"", "eof")
+    server.close()
+    read_to_end(client)
+    wait_until(lambda: stage.proxy.socket_count() == before, "two sockets less")
+    assert is_quiet(kept_open)
+
+
+@pytest.mark.parametrize("target", [*TCP, *UNIX])
+def test_unix_client_that_closes_is_an_end(stage, target):
+    """A UNIX client's full close is the end of its stream, not a reset."""
+    client, server = stage.pair("unix", target)
+    client.sendall(b"last words")
+    client.close()
+    assert read_to_end(server) == (b"last words", "eof")

@@ -1,0 +1,502 @@
+"""A client is held while its target cannot be reached yet, and served as soon as it can be."""
+
+import os
+import signal
+import socket
+import subprocess
+import time
+
+import pytest
+from harness.differences import differs
+from harness.kernel import in_network_namespace_of
+from harness.privileges import as_unprivileged_user, namespace_prefix, with_hosts
+from harness.sockets import (
+    fill_backlog,
+    is_quiet,
+    open_listener,
+    read_exactly,
+    read_to_end,
+    reset,
+)
+from harness.stage import Backend
+from harness.waiting import never_within, wait_until
+
+HOLD = 0.4
+"""Seconds for which a test leaves a target away: longer than the first, quick retries."""
+
+pytestmark = differs("original", reason="gives up at the first refusal", run=False)
+
+
+def stays_held(*clients, seconds=HOLD):
+    """Nothing comes to the clients, no byte and no end, for that long."""
+    for client in clients:
+        never_within(
+            seconds / len(clients),
+            lambda held=client: not is_quiet(held),
+            "an end of a held client",
+        )
+
+
+def talk(client, server):
+    """One word each way."""
+    client.sendall(b"question")
+    assert read_exactly(server, 8) == b"question"
+    server.sendall(b"answer")
+    assert read_exactly(client, 6) == b"answer"
+
+
+@pytest.mark.parametrize("listen", ["tcp4", "unix"])
+@pytest.mark.parametrize("target", ["tcp4", "tcp6", "unix", "abstract"])
+def test_target_that_listens_later(stage, listen, target):
+    """Connection refused (TCP), or a socket file without a listener (UNIX): the client waits."""
+    backend = stage.absent(target)
+    stage.launch(backend.target, listeners=[stage.listener(listen)])
+    client = stage.connect()
+    stays_held(client)
+    backend.start_listening()
+    talk(client, backend.accept())
+
+
+@pytest.mark.parametrize("stale", [False, True])
+def test_socket_file_that_appears_later(stage, stale):
+    """A missing path, or a stale socket file that the service replaces."""
+    path = stage.path("later")
+    if stale:
+        with socket.socket(socket.AF_UNIX) as dead:
+            dead.bind(path)
+    stage.launch(path, listeners=[stage.listener()])
+    client = stage.connect()
+    stays_held(client)
+    if stale:
+        os.unlink(path)
+    backend = Backend(socket.socket(socket.AF_UNIX))
+    backend.listener.bind(path)
+    backend.start_listening()
+    talk(client, backend.accept())
+    backend.close()
+
+
+def test_abstract_name_that_appears_later(stage):
+    """An abstract name that nobody has yet."""
+    name = f"proxyd-later-{os.getpid()}"
+    stage.launch(f"@{name}", listeners=[stage.listener()])
+    client = stage.connect()
+    stays_held(client)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(f"\0{name}")
+        listener.listen()
+        listener.settimeout(10)
+        with listener.accept()[0] as server:
+            talk(client, server)
+
+
+def test_full_unix_backlog(stage):
+    """A UNIX target whose backlog is full is tried again until there is room."""
+    backend = stage.backend("unix", backlog=0)
+    waiting = fill_backlog(backend.listener.getsockname(), socket.AF_UNIX)
+    stage.launch(backend.target, listeners=[stage.listener()])
+    client = stage.connect()
+    stays_held(client)
+    for visitor in waiting:
+        backend.accept()
+        visitor.close()
+    talk(client, backend.accept())
+
+
+def test_target_that_drops_packets(stage):
+    """A TCP target that answers neither way is given up after --connect-timeout=, in one line."""
+    backend = stage.backend("tcp4", backlog=0)
+    waiting = fill_backlog(backend.listener.getsockname(), socket.AF_INET)
+    stage.launch("--connect-timeout=500ms", backend.target, listeners=[stage.listener()])
+    client = stage.connect()
+    assert read_to_end(client)[0] == b""
+    stage.proxy.wait_for_log("Failed to connect to remote host: ")
+    for visitor in waiting:
+        visitor.close()
+
+
+def test_what_was_sent_while_held_is_delivered(stage):
+    """Bytes that a client sends while it is held come first, in order."""
+    backend = stage.absent()
+    stage.launch(backend.target, listeners=[stage.listener()])
+    client = stage.connect()
+    for number in range(10):
+        client.sendall(b"part %d " % number)
+    stays_held(client)
+    backend.start_listening()
+    client.sendall(b"and the rest")
+    client.shutdown(socket.SHUT_WR)
+    expected = b"".join(b"part %d " % number for number in range(10)) + b"and the rest"
+    assert read_to_end(backend.accept()) == (expected, "eof")
+
+
+@pytest.mark.parametrize("listen", ["tcp4", "unix"])
+def test_request_and_half_close_while_held(stage, listen):
+    """A client that has sent its whole request and half-closed is still served."""
+    backend = stage.absent()
+    stage.launch(backend.target, listeners=[stage.listener(listen)])
+    client = stage.connect()
+    client.sendall(b"request")
+    client.shutdown(socket.SHUT_WR)
+    stays_held_after_half_close(client)
+    backend.start_listening()
+    server = backend.accept()
+    assert read_to_end(server) == (b"request", "eof")
+    server.sendall(b"answer")
+    server.close()
+    assert read_to_end(client) == (b"answer", "eof")
+
+
+def stays_held_after_half_close(client):
+    """Nothing comes to a client that has ended its own direction."""
+    client.settimeout(HOLD)
+    with pytest.raises(TimeoutError):
+        client.recv(1)
+
+
+@pytest.mark.parametrize("listen", ["tcp4", "unix"])
+def test_client_that_is_gone_frees_its_slot(stage, listen):
+    """A held client that resets (UNIX: hangs up) is dropped, and never shows at the target."""
+    backend = stage.absent()
+    stage.launch("-c1", backend.target, listeners=[stage.listener(listen)])
+    gone = stage.connect()
+    gone.sendall(b"gone")
+    stays_held(gone, seconds=0.2)
+    reset(gone)
+
+    def next_one():
+        client = stage.connect()
+        try:
+            never_within(0.1, lambda: not is_quiet(client), "refused")
+        except AssertionError:
+            return None
+        return client
+
+    client = wait_until(next_one, "a free slot")
+    backend.start_listening()
+    talk(client, backend.accept())
+    backend.listener.settimeout(0.3)
+    with pytest.raises(TimeoutError):
+        backend.listener.accept()
+
+
+def test_held_clients_count(stage):
+    """Held clients count against --connections-max=."""
+    backend = stage.absent()
+    stage.launch("-c2", backend.target, listeners=[stage.listener()])
+    held = [stage.connect() for _ in range(2)]
+    stays_held(*held)
+    assert read_to_end(stage.connect())[0] == b""
+    stage.proxy.wait_for_log("Hit connection limit, refusing connection.")
+    backend.start_listening()
+    for client in held:
+        client.sendall(b"x")
+    for _ in held:
+        assert read_exactly(backend.accept(), 1) == b"x"
+
+
+def test_one_attempt_only(stage):
+    """--connect-timeout=0 is one attempt: the client is let go at once, as by the original."""
+    backend = stage.absent()
+    stage.launch("--connect-timeout=0", backend.target, listeners=[stage.listener()])
+    assert read_to_end(stage.connect())[0] == b""
+    stage.proxy.wait_for_log("Failed to connect to remote host: Connection refused")
+    assert len(stage.proxy.log_lines()) == 1
+
+
+def test_time_is_up(stage):
+    """After --connect-timeout= the client is let go, not earlier, and the reason is logged."""
+    backend = stage.absent()
+    stage.launch("--connect-timeout=600ms", backend.target, listeners=[stage.listener()])
+    start = time.monotonic()
+    client = stage.connect()
+    assert read_to_end(client)[0] == b""
+    assert time.monotonic() - start >= 0.55
+    stage.proxy.wait_for_log("Failed to connect to remote host: Connection refused")
+    assert not stage.proxy.has_ended()
+
+
+def test_each_client_has_its_own_time(stage):
+    """A client that comes later is held as long as the first, not only as long as is left."""
+    backend = stage.absent()
+    stage.launch("--connect-timeout=1s", backend.target, listeners=[stage.listener()])
+    first = stage.connect()
+    never_within(0.6, lambda: not is_quiet(first), "the end of the first")
+    start = time.monotonic()
+    second = stage.connect()
+    read_to_end(first)
+    assert is_quiet(second)
+    read_to_end(second)
+    assert time.monotonic() - start >= 0.95
+
+
+def test_one_line_when_an_outage_starts_and_one_when_it_ends(stage):
+    """Twenty held clients are one line at the start and one, with their number, at the end."""
+    backend = stage.absent()
+    stage.launch(backend.target, listeners=[stage.listener()])
+    clients = [stage.connect() for _ in range(20)]
+    stays_held(*clients)
+    assert len(stage.proxy.log_lines()) == 1
+    assert backend.target in stage.proxy.log()
+    backend.start_listening()
+    for client in clients:
+        client.sendall(b"x")
+    for _ in clients:
+        assert read_exactly(backend.accept(), 1) == b"x"
+    wait_until(lambda: len(stage.proxy.log_lines()) >= 2, "a line about the end of the outage")
+    assert len(stage.proxy.log_lines()) == 2
+    assert "20" in stage.proxy.log_lines()[1]
+
+
+def test_second_outage_is_told_again(stage):
+    """A second outage is told too, at the exit at the latest if it follows within seconds."""
+    backend = stage.absent()
+    stage.launch(backend.target, listeners=[stage.listener()])
+    client = stage.connect()
+    stays_held(client, seconds=0.2)
+    backend.start_listening()
+    talk(client, backend.accept())
+    wait_until(lambda: len(stage.proxy.log_lines()) == 2, "two lines")
+    address = backend.listener.getsockname()
+    backend.listener.close()
+    client = stage.connect()
+    stays_held(client, seconds=0.2)
+    backend.listener = socket.create_server(address)
+    talk(client, backend.accept())
+    assert stage.proxy.end()
+    assert len(stage.proxy.log_lines()) >= 3
+
+
+def test_no_empty_probe(stage):
+    """The target sees as many connections as there are clients: no probe is thrown away."""
+    backend = stage.absent()
+    stage.launch(backend.target, listeners=[stage.listener()])
+    clients = [stage.connect() for _ in range(5)]
+    stays_held(*clients)
+    backend.start_listening()
+    for number, client in enumerate(clients):
+        client.sendall(b"%d" % number)
+    heard = sorted(read_exactly(backend.accept(), 1) for _ in clients)
+    assert heard == [b"0", b"1", b"2", b"3", b"4"]
+    backend.listener.settimeout(0.3)
+    with pytest.raises(TimeoutError):
+        backend.listener.accept()
+
+
+@pytest.mark.parametrize("target", ["tcp4", "unix"])
+def test_two_hundred_held_clients_cost_little(stage, target):
+    """Two hundred held clients share one probe: hardly any CPU, and then all are served."""
+    backend = stage.absent(target)
+    stage.launch(backend.target, listeners=[stage.listener("unix")])
+    clients = [stage.connect() for _ in range(200)]
+    stays_held(clients[0], clients[-1])
+    assert stage.proxy.cpu_share(0.8) < 0.2
+    backend.start_listening()
+    for client in clients:
+        client.sendall(b"x")
+    for _ in clients:
+        assert read_exactly(backend.accept(), 1) == b"x"
+
+
+def test_open_connections_go_on_during_an_outage(stage):
+    """While others are held, connections that are open are forwarded as ever."""
+    backend = stage.forward("tcp4", "tcp4")
+    client = stage.connect()
+    server = backend.accept()
+    address = backend.listener.getsockname()
+    backend.listener.close()
+    held = stage.connect()
+    for _ in range(20):
+        talk(client, server)
+    stays_held(held, seconds=0.2)
+    backend.listener = socket.create_server(address)
+    talk(held, backend.accept())
+
+
+def test_target_that_accepts_and_resets_is_reached(stage):
+    """A target that accepts and then resets is not tried again: it has been reached."""
+    backend = stage.forward("tcp4", "tcp4")
+    client = stage.connect()
+    reset(backend.accept())
+    assert read_to_end(client)[0] == b""
+    backend.listener.settimeout(0.5)
+    with pytest.raises(TimeoutError):
+        backend.listener.accept()
+
+
+def test_wrong_kind_of_target_fails_at_once(stage):
+    """A path that is no socket, or a datagram one, will never serve: the client is not held."""
+    file, datagram = stage.path("file"), stage.path("datagram")
+    with open(file, "w"), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as receiver:
+        receiver.bind(datagram)
+        stage.launch("--connect-timeout=1h", datagram, listeners=[stage.listener()])
+        assert read_to_end(stage.connect())[0] == b""
+        stage.proxy.wait_for_log("Failed to connect to remote host: ")
+
+
+def test_socket_between_bind_and_chmod(stage):
+    """A UNIX target that the program may not open yet is tried again for a second."""
+    prefix = as_unprivileged_user(stage.executable)
+    backend = stage.backend("unix")
+    path = backend.listener.getsockname()
+    os.chmod(path, 0o600)
+    stage.launch(backend.target, listeners=[stage.listener()], prefix=prefix)
+    client = stage.connect()
+    stays_held(client, seconds=0.3)
+    os.chmod(path, 0o666)
+    talk(client, backend.accept())
+
+
+def test_forbidden_socket(stage):
+    """One that stays forbidden is given up long before --connect-timeout=, with the reason."""
+    prefix = as_unprivileged_user(stage.executable)
+    backend = stage.backend("unix")
+    os.chmod(backend.listener.getsockname(), 0o600)
+    stage.launch(
+        "--connect-timeout=1h", backend.target, listeners=[stage.listener()], prefix=prefix
+    )
+    assert read_to_end(stage.connect())[0] == b""
+    stage.proxy.wait_for_log("Failed to connect to remote host: Permission denied")
+
+
+def test_stop_while_clients_are_held(stage):
+    """SIGTERM ends a program that holds clients at once, with exit status 0."""
+    backend = stage.absent()
+    stage.launch("--connect-timeout=1h", backend.target, listeners=[stage.listener()])
+    client = stage.connect()
+    stays_held(client, seconds=0.2)
+    stage.proxy.send_signal(signal.SIGTERM)
+    assert stage.proxy.wait() == 0
+    read_to_end(client)
+
+
+def test_a_held_client_is_no_idleness(stage):
+    """--exit-idle-time= does not end a program that holds a client."""
+    backend = stage.absent()
+    stage.launch("--exit-idle-time=100ms", backend.target, listeners=[stage.listener()])
+    client = stage.connect()
+    never_within(0.6, stage.proxy.has_ended, "the exit while a client is held")
+    backend.start_listening()
+    talk(client, backend.accept())
+
+
+def test_status_tells_who_waits(stage):
+    """STATUS= shows the held clients and the target that they wait for."""
+    backend = stage.absent()
+    stage.launch(backend.target, listeners=[stage.listener()])
+    stage.connect()
+    wait_until(
+        lambda: any(f"1 waiting for {backend.target}" in text for text in statuses(stage)),
+        f"a status; seen: {statuses(stage)}",
+    )
+
+
+def statuses(stage):
+    """All STATUS= texts so far."""
+    return stage.proxy.notify.values("STATUS")
+
+
+def test_name_that_appears_later(stage):
+    """A name that does not exist yet (a container's, say) is looked up again."""
+    prefix = with_hosts(stage.directory, ["127.0.0.1 localhost"])
+    backend = stage.backend()
+    stage.launch(f"later.test:{backend.port()}", listeners=[stage.listener()], prefix=prefix)
+    client = stage.connect()
+    stays_held(client)
+    with open(stage.path("hosts"), "a") as hosts:
+        hosts.write("127.0.0.1 later.test\n")
+    talk(client, backend.accept())
+
+
+def test_name_that_stays_away(stage):
+    """A name that does not appear within --connect-timeout= is told in the original's words."""
+    prefix = with_hosts(stage.directory, ["127.0.0.1 localhost"])
+    stage.launch(
+        "--connect-timeout=500ms", "missing.test:80", listeners=[stage.listener()], prefix=prefix
+    )
+    assert read_to_end(stage.connect())[0] == b""
+    stage.proxy.wait_for_log("Failed to resolve host: ")
+
+
+def test_last_good_answer_serves_when_names_fail(stage):
+    """A look-up that fails later does not end a service that has worked before."""
+    prefix = with_hosts(stage.directory, ["127.0.0.1 flaky.test"])
+    backend = stage.backend()
+    stage.launch(f"flaky.test:{backend.port()}", listeners=[stage.listener()], prefix=prefix)
+    talk(stage.connect(), backend.accept())
+    with open(stage.path("hosts"), "w") as hosts:
+        hosts.write("127.0.0.1 localhost\n")
+    for _ in range(3):
+        never_within(0.5, stage.proxy.has_ended, "the end")  # an answer serves for one second
+        talk(stage.connect(), backend.accept())
+    assert stage.proxy.log_lines("flaky.test")
+
+
+def test_dead_first_address_does_not_hold_the_second(stage):
+    """An address that drops packets is passed by for the next one, long before any time-out."""
+    dead = stage.backend("tcp4", backlog=0)
+    waiting = fill_backlog(dead.listener.getsockname(), socket.AF_INET)
+    live = stage.backend(host="127.0.0.2", port=dead.port())
+    prefix = with_hosts(stage.directory, ["127.0.0.1 two.test", "127.0.0.2 two.test"])
+    stage.launch(
+        "--connect-timeout=1h",
+        f"two.test:{dead.port()}",
+        listeners=[stage.listener()],
+        prefix=prefix,
+    )
+    for _ in range(3):
+        talk(stage.connect(), live.accept(timeout=5.0))
+    for visitor in waiting:
+        visitor.close()
+
+
+def test_network_that_comes_up_later(stage):
+    """A target without a route to it (the network is not up yet) is tried again."""
+    prefix = namespace_prefix("true")  # the loopback device of a new namespace is down
+    notify = stage.notify_socket(stage.path("notify"))  # abstract names end at the namespace
+    stage.launch("127.0.0.1:4000", listeners=[stage.listener()], prefix=prefix, notify=notify)
+    listener = in_network_namespace_of(stage.proxy.pid, lambda: socket.create_server(("", 4000)))
+    with listener:
+        client = stage.connect()
+        stays_held(client)
+        up = ["nsenter", f"--target={stage.proxy.pid}", "--net", "ip", "link", "set", "lo", "up"]
+        subprocess.run(up, check=True)
+        listener.settimeout(10)
+        with listener.accept()[0] as server:
+            talk(client, server)
+
+
+def test_out_of_local_ports(stage):
+    """With no local port left a client is held until another connection has freed one."""
+    prefix = namespace_prefix(
+        'ip link set lo up && echo "50001 50001" >/proc/sys/net/ipv4/ip_local_port_range'
+    )
+    notify = stage.notify_socket(stage.path("notify"))
+    stage.launch("127.0.0.1:4000", listeners=[stage.listener()], prefix=prefix, notify=notify)
+    listener = in_network_namespace_of(stage.proxy.pid, lambda: socket.create_server(("", 4000)))
+    with listener:
+        listener.settimeout(10)
+        first = stage.connect()
+        with listener.accept()[0] as server:
+            talk(first, server)
+            second = stage.connect()
+            stays_held(second)
+            reset(server)
+        read_to_end(first)
+        first.close()
+        with listener.accept()[0] as server:
+            talk(second, server)
+
+
+def test_listener_of_another_host_address(stage):
+    """A target that is bound later to an address of its own is found by the retries."""
+    probe = open_listener("tcp4", stage.directory, host="127.0.0.9")
+    address = probe.getsockname()
+    probe.close()
+    stage.launch(f"{address[0]}:{address[1]}", listeners=[stage.listener()])
+    client = stage.connect()
+    stays_held(client)
+    with socket.create_server(address) as listener:
+        listener.settimeout(10)
+        with listener.accept()[0] as server:
+            talk(client, server)

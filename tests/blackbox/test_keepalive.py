@@ -1,0 +1,59 @@
+"""Both legs of a connection: keepalive on, no Nagle delay, urgent bytes kept in their place."""
+
+import socket
+
+import pytest
+from harness.differences import differs
+from harness.kernel import borrowed_sockets
+from harness.sockets import read_exactly
+
+
+def both_legs(stage, listener):
+    """The program's two sockets of one connection from `listener` to a TCP target."""
+    backend = stage.backend()
+    stage.launch(backend.target, listeners=[listener])
+    client = stage.connect()
+    client.sendall(b"x")
+    assert read_exactly(backend.accept(), 1) == b"x"
+    legs = borrowed_sockets(stage.proxy)
+    assert len(legs) == 2
+    return legs
+
+
+@differs("original", reason="sets no socket options")
+@pytest.mark.parametrize("listen", ["tcp4", "tcp6"])
+@pytest.mark.parametrize(
+    ("level", "option"),
+    [
+        (socket.SOL_SOCKET, socket.SO_KEEPALIVE),
+        (socket.IPPROTO_TCP, socket.TCP_NODELAY),
+        (socket.SOL_SOCKET, socket.SO_OOBINLINE),
+    ],
+    ids=["keepalive", "nodelay", "oobinline"],
+)
+def test_option_is_on(stage, listen, level, option):
+    """The option is set on the client's side and on the target's."""
+    for leg in both_legs(stage, stage.listener(listen)):
+        with leg:
+            assert leg.getsockopt(level, option)
+
+
+def test_settings_of_the_listener_are_kept(stage):
+    """A listener with its own keepalive times (KeepAliveTimeSec=) passes them to its clients."""
+    listener = stage.listener()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (
+        (socket.TCP_KEEPIDLE, 33),
+        (socket.TCP_KEEPINTVL, 7),
+        (socket.TCP_KEEPCNT, 4),
+    ):
+        listener.setsockopt(socket.IPPROTO_TCP, option, value)
+    address = listener.getsockname()
+    legs = both_legs(stage, listener)
+    (client_leg,) = (leg for leg in legs if leg.getsockname() == address)
+    assert client_leg.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+    assert client_leg.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 33
+    assert client_leg.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL) == 7
+    assert client_leg.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT) == 4
+    for leg in legs:
+        leg.close()

@@ -1,0 +1,154 @@
+"""When writing to one side fails, what that side had already said is still delivered."""
+
+import socket
+
+import pytest
+from harness.differences import differs
+from harness.sockets import (
+    TCP,
+    UNIX,
+    every_pair,
+    main_pairs,
+    read_exactly,
+    read_to_end,
+    send_until_stuck,
+    wait_unread,
+    write_fails,
+)
+from harness.traffic import Payload, in_background, receive_digest, send_payload
+from harness.waiting import wait_until
+
+MIB = 1 << 20
+REJECTION = b"413 too large\r\n" + b"." * 3000
+
+lost_with_the_request = differs(
+    "original",
+    reason="a request that cannot be written any more takes the answer with it",
+    always=False,
+)
+
+
+@lost_with_the_request
+@every_pair
+def test_server_rejects_without_reading(stage, listen, target):
+    """The server answers and closes while the request lies unread in its buffer.
+
+    That close is a reset on TCP. The client, which has more to send, gets the whole answer.
+    """
+    client, server = stage.pair(listen, target, target_buffer=65536)
+    send_until_stuck(client, b"r" * 65536, most=8 * MIB, still=0.1)
+    wait_unread(server, 1)
+    server.sendall(REJECTION)
+    server.close()
+    received, _ = read_to_end(client)
+    assert received == REJECTION
+
+
+@lost_with_the_request
+@every_pair
+def test_server_rejects_after_the_head(stage, listen, target):
+    """The server reads the head of the request only, answers, half-closes and then closes."""
+    client, server = stage.pair(listen, target, target_buffer=65536)
+    send_until_stuck(client, b"r" * 65536, most=8 * MIB, still=0.1)
+    read_exactly(server, 100)
+    server.sendall(REJECTION)
+    server.shutdown(socket.SHUT_WR)
+    server.close()
+    received, _ = read_to_end(client)
+    assert received == REJECTION
+
+
+@differs("original", reason="closes at once, which resets a client that is still sending")
+@main_pairs
+def test_client_that_goes_on_sending_is_drained(stage, listen, target):
+    """A client that was sent the end of the answer may send on for up to 1 s or 1 MiB.
+
+    So one that only looks for the answer after its request is not reset before it has read it.
+    """
+    client, server = stage.pair(listen, target)
+    client.sendall(b"head")
+    assert read_exactly(server, 4) == b"head"
+    server.sendall(REJECTION)
+    server.close()
+    wait_unread(client, len(REJECTION))
+    for _ in range(20):
+        client.sendall(b"b" * 10_000)
+    assert read_exactly(client, len(REJECTION)) == REJECTION
+
+
+@differs(
+    "original", reason="closes at once, which resets a client that is still sending", always=False
+)
+@main_pairs
+def test_answer_is_there_after_a_failed_write(stage, listen, target):
+    """A client that sends until it no longer can still finds the whole answer."""
+    client, server = stage.pair(listen, target)
+    client.sendall(b"head")
+    assert read_exactly(server, 4) == b"head"
+    server.sendall(REJECTION)
+    server.close()
+    wait_unread(client, len(REJECTION))
+    wait_until(lambda: write_fails(client), "writes of the client fail")
+    assert read_exactly(client, len(REJECTION)) == REJECTION
+
+
+@every_pair
+def test_client_that_leaves_without_reading(stage, listen, target):
+    """What a client said before it closed with unread input reaches the server."""
+    client, server = stage.pair(listen, target)
+    server.sendall(b"a greeting that nobody reads")
+    wait_unread(client, 28)
+    client.sendall(b"my last words")
+    wait_unread(server, 13)
+    client.close()
+    assert read_to_end(server)[0] == b"my last words"
+    wait_until(lambda: write_fails(server), "writes of the server fail")
+
+
+@differs(
+    "original",
+    reason="closes with the client's bytes unread, which resets the client before it has read",
+    always=False,
+)
+@main_pairs
+def test_large_answer_of_a_server_that_reads_nothing(stage, listen, target):
+    """Four megabytes of answer, sent whole before the close, reach a client that is being blocked.
+
+    The server half-closes after the answer and closes when the client has it: nothing is reset.
+    """
+    client, server = stage.pair(listen, target, target_buffer=65536)
+    send_until_stuck(client, b"r" * 65536, most=8 * MIB, still=0.1)
+    answer = Payload(4 * MIB)
+    sending = send_payload(server, answer)
+    reading = receive_digest(client, answer.size)
+    sending.result()
+    assert reading.result() == (answer.size, answer.digest())
+
+
+@pytest.mark.parametrize("listen", [*TCP, *UNIX])
+def test_answer_of_a_unix_server_that_closes(stage, listen):
+    """A UNIX server's large answer, closed at once with the request unread, is delivered whole."""
+    client, server = stage.pair(listen, "unix")
+    client.sendall(b"request that nobody reads")
+    wait_unread(server, 25)
+    answer = Payload(MIB)
+    reading = receive_digest_ignoring_reset(client)
+    send_payload(server, answer, half_close=False).result()
+    server.close()
+    assert reading.result() == answer.bytes()
+
+
+def receive_digest_ignoring_reset(connection):
+    """Read to whatever end in a thread; `.result()` is the bytes."""
+    return in_background(lambda: read_to_end(connection)[0])
+
+
+@pytest.mark.parametrize(("listen", "target"), [("tcp4", "tcp4"), ("tcp4", "unix")])
+def test_closed_servers_client_is_let_go(stage, listen, target):
+    """A client that goes on sending to a server that is gone learns of it within seconds."""
+    client, server = stage.pair(listen, target)
+    server.sendall(b"bye")
+    server.close()
+    assert read_to_end(client) == (b"bye", "eof")
+    assert not write_fails(client)
+    wait_until(lambda: write_fails(client), "writes of the client fail")

@@ -1,0 +1,147 @@
+"""A target that leads back to the program is proven at run time, refused in one line, no storm."""
+
+import os
+import socket
+
+import pytest
+from harness.differences import differs
+from harness.kernel import in_network_namespace_of
+from harness.privileges import namespace_prefix, need_root
+from harness.sockets import FAMILIES, read_exactly, read_to_end, target_text
+from harness.waiting import wait_until
+
+storms = differs("original", reason="connects to itself until its limit is reached", run=False)
+
+
+@storms
+@pytest.mark.parametrize("family", FAMILIES)
+def test_target_is_its_own_listener(stage, family):
+    """Every client is let go, one line tells why, and the program is at rest afterwards."""
+    listener = stage.listener(family)
+    target = target_text(listener.getsockname(), listener.family)
+    stage.launch(target, listeners=[listener])
+    for _ in range(5):
+        client = stage.connect()
+        assert read_to_end(client)[0] == b""
+        client.close()
+    wait_until(stage.proxy.log_lines, "a line about the loop")
+    assert stage.proxy.cpu_share() < 0.2
+    assert len(stage.proxy.log_lines()) <= 2
+    assert f"target {target} leads back" in stage.proxy.log()
+    wait_until(lambda: stage.proxy.socket_count() <= stage.proxy.sockets_at_start, "all is closed")
+
+
+@storms
+def test_loop_through_another_listener(stage):
+    """The target is a second listener of the same program."""
+    listeners = [stage.listener(), stage.listener("unix")]
+    target = target_text(listeners[1].getsockname(), socket.AF_UNIX)
+    stage.launch(target, listeners=listeners)
+    assert read_to_end(stage.connect(listeners[0]))[0] == b""
+    wait_until(stage.proxy.log_lines, "a line about the loop")
+    assert stage.proxy.cpu_share() < 0.2
+
+
+@storms
+def test_loop_does_not_disturb_others(stage):
+    """A loop of one pair leaves another pair of the same program alone."""
+    listeners, target = [stage.listener(), stage.listener()], stage.echo()
+    loop = target_text(listeners[0].getsockname(), socket.AF_INET)
+    stage.launch(f"loop={loop}", f"echo={target}", listeners=listeners, names="loop:echo")
+    for _ in range(5):
+        assert read_to_end(stage.connect(listeners[0]))[0] == b""
+        client = stage.connect(listeners[1])
+        client.sendall(b"hello")
+        assert read_exactly(client, 5) == b"hello"
+
+
+def test_client_on_the_same_machine_is_no_loop(stage):
+    """Clients and target on one address, as ever on one machine, are not mistaken for a loop."""
+    stage.launch(stage.echo(), listeners=[stage.listener()])
+    clients = [stage.connect() for _ in range(30)]
+    for client in clients:
+        client.sendall(b"hello")
+        assert read_exactly(client, 5) == b"hello"
+
+
+def test_two_programs_in_a_row_are_no_loop(stage):
+    """A program behind a program, on the same machine."""
+    inner = stage.listener()
+    stage.launch(stage.echo(), listeners=[inner])
+    outer = stage.listener()
+    stage.launch(target_text(inner.getsockname(), socket.AF_INET), listeners=[outer])
+    client = stage.connect(outer)
+    client.sendall(b"hello")
+    assert read_exactly(client, 5) == b"hello"
+
+
+def test_same_address_in_another_network_namespace(stage):
+    """A listener inherited from outside, and a target with the same address inside: no loop.
+
+    This is how a service in its own network namespace is put on the host's port.
+    """
+    prefix = namespace_prefix()
+    listener = stage.listener()
+    address = listener.getsockname()
+    notify = stage.notify_socket(stage.path("notify"))  # abstract names end at the namespace
+    target = target_text(address, socket.AF_INET)
+    stage.launch(target, listeners=[listener], prefix=prefix, notify=notify)
+    if not stage.is_ours:
+        wait_until(lambda: namespace_of(stage.proxy.pid) != namespace_of("self"), "the namespace")
+        wait_until(lambda: len(stage.proxy.fds()) > 5, "the program")
+    inside = in_network_namespace_of(stage.proxy.pid, lambda: socket.create_server(address))
+    with inside:
+        inside.settimeout(10)
+        for _ in range(3):
+            client = stage.connect()
+            client.sendall(b"hello")
+            with inside.accept()[0] as server:
+                assert read_exactly(server, 5) == b"hello"
+                server.sendall(b"world")
+                assert read_exactly(client, 5) == b"world"
+
+
+def namespace_of(pid):
+    """Which network namespace a process is in."""
+    return os.readlink(f"/proc/{pid}/ns/net")
+
+
+def test_same_path_in_another_mount_namespace(stage):
+    """A listener's path outside, and another socket at the same path inside: no loop."""
+    need_root("for a mount namespace")
+    listener = stage.listener("unix")
+    path = listener.getsockname()
+    hidden = f'mount -t tmpfs none {stage.directory} && exec "$@"'
+    prefix = ["unshare", "--mount", "sh", "-c", hidden, "sh"]
+    stage.launch(path, listeners=[listener], prefix=prefix)
+    outside = os.stat(stage.directory).st_dev
+    root = f"/proc/{stage.proxy.pid}/root"
+    wait_until(lambda: os.stat(root + stage.directory).st_dev != outside, "the private mount")
+    with socket.socket(socket.AF_UNIX) as inside:
+        inside.bind(root + path)
+        inside.listen()
+        inside.settimeout(10)
+        for _ in range(3):
+            client = stage.connect()
+            client.sendall(b"hello")
+            with inside.accept()[0] as server:
+                assert read_exactly(server, 5) == b"hello"
+
+
+@differs("original", reason="takes its own bytes for the target's answer", run=False)
+def test_self_connect(stage):
+    """With one free port left, a connection to a dead local port can reach itself: refused.
+
+    The kernel then joins the socket with itself, and every byte would come back.
+    """
+    prefix = namespace_prefix(
+        'ip link set lo up && echo "50001 50001" >/proc/sys/net/ipv4/ip_local_port_range'
+    )
+    arguments = ["--connect-timeout=300ms", "127.0.0.1:50001"]
+    notify = stage.notify_socket(stage.path("notify"))  # abstract names end at the namespace
+    stage.launch(*arguments, listeners=[stage.listener()], prefix=prefix, notify=notify)
+    for _ in range(5):
+        client = stage.connect()
+        client.sendall(b"is there an echo?")
+        assert read_to_end(client)[0] == b""
+    assert 1 <= len(stage.proxy.log_lines()) <= 5

@@ -1,0 +1,165 @@
+"""--proxy-protocol=: the target is told who calls, byte for byte as the specification has it.
+
+The specification is HAProxy's proxy-protocol.txt, sections 2.1 (v1) and 2.2 (v2).
+"""
+
+import ipaddress
+import socket
+import struct
+
+import pytest
+from harness.differences import differs
+from harness.sockets import (
+    is_quiet,
+    read_exactly,
+    read_to_end,
+)
+from harness.traffic import Payload, expected, receive_digest, send_payload
+from harness.waiting import never_within
+
+pytestmark = differs("original", reason="has no --proxy-protocol= (262 has one)", run=False)
+
+SIGNATURE = b"\r\n\r\n\0\r\nQUIT\n"
+LOCAL = SIGNATURE + b"\x20\x00\x00\x00"
+
+both_versions = pytest.mark.parametrize("version", ["v1", "v2"])
+
+
+def header_of(version, client, family):
+    """The header for a TCP client whose connection is `client`, seen from its own end."""
+    source, destination = client.getsockname(), client.getpeername()
+    addresses = [ipaddress.ip_address(end[0]) for end in (source, destination)]
+    addresses = [getattr(address, "ipv4_mapped", None) or address for address in addresses]
+    ports = (source[1], destination[1])
+    if version == "v1":
+        return f"PROXY {family} {addresses[0]} {addresses[1]} {ports[0]} {ports[1]}\r\n".encode()
+    packed = addresses[0].packed + addresses[1].packed + struct.pack("!HH", *ports)
+    code = {"TCP4": 0x11, "TCP6": 0x21}[family]
+    return SIGNATURE + bytes([0x21, code]) + struct.pack("!H", len(packed)) + packed
+
+
+def arrives(server, header):
+    """The header is what the target reads first, to the byte."""
+    assert read_exactly(server, len(header)) == header
+
+
+@both_versions
+@pytest.mark.parametrize(("listen", "family"), [("tcp4", "TCP4"), ("tcp6", "TCP6")])
+@pytest.mark.parametrize("target", ["tcp4", "tcp6", "unix"])
+def test_tcp_client(stage, listen, target, family, version):
+    """The client's address and port, and those that it connected to, whatever the target is."""
+    client, server = stage.pair(listen, target, f"--proxy-protocol={version}")
+    client.sendall(b"request")
+    arrives(server, header_of(version, client, family) + b"request")
+    server.sendall(b"answer")
+    assert read_exactly(client, 6) == b"answer"
+
+
+@both_versions
+def test_ipv4_client_of_a_dual_stack_listener(stage, version):
+    """An IPv4-mapped address is told as IPv4."""
+    backend = stage.backend()
+    listener = socket.create_server(("::", 0), family=socket.AF_INET6, dualstack_ipv6=True)
+    with listener:
+        stage.launch(f"--proxy-protocol={version}", backend.target, listeners=[listener])
+        address = ("127.0.0.1", listener.getsockname()[1])
+        client = stage.connect_to(address, socket.AF_INET)
+        client.sendall(b"request")
+        arrives(backend.accept(), header_of(version, client, "TCP4") + b"request")
+
+
+@pytest.mark.parametrize(("version", "header"), [("v1", b"PROXY UNKNOWN\r\n"), ("v2", LOCAL)])
+@pytest.mark.parametrize("listen", ["unix", "abstract"])
+@pytest.mark.parametrize("target", ["tcp4", "unix"])
+def test_unix_client(stage, listen, target, version, header):
+    """A UNIX client has no address to tell: UNKNOWN in v1, LOCAL without addresses in v2."""
+    client, server = stage.pair(listen, target, f"--proxy-protocol={version}")
+    client.sendall(b"request")
+    arrives(server, header + b"request")
+
+
+@both_versions
+def test_header_comes_without_a_request(stage, version):
+    """The header does not wait for the client's first byte: the server may speak first."""
+    client, server = stage.pair("tcp4", "tcp4", f"--proxy-protocol={version}")
+    arrives(server, header_of(version, client, "TCP4"))
+    server.sendall(b"220 ready")
+    assert read_exactly(client, 9) == b"220 ready"
+    never_within(0.1, lambda: not is_quiet(server), "a second header")
+
+
+@both_versions
+def test_client_that_ends_at_once(stage, version):
+    """A client that says nothing and half-closes is a header and an end."""
+    client, server = stage.pair("tcp4", "tcp4", f"--proxy-protocol={version}")
+    header = header_of(version, client, "TCP4")
+    client.shutdown(socket.SHUT_WR)
+    assert read_to_end(server) == (header, "eof")
+
+
+@both_versions
+def test_header_before_bulk(stage, version):
+    """Megabytes follow the header without a byte lost or doubled in between."""
+    client, server = stage.pair("tcp4", "tcp4", f"--proxy-protocol={version}")
+    payload = Payload(8 << 20)
+    sending = send_payload(client, payload, half_close=False)
+    arrives(server, header_of(version, client, "TCP4"))
+    assert receive_digest(server, payload.size).result() == expected(payload)
+    sending.result()
+
+
+@both_versions
+def test_header_of_a_held_client(stage, version):
+    """A client that waited for its target is told with its own address, once."""
+    backend = stage.absent()
+    stage.launch(f"--proxy-protocol={version}", backend.target, listeners=[stage.listener()])
+    client = stage.connect()
+    client.sendall(b"request")
+    never_within(0.3, lambda: not is_quiet(client), "an end of a held client")
+    backend.start_listening()
+    arrives(backend.accept(), header_of(version, client, "TCP4") + b"request")
+
+
+@both_versions
+def test_each_client_has_its_own_header(stage, version):
+    """Twenty clients of two listeners: each connection has the header of its own client."""
+    backend = stage.backend()
+    listeners = [stage.listener("tcp4"), stage.listener("tcp6")]
+    stage.launch(f"--proxy-protocol={version}", backend.target, listeners=listeners)
+    headers = set()
+    for number in range(20):
+        client = stage.connect(listeners[number % 2])
+        headers.add(header_of(version, client, ("TCP4", "TCP6")[number % 2]))
+    lengths = {len(header) for header in headers}
+    for _ in range(20):
+        server = backend.accept()
+        received = read_exactly(server, min(lengths))
+        while received not in headers:
+            received += read_exactly(server, 1)
+        headers.remove(received)
+    assert not headers
+
+
+@both_versions
+def test_header_of_a_connected_socket(stage, version):
+    """With Accept=yes the one connection has its header too."""
+    listener, backend = stage.listener(), stage.backend()
+    client = stage.connect(listener)
+    connection, _ = listener.accept()
+    stage.launch(
+        f"--proxy-protocol={version}",
+        backend.target,
+        listeners=[connection],
+        names="connection",
+        wait=False,
+    )
+    connection.close()
+    server = backend.accept()
+    arrives(server, header_of(version, client, "TCP4"))
+
+
+def test_no_header_without_the_option(stage):
+    """By default the target reads what the client sent and nothing before it."""
+    client, server = stage.pair("tcp4", "tcp4")
+    client.sendall(b"request")
+    assert read_exactly(server, 7) == b"request"

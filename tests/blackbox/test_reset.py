@@ -1,0 +1,230 @@
+"""A reset is passed on as a reset, after what could still be read; UNIX sees a full close.
+
+A UNIX socket has no reset: towards it the same event is the end of the stream, and then a failing
+write.
+"""
+
+import socket
+
+import pytest
+from harness.differences import differs
+from harness.sockets import (
+    TCP,
+    UNIX,
+    is_quiet,
+    main_pairs,
+    read_exactly,
+    read_to_end,
+    reset,
+    send_until_stuck,
+    stuck_bytes,
+    wait_unread,
+    write_fails,
+)
+from harness.traffic import Payload, in_background, receive_all, send_payload
+from harness.waiting import wait_until
+
+MIB = 1 << 20
+
+from_tcp = pytest.mark.parametrize(
+    ("listen", "target"),
+    [(a, b) for a in TCP for b in (*TCP, *UNIX)],
+)
+"""Pairs whose client's side can reset."""
+
+to_tcp = pytest.mark.parametrize(
+    ("listen", "target"),
+    [(a, b) for a in (*TCP, *UNIX) for b in TCP],
+)
+"""Pairs whose server's side can reset."""
+
+reset_becomes_end = differs(
+    "original", reason="a reset arrives as a clean end", when={"listen": TCP, "target": TCP}
+)
+
+
+def end_of_reset(family):
+    """How a stream ends on a socket of `family` when the other side was reset."""
+    return "eof" if family in UNIX else "reset"
+
+
+@reset_becomes_end
+@from_tcp
+def test_client_resets(stage, listen, target):
+    """An idle client that resets is a reset at the server."""
+    client, server = stage.pair(listen, target)
+    client.sendall(b"hello")
+    assert read_exactly(server, 5) == b"hello"
+    reset(client)
+    assert read_to_end(server) == (b"", end_of_reset(target))
+    wait_until(lambda: write_fails(server), "writes of the server fail")
+
+
+@reset_becomes_end
+@to_tcp
+def test_server_resets(stage, listen, target):
+    """An idle server that resets is a reset at the client."""
+    client, server = stage.pair(listen, target)
+    server.sendall(b"hello")
+    assert read_exactly(client, 5) == b"hello"
+    reset(server)
+    assert read_to_end(client) == (b"", end_of_reset(listen))
+    wait_until(lambda: write_fails(client), "writes of the client fail")
+
+
+@reset_becomes_end
+@from_tcp
+def test_reset_right_after_data(stage, listen, target):
+    """What had reached the program before the reset is delivered first."""
+    client, server = stage.pair(listen, target)
+    client.sendall(b"x" * 5000)
+    wait_unread(server, 5000)
+    client.sendall(b"y" * 5000)
+    wait_unread(server, 10000)
+    reset(client)
+    assert read_to_end(server) == (b"x" * 5000 + b"y" * 5000, end_of_reset(target))
+
+
+@reset_becomes_end
+@to_tcp
+def test_answer_then_reset(stage, listen, target):
+    """A server that answers and resets: the client gets the answer, then the reset."""
+    client, server = stage.pair(listen, target)
+    client.sendall(b"request")
+    assert read_exactly(server, 7) == b"request"
+    server.sendall(b"a" * 20_000)
+    wait_unread(client, 20_000)
+    reset(server)
+    assert read_to_end(client) == (b"a" * 20_000, end_of_reset(listen))
+
+
+@reset_becomes_end
+@from_tcp
+def test_reset_in_the_middle_of_a_stream(stage, listen, target):
+    """A stream cut by a reset arrives as a beginning of itself and never ends cleanly."""
+    client, server = stage.pair(listen, target)
+    payload = Payload(64 * MIB)
+    reading = receive_all(server)
+
+    def send_and_reset():
+        sent = 0
+        for block in payload.blocks():
+            client.sendall(block)
+            sent += len(block)
+            if sent > 6 * MIB:
+                break
+        reset(client)
+
+    in_background(send_and_reset).result()
+    received, end = reading.result()
+    assert end == end_of_reset(target)
+    whole = b"".join(block for block, _ in zip(payload.blocks(), range(40), strict=False))
+    assert whole.startswith(received)
+
+
+@reset_becomes_end
+@from_tcp
+def test_reset_waits_for_what_was_read_before(stage, listen, target):
+    """Bytes inside the program when the reset comes are delivered to a reader that is only slow.
+
+    The server reads in small bites; what the program had taken from the client by then is more
+    than fits the server's buffers, and none of it is thrown away by the reset.
+    """
+    client, server = stage.pair(listen, target, listen_buffer=65536, target_buffer=8192)
+    segment = Payload(MIB).bytes()
+    sent = send_until_stuck(client, segment, still=0.1)
+    inside = sent // 4  # at least this much left the client: the server's and program's buffers
+    received = read_exactly(server, 1)
+    reset(client)
+    rest, end = read_to_end(server)
+    received += rest
+    assert end == end_of_reset(target)
+    assert stuck_bytes(segment, sent).startswith(received)
+    assert len(received) >= min(inside, 65536)
+
+
+@differs("original", reason="the connection ends with the first end", when={"listen": TCP})
+@from_tcp
+def test_reset_after_a_clean_end(stage, listen, target):
+    """A client half-closes, waits, and resets instead of reading on: the server learns of it."""
+    client, server = stage.pair(listen, target)
+    client.sendall(b"request")
+    client.shutdown(socket.SHUT_WR)
+    assert read_to_end(server) == (b"request", "eof")
+    assert not write_fails(server)
+    assert read_exactly(client, 1) == b"?"
+    reset(client)
+    wait_until(lambda: write_fails(server), "writes of the server fail")
+
+
+@differs("original", reason="nothing is noticed while a pipe is full, at 100 % CPU", run=False)
+def test_reset_behind_a_reader_that_has_stopped(stage):
+    """The reset of a client behind a full pipe is passed on once the queue has stood for 5 s.
+
+    Four kinds of target wait for that together, each behind its own program.
+    """
+    servers = {}
+    for target in (*TCP, *UNIX):
+        client, servers[target] = stage.pair("tcp4", target, target_buffer=8192)
+        send_until_stuck(client, Payload(MIB).bytes(), still=0.1)
+        reset(client)
+    assert all(proxy.cpu_share(0.3) < 0.2 for proxy in stage.proxies)
+    for target, server in servers.items():
+        wait_until(lambda server=server: write_fails(server), f"{target} learns of the reset")
+        received, _ = read_to_end(server)
+        assert stuck_bytes(Payload(MIB).bytes(), len(received)) == received
+
+
+@pytest.mark.parametrize("target", [*TCP, *UNIX])
+def test_unix_client_that_is_gone(stage, target):
+    """A UNIX client that closes without having read the answer lets go of the server too."""
+    client, server = stage.pair("unix", target)
+    server.sendall(b"never read")
+    wait_unread(client, 10)
+    client.close()
+    assert read_to_end(server)[0] == b""
+    wait_until(lambda: write_fails(server), "writes of the server fail")
+
+
+@main_pairs
+def test_others_are_not_disturbed(stage, listen, target):
+    """Fifty connections that are reset in every which way leave a quiet one alone."""
+    backend = stage.forward(listen, target)
+    client = stage.connect()
+    server = backend.accept()
+    for number in range(50):
+        victim = stage.connect()
+        its_server = backend.accept()
+        if number % 2:
+            victim.sendall(b"x" * number * 100)
+        reset(victim if number % 3 else its_server)
+        (its_server if number % 3 else victim).close()
+    client.sendall(b"still there?")
+    assert read_exactly(server, 12) == b"still there?"
+    server.sendall(b"yes")
+    assert read_exactly(client, 3) == b"yes"
+    assert is_quiet(client)
+
+
+@main_pairs
+def test_connect_and_reset_at_once(stage, listen, target):
+    """Thirty clients that reset right after connecting; the next one is served as usual."""
+    stage.launch(stage.echo(target), listeners=[stage.listener(listen)])
+    for _ in range(30):
+        reset(stage.connect())
+    client = stage.connect()
+    client.sendall(b"hello")
+    assert read_exactly(client, 5) == b"hello"
+
+
+@differs("original", reason="a reset arrives as a clean end", when={"listen": TCP}, always=False)
+@to_tcp
+def test_large_answer_cut_by_the_servers_reset(stage, listen, target):
+    """A download cut by the server's reset is never taken for a complete one."""
+    client, server = stage.pair(listen, target)
+    reading = receive_all(client)
+    send_payload(server, Payload(4 * MIB), half_close=False).result()
+    reset(server)
+    received, end = reading.result()
+    assert end == end_of_reset(listen)
+    assert Payload(4 * MIB).bytes().startswith(received)

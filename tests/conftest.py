@@ -1,0 +1,41 @@
+"""What all suites share: they test the installed package, hypothesis measures no time, and a hang
+ends the run."""
+
+import faulthandler
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+
+try:
+    from hypothesis import HealthCheck, settings
+except ImportError:  # a suite without it may run where it is not installed
+    settings = None
+
+SOURCES = Path(__file__).resolve().parent.parent / "proxyd"
+
+HANG_SECONDS = 120
+"""A test that takes longer hangs: the run ends with the stack of every thread."""
+
+STDERR = pytest.StashKey[int]()
+
+
+def pytest_configure(config):
+    config.stash[STDERR] = os.dup(2)  # while tests run, fd 2 is captured
+    if settings is not None:
+        # How long an example takes says more about the machine than about the program.
+        settings.register_profile(
+            "project", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+        )
+        settings.load_profile("project")
+    package = importlib.util.find_spec("proxyd")
+    if package is not None and SOURCES in Path(package.origin).resolve().parents:
+        pytest.exit(f"the tests would import {SOURCES}: run them with ci/test", returncode=4)
+
+
+@pytest.fixture(autouse=True)
+def _no_hang(request):
+    faulthandler.dump_traceback_later(HANG_SECONDS, exit=True, file=request.config.stash[STDERR])
+    yield
+    faulthandler.cancel_dump_traceback_later()
