@@ -99,7 +99,8 @@ ctypedef struct Relaying:
     Connection *dead           # closed ones, to be freed after the batch
     OwnTable own
     int open                   # connections, connecting and lingering ones included
-    int most                   # so many may be open before gates refuse
+    int most                   # so many may be open before gates refuse; one less for each client
+                               # that the policy has been given and not yet counted
     Link full                  # gates that wait for room
     int64_t room_ms            # until when they do; 0: none does
     long long last_id
@@ -442,6 +443,7 @@ cdef inline void connect_failed(Relaying *relay, Connection *c, int error) noexc
     c.state = CLOSED
     c.target.error = error
     connections_fewer(relay)
+    relay.most -= 1
     c.next = relay.failed
     relay.failed = c
 

@@ -74,6 +74,7 @@ cdef inline void gate_admit(Relaying *relay, GateState *gate, int fd) noexcept n
     """A client is in: on its way to the target, or before the policy."""
     cdef long long result
     if not gate.express:
+        relay.most -= 1
         note_add(relay, NOTE_ACCEPTED, fd, 0, gate.index)
         return
     if relay.open >= relay.most:
@@ -85,6 +86,7 @@ cdef inline void gate_admit(Relaying *relay, GateState *gate, int fd) noexcept n
     result = connection_open(relay, fd, gate.family, &gate.target, gate.target_size, NULL, 0,
                              gate.index, gate.timeout_ms)
     if result < 0:
+        relay.most -= 1
         note_add(relay, NOTE_FAILED, fd, <int>-result, gate.index)
 
 
