@@ -18,7 +18,7 @@ from proxyd._connection cimport (
     socket_tune,
 )
 from proxyd._gate cimport GATE_CHECK_TCP, GATE_CHECK_UNIX, GateState, gate_event, gates_reopen
-from proxyd._half cimport COPY_UNIT, Endpoint, FIRST_UNIT, half_drop, half_held
+from proxyd._half cimport COPY_UNIT, Endpoint, FIRST_UNIT, endpoint_failed, half_drop, half_held
 from proxyd._linux cimport (
     CLOCK_MONOTONIC, EINPROGRESS, EINTR, ELOOP, ENOMEM, EPOLLET, EPOLLIN, EPOLLOUT,
     EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL, RLIMIT_NOFILE, SFD_CLOEXEC, SFD_NONBLOCK,
@@ -334,7 +334,7 @@ cdef class Relay:
         self.unwatch(fd)
         close(fd)
 
-    def adopt(self, int client, int client_family, int fd, bytes preamble=None):
+    def adopt(self, int client, int client_family, int fd, bytes preamble=None, int error=0):
         """Forward between a client and a connected socket of dial(), both owned from now on; the
         id. Raises OSError, both still the caller's.
         """
@@ -349,6 +349,9 @@ cdef class Relay:
         if watch != NULL:
             own_move(&self.relaying.own, &c.own, &watch.own)
             self.unwatch(fd)
+        if error != 0:  # it has answered and reset: what connected() has read nobody else can
+            endpoint_failed(&c.target, error)
+            c.target.readable = c.target.ending = 1
         connection_begin(&self.relaying, c, False, 0)
         return self.relaying.last_id
 
@@ -498,15 +501,18 @@ cdef class Relay:
         cdef Connection *c
         cdef int i
         cdef list events = []
+        cdef list failed = []
         for i in range(relay.notes_count):
             events.append(note_tuple(&relay.notes[i], relay.engine.now_ms))
         relay.notes_count = 0
         while relay.failed != NULL:
             c = relay.failed
-            events.append((FAILED, c.client.fd, c.target.error, c.cookie, take_pending(c),
+            failed.append((FAILED, c.client.fd, c.target.error, c.cookie, take_pending(c),
                            c.opened_ms, c.id))
             relay.failed = c.next
             connection_free(c)
+        failed.reverse()  # the list has the last one first
+        events += failed
         while relay.ended != NULL:
             c = relay.ended
             events.append((ENDED, c.id, c.how, c.up.moved, c.down.moved,

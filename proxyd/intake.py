@@ -22,7 +22,19 @@ if TYPE_CHECKING:
 PAUSE_MS = 100
 """How long nobody is accepted when fds or memory have run out, unless a connection ends."""
 
-_EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+_PASSING = (
+    errno.ECONNABORTED,
+    errno.EPROTO,
+    errno.ENOPROTOOPT,
+    errno.ENONET,
+    errno.ENETDOWN,
+    errno.ENETUNREACH,
+    errno.EHOSTDOWN,
+    errno.EHOSTUNREACH,
+    errno.ETIMEDOUT,
+    errno.EINTR,
+)
+"""Errors of accept(2) that tell of the client that was to be accepted, and of no other."""
 
 _BROKEN = (errno.EBADF, errno.EINVAL, errno.ENOTSOCK, errno.EOPNOTSUPP)
 """Errors of accept(2) that tell of the listener, not of the client that was to be accepted."""
@@ -31,7 +43,7 @@ _BROKEN = (errno.EBADF, errno.EINVAL, errno.ENOTSOCK, errno.EOPNOTSUPP)
 class Door:
     """A listener and the way to its target."""
 
-    __slots__ = ("gate", "index", "listener", "open", "way")
+    __slots__ = ("broken", "gate", "index", "listener", "open", "way")
 
     def __init__(self, loop: Loop, index: int, listener: Listener, way: Reach) -> None:
         self.index = index
@@ -40,6 +52,7 @@ class Door:
         self.way = way
         self.gate = Gate(loop.relay, listener.fd, listener.family, what_to_check(listener), index)
         self.open = False
+        self.broken = False
 
 
 class Intake:
@@ -51,6 +64,8 @@ class Intake:
         self.doors = doors
         self.refused = 0
         """Clients over the limit that were refused here, not by the relay."""
+        self.passed_in = 0
+        """Clients that were accepted for us (Accept=yes)."""
         self.broken = False
         """Tell whether no listener is left to accept from."""
         self.resume_ms: int | None = None
@@ -68,6 +83,7 @@ class Intake:
             tune(door.listener.fd, door.listener.family)
             if door.listener.connected:
                 fd, door.listener.fd = door.listener.fd, -1
+                self.passed_in += 1
                 self._admit(door, fd)
             else:
                 door.gate.open()
@@ -76,6 +92,7 @@ class Intake:
 
     def disarm(self) -> None:
         """Accept nobody any more; what waits in a backlog stays there."""
+        self.resume_ms = None
         for door in self.doors:
             self._shut(door)
 
@@ -107,9 +124,17 @@ class Intake:
         if now_ms >= self.resume_ms or self._relay.open < self._open_at_pause:
             self.resume_ms = None
             for door in self.doors:
-                if door.listener.fd >= 0:
-                    door.gate.open()
-                    door.open = True
+                self._reopen(door)
+
+    def _reopen(self, door: Door) -> None:
+        if door.open or door.broken or door.listener.fd < 0:
+            return
+        try:
+            door.gate.open()
+        except OSError:  # this takes memory too: try again later
+            self.resume_ms = self._relay.now_ms + PAUSE_MS
+        else:
+            door.open = True
 
     def wake_at(self) -> int:
         """At how many open connections tick() wants to be called."""
@@ -144,21 +169,22 @@ class Intake:
                 f"Refusing connection: target {door.way.text} leads back to our own "
                 f"listener {where}.",
             )
-        elif error in _EXHAUSTED:
-            self._pause(error)
+        elif error in _PASSING:
+            log.limited("accept", f"Failed to accept from {where}: {os.strerror(error)}.")
         elif error in _BROKEN:
             log.error(f"Failed to accept from {where}: {os.strerror(error)}.")
             self._shut(door)
-            self.broken = not any(other.open for other in self.doors)
-        else:  # accept(2): errors of the network are the client's that was to be accepted
-            log.limited("accept", f"Failed to accept from {where}: {os.strerror(error)}.")
+            door.broken = True
+            self.broken = all(other.broken for other in self.doors)
+        else:  # nothing left to accept with, or a security module forbids it
+            self._pause(error)
 
     def _pause(self, error: int) -> None:
         """Nothing is left to accept with: a listener would stay readable and burn a CPU."""
         self._relay.trim()
+        self.disarm()
         self._open_at_pause = self._relay.open
         self.resume_ms = self._relay.now_ms + PAUSE_MS
-        self.disarm()
         log.limited(
             "exhausted",
             f"Failed to accept: {os.strerror(error)}. Waiting until a connection ends.",

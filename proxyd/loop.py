@@ -19,10 +19,12 @@ Handler = Callable[[int], object]
 class Loop:
     """A relay, the handlers of the fds it watches for us, and what the log calls connections."""
 
-    __slots__ = ("handlers", "notes", "relay")
+    __slots__ = ("handlers", "heard", "notes", "relay")
 
     def __init__(self) -> None:
         self.relay = Relay()
+        self.heard = True
+        """Whether the last run() has brought any event."""
         self.handlers: dict[int, Handler] = {}
         self.notes: dict[int, str] | None = {} if log.enabled(log.DEBUG) else None
         """Connection id → who it is. None unless the log is at debug level."""
@@ -41,7 +43,9 @@ class Loop:
     def run(self, timeout_ms: int) -> "list[Event]":
         """Forward until something happens or `timeout_ms` have passed; the events left over."""
         rest: list[Event] = []
-        for event in self.relay.run(timeout_ms):
+        events = self.relay.run(timeout_ms)
+        self.heard = bool(events)
+        for event in events:
             if event[0] != READY:
                 rest.append(event)
                 continue

@@ -43,18 +43,19 @@ class Race:
 
     def start(self, now_ms: int) -> bool:
         """Begin; True if the race is over already, and `ended` is not called then."""
+        self.next_ms = None
         while self._ahead:
+            before = len(self._attempts)
             if self._attempt(self._ahead.pop()):
                 self._stop()
                 return True
-            if self._attempts:
+            if len(self._attempts) > before:  # under way; one that failed at once takes no time
                 self.next_ms = now_ms + STAGGER_MS if self._ahead else None
                 return False
         return not self._attempts
 
     def step(self, now_ms: int) -> None:
         """Begin the next attempt, its time has come."""
-        self.next_ms = None
         if self.start(now_ms):
             self._ended()
 
@@ -92,7 +93,7 @@ class Race:
         if error in (0, errno.ECONNRESET, errno.EPIPE):
             self.address = self._attempts.pop(fd)
             self.fd = fd
-            self.error = 0
+            self.error = error
             del self._loop.handlers[fd]
             return True
         self._note(error)

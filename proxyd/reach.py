@@ -145,7 +145,7 @@ class Reach:
         except OSError as failure:
             client = Client(fd, listener, header, name, self._relay.now_ms)
             self._hold(client)
-            self._attempt_failed(client, failure.errno or errno.EIO)
+            self._connect_failed(client, failure.errno or errno.EIO)
         else:
             self._entered(number, name)
 
@@ -156,6 +156,10 @@ class Reach:
         note = self._loop.notes.pop(number, "") if self._loop.notes is not None else ""
         client = Client(fd, listener, pending, note.partition(" → ")[0], since_ms)
         self._hold(client)
+        self._connect_failed(client, error)
+
+    def _connect_failed(self, client: Client, error: int) -> None:
+        """The relay could not connect a client, who is held now."""
         if self._host is None:
             self._attempt_failed(client, error)
         else:
@@ -180,12 +184,12 @@ class Reach:
 
     def step(self, now_ms: int) -> None:
         """Go on with those who wait."""
-        finished, self._finished = self._finished, []
-        for client in finished:
-            self._race_ended(client)
         for client in list(self._racing.values()):
             if client.race and client.race.next_ms is not None and now_ms >= client.race.next_ms:
                 client.race.step(now_ms)
+        finished, self._finished = self._finished, []  # those that have ended just now as well
+        for client in finished:
+            self._race_ended(client)
         if self._first_deadline_ms is not None and now_ms >= self._first_deadline_ms:
             self._expire(now_ms)
         while self._start_some(now_ms):
@@ -245,7 +249,9 @@ class Reach:
         self._good = race.address if prompt else b""
         self._unhold(client)
         try:
-            number = self._relay.adopt(client.fd, client.listener.family, race.fd, client.pending)
+            number = self._relay.adopt(
+                client.fd, client.listener.family, race.fd, client.pending, race.error
+            )
         except OSError as failure:
             self._relay.hang_up(race.fd)
             self._hold(client)
@@ -312,6 +318,7 @@ class Reach:
             f"reached {self.text}", f"{self.text} answers after {span}, {clients} held.", log.INFO
         )
         self._down_ms = None
+        self._why = ""
 
     # ── who is held ──────────────────────────────────────────────────────────────────────────
 
@@ -320,7 +327,10 @@ class Reach:
             self._eager_until_ms = self._relay.now_ms + EAGER_MS
             self._pause_ms = PROBE_MS
         self._held_total += 1
+        youngest = next(reversed(self.held.values()), client)
         self.held[client.fd] = client
+        if client.since_ms < youngest.since_ms:  # its connect has failed late
+            self.held = dict(sorted(self.held.items(), key=lambda item: item[1].since_ms))
         if self.timeout_ms:
             client.deadline_ms = client.since_ms + self.timeout_ms
             if self._first_deadline_ms is None or client.deadline_ms < self._first_deadline_ms:
@@ -343,6 +353,8 @@ class Reach:
             self._racing.pop(client.fd, None)
         self._unhold(client)
         os.close(client.fd)
+        if self._up and not self.held:
+            self._end_outage(self._relay.now_ms)
 
     def _give_up(self, client: Client, reason: str) -> None:
         self._close(client)

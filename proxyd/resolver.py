@@ -49,7 +49,7 @@ class Name:
 class Resolver:
     """Looks names up; belongs to the main thread but for _work()."""
 
-    __slots__ = ("_answers", "_idle", "_jobs", "_lock", "_names", "_threads", "fd")
+    __slots__ = ("_answers", "_jobs", "_names", "_threads", "_under_way", "fd")
 
     def __init__(self) -> None:
         from _queue import SimpleQueue
@@ -61,17 +61,16 @@ class Resolver:
         self._answers: SimpleQueue[tuple[Name, list[bytes], _socket.gaierror | None]] = (
             SimpleQueue()
         )
-        self._lock = _thread.allocate_lock()
         self._threads = 0
-        self._idle = 0
-        """Threads that wait for a job; under the lock."""
+        self._under_way = 0
+        """Look-ups whose answer was not collected yet."""
 
     def start(self, hosts: list[bytes]) -> None:
         """Start a thread; where there can be none, look `hosts` up once and for all."""
         if self._add_thread():
             return
         log.warning("No thread can be started for name look-ups: names are resolved once, now.")
-        for host in hosts:
+        for host in dict.fromkeys(hosts):
             name = self._names[host] = Name(host)
             name.addresses, name.error = _look_up(host)
             if name.error is not None:
@@ -105,6 +104,7 @@ class Resolver:
             return
         while not self._answers.empty():
             name, addresses, error = self._answers.get()
+            self._under_way -= 1
             name.asked_ms, name.error = now_ms, error
             if name.error is None:
                 name.addresses, name.good_ms = addresses, now_ms
@@ -125,9 +125,8 @@ class Resolver:
             done(addresses, None if addresses else name.error)
 
     def _submit(self, name: Name) -> None:
-        with self._lock:
-            wanted = self._idle <= self._jobs.qsize()
-        if wanted and self._threads < _THREADS_MAX:
+        self._under_way += 1
+        if self._threads < min(self._under_way, _THREADS_MAX):
             self._add_thread()
         self._jobs.put(name)
 
@@ -142,11 +141,7 @@ class Resolver:
     def _work(self) -> None:
         """Look up what is asked for, for ever. Runs on a thread of its own."""
         while True:
-            with self._lock:
-                self._idle += 1
             name = self._jobs.get()
-            with self._lock:
-                self._idle -= 1
             self._answers.put((name, *_look_up(name.host)))
             os.eventfd_write(self.fd, 1)
 
@@ -158,11 +153,11 @@ def _look_up(host: bytes) -> tuple[list[bytes], "_socket.gaierror | None"]:
     """
     try:
         found = _socket.getaddrinfo(host, None, 0, _socket.SOCK_STREAM)
+        return interleaved([sockaddr.from_socket_name(info[0], info[4]) for info in found]), None
     except _socket.gaierror as error:
         return [], error
-    except (OSError, MemoryError, UnicodeError) as error:
+    except (OSError, MemoryError, ValueError) as error:
         return [], _socket.gaierror(_socket.EAI_FAIL, str(error))
-    return interleaved([sockaddr.from_socket_name(info[0], info[4]) for info in found]), None
 
 
 def interleaved(addresses: list[bytes]) -> list[bytes]:

@@ -105,7 +105,7 @@ class Server:
         self.intake.set_terms()
         busy = self._busy()
         self.manager.tick(now_ms, busy)
-        ends = self.stopping or self.exit_idle_ms is not None
+        ends = self.stopping or self.exit_idle_ms is not None or self.intake.broken
         self.relay.wake_at = max(self.intake.wake_at(), 0 if busy and ends else -1)
 
     def _busy(self) -> bool:
@@ -120,7 +120,7 @@ class Server:
 
     def _idle_exit_ms(self) -> int | None:
         """When to end for want of clients, as things stand."""
-        if self.exit_idle_ms is None or self._busy():
+        if self.exit_idle_ms is None or self._busy() or self.intake.resume_ms is not None:
             return None
         return max(self.relay.quiet_ms, self.held_ms) + self.exit_idle_ms
 
@@ -137,8 +137,11 @@ class Server:
 
     def _somebody_came(self) -> bool:
         """Look once more before an idle exit: who started the program is always served."""
-        self._turn(0)
-        return self._busy()
+        accepted = -1
+        while not self._busy() and (self.loop.heard or self.relay.counters()[0] != accepted):
+            accepted = self.relay.counters()[0]
+            self._turn(0)
+        return self._busy() or self.intake.resume_ms is not None
 
     def _stop(self) -> None:
         """On SIGTERM or SIGINT: no more clients, and an end; the second time at once."""
@@ -156,6 +159,10 @@ class Server:
         if not self.stopping:
             self.manager.stopping(self.relay.now_ms, waits=False)
         cut = self.relay.close_all()
+        if self.loop.notes is not None:
+            self.intake.disarm()
+            for event in self.loop.run(0):
+                self._relay_event(event)
         waiting = sum(reach.drop_all() for reach in self.reaches)
         if cut or waiting:
             log.info(f"Stopped; {cut} open and {waiting} waiting connections were cut.")

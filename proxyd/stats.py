@@ -22,7 +22,7 @@ def bytes_text(count: int) -> str:
     while value >= 1000 and unit < len(_UNITS) - 1:
         value /= 1024
         unit += 1
-    return f"{value:.{1 if unit and value < 100 else 0}f}{_UNITS[unit]}"
+    return f"{value:.{1 if unit and value < 99.95 else 0}f}{_UNITS[unit]}"
 
 
 def status(relay: Relay, reaches: list[Reach]) -> str:
@@ -41,7 +41,7 @@ def summary(intake: Intake, relay: Relay, reaches: list[Reach]) -> list[str]:
     failed = sum(reach.failed for reach in reaches)
     endings = [f"{count} {how}" for how, count in zip(_ENDINGS, ends, strict=True) if count]
     line = (
-        f"{accepted} accepted, {relay.open} open, {held} waiting, "
+        f"{accepted + intake.passed_in} accepted, {relay.open} open, {held} waiting, "
         f"{refused + intake.refused} refused, {failed} failed; "
         f"{to_targets} bytes to targets, {to_clients} bytes to clients, "
         f"{spliced} spliced, {copied} copied; {', '.join(endings) or 'none ended'}"

@@ -1,0 +1,252 @@
+"""LISTEN_ variables and the sockets they announce."""
+
+import contextlib
+import os
+import socket
+import struct
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from proxyd import activation
+from proxyd.address import AF_INET, AF_INET6, AF_UNIX
+from proxyd.errors import UsageError
+
+START = 400  # far from the fds of the test runner
+RESET = struct.pack("ii", 1, 0)
+
+
+@pytest.fixture
+def passed(monkeypatch):
+    """Return a function that leaves sockets to be inherited, from fd START on."""
+    monkeypatch.setattr(activation, "_FDS_START", START)
+    fds = []
+
+    def leave(*files):
+        for fd, file in enumerate(files, START):
+            os.dup2(file.fileno(), fd)
+            fds.append(fd)
+            file.close()
+        return {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": str(len(files))}
+
+    yield leave
+    for fd in fds:
+        os.close(fd)
+
+
+def tcp(family=socket.AF_INET):
+    return socket.create_server(("", 0), family=family)
+
+
+def unix(path, kind=socket.SOCK_STREAM):
+    sock = socket.socket(socket.AF_UNIX, kind)
+    sock.bind(str(path))
+    if kind != socket.SOCK_DGRAM:
+        sock.listen()
+    return sock
+
+
+def inherited(environ):
+    return activation.inherited(environ, os.getpid())
+
+
+def test_the_variables_are_consumed(passed):
+    environ = passed(tcp()) | {"LISTEN_FDNAMES": "a", "LISTENER": "b"}
+    assert len(inherited(environ)) == 1
+    assert environ == {"LISTENER": "b"}
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {"LISTEN_PID": "x"},
+        {"LISTEN_PID": "1", "LISTEN_FDS": "1", "LISTEN_FDNAMES": "a:b", "LISTEN_PIDFDID": "1"},
+        {"LISTEN_FDS": "x"},
+    ],
+)
+def test_the_variables_are_consumed_even_if_they_are_of_no_use(environ):
+    with contextlib.suppress(UsageError):
+        assert inherited(environ) == []
+    assert environ == {}
+
+
+def test_three_families(passed, tmp_path):
+    environ = passed(tcp(), tcp(socket.AF_INET6), unix(tmp_path / "s"))
+    environ["LISTEN_FDNAMES"] = "a::proxy@web.socket"
+    listeners = inherited(environ)
+    assert [listener.fd for listener in listeners] == [START, START + 1, START + 2]
+    assert [listener.name for listener in listeners] == ["a", "", "proxy@web.socket"]
+    assert [listener.family for listener in listeners] == [AF_INET, AF_INET6, AF_UNIX]
+    assert listeners[2].text == str(tmp_path / "s")
+    for listener in listeners:
+        assert not os.get_inheritable(listener.fd)
+        assert not os.get_blocking(listener.fd)
+        assert not listener.connected
+        assert not listener.ours
+
+
+def test_without_names(passed):
+    assert [listener.name for listener in inherited(passed(tcp(), tcp()))] == ["unknown"] * 2
+
+
+def test_the_fd_stays_open(passed):
+    listeners = inherited(passed(tcp()))
+    with socket.socket(fileno=os.dup(listeners[0].fd)) as sock:
+        assert listeners[0].text.endswith(f":{sock.getsockname()[1]}")
+
+
+def test_connected(passed):
+    left, right = socket.socketpair()
+    (listener,) = inherited(passed(left) | {"LISTEN_FDNAMES": "connection"})
+    assert (listener.connected, listener.name) == (True, "connection")
+    right.close()
+
+
+def tcp_pair():
+    with tcp() as server:
+        client = socket.create_connection(server.getsockname())
+        return server.accept()[0], client
+
+
+def test_connected_and_reset_meanwhile(passed):
+    accepted, client = tcp_pair()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+    client.close()
+    (listener,) = inherited(passed(accepted))
+    assert listener.connected
+
+
+def test_connected_and_closed_meanwhile(passed):
+    accepted, client = tcp_pair()
+    client.close()
+    (listener,) = inherited(passed(accepted))
+    assert listener.connected
+
+
+def test_neither_listening_nor_connected(passed):
+    sock = socket.socket()
+    sock.bind(("127.0.0.1", 0))
+    with pytest.raises(UsageError, match="neither listening nor connected"):
+        inherited(passed(sock))
+
+
+def test_a_connection_must_be_alone(passed):
+    left, right = socket.socketpair()
+    listeners = inherited(passed(left, tcp()))
+    with pytest.raises(UsageError, match="must be the only one, but there are 2 sockets"):
+        activation.reject_mixture(listeners)
+    activation.reject_mixture(listeners[:1])
+    activation.reject_mixture(listeners[1:])
+    activation.reject_mixture(listeners[1:] * 2)
+    right.close()
+
+
+@pytest.mark.parametrize("kind", [socket.SOCK_DGRAM, socket.SOCK_SEQPACKET])
+def test_not_a_stream_socket(passed, tmp_path, kind):
+    with pytest.raises(UsageError, match=r"^Passed in socket is not a stream socket\.$"):
+        inherited(passed(unix(tmp_path / "s", kind)))
+
+
+def test_not_a_socket(passed, tmp_path):
+    with pytest.raises(UsageError, match=r"^Passed in socket is not a stream socket\.$"):
+        inherited(passed((tmp_path / "f").open("w")))
+
+
+def test_not_there(passed):
+    environ = passed(tcp()) | {"LISTEN_FDS": str(2**64 - 1)}
+    with pytest.raises(UsageError, match=f"fd {START + 1} .'unknown'.: Bad file descriptor"):
+        inherited(environ)
+
+
+def test_names_must_match(passed):
+    environ = passed(tcp()) | {"LISTEN_FDNAMES": "a:b"}
+    with pytest.raises(UsageError, match="LISTEN_FDNAMES=a:b: 2 names for 1 sockets"):
+        inherited(environ)
+
+
+@pytest.mark.parametrize("name", ["LISTEN_PID", "LISTEN_FDS"])
+@pytest.mark.parametrize(
+    "text", ["", "x", "0", "-1", "+1", "0x1", " 1", "1 ", "\u0661", "9" * 5000]
+)
+def test_garbage_names_the_variable(name, text):
+    environ = {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "1"} | {name: text}
+    with pytest.raises(UsageError, match=f"^Failed to receive sockets from parent: {name}="):
+        inherited(environ)
+
+
+def test_meant_for_another_process(passed):
+    environ = passed(tcp())
+    assert activation.inherited(dict(environ), os.getpid() + 1) == []
+    assert len(activation.inherited(environ, os.getpid())) == 1
+
+
+@pytest.mark.parametrize("missing", ["LISTEN_PID", "LISTEN_FDS"])
+def test_half_of_the_variables_means_no_sockets(passed, missing):
+    environ = passed(tcp())
+    del environ[missing]
+    assert inherited(environ) == []
+
+
+def pidfd_inode():
+    inode = activation._pidfd_inode(os.getpid())
+    if inode is None:
+        pytest.skip("this kernel's pidfds have no inode of their own")
+    return inode
+
+
+def test_pidfdid(passed):
+    environ = passed(tcp())
+    mine, other = pidfd_inode(), pidfd_inode() + 1
+    assert inherited(environ | {"LISTEN_PIDFDID": str(other)}) == []
+    assert len(inherited(environ | {"LISTEN_PIDFDID": str(mine)})) == 1
+
+
+def test_pidfdid_garbage(passed):
+    environ = passed(tcp())
+    pidfd_inode()
+    with pytest.raises(UsageError, match="LISTEN_PIDFDID=x"):
+        inherited(environ | {"LISTEN_PIDFDID": "x"})
+
+
+def test_pidfd_inode_leaks_no_fd():
+    before = os.listdir("/proc/self/fd")
+    activation._pidfd_inode(os.getpid())
+    assert os.listdir("/proc/self/fd") == before
+
+
+VALUES = st.one_of(st.text(), st.text("0123456789:x -"), st.integers().map(str))
+
+
+@given(st.dictionaries(st.sampled_from(activation._VARIABLES), VALUES))
+def test_any_environment_is_sockets_or_a_usage_error(environ):
+    # Nothing is inherited at all from here on.
+    start, activation._FDS_START = activation._FDS_START, 1_000_000
+    try:
+        assert inherited(environ | {"LISTEN_PID": str(os.getpid())}) == []
+    except UsageError:
+        pass
+    finally:
+        activation._FDS_START = start
+
+
+def test_real_descriptors_begin_at_3():
+    code = (
+        "import os; from proxyd.activation import inherited;"
+        "print([(i.fd, i.name) for i in inherited(os.environ, os.getpid())],"
+        " [name for name in os.environ if name.startswith('LISTEN_')])"
+    )
+    environ = os.environ | {"LISTEN_FDS": "1", "LISTEN_FDNAMES": "web"}
+    script = f'exec 3<&0; LISTEN_PID=$$ exec "$0" -c "{code}"'
+    with tcp() as server:
+        out = subprocess.run(
+            ["/bin/sh", "-c", script, sys.executable],
+            stdin=server,
+            env=environ,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    assert out.stdout == "[(3, 'web')] []\n"

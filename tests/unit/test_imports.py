@@ -1,0 +1,210 @@
+"""What a start imports: the first client waits for it. Run on the installed command."""
+
+import os
+import re
+import shlex
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PATIENCE = 30
+"""Seconds until what does not come counts as lost."""
+
+COMMAND = Path(sys.executable).parent / "systemd-socket-proxyd"
+
+SLOW = {
+    "argparse",
+    "asyncio",
+    "collections",
+    "contextlib",
+    "dataclasses",
+    "encodings.idna",
+    "enum",
+    "functools",
+    "importlib.metadata",
+    "inspect",
+    "logging",
+    "re",
+    "selectors",
+    "signal",
+    "socket",
+    "struct",
+    "threading",
+    "traceback",
+    "typing",
+}
+"""Each of them costs more than all that the program needs. Their submodules count as well."""
+
+RARE = {
+    "proxyd.proxy_protocol",
+    "proxyd.resolver",
+    "proxyd.stats",
+    "proxyd.timespan",
+}
+"""Our own modules that most starts have no use for."""
+
+
+def interpreter():
+    """The words of the installed command's first line."""
+    with COMMAND.open() as file:
+        first = file.readline()
+    assert first.startswith("#!"), first
+    return shlex.split(first[2:])
+
+
+def environment(**more):
+    """Nothing that a service manager would not set."""
+    return {"PATH": os.environ["PATH"], "PYTHONPROFILEIMPORTTIME": "1"} | more
+
+
+def imported(log):
+    """The modules that `-X importtime` names."""
+    found = re.findall(r"^import time:\s+\d+ \|\s+\d+ \|\s+(\S+)$", log, re.MULTILINE)
+    assert found, log
+    return set(found)
+
+
+def of_bare_python():
+    """What an interpreter imports that has nothing to do."""
+    program = interpreter()[0]
+    done = subprocess.run(
+        [program, "-X", "importtime", "-I", "-c", "pass"],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=True,
+    )
+    return imported(done.stderr)
+
+
+def of_a_start(tmp_path, listener, *arguments, answers):
+    """What the installed command has imported when the first byte comes out at `answers`.
+
+    It inherits `listener`, and the client is there before it is started.
+    """
+    assert not {"-E", "-I"} & set(interpreter()), "the command ignores the environment"
+    log = tmp_path / "log"
+    with socket.socket(listener.family) as client, log.open("wb") as stderr:
+        client.settimeout(PATIENCE)
+        client.connect(listener.getsockname())
+        client.sendall(b"x")
+        pid = os.fork()
+        if pid == 0:
+            try:
+                os.dup2(listener.fileno(), 3)
+                os.dup2(stderr.fileno(), 2)
+                os.set_inheritable(3, True)
+                own = {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "1"}
+                os.execve(COMMAND, [str(COMMAND), *arguments], environment(**own))
+            finally:
+                os._exit(127)
+        try:
+            served, _ = answers.accept()
+            with served:
+                served.settimeout(PATIENCE)
+                assert served.recv(1) == b"x"
+                # What it has written is in the file: stderr was written before the byte was sent.
+                before = log.read_text()
+        finally:
+            os.kill(pid, 15)
+            status = os.waitpid(pid, 0)[1]
+    assert os.waitstatus_to_exitcode(status) == 0, log.read_text()
+    return imported(before)
+
+
+@pytest.fixture
+def sockets(tmp_path):
+    opened = []
+
+    def make(kind):
+        sock = socket.socket(kind)
+        opened.append(sock)
+        name = str(tmp_path / f"s{len(opened)}")
+        sock.bind(("127.0.0.1", 0) if kind == socket.AF_INET else name)
+        sock.listen()
+        sock.settimeout(PATIENCE)
+        return sock
+
+    yield make
+    for sock in opened:
+        sock.close()
+
+
+def target(sock):
+    name = sock.getsockname()
+    return name if isinstance(name, str) else f"{name[0]}:{name[1]}"
+
+
+def unwanted(modules, names):
+    """Those of `names`, and what is in them, that are among `modules`."""
+    return {one for one in modules if any(f"{one}.".startswith(f"{name}.") for name in names)}
+
+
+@pytest.mark.skipif(not COMMAND.exists(), reason=f"SKIPPED LOUDLY: no {COMMAND}")
+@pytest.mark.parametrize("kind", [socket.AF_INET, socket.AF_UNIX])
+def test_a_start_imports_little(tmp_path, sockets, kind):
+    listener, backend = sockets(kind), sockets(kind)
+    modules = of_a_start(tmp_path, listener, target(backend), answers=backend) - of_bare_python()
+    assert "proxyd._relay" in modules  # it is this program that we have looked at
+    assert unwanted(modules, SLOW) == set()
+    assert unwanted(modules, RARE) == set()
+    # Ours apart, what comes with the interpreter: a handful of small C modules.
+    others = {one for one in modules if not one.startswith("proxyd")}
+    assert len(others) <= 8, others
+
+
+@pytest.mark.skipif(not COMMAND.exists(), reason=f"SKIPPED LOUDLY: no {COMMAND}")
+@pytest.mark.parametrize(
+    "option", ["--exit-idle-time=5min", "--proxy-protocol=v2", "--connections-max=9"]
+)
+def test_nor_do_options_import_what_is_slow(tmp_path, sockets, option):
+    listener, backend = sockets(socket.AF_UNIX), sockets(socket.AF_UNIX)
+    if option == "--proxy-protocol=v2":
+        pytest.importorskip("proxyd.proxy_protocol")
+        modules = of_a_start_with_header(tmp_path, listener, option, backend)
+    else:
+        modules = of_a_start(tmp_path, listener, option, target(backend), answers=backend)
+    assert unwanted(modules - of_bare_python(), SLOW) == set()
+
+
+def of_a_start_with_header(tmp_path, listener, option, backend):
+    """The same, where a PROXY header comes before the client's byte."""
+
+    class Skips:
+        """Accepts, and hands out what follows the header."""
+
+        @staticmethod
+        def accept():
+            served, name = backend.accept()
+            served.settimeout(PATIENCE)
+            assert len(served.recv(16, socket.MSG_WAITALL)) == 16
+            return served, name
+
+    return of_a_start(tmp_path, listener, option, target(backend), answers=Skips)
+
+
+@pytest.mark.skipif(not COMMAND.exists(), reason=f"SKIPPED LOUDLY: no {COMMAND}")
+def test_a_name_does_not_load_the_idna_codec(tmp_path, sockets):
+    listener, backend = sockets(socket.AF_INET), sockets(socket.AF_INET)
+    port = backend.getsockname()[1]
+    modules = of_a_start(tmp_path, listener, f"localhost:{port}", answers=backend)
+    assert unwanted(modules - of_bare_python(), SLOW) == set()
+    assert "proxyd.resolver" in modules
+
+
+def test_the_package_itself_imports_nothing():
+    program = (
+        "import sys; before = set(sys.modules); import proxyd; print(*set(sys.modules) - before)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=True,
+    )
+    assert done.stdout.split() == ["proxyd"]

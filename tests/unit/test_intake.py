@@ -1,0 +1,645 @@
+"""Who is accepted, how many, and when nobody is."""
+
+import errno
+import os
+import resource
+import socket
+
+import pytest
+
+from proxyd import address as sockaddr
+from proxyd import intake as intake_module
+from proxyd import log
+from proxyd._relay import ACCEPTED, FAILED, NOBODY, REFUSED
+from proxyd.intake import PAUSE_MS, Door, Intake
+from proxyd.listen import Listener
+from proxyd.loop import Loop
+from proxyd.reach import Reach
+from proxyd.target import parse_target
+
+PATIENCE = 20
+"""Seconds until what does not come counts as lost."""
+
+
+class World:
+    """Doors, an Intake, and the main loop around them."""
+
+    def __init__(self, tmp_path):
+        self.tmp_path = tmp_path
+        self.loop = Loop()
+        self.relay = self.loop.relay
+        self.doors = []
+        self.sockets = []
+        self.backend = None
+
+    def listen(self, kind=socket.AF_INET):
+        """TCP, unless told: on a UNIX listener the clients of this process would be a loop."""
+        sock = self.keep(socket.socket(kind))
+        number = len(self.sockets)
+        sock.bind(str(self.tmp_path / f"s{number}") if kind == socket.AF_UNIX else ("127.0.0.1", 0))
+        sock.listen(64)
+        sock.setblocking(False)
+        return sock
+
+    def keep(self, sock):
+        self.sockets.append(sock)
+        return sock
+
+    def target(self, state):
+        """Where to forward to: up, absent (fails within connect(2)) or refuses (fails later)."""
+        if state == "absent":
+            return str(self.tmp_path / "absent")
+        if state == "refuses":
+            sock = self.keep(socket.socket())
+            sock.bind(("127.0.0.1", 0))
+            return f"127.0.0.1:{sock.getsockname()[1]}"
+        self.backend = self.listen(socket.AF_UNIX)
+        return self.backend.getsockname()
+
+    def door(self, sock, target, timeout_ms=10_000, way=None, connected=False):
+        name = sockaddr.from_socket_name(sock.family, sock.getsockname())
+        listener = Listener(sock.fileno(), "x", name, connected)
+        listener.target = parse_target(target)
+        if way is None:
+            port = listener.target.service or 0
+            way = Reach(self.loop, None, listener.target, port, timeout_ms)
+        self.doors.append(Door(self.loop, len(self.doors), listener, way))
+        return self.doors[-1]
+
+    def start(self, most=256, proxy_protocol=0):
+        self.intake = Intake(self.loop, self.doors, most, proxy_protocol)
+        self.intake.arm()
+        return self.intake
+
+    @property
+    def ways(self):
+        return list({id(door.way): door.way for door in self.doors}.values())
+
+    @property
+    def held(self):
+        return sum(len(way.held) for way in self.ways)
+
+    def turn(self, timeout_ms=0):
+        """One round of the main loop, and the events that it had."""
+        events = self.loop.run(timeout_ms)
+        for event in events:
+            if event[0] == FAILED:
+                door = self.doors[event[3]]
+                door.way.take_back(door.listener, event)
+            else:
+                self.intake.event(event)
+            assert self.relay.open + self.held <= self.intake._connections_max
+        for way in self.ways:
+            if way.held:
+                way.step(self.relay.now_ms)
+        self.intake.tick(self.relay.now_ms)
+        self.intake.set_terms()
+        assert self.relay.open + self.held <= self.intake._connections_max
+        return events
+
+    def until(self, condition):
+        """Go on until something is true."""
+        for _ in range(PATIENCE * 100):
+            if condition():
+                return
+            self.turn(10)
+        raise TimeoutError
+
+    def settle(self, clients):
+        """Go on until every one of so many clients was accepted, and none is in between."""
+        self.until(lambda: self.relay.counters()[0] >= clients)
+        self.turn()
+        self.turn()
+
+    def client(self, sock):
+        one = self.keep(socket.socket(sock.family))
+        one.connect(sock.getsockname())
+        one.setblocking(False)
+        return one
+
+    def close(self):
+        for way in self.ways:
+            way.drop_all()
+        if hasattr(self, "intake"):
+            self.intake.disarm()
+        self.relay.close_all()
+        for door in self.doors:
+            if door.listener.connected and door.listener.fd >= 0:
+                os.close(door.listener.fd)
+        for sock in self.sockets:
+            sock.close()
+
+
+def closed(sock):
+    """Whether our client was closed without a word."""
+    try:
+        return sock.recv(1) == b""
+    except ConnectionResetError:
+        return True
+    except BlockingIOError:
+        return False
+
+
+@pytest.fixture
+def world(tmp_path):
+    log.setup({})
+    made = World(tmp_path)
+    yield made
+    made.close()
+    log.setup({})
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The log's: it leaves out lines of one kind that follow each other within 5 s."""
+
+    class Clock:
+        now = 1000.0
+
+    monkeypatch.setattr(log.time, "monotonic", lambda: Clock.now)
+    return Clock
+
+
+# ── the limit ────────────────────────────────────────────────────────────────────────────────────
+
+LIMIT_LINE = "Hit connection limit, refusing connection."
+
+
+@pytest.mark.parametrize("most", [1, 2, 3])
+@pytest.mark.parametrize("proxy_protocol", [0, 1])
+def test_so_many_and_not_one_more(world, capfd, clock, most, proxy_protocol):
+    sock = world.listen()
+    world.door(sock, world.target("up"))
+    intake = world.start(most, proxy_protocol)
+    clients = [world.client(sock) for _ in range(most + 3)]
+    world.settle(most + 3)
+    assert world.relay.open == most
+    assert [closed(client) for client in clients] == [False] * most + [True] * 3
+    assert world.relay.counters()[0] == most + 3
+    assert world.relay.counters()[1] + intake.refused == 3
+    assert capfd.readouterr().err.splitlines() == [LIMIT_LINE]
+
+
+def test_a_place_that_is_free_again_is_given_away(world, capfd):
+    sock = world.listen()
+    world.door(sock, world.target("up"))
+    world.start(1)
+    for _ in range(5):
+        client = world.client(sock)
+        world.until(lambda: world.relay.open)
+        assert not closed(client)
+        client.close()
+        served, _ = world.backend.accept()
+        served.close()
+        world.until(lambda: not world.relay.open)
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("state", ["absent", "refuses"])
+def test_held_clients_count(world, state):
+    sock = world.listen()
+    world.door(sock, world.target(state))
+    world.start(2)
+    clients = [world.client(sock) for _ in range(5)]
+    world.settle(5)
+    assert world.held + world.relay.open == 2
+    assert sum(map(closed, clients)) == 3
+
+
+def test_clients_of_two_listeners_that_fail_in_one_batch_count(world):
+    """Both are on express terms, and both connects fail before the policy hears of the first."""
+    target = world.target("absent")
+    first, second = world.listen(), world.listen()
+    way = world.door(first, target).way
+    world.door(second, target, way=way)
+    world.start(1)
+    clients = [world.client(first), world.client(second)]
+    world.settle(2)
+    assert world.held == 1
+    assert sum(map(closed, clients)) == 1
+
+
+def test_a_connect_that_fails_does_not_make_room_for_another_client(world):
+    """Its own client is going to be held. Both are there in one batch of events."""
+    sock = world.listen()
+    world.door(sock, world.target("refuses"))
+    world.start(1)
+    clients = [world.client(sock) for _ in range(3)]
+    world.settle(3)
+    assert world.held + world.relay.open == 1
+    assert sum(map(closed, clients)) == 2
+
+
+def test_a_crowd_whose_connects_fail_counts(world):
+    """Where many come in turn after turn, several are accepted at a time."""
+    sock = world.listen()
+    up = world.target("up")
+    door = world.door(sock, up)
+    world.start(60)
+    for _ in range(40):
+        world.client(sock)
+    world.until(lambda: world.relay.open > 30)  # in turn after turn
+    os.unlink(up)
+    for _ in range(40):
+        world.client(sock)
+    world.settle(80)
+    assert len(door.way.held) + world.relay.open == 60
+
+
+def test_the_terms_leave_room_for_the_held(world):
+    sock = world.listen()
+    world.door(sock, world.target("absent"))
+    world.start(10)
+    assert world.relay.most == 10
+    world.client(sock)
+    world.settle(1)
+    assert world.relay.most == 9
+
+
+# ── terms ────────────────────────────────────────────────────────────────────────────────────────
+
+
+class FakeGate:
+    """A gate that notes what it is told."""
+
+    open_error = 0
+
+    def __init__(self, relay, fd, family, check, index):
+        self.fd = fd
+        self.is_open = False
+        self.terms = None
+        self.served = 0
+
+    def open(self):
+        if self.open_error:
+            raise OSError(self.open_error, "")
+        assert not self.is_open
+        self.is_open = True
+
+    def shut(self):
+        assert self.is_open
+        self.is_open = False
+
+    def express(self, address, timeout_ms=0):
+        self.terms = (address, timeout_ms)
+
+
+@pytest.fixture
+def gates(monkeypatch):
+    """Doors of the test get fake gates."""
+    monkeypatch.setattr(intake_module, "Gate", FakeGate)
+
+
+def test_a_literal_target_that_is_up_is_on_express_terms(world, gates):
+    door = world.door(world.listen(), "/run/x", timeout_ms=7000)
+    world.start()
+    assert door.gate.is_open
+    assert door.gate.terms == (sockaddr.pack_unix("/run/x"), 7000)
+
+
+@pytest.mark.parametrize(("timeout_ms", "told"), [(None, 0), (0, 0), (1, 1)])
+def test_how_long_a_connect_may_take(world, gates, timeout_ms, told):
+    door = world.door(world.listen(), "/run/x")
+    door.way.timeout_ms = timeout_ms
+    world.start()
+    assert door.gate.terms[1] == told
+
+
+def test_a_name_has_no_terms(world, gates):
+    door = world.door(world.listen(), "backend:80")
+    world.start()
+    assert door.gate.terms[0] is None
+
+
+def test_with_a_header_to_make_there_are_no_terms(world, gates):
+    door = world.door(world.listen(), "/run/x")
+    world.start(proxy_protocol=1)
+    assert door.gate.terms[0] is None
+
+
+def test_at_debug_level_there_are_no_terms(world, gates):
+    world.loop.notes = {}
+    door = world.door(world.listen(), "/run/x")
+    world.start()
+    assert door.gate.terms[0] is None
+
+
+def test_while_somebody_waits_there_are_no_terms(world):
+    sock = world.listen()
+    door = world.door(sock, world.target("absent"))
+    world.start()
+    assert door.way.express is not None
+    world.client(sock)
+    world.settle(1)
+    assert door.way.held
+    assert door.way.express is None
+
+
+# ── accepted without terms ───────────────────────────────────────────────────────────────────────
+
+
+def test_a_client_gets_its_header(world):
+    sock = world.listen()
+    world.door(sock, world.target("up"))
+    world.start(proxy_protocol=1)
+    client = world.client(sock)
+    client.send(b"hello")
+    world.settle(1)
+    served, _ = world.backend.accept()
+    with served:
+        served.setblocking(False)
+        received = b""
+        while b"hello" not in received:
+            received += served.recv(100)
+        ports = client.getsockname()[1], client.getpeername()[1]
+        assert received == b"PROXY TCP4 127.0.0.1 127.0.0.1 %d %d\r\nhello" % ports
+
+
+def test_a_client_has_a_name_at_debug_level(world):
+    world.loop.notes = {}
+    sock = world.listen(socket.AF_INET)
+    target = world.target("up")
+    world.door(sock, target)
+    world.start()
+    client = world.client(sock)
+    world.settle(1)
+    port = client.getsockname()[1]
+    assert list(world.loop.notes.values()) == [f"127.0.0.1:{port} → {target}"]
+
+
+def test_a_connection_that_was_passed_in(world):
+    """Accept=yes: it is served at once, and nobody else is waited for."""
+    ours, theirs = socket.socketpair()
+    world.keep(ours)
+    theirs.setblocking(False)
+    target = world.target("up")
+    door = world.door(theirs, target, connected=True)
+    theirs.detach()
+    intake = world.start()
+    assert world.relay.open == 1
+    assert door.listener.fd == -1
+    assert not door.open
+    assert not intake.broken
+    ours.send(b"hello")
+    world.turn()
+    world.turn()
+    served, _ = world.backend.accept()
+    with served:
+        assert served.recv(10) == b"hello"
+    intake.disarm()
+
+
+# ── nothing left to accept with ──────────────────────────────────────────────────────────────────
+
+
+class NoFds:
+    """While this lasts, this process can open nothing."""
+
+    def __enter__(self):
+        self.limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        lowest = os.dup(0)
+        os.close(lowest)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, self.limits[1]))
+
+    def __exit__(self, *_):
+        resource.setrlimit(resource.RLIMIT_NOFILE, self.limits)
+
+
+def test_emfile_pauses(world, capfd):
+    sock = world.listen()
+    door = world.door(sock, world.target("up"))
+    intake = world.start()
+    client = world.client(sock)
+    with NoFds():
+        assert world.turn() == [(NOBODY, errno.EMFILE, 0)]
+        assert not door.open
+        assert intake.resume_ms == world.relay.now_ms + PAUSE_MS
+        # No hot loop: although the client waits there is nothing to report.
+        assert world.loop.run(0) == []
+    assert not closed(client)
+    assert capfd.readouterr().err == (
+        "Failed to accept: Too many open files. Waiting until a connection ends.\n"
+    )
+    intake.tick(intake.resume_ms - 1)
+    assert not door.open
+    intake.tick(intake.resume_ms)
+    assert door.open
+    assert intake.resume_ms is None
+    world.until(lambda: world.relay.open)
+    assert world.relay.open == 1
+
+
+@pytest.mark.parametrize("error", [errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM])
+def test_a_pause_is_one_warning_however_often(world, gates, capfd, clock, error):
+    door = world.door(world.listen(), "/run/x")
+    intake = world.start()
+    for _ in range(20):
+        intake.event((NOBODY, error, 0))
+        assert not door.gate.is_open
+        intake.tick(intake.resume_ms)
+        assert door.gate.is_open
+        clock.now += PAUSE_MS / 1000
+    assert len(capfd.readouterr().err.splitlines()) == 1
+
+
+def test_a_pause_closes_all_doors(world, gates):
+    doors = [world.door(world.listen(), "/run/x") for _ in range(3)]
+    intake = world.start()
+    intake.event((NOBODY, errno.EMFILE, 1))
+    intake.event((NOBODY, errno.EMFILE, 2))
+    assert not any(door.gate.is_open for door in doors)
+    assert not intake.broken
+    intake.tick(intake.resume_ms)
+    assert all(door.gate.is_open for door in doors)
+
+
+def test_a_pause_ends_when_a_connection_ends(world):
+    sock = world.listen()
+    door = world.door(sock, world.target("up"))
+    intake = world.start()
+    first = world.client(sock)
+    world.settle(1)
+    assert intake.wake_at() == -1
+    second = world.client(sock)
+    with NoFds():
+        world.turn()
+    assert not door.open
+    assert intake.wake_at() == 0  # so run() returns when the first connection has ended
+    world.relay.wake_at = intake.wake_at()
+    first.close()
+    served, _ = world.backend.accept()
+    served.close()
+    intake.resume_ms += 10**9
+    assert world.loop.run(PATIENCE * 1000) == []
+    world.turn()
+    assert door.open
+    world.until(lambda: world.relay.open)
+    assert not closed(second)
+
+
+def test_nobody_is_accepted_any_more_when_a_pause_ends_after_disarm(world, gates):
+    """SIGTERM during a pause: what waits stays with the service manager."""
+    door = world.door(world.listen(), "/run/x")
+    intake = world.start()
+    intake.event((NOBODY, errno.EMFILE, 0))
+    resume_ms = intake.resume_ms
+    intake.disarm()
+    intake.tick(resume_ms)
+    assert not door.gate.is_open
+
+
+def test_a_door_that_cannot_be_opened_yet_is_opened_later(world, gates):
+    """epoll_ctl(2) needs memory too, and that had run out."""
+    door = world.door(world.listen(), "/run/x")
+    intake = world.start()
+    intake.event((NOBODY, errno.ENOMEM, 0))
+    door.gate.open_error = errno.ENOMEM
+    intake.tick(intake.resume_ms)
+    assert not door.gate.is_open
+    door.gate.open_error = 0
+    assert intake.resume_ms is not None
+    intake.tick(intake.resume_ms)
+    assert door.gate.is_open
+
+
+# ── other errors of accept ───────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("error", [errno.ECONNABORTED, errno.EPROTO, errno.ENETDOWN])
+def test_an_error_of_one_client_is_not_the_next_one_s(world, gates, capfd, error):
+    door = world.door(world.listen(), "/run/x")
+    intake = world.start()
+    intake.event((NOBODY, error, 0))
+    intake.event((NOBODY, error, 0))
+    assert door.gate.is_open
+    assert intake.resume_ms is None
+    assert not intake.broken
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line == f"Failed to accept from {door.listener.text}: {os.strerror(error)}."
+
+
+@pytest.mark.parametrize("error", [errno.EACCES, errno.EPERM, errno.ENOSYS])
+def test_an_error_that_may_last_is_no_hot_loop(world, gates, error):
+    """A security module or a seccomp filter forbids accept(2): the client stays in the backlog,
+    so that the listener is readable for ever."""
+    door = world.door(world.listen(), "/run/x")
+    intake = world.start()
+    intake.event((NOBODY, error, 0))
+    assert not door.gate.is_open
+    assert intake.resume_ms is not None
+
+
+def test_a_broken_listener(world, capfd):
+    sock = world.listen()
+    door = world.door(sock, world.target("up"))
+    intake = world.start()
+    sock.shutdown(socket.SHUT_RDWR)
+    assert world.turn() == [(NOBODY, errno.EINVAL, 0)]
+    assert not door.open
+    assert intake.broken
+    assert world.loop.run(0) == []
+    assert capfd.readouterr().err == (
+        f"Failed to accept from {door.listener.text}: Invalid argument.\n"
+    )
+
+
+def test_the_other_listeners_go_on(world):
+    bad, good = world.listen(), world.listen()
+    target = world.target("up")
+    world.door(bad, target)
+    world.door(good, target)
+    intake = world.start()
+    bad.shutdown(socket.SHUT_RDWR)
+    world.client(good)
+    world.settle(1)
+    assert not intake.broken
+    assert world.relay.open == 1
+
+
+def test_a_broken_listener_stays_shut_after_a_pause(world, gates):
+    bad, good = (world.door(world.listen(), "/run/x") for _ in range(2))
+    intake = world.start()
+    intake.event((NOBODY, errno.EBADF, bad.index))
+    intake.event((NOBODY, errno.EMFILE, good.index))
+    intake.tick(intake.resume_ms)
+    assert good.gate.is_open
+    assert not bad.gate.is_open
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_a_broken_listener_during_a_pause_is_not_the_end(world, gates, order):
+    doors = [world.door(world.listen(), "/run/x") for _ in range(2)]
+    intake = world.start()
+    events = [(NOBODY, errno.EBADF, 0), (NOBODY, errno.EMFILE, 1)]
+    for at in order:
+        intake.event(events[at])
+    assert not intake.broken
+    intake.tick(intake.resume_ms)
+    assert doors[1].gate.is_open
+
+
+# ── our own tail ─────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("kind", [socket.AF_UNIX, socket.AF_INET])
+@pytest.mark.parametrize("proxy_protocol", [0, 1])
+def test_a_loop_is_refused_with_one_line(world, capfd, clock, kind, proxy_protocol):
+    sock = world.listen(kind)
+    name = sockaddr.text(sockaddr.from_socket_name(kind, sock.getsockname()))
+    door = world.door(sock, name)
+    world.start(proxy_protocol=proxy_protocol)
+    assert door.listener.text == name
+    # A UNIX client must be another process: it is that which is looked at.
+    clients = [connect_elsewhere(sock) for _ in range(3)]
+    world.settle(6)
+    world.until(lambda: not world.relay.open)
+    accepted, refused, *_ = world.relay.counters()
+    assert (accepted, refused) == (6, 3)
+    assert capfd.readouterr().err.splitlines() == [
+        f"Refusing connection: target {name} leads back to our own listener {name}."
+    ]
+    for pid in clients:
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+def connect_elsewhere(sock):
+    """A client in a process of its own, which waits until it is closed; the pid."""
+    ready, told = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            one = socket.socket(sock.family)
+            one.settimeout(PATIENCE)
+            one.connect(sock.getsockname())
+            os.write(told, b"x")
+            try:
+                os._exit(len(one.recv(1)))
+            except ConnectionResetError:
+                os._exit(0)
+        finally:
+            os._exit(9)
+    os.close(told)
+    assert os.read(ready, 1) == b"x"
+    os.close(ready)
+    return pid
+
+
+def test_events_go_to_their_door(world, gates, capfd):
+    doors = [world.door(world.listen(), f"/run/x{number}") for number in range(2)]
+    intake = world.start(1)
+    intake.event((NOBODY, errno.ELOOP, 1))
+    assert f"target /run/x1 leads back to our own listener {doors[1].listener.text}." in (
+        capfd.readouterr().err
+    )
+    intake.event((REFUSED, 0))
+    assert capfd.readouterr().err == f"{LIMIT_LINE}\n"
+    ours, theirs = socket.socketpair()
+    with ours:
+        intake.event((ACCEPTED, theirs.detach(), 1))
+        assert len(doors[1].way.held) == 1
+        assert not doors[0].way.held
+        again, last = socket.socketpair()
+        with again:
+            intake.event((ACCEPTED, last.detach(), 0))
+            assert again.recv(1) == b""
+    assert intake.refused == 1

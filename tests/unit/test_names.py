@@ -1,0 +1,63 @@
+"""NAME=TARGET: which target serves which listener."""
+
+import pytest
+
+from proxyd import address
+from proxyd.errors import UsageError
+from proxyd.listen import Listener
+from proxyd.names import match_targets, split_pair, valid_name
+from proxyd.target import parse_target
+
+TCP = address.pack_inet("127.0.0.1", 80)
+UNIX = address.pack_unix("/run/x")
+
+
+@pytest.mark.parametrize("name", ["web", "proxy@web.socket", "a b", "-", "0", "a/b", "\u00fc"])
+def test_names(name):
+    assert valid_name(name)
+    assert split_pair(f"{name}=x=y") == (name, "x=y")
+
+
+@pytest.mark.parametrize("name", ["", "/web", "@web", "[web", "a:b", "unix:x"])
+def test_not_names(name):
+    assert not valid_name(name)
+    assert split_pair(f"{name}=x") == (None, f"{name}=x")
+
+
+@pytest.mark.parametrize("text", ["localhost", "/run/a=b", "@a=b", "[::1]:80", ""])
+def test_plain(text):
+    assert split_pair(text) == (None, text)
+
+
+def pairs(*texts):
+    return [(name, parse_target(rest)) for name, rest in map(split_pair, texts)]
+
+
+def listener(name, packed=TCP):
+    return Listener(-1, name, packed)
+
+
+def test_a_plain_target_serves_every_listener():
+    matched, unused = match_targets(pairs("@t"), [listener("a"), listener("b"), listener("a")])
+    assert [target.text for target in matched] == ["@t"] * 3
+    assert unused == []
+
+
+def test_pairs_serve_by_name():
+    listeners = [listener("b"), listener("a"), listener("b")]
+    matched, unused = match_targets(pairs("a=@1", "b=@2", "c=@3", "d=@4"), listeners)
+    assert [target.text for target in matched] == ["@2", "@1", "@2"]
+    assert unused == ["c", "d"]
+
+
+def test_a_listener_without_a_pair_is_named():
+    with pytest.raises(UsageError, match=r"^No target for listener 'b' \(/run/x\)\.$"):
+        match_targets(pairs("a=@1"), [listener("a"), listener("b", UNIX)])
+
+
+@pytest.mark.parametrize("packed", [UNIX, address.pack_vsock(2, 80)])
+def test_any_port_needs_a_tcp_listener(packed):
+    listeners = [listener("a"), listener("b", packed)]
+    with pytest.raises(UsageError, match=r"localhost:\* needs a TCP listener.*'b'"):
+        match_targets(pairs("localhost:*"), listeners)
+    assert match_targets(pairs("a=localhost:*", "b=@x"), listeners)[1] == []

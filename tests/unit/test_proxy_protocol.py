@@ -1,0 +1,125 @@
+"""PROXY headers, byte for byte as proxy-protocol.txt has them, of real sockets."""
+
+import os
+import socket
+import struct
+
+import pytest
+
+from proxyd.proxy_protocol import header
+
+SIGNATURE = bytes.fromhex("0d0a0d0a000d0a515549540a")
+
+
+@pytest.fixture
+def accepted(tmp_path):
+    """Connect to a listener; the client's socket and the accepted one."""
+    opened = []
+
+    def make(listen_kind, listen_to, connect_kind=None, connect_to=None, bind_to=None):
+        listener = socket.socket(listen_kind)
+        opened.append(listener)
+        if listen_kind == socket.AF_INET6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        try:
+            listener.bind(listen_to)
+        except OSError as error:
+            pytest.skip(f"SKIPPED LOUDLY: cannot listen on {listen_to}: {error}")
+        listener.listen()
+        client = socket.socket(connect_kind or listen_kind)
+        opened.append(client)
+        if bind_to is not None:
+            client.bind(bind_to)
+        name = listener.getsockname()
+        client.connect((connect_to, name[1]) if connect_to else name)
+        served, _ = listener.accept()
+        opened.append(served)
+        return client, served
+
+    yield make
+    for one in opened:
+        one.close()
+
+
+def ports(client):
+    return client.getsockname()[1], client.getpeername()[1]
+
+
+def test_tcp4(accepted):
+    client, served = accepted(socket.AF_INET, ("127.0.0.1", 0), bind_to=("127.0.0.2", 0))
+    theirs, ours = ports(client)
+    assert header(1, served.fileno()) == b"PROXY TCP4 127.0.0.2 127.0.0.1 %d %d\r\n" % (
+        theirs,
+        ours,
+    )
+    assert header(2, served.fileno()) == (
+        SIGNATURE
+        + b"\x21\x11\x00\x0c"
+        + bytes([127, 0, 0, 2, 127, 0, 0, 1])
+        + struct.pack(">HH", theirs, ours)
+    )
+
+
+def test_tcp6(accepted):
+    client, served = accepted(socket.AF_INET6, ("::1", 0))
+    theirs, ours = ports(client)
+    assert header(1, served.fileno()) == b"PROXY TCP6 ::1 ::1 %d %d\r\n" % (theirs, ours)
+    assert header(2, served.fileno()) == (
+        SIGNATURE
+        + b"\x21\x21\x00\x24"
+        + (bytes(15) + b"\x01") * 2
+        + struct.pack(">HH", theirs, ours)
+    )
+
+
+def test_mapped_addresses_are_ipv4(accepted):
+    client, served = accepted(
+        socket.AF_INET6, ("::", 0), socket.AF_INET, "127.0.0.1", bind_to=("127.0.0.3", 0)
+    )
+    assert served.getpeername()[0] == "::ffff:127.0.0.3"
+    theirs, ours = ports(client)
+    assert header(1, served.fileno()) == b"PROXY TCP4 127.0.0.3 127.0.0.1 %d %d\r\n" % (
+        theirs,
+        ours,
+    )
+    assert header(2, served.fileno()) == (
+        SIGNATURE
+        + b"\x21\x11\x00\x0c"
+        + bytes([127, 0, 0, 3, 127, 0, 0, 1])
+        + struct.pack(">HH", theirs, ours)
+    )
+
+
+def assert_unknown(fd):
+    assert header(1, fd) == b"PROXY UNKNOWN\r\n"
+    assert header(2, fd) == SIGNATURE + b"\x20\x00\x00\x00"
+
+
+@pytest.mark.parametrize("bound", [False, True])
+@pytest.mark.parametrize("abstract", [False, True])
+def test_unix(accepted, tmp_path, bound, abstract):
+    path = f"\0test{os.getpid()}" if abstract else str(tmp_path / "listener")
+    bind_to = str(tmp_path / "client") if bound else None
+    _, served = accepted(socket.AF_UNIX, path, bind_to=bind_to)
+    assert_unknown(served.fileno())
+
+
+def test_a_pair():
+    one, other = socket.socketpair()
+    with one, other:
+        assert_unknown(one.fileno())
+
+
+def test_a_client_that_has_reset_already(accepted):
+    client, served = accepted(socket.AF_INET, ("127.0.0.1", 0))
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    client.close()
+    with pytest.raises(ConnectionResetError):
+        served.recv(1)
+    assert_unknown(served.fileno())
+
+
+def test_v1_fits_the_buffer_of_the_specification(accepted):
+    """107 characters at most, section 2.1."""
+    _, served = accepted(socket.AF_INET6, ("::1", 0))
+    assert len(header(1, served.fileno())) <= 107

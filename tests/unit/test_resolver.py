@@ -1,0 +1,460 @@
+"""Look-ups: off the main thread, one for all who ask, remembered, and never waited for."""
+
+import _socket
+import itertools
+import os
+import select
+import subprocess
+import sys
+import threading
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from proxyd import address as sockaddr
+from proxyd import log, resolver
+from proxyd.resolver import FRESH_MS, STALE_MS, Resolver, interleaved
+
+PATIENCE = 20
+"""Seconds until what does not come counts as lost."""
+
+HOST = b"backend.example"
+V4 = sockaddr.pack_inet("192.0.2.1", 0)
+V4_TOO = sockaddr.pack_inet("192.0.2.2", 0)
+V6 = sockaddr.pack_inet("2001:db8::1", 0)
+
+NONAME = _socket.gaierror(_socket.EAI_NONAME, "Name or service not known")
+AGAIN = _socket.gaierror(_socket.EAI_AGAIN, "Temporary failure in name resolution")
+
+
+def found(*addresses):
+    """What getaddrinfo() returns for packed addresses."""
+    return [
+        (sockaddr.family(one), _socket.SOCK_STREAM, 6, "", sockaddr.to_socket_name(one))
+        for one in addresses
+    ]
+
+
+class NameServer:
+    """Stands for getaddrinfo(3): `answers` by host; those in `hanging` do not return."""
+
+    def __init__(self):
+        self.answers = {}
+        self.asked = []
+        self.threads = set()
+        self.let_go = threading.Event()
+        self.hanging = set()
+        self._called = threading.Semaphore(0)
+
+    def __call__(self, host, port, family=0, kind=0, protocol=0, flags=0):
+        assert isinstance(host, bytes)  # a str loads the IDNA codec
+        assert kind == _socket.SOCK_STREAM
+        assert not flags & _socket.AI_ADDRCONFIG
+        self.asked.append(host)
+        self.threads.add(threading.get_ident())
+        self._called.release()
+        if host in self.hanging:
+            self.let_go.wait(PATIENCE)
+        answer = self.answers[host]
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    def wait_called(self):
+        assert self._called.acquire(timeout=PATIENCE)
+
+
+@pytest.fixture
+def server(monkeypatch):
+    one = NameServer()
+    monkeypatch.setattr(resolver._socket, "getaddrinfo", one)
+    yield one
+    one.let_go.set()
+
+
+@pytest.fixture(autouse=True)
+def _own_log():
+    log.setup({})
+    yield
+    log.setup({})
+
+
+@pytest.fixture
+def names(server):
+    """A started resolver. Its threads outlive the test, as they outlive the program's end."""
+    one = Resolver()
+    one.start([HOST])
+    return one
+
+
+class Asker:
+    """Collects what a resolver says."""
+
+    def __init__(self):
+        self.heard = []
+
+    def __call__(self, addresses, error):
+        self.heard.append((addresses, error))
+
+
+def ask(names, host, now_ms):
+    asker = Asker()
+    names.ask(host, now_ms, asker)
+    return asker
+
+
+def collect(names, now_ms):
+    """What the main loop does when it hears that there are answers."""
+    assert select.select([names.fd], [], [], PATIENCE)[0]
+    names.collect(now_ms)
+
+
+def look_up(names, host, now_ms):
+    """Ask, and wait for the answer, which must not have been there at once."""
+    asker = ask(names, host, now_ms)
+    assert asker.heard == []
+    while not asker.heard:
+        collect(names, now_ms)
+    return asker.heard
+
+
+# ── one look-up ──────────────────────────────────────────────────────────────────────────────────
+
+
+def test_answer(names, server):
+    server.answers[HOST] = found(V6, V4)
+    assert look_up(names, HOST, 0) == [([V6, V4], None)]
+    assert server.threads.isdisjoint({threading.get_ident()})
+
+
+def test_nothing_to_collect(names):
+    names.collect(0)
+
+
+def test_error(names, server):
+    server.answers[HOST] = NONAME
+    assert look_up(names, HOST, 0) == [([], NONAME)]
+
+
+@pytest.mark.parametrize("error", [OSError(24, "Too many open files"), MemoryError()])
+def test_errors_that_are_not_the_resolver_s_are_answers_too(names, server, error):
+    server.answers[HOST] = error
+    ((addresses, told),) = look_up(names, HOST, 0)
+    assert addresses == []
+    assert isinstance(told, _socket.gaierror)
+    # And the thread has survived it.
+    server.answers[HOST] = found(V4)
+    assert look_up(names, HOST, FRESH_MS) == [([V4], None)]
+
+
+def test_the_same_address_twice_is_one(names, server):
+    server.answers[HOST] = found(V4, V4, V6, V4)
+    assert look_up(names, HOST, 0) == [([V4, V6], None)]
+
+
+def test_scope_is_kept(names, server):
+    address = sockaddr.pack_inet6("fe80::1", 0, 7)
+    server.answers[HOST] = found(address)
+    assert look_up(names, HOST, 0) == [([address], None)]
+
+
+# ── reuse ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_concurrent_look_ups_of_a_name_are_one(names, server):
+    server.answers[HOST] = found(V4)
+    server.hanging.add(HOST)
+    askers = [ask(names, HOST, now_ms) for now_ms in (0, 1, 5000)]
+    server.wait_called()
+    assert [asker.heard for asker in askers] == [[], [], []]
+    server.let_go.set()
+    collect(names, 6000)
+    assert [asker.heard for asker in askers] == [[([V4], None)]] * 3
+    assert server.asked == [HOST]
+
+
+def test_two_names_are_two_look_ups(names, server):
+    server.answers = {HOST: found(V4), b"other": found(V6)}
+    assert look_up(names, HOST, 0) == [([V4], None)]
+    assert look_up(names, b"other", 0) == [([V6], None)]
+
+
+def test_an_answer_serves_for_a_second(names, server):
+    assert FRESH_MS == 1000
+    server.answers[HOST] = found(V4)
+    assert not names.fresh(HOST, 100)
+    look_up(names, HOST, 100)
+    assert names.fresh(HOST, 100 + FRESH_MS - 1)
+    assert not names.fresh(HOST, 100 + FRESH_MS)
+    server.answers[HOST] = found(V6)
+    assert ask(names, HOST, 100 + FRESH_MS - 1).heard == [([V4], None)]
+    assert server.asked == [HOST]
+    assert look_up(names, HOST, 100 + FRESH_MS) == [([V6], None)]
+
+
+def test_the_second_counts_from_the_answer(names, server):
+    server.answers[HOST] = found(V4)
+    asker = ask(names, HOST, 0)
+    collect(names, 30_000)  # a slow name server
+    assert asker.heard == [([V4], None)]
+    assert ask(names, HOST, 30_000 + FRESH_MS - 1).heard == [([V4], None)]
+
+
+def test_a_failure_serves_for_a_second_too(names, server):
+    server.answers[HOST] = NONAME
+    look_up(names, HOST, 0)
+    assert not names.fresh(HOST, 0)
+    server.answers[HOST] = found(V4)
+    assert ask(names, HOST, FRESH_MS - 1).heard == [([], NONAME)]
+    assert server.asked == [HOST]
+    assert look_up(names, HOST, FRESH_MS) == [([V4], None)]
+
+
+# ── the last good answer ─────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("error", [AGAIN, NONAME, OSError(5, "Input/output error")])
+def test_the_last_good_answer_serves_when_a_look_up_fails(names, server, capfd, error):
+    server.answers[HOST] = found(V4, V6)
+    look_up(names, HOST, 0)
+    server.answers[HOST] = error
+    assert look_up(names, HOST, STALE_MS - 1) == [([V4, V6], None)]
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("Failed to resolve host: ")
+    assert "(backend.example); using its last addresses." in line
+    # It does not make the answer fresh: look-ups go on.
+    assert not names.fresh(HOST, STALE_MS - 1)
+
+
+def test_the_last_good_answer_serves_for_five_minutes(names, server, capfd):
+    server.answers[HOST] = found(V4)
+    look_up(names, HOST, 7)
+    server.answers[HOST] = AGAIN
+    assert look_up(names, HOST, 7 + STALE_MS) == [([], AGAIN)]
+    assert STALE_MS == 5 * 60 * 1000
+    assert capfd.readouterr().err == ""
+
+
+def test_failures_do_not_prolong_the_last_good_answer(names, server):
+    server.answers[HOST] = found(V4)
+    look_up(names, HOST, 0)
+    server.answers[HOST] = AGAIN
+    for now_ms in range(60_000, STALE_MS, 60_000):
+        assert look_up(names, HOST, now_ms) == [([V4], None)]
+    assert look_up(names, HOST, STALE_MS) == [([], AGAIN)]
+
+
+def test_the_warning_about_old_addresses_is_limited(names, server, capfd):
+    server.answers[HOST] = found(V4)
+    look_up(names, HOST, 0)
+    server.answers[HOST] = AGAIN
+    look_up(names, HOST, FRESH_MS)
+    for _ in range(50):
+        assert ask(names, HOST, FRESH_MS + 1).heard == [([V4], None)]
+    assert len(capfd.readouterr().err.splitlines()) == 1
+
+
+# ── threads ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_hanging_look_ups_block_neither_us_nor_three_others(names, server):
+    hosts = [b"slow0", b"slow1", b"slow2"]
+    server.hanging.update(hosts)
+    server.answers = dict.fromkeys([*hosts, HOST], found(V4))
+    askers = [ask(names, host, 0) for host in hosts]
+    for _ in hosts:
+        server.wait_called()
+    assert look_up(names, HOST, 0) == [([V4], None)]
+    assert [asker.heard for asker in askers] == [[], [], []]
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """A list that grows with every thread that a resolver starts."""
+    threads = []
+
+    def start(function, arguments):
+        threads.append(function)
+        return really(function, arguments)
+
+    really = resolver._thread.start_new_thread
+    monkeypatch.setattr(resolver._thread, "start_new_thread", start)
+    return threads
+
+
+def test_four_threads_and_no_more(started, names, server):
+    hosts = [f"slow{number}".encode() for number in range(8)]
+    server.hanging.update(hosts)
+    server.answers = dict.fromkeys(hosts, found(V4))
+    askers = [ask(names, host, 0) for host in hosts]
+    for _ in range(4):
+        server.wait_called()
+    server.let_go.set()
+    while not all(asker.heard for asker in askers):
+        collect(names, 0)
+    assert sorted(server.asked) == sorted(hosts)
+    assert len(started) == 4
+
+
+def test_one_look_up_after_the_other_needs_one_thread(started, names, server):
+    server.answers[HOST] = found(V4)
+    for number in range(20):
+        look_up(names, HOST, number * FRESH_MS)
+    assert len(started) == 1
+
+
+def test_a_thread_that_has_just_taken_a_job_is_not_idle(server, monkeypatch):
+    """Between taking a job and beginning it, a thread must not count as free for another."""
+    import _queue
+
+    idle, taken, go_on = threading.Event(), threading.Event(), threading.Event()
+
+    class Slow(_queue.SimpleQueue):
+        """Hands out the job called slow late."""
+
+        def get(self):
+            idle.set()
+            job = super().get()
+            if getattr(job, "host", None) == b"slow":
+                taken.set()
+                go_on.wait(2 * PATIENCE)
+            return job
+
+    monkeypatch.setattr(_queue, "SimpleQueue", Slow)
+    server.answers = {b"slow": found(V4), HOST: found(V6)}
+    names = Resolver()
+    names.start([HOST])
+    assert idle.wait(PATIENCE)
+    slow = ask(names, b"slow", 0)
+    assert taken.wait(PATIENCE)
+    asker = ask(names, HOST, 0)
+    answered = select.select([names.fd], [], [], PATIENCE)[0]
+    go_on.set()
+    collect(names, 0)
+    quick = list(asker.heard)
+    while not (slow.heard and asker.heard):
+        collect(names, 0)
+    assert answered, "a look-up waits for another one, which may hang"
+    assert quick == [([V6], None)]
+
+
+def refuse_threads(monkeypatch, error):
+    def refuse(*_):
+        raise error
+
+    monkeypatch.setattr(resolver._thread, "start_new_thread", refuse)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("can't start new thread"), MemoryError()])
+def test_without_threads_names_are_resolved_once(server, monkeypatch, capfd, error):
+    refuse_threads(monkeypatch, error)
+    server.answers = {HOST: found(V6, V4), b"other": found(V4_TOO)}
+    names = Resolver()
+    names.start([HOST, b"other"])
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "No thread can be started" in line
+    server.answers = {}
+    for now_ms in (0, FRESH_MS, STALE_MS * 10):
+        assert ask(names, HOST, now_ms).heard == [([V6, V4], None)]
+        assert ask(names, b"other", now_ms).heard == [([V4_TOO], None)]
+    assert server.asked == [HOST, b"other"]
+
+
+def test_without_threads_a_failure_is_told_and_stays(server, monkeypatch, capfd):
+    refuse_threads(monkeypatch, RuntimeError())
+    server.answers[HOST] = NONAME
+    names = Resolver()
+    names.start([HOST])
+    _, line = capfd.readouterr().err.splitlines()
+    assert line == "Failed to resolve host: Name or service not known (backend.example)"
+    assert ask(names, HOST, FRESH_MS).heard == [([], NONAME)]
+
+
+def test_one_thread_is_enough_where_the_system_gives_no_more(names, server, monkeypatch):
+    server.answers = {HOST: found(V4), b"other": found(V6)}
+    server.hanging.add(HOST)
+    first = ask(names, HOST, 0)
+    server.wait_called()
+    refuse_threads(monkeypatch, RuntimeError())
+    second = ask(names, b"other", 0)
+    server.let_go.set()
+    while not (first.heard and second.heard):
+        collect(names, 0)
+    assert (first.heard, second.heard) == ([([V4], None)], [([V6], None)])
+
+
+def test_exit_does_not_wait_for_a_look_up():
+    program = """
+import _socket, _thread, sys
+stuck, begun = _thread.allocate_lock(), _thread.allocate_lock()
+stuck.acquire(), begun.acquire()
+def hang(*_):
+    begun.release()
+    stuck.acquire()
+_socket.getaddrinfo = hang
+from proxyd.resolver import Resolver
+one = Resolver()
+one.start([b"x"])
+one.ask(b"x", 0, print)
+begun.acquire()
+sys.exit(7)
+"""
+    done = subprocess.run([sys.executable, "-c", program], timeout=PATIENCE, check=False)
+    assert done.returncode == 7
+
+
+def test_the_eventfd_is_not_inherited(names):
+    assert not os.get_inheritable(names.fd)
+
+
+# ── the real thing ───────────────────────────────────────────────────────────────────────────────
+
+
+def test_localhost():
+    names = Resolver()
+    names.start([b"localhost"])
+    ((addresses, error),) = look_up(names, b"localhost", 0)
+    assert error is None
+    assert {sockaddr.text(one) for one in addresses} <= {"127.0.0.1:0", "[::1]:0"}
+    assert addresses
+
+
+# ── the order of addresses ───────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("given_order", "tried"),
+    [
+        ([], []),
+        ([V4], [V4]),
+        ([V4, V4_TOO], [V4, V4_TOO]),
+        ([V6, V4, V4_TOO], [V6, V4, V4_TOO]),
+        ([V4, V4_TOO, V6], [V4, V6, V4_TOO]),
+    ],
+)
+def test_interleaved(given_order, tried):
+    assert interleaved(given_order) == tried
+
+
+ADDRESSES = st.one_of(
+    st.integers(0, 255).map(lambda last: sockaddr.pack_inet(f"192.0.2.{last}", 0)),
+    st.integers(0, 255).map(lambda last: sockaddr.pack_inet(f"2001:db8::{last:x}", 0)),
+)
+
+
+@given(st.lists(ADDRESSES))
+def test_interleaving_follows_rfc_8305(addresses):
+    mixed = interleaved(addresses)
+    assert set(mixed) == set(addresses)
+    assert len(set(mixed)) == len(mixed)
+    assert mixed[:1] == addresses[:1]  # the first is what the system prefers (RFC 6724)
+    for kind in (sockaddr.AF_INET, sockaddr.AF_INET6):
+        # Within a family the order is the system's.
+        ours = [one for one in mixed if sockaddr.family(one) == kind]
+        theirs = [one for one in dict.fromkeys(addresses) if sockaddr.family(one) == kind]
+        assert ours == theirs
+    # They alternate until one family has run out.
+    families = [sockaddr.family(one) for one in mixed]
+    both = 2 * min(families.count(sockaddr.AF_INET), families.count(sockaddr.AF_INET6))
+    assert all(one != other for one, other in itertools.pairwise(families[:both]))

@@ -1,0 +1,643 @@
+"""When the program ends, what signals do, and what is looked at meanwhile."""
+
+import errno
+import os
+import signal
+import socket
+import sys
+import threading
+
+import pytest
+
+from proxyd import address as sockaddr
+from proxyd import intake as intake_module
+from proxyd import log
+from proxyd import server as server_module
+from proxyd._relay import ENDED, FAILED, NOBODY, READY
+from proxyd.cli import Options
+from proxyd.intake import PAUSE_MS
+from proxyd.listen import Listener
+from proxyd.loop import Loop
+from proxyd.server import Server, run
+from proxyd.target import parse_target
+
+PATIENCE = 20
+"""Seconds until what does not come counts as lost."""
+
+START_MS = 7_000_000
+
+STAY, GONE, NO_FDS = "stay", "gone", "no fds"
+"""What becomes of a client in the backlog: served; accepted, but it has left; not accepted."""
+
+
+class SleepsForEverError(Exception):
+    """The server waits, and nothing is going to happen any more."""
+
+
+class Gate:
+    """A gate that notes what it is told."""
+
+    def __init__(self, relay, fd, family, check, index):
+        self.is_open = False
+        self.terms = None
+        self.served = 0
+        relay.gates.append(self)
+
+    def open(self):
+        assert not self.is_open
+        self.is_open = True
+
+    def shut(self):
+        assert self.is_open
+        self.is_open = False
+
+    def express(self, address, timeout_ms=0):
+        self.terms = address
+
+
+class Relay:
+    """A relay to which happens what the test says, on a clock that only run() moves."""
+
+    def __init__(self):
+        self.now_ms = self.quiet_ms = START_MS
+        self.script = []
+        self.backlog = []
+        self.gates = []
+        self.open = 0
+        self.idle_ms = 0
+        self.wake_at = -1
+        self.wake_first = False
+        self.most = 0
+        self.report_ends = False
+        self.accepted = 0
+        self.ended = []
+        self.spins = 0
+
+    # what the server uses
+
+    def run(self, timeout_ms=-1):
+        until_ms = self.now_ms + timeout_ms if timeout_ms >= 0 else None
+        began_ms = self.now_ms
+        while True:
+            before = self.open
+            events = self.turn(until_ms)
+            if events or before > self.wake_at >= self.open:
+                break
+            if self.wake_first and before == 0 and self.open > 0:
+                break
+            if until_ms is not None and self.now_ms >= until_ms:
+                break
+        self.spins = self.spins + 1 if self.now_ms == began_ms else 0
+        assert self.spins < 50, "it spins"
+        return events
+
+    def turn(self, until_ms):
+        while self.script and self.script[0][0] <= self.now_ms:
+            before = self.open
+            events = self.script.pop(0)[1]()
+            if events or self.open != before:
+                return events or []
+        if self.backlog and any(gate.is_open for gate in self.gates):
+            return self.accept()
+        if self.script and (until_ms is None or self.script[0][0] <= until_ms):
+            self.now_ms = self.script[0][0]
+            return []
+        if until_ms is None:
+            raise SleepsForEverError
+        self.now_ms = until_ms
+        ended, self.ended = self.ended, []
+        return ended
+
+    def accept(self):
+        if self.backlog[0] == NO_FDS:
+            return [(NOBODY, errno.EMFILE, 0)]
+        self.accepted += 1
+        if self.backlog.pop(0) == STAY:
+            self.open += 1
+        else:
+            self.quiet_ms = self.now_ms
+        return []
+
+    def counters(self):
+        return self.accepted, 0, 10, 20, 0, 30, (0, 0, 0, 0, 0)
+
+    def watch(self, fd, events=1):
+        pass
+
+    def unwatch(self, fd):
+        pass
+
+    def trim(self):
+        pass
+
+    def connect(self, client, family, address, preamble=None, cookie=0, timeout_ms=0):
+        os.close(client)
+        self.open += 1
+        return 1
+
+    def close_all(self):
+        cut, self.open = self.open, 0
+        self.ended += [(ENDED, 1, 3, 5, 6, 70, (0, 0))] * (cut if self.report_ends else 0)
+        return cut
+
+    # what the test says
+
+    def at(self, ms, *actions):
+        self.script += [(START_MS + ms, action) for action in actions]
+        self.script.sort(key=lambda entry: entry[0])
+
+    def come(self):
+        self.backlog.append(STAY)
+
+    def leave(self):
+        self.open -= 1
+        self.quiet_ms = self.now_ms
+
+
+class World:
+    """A Server on such a relay."""
+
+    def __init__(self, monkeypatch, tmp_path, wanted=True):
+        self.patch = monkeypatch
+        self.relay = Relay()
+        monkeypatch.setattr(server_module, "Loop", self.make_loop)
+        monkeypatch.setattr(server_module, "signal_fd", self.signal_fd)
+        monkeypatch.setattr(intake_module, "Gate", Gate)
+        monkeypatch.setattr(log.time, "monotonic", lambda: self.relay.now_ms / 1000)
+        self.signals, self.send_signal = os.pipe()
+        self.manager = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.manager.bind(str(tmp_path / "notify"))
+        self.manager.setblocking(False)
+        self.environ = {"NOTIFY_SOCKET": str(tmp_path / "notify")} if wanted else {}
+        self.options = Options()
+        self.listeners = []
+
+    def make_loop(self):
+        loop = Loop()
+        self.relay.report_ends = loop.relay.report_ends
+        loop.relay = self.relay
+        return loop
+
+    def signal_fd(self, numbers):
+        self.numbers = set(numbers)
+        return self.signals
+
+    def listen(self, target, address="/listener", connected=False, fd=-1):
+        pack = sockaddr.pack_inet if isinstance(address, tuple) else sockaddr.pack_unix
+        packed = pack(*address) if isinstance(address, tuple) else pack(address)
+        listener = Listener(1000 + len(self.listeners) if fd < 0 else fd, "x", packed, connected)
+        listener.target = parse_target(target) if isinstance(target, str) else target
+        self.listeners.append(listener)
+        return listener
+
+    def make(self):
+        if not self.listeners:
+            self.listen("/run/backend")
+        self.server = Server(self.options, self.listeners, self.environ)
+        return self.server
+
+    def serve(self):
+        """Run to the end; the exit status."""
+        return self.make().serve()
+
+    def signal(self, number):
+        """What the test puts into the script: a signal comes."""
+
+        def come():
+            os.write(self.send_signal, number.to_bytes(4, sys.byteorder) + bytes(124))
+            return [(READY, self.signals, 1)]
+
+        return come
+
+    @property
+    def now_ms(self):
+        return self.relay.now_ms - START_MS
+
+    @property
+    def told(self):
+        heard = []
+        while True:
+            try:
+                heard += self.manager.recv(4096).decode().splitlines()
+            except BlockingIOError:
+                return [text for text in heard if not text.startswith("STATUS=")]
+
+    def close(self):
+        for fd in (self.signals, self.send_signal):
+            os.close(fd)
+        self.manager.close()
+        if hasattr(self, "server"):
+            self.server.manager._notifier.close()
+
+
+@pytest.fixture
+def world(monkeypatch, tmp_path):
+    log.setup({})
+    one = World(monkeypatch, tmp_path)
+    yield one
+    one.close()
+    log.setup({})
+
+
+# ── idle ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_it_ends_after_a_time_without_a_connection_counted_from_the_start(world):
+    world.options.exit_idle_time = 5_000_000
+    assert world.serve() == 0
+    assert world.now_ms == 5000
+    assert world.told == ["READY=1", "STOPPING=1"]
+
+
+def test_without_exit_idle_time_it_waits_for_ever(world):
+    with pytest.raises(SleepsForEverError):
+        world.serve()
+
+
+def test_the_time_counts_from_the_last_connection_s_end(world):
+    world.options.exit_idle_time = 5_000_000
+    world.relay.at(1000, world.relay.come)
+    world.relay.at(4000, world.relay.come)
+    world.relay.at(20_000, world.relay.leave)
+    world.relay.at(21_000, world.relay.leave)
+    assert world.serve() == 0
+    assert world.now_ms == 26_000
+
+
+def test_a_connection_in_between_counts_even_if_nobody_was_told(world):
+    """One that comes and goes while the relay runs on by itself."""
+    world.environ.clear()
+    world.options.exit_idle_time = 5_000_000
+    world.relay.at(1000, world.relay.come)
+    world.relay.at(4000, world.relay.leave)
+    assert world.serve() == 0
+    assert world.now_ms == 9000
+
+
+def test_who_started_it_is_served_even_with_no_idle_time_at_all(world):
+    world.options.exit_idle_time = 0
+    world.relay.backlog = [STAY]
+    world.relay.at(60_000, world.relay.leave)
+    assert world.serve() == 0
+    assert world.relay.accepted == 1
+    assert world.now_ms == 60_000
+
+
+def test_with_no_idle_time_and_nobody_there_it_ends_at_once(world):
+    world.options.exit_idle_time = 0
+    assert world.serve() == 0
+    assert world.now_ms == 0
+
+
+def test_who_came_at_the_last_moment_is_served(world):
+    world.options.exit_idle_time = 5_000_000
+    world.relay.at(5000, world.relay.come)
+    world.relay.at(30_000, world.relay.leave)
+    assert world.serve() == 0
+    assert world.relay.accepted == 1
+    assert world.now_ms == 35_000
+
+
+@pytest.mark.parametrize("exit_idle_time", [0, 5_000_000])
+def test_before_an_idle_exit_everybody_is_accepted(world, exit_idle_time):
+    """The first in the backlog may have left; who is behind him waits all the same."""
+    world.options.exit_idle_time = exit_idle_time
+
+    def at_the_last_moment():
+        world.relay.backlog += [GONE, GONE, STAY]
+
+    world.relay.at(exit_idle_time // 1000, at_the_last_moment)
+    world.relay.at(60_000, world.relay.leave)
+    assert world.serve() == 0
+    assert world.relay.accepted == 3
+    assert world.relay.backlog == []
+
+
+def test_a_signal_at_the_last_moment_does_not_hide_a_client(world):
+    """A batch of events with something for the policy in it has no accepted clients."""
+    world.options.exit_idle_time = 0
+    world.relay.backlog = [STAY]
+    world.relay.at(0, world.signal(signal.SIGUSR1))
+    world.relay.at(60_000, world.relay.leave)
+    assert world.serve() == 0
+    assert world.relay.accepted == 1
+
+
+@pytest.mark.parametrize("exit_idle_time", [0, 50_000])
+def test_who_cannot_be_accepted_yet_is_no_idleness(world, exit_idle_time):
+    """No fds were left: the client waits for the end of the pause, and so do we."""
+    world.options.exit_idle_time = exit_idle_time
+    world.relay.backlog = [NO_FDS]
+
+    def there_are_fds():
+        world.relay.backlog = [STAY]
+
+    world.relay.at(3 * PAUSE_MS + 10, there_are_fds)
+    world.relay.at(60_000, world.relay.leave)
+    assert world.serve() == 0
+    assert world.relay.accepted == 1
+
+
+def test_held_clients_are_connections(world):
+    world.options.exit_idle_time = 1_000_000
+    world.options.connect_timeout = 8_000_000
+    ours, theirs = socket.socketpair()
+    world.patch.setattr(
+        world.relay, "dial", lambda address: (_ for _ in ()).throw(OSError(errno.ENOENT, "")), False
+    )
+    fd = theirs.detach()
+    failed = (FAILED, fd, errno.ENOENT, 0, b"", START_MS + 500, 1)
+    world.relay.at(500, lambda: [failed])
+    with ours:
+        assert world.serve() == 0
+        assert ours.recv(1) == b""
+    assert world.now_ms == 500 + 8000 + 1000
+
+
+# ── the connection that was passed in ────────────────────────────────────────────────────────────
+
+
+def test_with_the_one_connection_all_ends(world):
+    ours, theirs = socket.socketpair()
+    with ours:
+        world.listen("/run/backend", connected=True, fd=theirs.detach())
+        world.relay.at(7000, world.relay.leave)
+        assert world.serve() == 0
+    assert world.now_ms == 7000
+    assert world.told == ["READY=1", "STOPPING=1"]
+
+
+# ── signals ──────────────────────────────────────────────────────────────────────────────────────
+
+STOP = [signal.SIGTERM, signal.SIGINT]
+
+
+@pytest.mark.parametrize("number", STOP)
+def test_a_signal_ends_it(world, capfd, number):
+    world.relay.at(3000, world.signal(number))
+    assert world.serve() == 0
+    assert world.now_ms == 3000
+    assert world.told == ["READY=1", "STOPPING=1"]
+    assert world.numbers == {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1}
+    assert capfd.readouterr().err == ""
+
+
+def test_without_a_drain_time_connections_are_cut(world, capfd):
+    world.relay.at(0, world.relay.come, world.relay.come)
+    world.relay.at(3000, world.signal(signal.SIGTERM))
+    assert world.serve() == 0
+    assert world.now_ms == 3000
+    assert world.relay.open == 0
+    assert capfd.readouterr().err == "Stopped; 2 open and 0 waiting connections were cut.\n"
+
+
+@pytest.mark.parametrize("drain", [20_000_000, None])
+def test_connections_may_finish(world, capfd, drain):
+    world.options.drain_timeout = drain
+    world.relay.at(0, world.relay.come, world.relay.come)
+    world.relay.at(3000, world.signal(signal.SIGTERM))
+    world.relay.at(5000, world.relay.leave)
+    world.relay.at(14_000, world.relay.leave)
+    assert world.serve() == 0
+    assert world.now_ms == 14_000
+    assert world.told == [
+        "READY=1",
+        "STOPPING=1",
+        "EXTEND_TIMEOUT_USEC=30000000",
+        "EXTEND_TIMEOUT_USEC=30000000",
+    ]
+    assert capfd.readouterr().err == ""
+
+
+def test_the_drain_time_is_an_end(world, capfd):
+    world.options.drain_timeout = 20_000_000
+    world.relay.at(0, world.relay.come, world.relay.come)
+    world.relay.at(3000, world.signal(signal.SIGTERM))
+    world.relay.at(5000, world.relay.leave)
+    assert world.serve() == 0
+    assert world.now_ms == 23_000
+    assert capfd.readouterr().err == "Stopped; 1 open and 0 waiting connections were cut.\n"
+
+
+@pytest.mark.parametrize("second", STOP)
+@pytest.mark.parametrize("drain", [20_000_000, None])
+def test_a_second_signal_ends_it_at_once(world, second, drain):
+    world.options.drain_timeout = drain
+    world.relay.at(0, world.relay.come)
+    world.relay.at(3000, world.signal(signal.SIGTERM))
+    world.relay.at(4000, world.signal(second))
+    assert world.serve() == 0
+    assert world.now_ms == 4000
+
+
+def test_while_it_stops_nobody_is_accepted(world):
+    world.options.drain_timeout = None
+    world.relay.at(0, world.relay.come)
+    world.relay.at(3000, world.signal(signal.SIGTERM), world.relay.come)
+    world.relay.at(9000, world.relay.leave)
+    assert world.serve() == 0
+    assert world.relay.backlog == [STAY]  # is the service manager's
+
+
+def test_nor_when_a_pause_ends_meanwhile(world):
+    world.options.drain_timeout = None
+    world.relay.at(0, world.relay.come)
+
+    def run_out():
+        world.relay.backlog = [NO_FDS]
+
+    world.relay.at(2000, run_out)
+    world.relay.at(2010, world.signal(signal.SIGTERM))
+    world.relay.at(9000, world.relay.leave)
+    assert world.serve() == 0
+    assert world.now_ms == 9000
+    assert not any(gate.is_open for gate in world.relay.gates)
+
+
+def test_an_idle_exit_is_none_while_it_stops(world):
+    world.options.exit_idle_time = 1_000_000
+    world.options.drain_timeout = None
+    world.relay.at(0, world.relay.come)
+    world.relay.at(500, world.signal(signal.SIGTERM))
+    world.relay.at(60_000, world.relay.leave)
+    assert world.serve() == 0
+    assert world.now_ms == 60_000
+
+
+def test_sigusr1_logs_the_counters_and_nothing_else(world, capfd):
+    world.relay.at(0, world.relay.come)
+    world.relay.at(3000, world.signal(signal.SIGUSR1))
+    with pytest.raises(SleepsForEverError):
+        # The status is told on and on while there is a connection.
+        world.environ.clear()
+        world.serve()
+    first, second = capfd.readouterr().err.splitlines()
+    assert first.startswith("1 accepted, 1 open, 0 waiting, 0 refused, 0 failed; 10 bytes to ")
+    assert second == "/run/backend: 0 served, 0 waiting, 0 failed"
+
+
+def test_the_signals_are_those_of_signalfd():
+    """signalfd(2): the number is the first of the 128 bytes, in the host's order."""
+    own = server_module.signal_fd(())
+    os.close(own)
+    assert server_module._SIGINFO_SIZE == 128
+
+
+# ── the end, and what it is called ───────────────────────────────────────────────────────────────
+
+
+def test_when_no_listener_is_left_it_fails(world, capfd):
+    world.relay.at(1000, lambda: [(NOBODY, errno.EINVAL, 0)])
+    assert world.serve() == 1
+    assert world.now_ms == 1000
+    assert "Failed to accept from" in capfd.readouterr().err
+
+
+def test_but_not_before_the_last_connection_has_ended(world):
+    world.relay.at(0, world.relay.come)
+    world.relay.at(1000, lambda: [(NOBODY, errno.EINVAL, 0)])
+    world.relay.at(6000, world.relay.leave)
+    assert world.serve() == 1
+    # run() returns for that.
+    assert world.now_ms == 6000
+
+
+def test_a_listener_that_breaks_while_it_stops_is_no_failure(world):
+    world.options.drain_timeout = None
+    world.relay.at(0, world.relay.come)
+    world.relay.at(
+        1000,
+        lambda: [*world.signal(signal.SIGTERM)(), (NOBODY, errno.EINVAL, 0)],
+    )
+    world.relay.at(6000, world.relay.leave)
+    assert world.serve() == 0
+
+
+def test_what_was_left_out_of_the_log_is_told_at_the_end(world, capfd):
+    log.limited("kind", "First.")
+    log.limited("kind", "Second.")
+    world.options.exit_idle_time = 0
+    world.listen("/run/backend")
+    assert run(world.options, world.listeners, {}) == 0
+    assert capfd.readouterr().err.splitlines()[-1] == "Second. (last of 1 left out)"
+
+
+# ── the debug log ────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_end_of_a_connection_is_logged_at_debug_level(world, capfd):
+    log.setup({"SYSTEMD_LOG_LEVEL": "debug"})
+    server = world.make()
+    server.loop.notes[7] = "1.2.3.4:5 → /run/backend"
+    server._relay_event((ENDED, 7, 0, 10, 20, 30, (0, 0)))
+    assert "1.2.3.4:5 → /run/backend: 10 bytes up, 20 bytes down in 30 ms, ended.\n" in (
+        capfd.readouterr().err
+    )
+    assert server.loop.notes == {}
+
+
+def test_so_is_that_of_one_that_is_cut(world, capfd):
+    log.setup({"SYSTEMD_LOG_LEVEL": "debug"})
+    world.relay.at(0, world.relay.come)
+    world.relay.at(1000, world.signal(signal.SIGTERM))
+    server = world.make()
+    server.loop.notes[1] = "1.2.3.4:5 → /run/backend"
+    assert server.serve() == 0
+    assert "1.2.3.4:5 → /run/backend: 5 bytes up, 6 bytes down in 70 ms, cut.\n" in (
+        capfd.readouterr().err
+    )
+
+
+# ── parts ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_listeners_of_one_target_share_the_way_to_it(world):
+    plain = parse_target("127.0.0.1:80")
+    for number in range(3):
+        world.listen(plain, f"/listener{number}")
+    server = world.make()
+    assert len(server.reaches) == 1
+    assert {door.way for door in server.intake.doors} == set(server.reaches)
+
+
+def test_any_port_is_a_way_for_each_port(world):
+    world.patch.setattr(intake_module, "what_to_check", lambda listener: 0)  # it needs real ones
+    target = parse_target("127.0.0.1:*")
+    for port in (80, 443, 80):
+        world.listen(target, ("127.0.0.1", port))
+    server = world.make()
+    assert [reach.text for reach in server.reaches] == ["127.0.0.1:80", "127.0.0.1:443"]
+
+
+def test_a_failed_connect_goes_back_to_its_way(world):
+    world.listen(parse_target("/run/one"))
+    world.listen(parse_target("/run/two"), "/other")
+    server = world.make()
+    ours, theirs = socket.socketpair()
+    with ours:
+        server._relay_event((FAILED, theirs.detach(), errno.ENOENT, 1, b"", START_MS, 1))
+        assert [len(reach.held) for reach in server.reaches] == [0, 1]
+        server.reaches[1].drop_all()
+
+
+def test_names_get_a_resolver_and_literal_addresses_none(world):
+    assert world.make().resolver is None
+
+
+def test_spans_are_rounded_up():
+    milliseconds = server_module._milliseconds
+    assert [milliseconds(usec) for usec in (None, 0, 1, 1000, 1001)] == [None, 0, 1, 1, 2]
+
+
+def test_the_idle_timeout_is_the_relay_s(world):
+    world.options.idle_timeout = 1_500_000
+    world.make()
+    assert world.relay.idle_ms == 1500
+
+
+def test_without_an_idle_timeout_there_is_none(world):
+    world.make()
+    assert world.relay.idle_ms == 0
+
+
+# ── all of it, on real sockets ───────────────────────────────────────────────────────────────────
+
+
+def test_a_real_connection(monkeypatch, tmp_path):
+    quiet, told = os.pipe()
+    monkeypatch.setattr(server_module, "signal_fd", lambda numbers: quiet)  # not this process's
+    with socket.socket() as listening, socket.socket(socket.AF_UNIX) as backend:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        listening.setblocking(False)
+        backend.bind(str(tmp_path / "backend"))
+        backend.listen()
+        backend.settimeout(PATIENCE)
+        got = []
+
+        def answer():
+            served, _ = backend.accept()
+            with served:
+                served.settimeout(PATIENCE)
+                while data := served.recv(65536):
+                    got.append(data)
+                served.sendall(b"reply")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        client = socket.create_connection(listening.getsockname(), PATIENCE)
+        client.sendall(b"request")
+        client.shutdown(socket.SHUT_WR)
+        name = sockaddr.pack_inet(*listening.getsockname())
+        listener = Listener(listening.fileno(), "x", name)
+        listener.target = parse_target(str(tmp_path / "backend"))
+        options = Options()
+        options.exit_idle_time = 0
+        assert run(options, [listener], {}) == 0
+        thread.join(PATIENCE)
+        with client:
+            assert client.recv(100) == b"reply"
+            assert client.recv(100) == b""
+        assert b"".join(got) == b"request"
+    os.close(quiet)
+    os.close(told)

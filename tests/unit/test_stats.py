@@ -1,0 +1,135 @@
+"""The numbers in STATUS=, SIGUSR1's lines and the debug log."""
+
+import errno
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from proxyd._relay import ENDED, Relay
+from proxyd.stats import bytes_text, ending, status, summary
+
+M = 1024 * 1024
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0B"),
+        (1, "1B"),
+        (999, "999B"),
+        (1000, "1.0K"),
+        (1024, "1.0K"),
+        (1536, "1.5K"),
+        (10 * 1024, "10.0K"),
+        (100 * 1024, "100K"),
+        (M, "1.0M"),
+        (1288490189, "1.2G"),
+        (5 * M * M, "5.0T"),
+        (2**60, "1.0E"),
+        (2**64 - 1, "16.0E"),
+    ],
+)
+def test_bytes_text(count, text):
+    assert bytes_text(count) == text
+
+
+@given(st.integers(0, 2**64 - 1))
+def test_bytes_text_is_short(count):
+    assert len(bytes_text(count)) <= 6
+
+
+def relay(opened=0, up=0, down=0, **more):
+    counters = (
+        more.get("accepted", 0),
+        more.get("refused", 0),
+        up,
+        down,
+        more.get("spliced", 0),
+        more.get("copied", 0),
+        more.get("ends", (0, 0, 0, 0, 0)),
+    )
+    return SimpleNamespace(open=opened, counters=lambda: counters)
+
+
+def reach(text, held=0, served=0, failed=0, returned=0):
+    return SimpleNamespace(
+        text=text, held=dict.fromkeys(range(held)), served=served, failed=failed, returned=returned
+    )
+
+
+def intake(passed_in=0, refused=0, doors=()):
+    doors = [SimpleNamespace(way=way, gate=SimpleNamespace(served=n)) for way, n in doors]
+    return SimpleNamespace(passed_in=0, refused=refused, doors=doors)
+
+
+def test_status():
+    ways = [reach("127.0.0.1:8080", held=1), reach("/run/x")]
+    assert status(relay(3, 700 * M, 512 * M), ways) == (
+        "3 connections, 1 waiting for 127.0.0.1:8080, 1.2G forwarded"
+    )
+
+
+def test_status_of_one_and_of_none():
+    assert status(relay(1), []) == "1 connection, 0B forwarded"
+    assert status(relay(0), []) == "0 connections, 0B forwarded"
+
+
+def test_status_of_several_targets():
+    ways = [reach("a:1", held=1), reach("b:2"), reach("c:3", held=12)]
+    assert status(relay(), ways) == (
+        "0 connections, 1 waiting for a:1, 12 waiting for c:3, 0B forwarded"
+    )
+
+
+def test_summary():
+    one, other = reach("a:1", held=2, served=5, returned=3, failed=1), reach("b:2", failed=4)
+    numbers = relay(
+        3, 10, 20, accepted=30, passed_in=0, refused=2, spliced=25, copied=5, ends=(7, 1, 0, 0, 2)
+    )
+    lines = summary(intake(1, [(one, 10), (other, 6), (one, 1)]), numbers, [one, other])
+    assert lines[0] == (
+        "30 accepted, 3 open, 2 waiting, 3 refused, 5 failed; "
+        "10 bytes to targets, 20 bytes to clients, 25 spliced, 5 copied; "
+        "7 ended, 1 reset, 2 client gone"
+    )
+    assert lines[1:] == [
+        "a:1: 13 served, 2 waiting, 1 failed",
+        "b:2: 6 served, 0 waiting, 4 failed",
+    ]
+
+
+def test_summary_before_anything_has_happened():
+    (line,) = summary(intake(), relay(), [])
+    assert line == (
+        "0 accepted, 0 open, 0 waiting, 0 refused, 0 failed; "
+        "0 bytes to targets, 0 bytes to clients, 0 spliced, 0 copied; none ended"
+    )
+
+
+def test_the_real_relay_has_these_counters():
+    real = Relay()
+    assert status(real, []) == "0 connections, 0B forwarded"
+    assert summary(intake(), real, [])[0].endswith("none ended")
+
+
+@pytest.mark.parametrize(
+    ("how", "errors", "words"),
+    [
+        (0, (0, 0), "ended."),
+        (1, (errno.ECONNRESET, 0), "reset (client: Connection reset by peer)."),
+        (1, (0, errno.EPIPE), "reset (target: Broken pipe)."),
+        (
+            1,
+            (errno.ECONNRESET, errno.EPIPE),
+            "reset (client: Connection reset by peer, target: Broken pipe).",
+        ),
+        (2, (0, 0), "idle."),
+        (3, (0, 0), "cut."),
+        (4, (0, 0), "client gone."),
+    ],
+)
+def test_ending(how, errors, words):
+    line = ending("1.2.3.4:5 → /run/x", (ENDED, 9, how, 10, 2000, 31, errors))
+    assert line == f"1.2.3.4:5 → /run/x: 10 bytes up, 2000 bytes down in 31 ms, {words}"

@@ -1,0 +1,120 @@
+"""TARGET, in every form of the command line."""
+
+import os
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from proxyd import address
+from proxyd.errors import UsageError
+from proxyd.target import parse_target
+
+HTTP = 80
+
+
+@pytest.mark.parametrize(
+    ("text", "packed"),
+    [
+        ("127.0.0.1:8080", address.pack_inet("127.0.0.1", 8080)),
+        ("127.0.0.1", address.pack_inet("127.0.0.1", HTTP)),
+        ("127.0.0.1:http", address.pack_inet("127.0.0.1", HTTP)),
+        ("::1:8080", address.pack_inet("::1", 8080)),
+        ("[::1]:8080", address.pack_inet("::1", 8080)),
+        ("[::1]", address.pack_inet("::1", HTTP)),
+        ("[fe80::1%lo]:8080", address.pack_inet("fe80::1%lo", 8080)),
+        ("[fe80::1%2]:8080", address.pack_inet6("fe80::1", 8080, 2)),
+        ("/run/a=b:c", address.pack_unix("/run/a=b:c")),
+        ("@a", address.pack_unix("@a")),
+        ("unix:/run/x", address.pack_unix("/run/x")),
+        ("vsock:2:80", address.pack_vsock(2, 80)),
+        (os.fsdecode(b"/\xff"), address.pack_unix(b"/\xff")),
+    ],
+)
+def test_literals_are_packed(text, packed):
+    target = parse_target(text)
+    assert (target.address, target.host, target.text) == (packed, None, text)
+    assert not target.any_port
+
+
+@pytest.mark.parametrize(
+    ("text", "host", "port"),
+    [
+        ("localhost:8080", b"localhost", 8080),
+        ("localhost", b"localhost", HTTP),
+        ("localhost:http", b"localhost", HTTP),
+        ("unix:8080", b"unix", 8080),
+        ("vsock:8080", b"vsock", 8080),
+        ("127.1:8080", b"127.1", 8080),  # getaddrinfo(3) knows what that is
+        ("b\u00fccher.example:8080", b"xn--bcher-kva.example", 8080),
+        ("[fe80::1%nope]:8080", b"fe80::1%nope", 8080),
+        ("a_b-c.example.:8080", b"a_b-c.example.", 8080),
+    ],
+)
+def test_names_are_left_to_the_resolver(text, host, port):
+    target = parse_target(text)
+    assert (target.host, target.service, target.address) == (host, port, None)
+
+
+def test_any_port_of_a_literal():
+    target = parse_target("[::1]:*")
+    assert target.any_port
+    assert target.address == address.pack_inet("::1", 0)
+
+
+def test_any_port_of_a_name():
+    target = parse_target("localhost:*")
+    assert target.any_port
+    assert (target.host, target.service) == (b"localhost", None)
+
+
+@pytest.mark.parametrize("text", ["/x", "@x", "vsock:2:80"])
+def test_targets_without_a_port_do_not_look_like_any_port(text):
+    assert not parse_target(text).any_port
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("", "no host"),
+        (":80", "no host"),
+        ("h:", "no port"),
+        ("h:0", "is not a port number"),
+        ("h:65536", "is not a port number"),
+        ("h:-1", "'-1' is not a port"),
+        ("h:nosuchservice", "'nosuchservice' is not a port"),
+        ("h:\udcff", "is not a port"),
+        ("h:\u0665", "is not a port"),
+        ("::1", r"write IPv6 addresses as \[ADDRESS\]:PORT"),
+        ("[::1", "expected"),
+        ("[::g]:80", "is not an IP address"),
+        ("a/b", "is not a host name"),
+        ("=/run/x", "is not a host name"),
+        ("a b:80", "is not a host name"),
+        ("\udcff:80", "is not a host name"),
+        ("\u0665\u200b..:80", "is not a host name"),
+        ("a" * 256, "is not a host name"),
+        ("@", "empty path"),
+        ("/" + "a" * 107, "doesn't fit in an AF_UNIX address"),
+        ("vsock::80", "expected vsock:CID:PORT"),
+        ("vsock:a:80", "is not a CID number"),
+    ],
+)
+def test_garbage(text, why):
+    with pytest.raises(UsageError, match=f"^Failed to parse target '.*': .*{why}"):
+        parse_target(text)
+
+
+@given(st.one_of(st.text(), st.text("ab:/@[]%*=.1\udcff\u00fc"), st.characters()))
+def test_anything_is_a_target_or_a_usage_error(text):
+    try:
+        target = parse_target(text)
+    except UsageError:
+        return
+    assert (target.host is None) != (target.address is None)
+    assert target.service is None or 0 <= target.service <= 65535
+
+
+@given(st.ip_addresses(v=6), st.integers(1, 65535))
+def test_brackets_and_last_colon_mean_the_same(ip, port):
+    assert parse_target(f"{ip}:{port}").address == parse_target(f"[{ip}]:{port}").address
