@@ -59,7 +59,7 @@ def reach(text, held=0, served=0, failed=0, returned=0):
     )
 
 
-def intake(passed_in=0, refused=0, doors=()):
+def intake(refused=0, doors=()):
     doors = [SimpleNamespace(way=way, gate=SimpleNamespace(served=n)) for way, n in doors]
     return SimpleNamespace(passed_in=0, refused=refused, doors=doors)
 
