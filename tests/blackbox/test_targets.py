@@ -1,10 +1,11 @@
 """Where a connection goes: literal addresses, names, several addresses of one name."""
 
 import re
+import socket
 
 import pytest
 from harness.differences import differs
-from harness.privileges import with_hosts
+from harness.privileges import with_hosts, with_name_server
 from harness.sockets import TCP, UNIX, read_exactly, read_to_end
 from harness.waiting import wait_until
 
@@ -180,3 +181,35 @@ def test_target_that_accepts_and_resets(stage):
     server.close()
     assert read_to_end(client)[0] == b""
     assert not re.search("(?i)traceback|failed", stage.proxy.log())
+
+
+@differs("original", reason="has one target only", run=False)
+def test_look_up_that_hangs_stalls_nobody(stage):
+    """While a name server does not answer, the others' clients come and go, bytes flow, it ends."""
+    silent = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    try:
+        silent.bind(("127.0.0.53", 53))
+    except OSError as error:
+        pytest.skip(f"no port 53 for a name server: {error}")
+    with silent:
+        silent.settimeout(10)
+        listeners = [stage.listener(), stage.listener()]
+        stage.launch(
+            "slow=name-that-hangs.test:80",
+            f"fast={stage.echo()}",
+            listeners=listeners,
+            names="slow:fast",
+            prefix=with_name_server(stage.directory, "127.0.0.53"),
+        )
+        before = stage.connect(listeners[1])
+        greet(before)
+        waiting = [stage.connect(listeners[0]) for _ in range(6)]
+        silent.recv(512)  # the look-up is under way, and nobody will answer it
+        for _ in range(50):
+            greet(before)
+            greet(stage.connect(listeners[1]))
+        for client in waiting:
+            client.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                client.recv(1)
+        assert stage.proxy.end()  # and the end waits for no look-up

@@ -34,14 +34,35 @@ def as_unprivileged_user(executable):
 
 def with_hosts(directory, lines):
     """A prefix that runs the program with this /etc/hosts, and no other source of names."""
-    need_root("for a private /etc/hosts")
-    hosts, switch = Path(directory, "hosts"), Path(directory, "nsswitch.conf")
-    hosts.write_text("".join(f"{line}\n" for line in lines))
-    switch.write_text("hosts: files\nservices: files\n")
-    script = (
-        f'mount --bind {hosts} /etc/hosts && mount --bind {switch} /etc/nsswitch.conf && exec "$@"'
+    return _with_files(
+        directory,
+        {
+            "hosts": "".join(f"{line}\n" for line in lines),
+            "nsswitch.conf": "hosts: files\nservices: files\n",
+        },
     )
-    prefix = ["unshare", "--mount", "sh", "-c", script, "sh"]
+
+
+def with_name_server(directory, address):
+    """A prefix that runs the program with this name server, at port 53, and no other."""
+    return _with_files(
+        directory,
+        {
+            "resolv.conf": f"nameserver {address}\noptions timeout:30 attempts:1\n",
+            "nsswitch.conf": "hosts: files dns\nservices: files\n",
+        },
+    )
+
+
+def _with_files(directory, files):
+    """A prefix that runs the program with these files in /etc, by name and text."""
+    need_root("for private files in /etc")
+    mounts = []
+    for name, text in files.items():
+        file = Path(directory, name)
+        file.write_text(text)
+        mounts.append(f"mount --bind {file} /etc/{name}")
+    prefix = ["unshare", "--mount", "sh", "-c", " && ".join([*mounts, 'exec "$@"']), "sh"]
     probe = subprocess.run([*prefix, "true"], capture_output=True, check=False)
     if probe.returncode != 0:
         pytest.skip(f"no private mounts here: {probe.stderr.decode().strip()}")
