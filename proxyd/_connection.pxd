@@ -16,8 +16,8 @@
 
 from proxyd._half cimport (
     DEAD, DRAINING, Endpoint, Engine, FLOWING, Half, SHUT, STAT_TO_CLIENT, STAT_TO_TARGET,
-    endpoint_failed, endpoint_interest, half_abandon, half_drop, half_held, half_keep,
-    half_pump, half_read_ended, spill_free,
+    endpoint_failed, endpoint_interest, endpoint_recv, half_abandon, half_drop, half_held,
+    half_keep, half_pump, spill_free,
 )
 from proxyd._linux cimport (
     AF_INET, AF_INET6, AF_UNIX, EAGAIN, ECONNRESET, EINPROGRESS, EINTR, ELOOP, ENOMEM, EPIPE,
@@ -25,8 +25,8 @@ from proxyd._linux cimport (
     ETIMEDOUT, IPPROTO_TCP, MSG_NOSIGNAL, SHUT_WR, SIOCOUTQ, SOCK_CLOEXEC, SOCK_NONBLOCK,
     SOCK_STREAM, SOL_SOCKET, SO_ERROR, SO_KEEPALIVE, SO_LINGER, SO_OOBINLINE, TCP_NODELAY,
     calloc, close, connect, epoll_ctl, epoll_event, errno, free, getpeername, getsockname,
-    getsockopt, int64_t, ioctl, linger, memcmp, memset, recv, send, setsockopt, shutdown,
-    sockaddr, sockaddr_storage, socket, socklen_t, uint32_t, uint64_t,
+    getsockopt, int64_t, ioctl, linger, memcmp, memset, send, setsockopt, shutdown, sockaddr,
+    sockaddr_storage, socket, socklen_t, uint32_t, uint64_t,
 )
 from proxyd._list cimport Link, link_init, list_append, list_remove
 from proxyd._own cimport Own, OwnTable, own_add, own_remove
@@ -278,17 +278,16 @@ cdef inline bint connection_stuck(Relaying *relay, Connection *c, uint64_t queue
 
 
 cdef inline bint endpoint_drain(Relaying *relay, Connection *c, Endpoint *end) noexcept nogil:
-    """Throw away what it sends. True once it has ended."""
+    """Throw away what it sends, up to DRAIN_BYTES. True once it has ended."""
     cdef ssize_t size
     while end.readable and c.drained < DRAIN_BYTES:
-        size = recv(end.fd, relay.engine.buffer, relay.engine.stream_unit, 0)
+        size = endpoint_recv(end, relay.engine.buffer, relay.engine.stream_unit)
         if size > 0:
             c.drained += <size_t>size
-        elif size == 0 or (errno != EAGAIN and errno != EINTR):
-            return True
-        elif errno == EAGAIN:
+        elif size < 0 and errno != EAGAIN and errno != EINTR:
             end.readable = 0
-    return False
+            endpoint_failed(end, errno)
+    return end.ended or end.error != 0
 
 
 cdef inline bint linger_over(Relaying *relay, Connection *c) noexcept nogil:
@@ -374,11 +373,22 @@ cdef inline void connection_settle(Relaying *relay, Connection *c) noexcept nogi
         connection_linger(relay, c, &c.target, &c.client, True)
     elif c.down.state == SHUT and c.up.state == DEAD:
         connection_linger(relay, c, &c.client, &c.target, True)
-    elif (c.client.error != 0 or c.target.error != 0) and c.wake_ms == 0:
-        # A side has failed while the other does not take its last words: watch that they move.
+    elif c.wake_ms == 0 and (
+            c.client.error != 0 or c.target.error != 0 or c.drained >= DRAIN_BYTES):
+        # A side has failed, or is gone and the other has sent much in vain; and the other does
+        # not take its last words. Watch that they move.
         c.progress_ms = relay.engine.now_ms
         c.pause_ms = LINGER_LONGEST_MS
         connection_wake_at(relay, c, relay.engine.now_ms + c.pause_ms)
+
+
+cdef inline void connection_swallow(Relaying *relay, Connection *c) noexcept nogil:
+    """What a side sends to one that is gone is thrown away, so that it comes to read the last
+    words of that one: it may wait for its own to be taken first."""
+    if c.up.state == DEAD:
+        endpoint_drain(relay, c, &c.client)
+    elif c.down.state == DEAD:
+        endpoint_drain(relay, c, &c.target)
 
 
 cdef inline void connection_advance(Relaying *relay, Connection *c) noexcept nogil:
@@ -388,6 +398,7 @@ cdef inline void connection_advance(Relaying *relay, Connection *c) noexcept nog
     # What the second pump has found may free the first: a failed write leaves last words to read.
     if c.client.gone and not more:
         more = half_pump(&relay.engine, &c.up)
+    connection_swallow(relay, c)
     connection_settle(relay, c)
     if c.state == CLOSED:
         return
@@ -398,8 +409,8 @@ cdef inline void connection_advance(Relaying *relay, Connection *c) noexcept nog
 
 
 cdef inline void connection_look(Relaying *relay, Connection *c) noexcept nogil:
-    """A side has failed, and its last words wait for a reader: give up where nothing moves."""
-    cdef Half *half = &c.down if c.target.error != 0 else &c.up
+    """A side is gone, and its last words wait for a reader: give up where nothing moves."""
+    cdef Half *half = &c.down if c.up.state == DEAD else &c.up
     cdef uint64_t queue = half.moved + half_held(half) + <uint64_t>endpoint_queue(half.dst)
     if connection_stuck(relay, c, queue):
         connection_close(relay, c, HOW_RESET, True)
@@ -510,16 +521,13 @@ cdef inline void connection_first_pump(Relaying *relay, Connection *c) noexcept 
     if c.up.spill != NULL:
         connecting_send(relay, c, c.up.spill, c.up.spill_end)
     else:
-        size = recv(c.client.fd, relay.engine.buffer, relay.engine.first_unit, 0)
+        size = endpoint_recv(&c.client, relay.engine.buffer, relay.engine.first_unit)
         if size > 0:
-            c.client.readable = <size_t>size == relay.engine.first_unit
             c.up.moved += <size_t>size
             connecting_send(relay, c, relay.engine.buffer, <size_t>size)
         elif size == 0:
-            half_read_ended(&c.up)
-        elif errno == EAGAIN:
-            c.client.readable = 0
-        elif errno != EINTR:
+            c.up.state = DRAINING
+        elif errno != EAGAIN and errno != EINTR:
             connection_close(relay, c, HOW_GONE, False)
     if c.state == CONNECTED:
         connection_advance(relay, c)

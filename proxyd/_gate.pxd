@@ -9,9 +9,9 @@ from proxyd._connection cimport (
     connection_open, note_add, socket_reset,
 )
 from proxyd._linux cimport (
-    EAGAIN, ELOOP, EPOLLIN, EPOLL_CTL_MOD, SOCK_CLOEXEC, SOCK_NONBLOCK, SOL_SOCKET, SO_PEERCRED,
-    accept4, close, epoll_ctl, epoll_event, errno, getpid, getsockopt, int64_t, sockaddr,
-    sockaddr_storage, socklen_t, ucred, uint32_t, uint64_t,
+    EAGAIN, ELOOP, EPOLLIN, EPOLL_CTL_ADD, EPOLL_CTL_DEL, SOCK_CLOEXEC, SOCK_NONBLOCK,
+    SOL_SOCKET, SO_PEERCRED, accept4, close, epoll_ctl, epoll_event, errno, getpid, getsockopt,
+    int64_t, sockaddr, sockaddr_storage, socklen_t, ucred, uint64_t,
 )
 from proxyd._list cimport Link, list_append, list_empty, list_remove
 from proxyd._own cimport own_came_back
@@ -97,11 +97,20 @@ cdef inline int gate_crowd(GateState *gate, int64_t turn) noexcept nogil:
     return min(1 << min(gate.ready_turns // CROWD_TURNS, 10), CROWD_MOST)
 
 
-cdef inline void gate_watch(Relaying *relay, GateState *gate, uint32_t events) noexcept nogil:
+cdef inline int gate_watch(Relaying *relay, GateState *gate) noexcept nogil:
+    """Have epoll announce clients; 0 or -errno."""
     cdef epoll_event event
-    event.events = events
+    event.events = EPOLLIN
     event.data.ptr = gate
-    epoll_ctl(relay.engine.epoll, EPOLL_CTL_MOD, gate.fd, &event)
+    if epoll_ctl(relay.engine.epoll, EPOLL_CTL_ADD, gate.fd, &event) < 0:
+        return -errno
+    return 0
+
+
+cdef inline void gate_unwatch(Relaying *relay, GateState *gate) noexcept nogil:
+    """Not by an interest of 0: a hang-up would be announced again and again all the same."""
+    list_remove(&gate.full)
+    epoll_ctl(relay.engine.epoll, EPOLL_CTL_DEL, gate.fd, NULL)
 
 
 cdef inline bint gate_full(Relaying *relay, GateState *gate) noexcept nogil:
@@ -114,7 +123,7 @@ cdef inline bint gate_full(Relaying *relay, GateState *gate) noexcept nogil:
         return False
     if relay.room_ms == 0:
         relay.room_ms = relay.engine.now_ms + ROOM_WAIT_MS
-    gate_watch(relay, gate, 0)
+    gate_unwatch(relay, gate)
     list_append(&relay.full, &gate.full)
     return True
 
@@ -124,6 +133,7 @@ cdef inline void gates_reopen(Relaying *relay) noexcept nogil:
     that they are too many."""
     cdef bint refuse = relay.open >= relay.most
     cdef GateState *gate
+    cdef int failure
     if refuse and relay.engine.now_ms < relay.room_ms:
         return
     relay.room_ms = 0
@@ -131,7 +141,9 @@ cdef inline void gates_reopen(Relaying *relay) noexcept nogil:
         gate = <GateState *>relay.full.next.owner
         list_remove(&gate.full)
         gate.refuses = refuse
-        gate_watch(relay, gate, EPOLLIN)
+        failure = gate_watch(relay, gate)
+        if failure < 0 and relay.notes_count < NOTES_MOST:
+            note_add(relay, NOTE_NOBODY, -1, -failure, gate.index)
 
 
 cdef inline void gate_event(Relaying *relay, GateState *gate) noexcept nogil:

@@ -5,7 +5,8 @@
 #
 #   readable  ends with EAGAIN from an empty socket, or with a short recv: what comes after that
 #             raises a new edge. A short recv proves nothing where the end or an urgent mark may
-#             have cut it short (`ending`, `urgent`): those were announced with the same edge.
+#             have cut it short (`ending`, `urgent`: announced with the same edge), or, on a UNIX
+#             socket, the bounds of a message that came with fds or credentials (endpoint_recv).
 #   writable  ends with EAGAIN or a short send; both make the kernel announce the next free space.
 #
 # The states of a half:
@@ -25,9 +26,10 @@
 
 from proxyd._linux cimport (
     AF_UNIX, AF_VSOCK, EAGAIN, EINTR, EINVAL, ENOMEM, ENOSYS, EOPNOTSUPP, EPERM, EPIPE, EPOLLET,
-    EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP, EPOLL_CTL_MOD, MSG_NOSIGNAL, SOL_SOCKET, SO_SNDBUF,
-    SPLICE_F_MOVE, SPLICE_F_NONBLOCK, epoll_ctl, epoll_event, errno, free, int64_t, malloc,
-    memcpy, read, recv, send, setsockopt, splice, uint32_t, uint64_t, uint8_t,
+    EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP, EPOLL_CTL_MOD, MSG_CTRUNC, MSG_NOSIGNAL,
+    SOL_SOCKET, SO_SNDBUF, SPLICE_F_MOVE, SPLICE_F_NONBLOCK, epoll_ctl, epoll_event, errno,
+    free, int64_t, iovec, malloc, memcpy, memset, msghdr, read, recv, recvmsg, send, setsockopt,
+    splice, uint32_t, uint64_t, uint8_t,
 )
 from proxyd._pipe cimport Pipe, PipePool, pipe_close, pipe_get, pipe_put
 
@@ -40,7 +42,7 @@ cdef enum:
     STREAM_READS = 2           # so many full reads in a row make a stream …
     STREAM_SMALL = 16 * 1024   # … and so many reads below this size make it none
     STREAM_MISSES = 4
-    SEND_BUFFER = 1024 * 1024  # bytes asked for where a stream goes into a UNIX socket
+    SEND_BUFFER = 256 * 1024   # bytes asked for where a stream goes into a UNIX socket: twice that
     PUMP_BUDGET = 1024 * 1024  # bytes one pump may move before the others have their turn
 
 cdef enum:
@@ -71,6 +73,7 @@ ctypedef struct Endpoint:
     uint8_t writable
     uint8_t ending             # FIN, RST or hang-up announced: read on until it comes
     uint8_t urgent             # an urgent byte is ahead: splice stops there, recv does not
+    uint8_t ended              # its end was read
     uint8_t gone               # nothing can be written to it any more
     uint8_t armed              # EPOLLOUT is asked for
     uint8_t registered         # with epoll
@@ -136,6 +139,37 @@ cdef inline void endpoint_widen(const Endpoint *end) noexcept nogil:
     cdef int size = SEND_BUFFER
     if end.family == AF_UNIX:
         setsockopt(end.fd, SOL_SOCKET, SO_SNDBUF, &size, sizeof(size))
+
+
+cdef inline ssize_t endpoint_recv(Endpoint *end, void *buffer, size_t size) noexcept nogil:
+    """As recv(2), and `readable` is true afterwards only if there may be more to read.
+
+    A message with fds or credentials ends a recv from a UNIX socket, whatever is behind it. That
+    is told by MSG_CTRUNC, since there is no room for either here: they are lost, as documented.
+    """
+    cdef ssize_t got
+    cdef iovec piece
+    cdef msghdr message
+    if end.family != AF_UNIX:
+        got = recv(end.fd, buffer, size, 0)
+        message.msg_flags = 0
+    else:
+        memset(&message, 0, sizeof(message))
+        piece.iov_base = buffer
+        piece.iov_len = size
+        message.msg_iov = &piece
+        message.msg_iovlen = 1
+        got = recvmsg(end.fd, &message, 0)
+    if got < 0:
+        if errno == EAGAIN:
+            end.readable = end.urgent = 0
+    elif got == 0:
+        end.readable = 0
+        end.ended = 1
+    elif <size_t>got < size and not (
+            end.ending or end.urgent or message.msg_flags & MSG_CTRUNC):
+        end.readable = 0
+    return got
 
 
 # ── what a half holds ────────────────────────────────────────────────────────────────────────
@@ -285,11 +319,6 @@ cdef inline void half_read_failed(Half *half, int error) noexcept nogil:
     half.state = DRAINING
 
 
-cdef inline void half_read_ended(Half *half) noexcept nogil:
-    half.src.readable = 0
-    half.state = DRAINING
-
-
 cdef inline bint half_splices(const Engine *engine, const Half *half) noexcept nogil:
     """Whether a stream goes by splice in this direction (otherwise by large copies).
 
@@ -318,19 +347,15 @@ cdef inline void half_learn(Half *half, size_t size, size_t asked) noexcept nogi
 
 cdef inline ssize_t half_copy(Engine *engine, Half *half, size_t unit) noexcept nogil:
     """One recv and one send. Bytes taken, 0 at the end or where none can be had now."""
-    cdef ssize_t size = recv(half.src.fd, engine.buffer, unit, 0)
+    cdef ssize_t size = endpoint_recv(half.src, engine.buffer, unit)
     cdef ssize_t sent
     if size < 0:
-        if errno == EAGAIN:
-            half.src.readable = half.src.urgent = 0
-        elif errno != EINTR:
+        if errno != EAGAIN and errno != EINTR:
             half_read_failed(half, errno)
         return 0
     if size == 0:
-        half_read_ended(half)
+        half.state = DRAINING
         return 0
-    if <size_t>size < unit and not (half.src.ending or half.src.urgent):
-        half.src.readable = 0
     half.moved += <size_t>size
     half_learn(half, <size_t>size, unit)
     sent = half_send(engine, half, engine.buffer, <size_t>size)
@@ -343,7 +368,8 @@ cdef inline ssize_t half_splice(Engine *engine, Half *half) noexcept nogil:
     """Fill an empty pipe from src and empty it into dst. As half_copy.
 
     Only an empty pipe is filled: then EAGAIN can only mean that the socket is empty, and a pipe
-    that is out of slots is never asked to take more.
+    that is out of slots is never asked to take more. Nor is 0 the end by itself: that is also
+    what splice answers at an urgent mark with the end behind it. recv knows.
     """
     cdef ssize_t size
     cdef int error
@@ -360,8 +386,8 @@ cdef inline ssize_t half_splice(Engine *engine, Half *half) noexcept nogil:
     error = errno
     pipe_put(&engine.pool, &half.pipe)
     if size == 0:
-        half_read_ended(half)
-    elif error == EAGAIN:
+        return half_copy(engine, half, engine.stream_unit)
+    if error == EAGAIN:
         half.src.readable = 0
     elif error == EINVAL or error == ENOSYS or error == EPERM or error == EOPNOTSUPP:
         half.copy_only = 1

@@ -64,11 +64,18 @@ cdef extern from "sys/socket.h" nogil:
         int l_linger
     struct ucred:
         int pid
+    struct iovec:
+        void *iov_base
+        size_t iov_len
+    struct msghdr:
+        iovec *msg_iov
+        size_t msg_iovlen
+        int msg_flags
     int AF_INET, AF_INET6, AF_UNIX, AF_VSOCK
     int SOCK_STREAM, SOCK_NONBLOCK, SOCK_CLOEXEC
     int SOL_SOCKET, SO_DOMAIN, SO_ERROR, SO_KEEPALIVE, SO_LINGER, SO_OOBINLINE, SO_PEERCRED
     int SO_SNDBUF
-    int MSG_NOSIGNAL
+    int MSG_CTRUNC, MSG_NOSIGNAL
     int SHUT_WR
     int socket(int family, int kind, int protocol)
     int connect(int fd, const sockaddr *address, socklen_t size)
@@ -79,6 +86,7 @@ cdef extern from "sys/socket.h" nogil:
     int setsockopt(int fd, int level, int option, const void *value, socklen_t size)
     int shutdown(int fd, int how)
     ssize_t recv(int fd, void *buffer, size_t size, int flags)
+    ssize_t recvmsg(int fd, msghdr *message, int flags)
     ssize_t send(int fd, const void *buffer, size_t size, int flags)
 
 cdef extern from "netinet/in.h" nogil:

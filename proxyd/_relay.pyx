@@ -17,7 +17,10 @@ from proxyd._connection cimport (
     connection_open, note_add, relay_timers, socket_connect, socket_error, socket_met_itself,
     socket_tune,
 )
-from proxyd._gate cimport GATE_CHECK_TCP, GATE_CHECK_UNIX, GateState, gate_event, gates_reopen
+from proxyd._gate cimport (
+    GATE_CHECK_TCP, GATE_CHECK_UNIX, GateState, gate_event, gate_unwatch, gate_watch,
+    gates_reopen,
+)
 from proxyd._half cimport COPY_UNIT, Endpoint, FIRST_UNIT, endpoint_failed, half_drop, half_held
 from proxyd._linux cimport (
     CLOCK_MONOTONIC, EINPROGRESS, EINTR, ELOOP, ENOMEM, EPOLLET, EPOLLIN, EPOLLOUT,
@@ -33,6 +36,7 @@ from proxyd._pipe cimport pool_clear
 
 cdef enum:
     EVENTS_MOST = 256          # per epoll_wait
+    PIPE_MOST = 1 << 30        # F_SETPIPE_SZ takes an int
 
 # kinds of events that run() returns
 READY = NOTE_READY
@@ -80,16 +84,13 @@ cdef class Gate:
 
     def open(self):
         """Begin to accept. Raises OSError. The gate must live until shut() was called."""
-        cdef epoll_event event
-        event.events = EPOLLIN
-        event.data.ptr = &self.state
-        if epoll_ctl(self.relay.relaying.engine.epoll, EPOLL_CTL_ADD, self.state.fd, &event) < 0:
-            raise_errno(errno)
+        cdef int failure = gate_watch(&self.relay.relaying, &self.state)
+        if failure < 0:
+            raise_errno(-failure)
 
     def shut(self):
         """Accept nobody any more; what waits stays in the backlog."""
-        list_remove(&self.state.full)
-        epoll_ctl(self.relay.relaying.engine.epoll, EPOLL_CTL_DEL, self.state.fd, NULL)
+        gate_unwatch(&self.relay.relaying, &self.state)
 
     def express(self, bytes address, long long timeout_ms=0):
         """Connect clients to the packed `address` from now on, as Relay.connect() does.
@@ -146,7 +147,7 @@ cdef class Relay:
         relay.engine.first_unit = min(stream_unit, <size_t>FIRST_UNIT)
         relay.engine.copy_unit = min(stream_unit, <size_t>COPY_UNIT)
         relay.engine.stream_unit = stream_unit
-        relay.engine.pool.size = pipe_size
+        relay.engine.pool.size = min(pipe_size, <size_t>PIPE_MOST)
         relay.engine.may_splice = may_splice
         relay.engine.now_ms = clock_ms()
         relay.engine.buffer = <char *>malloc(stream_unit)
@@ -158,6 +159,8 @@ cdef class Relay:
 
     def __dealloc__(self):
         cdef Relaying *relay = &self.relaying
+        if relay.live.next == NULL:
+            return  # __cinit__ has not come so far: its arguments were no good
         while not list_empty(&relay.live):
             connection_close(relay, <Connection *>relay.live.next.owner, HOW_CUT, False)
         self.free_failed()
