@@ -99,8 +99,9 @@ ctypedef struct Relaying:
     Connection *dead           # closed ones, to be freed after the batch
     OwnTable own
     int open                   # connections, connecting and lingering ones included
-    int most                   # so many may be open before gates refuse; one less for each client
-                               # that the policy has been given and not yet counted
+    # So many may be open before gates refuse; one less for each client that the policy has been
+    # given and has not counted yet.
+    int most
     Link full                  # gates that wait for room
     int64_t room_ms            # until when they do; 0: none does
     long long last_id
