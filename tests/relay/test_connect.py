@@ -1,0 +1,384 @@
+"""Reaching the target: who owns the client, and what becomes of the bytes it has already sent."""
+
+import errno
+import os
+import socket
+
+import pytest
+from relaykit.child import in_child, in_own_network
+from relaykit.rig import HOW, payload
+from relaykit.sockets import (
+    FAMILIES,
+    Incoming,
+    Outgoing,
+    close,
+    half_close,
+    open_client,
+    open_listener,
+    option,
+    reset,
+    set_option,
+    unread,
+)
+
+from proxyd._relay import connected, socket_names, tune
+
+EPOLLOUT = 4
+
+
+@pytest.fixture(params=["tcp4", "tcp6", "unix"])
+def family(request):
+    return request.param
+
+
+def dead_address(family, directory):
+    """The address of a listener that is gone."""
+    listener = open_listener(family, directory)
+    address = socket_names(listener.fileno())[1]
+    listener.close()
+    return address
+
+
+def failure(rig):
+    """The FAILED event that must come: (fd, errno, cookie, pending)."""
+    rig.until(rig.failures, "a failed connect")
+    _, fd, error, cookie, pending, opened_ms, _ = rig.failures()[0]
+    assert 0 < opened_ms <= rig.relay.now_ms
+    return fd, error, cookie, pending
+
+
+# ── refused ──────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("client", ["tcp4", "unix"])
+@pytest.mark.parametrize("target", ["tcp4", "tcp6"])
+def test_refused_connect_gives_the_client_back(rigs, client, target):
+    rig = rigs(client, target)
+    rig.address = dead_address(target, rigs.directory)
+    _, fd = rig.knock()
+    rig.connect(fd, cookie=-5)
+    assert failure(rig) == (fd, errno.ECONNREFUSED, -5, b"")
+    assert rig.relay.open == 0
+    assert os.fstat(fd)
+
+
+def test_refused_connect_gives_back_what_the_client_has_sent(rigs):
+    """Preamble and bytes already taken are there for the next target, each of them once."""
+    rig = rigs()
+    good, rig.address = rig.address, dead_address("tcp4", rigs.directory)
+    client, fd = rig.knock()
+    data = payload(50_000)
+    outgoing = Outgoing(client, data, half_close)
+    outgoing.step()
+    rig.connect(fd)
+    back, error, _, pending = failure(rig)
+    assert (back, error) == (fd, errno.ECONNREFUSED)
+    assert data.startswith(pending)
+    rig.address = good
+    rig.connect(fd, preamble=pending)
+    incoming = Incoming(rig.meet())
+    rig.run(outgoing, incoming)
+    assert (incoming.data, incoming.end) == (data, "eof")
+
+
+def test_pending_bytes_are_not_lost_however_often_it_fails(rigs):
+    """Ten refusals in a row, while the client goes on sending: all of it reaches the eleventh."""
+    rig = rigs()
+    good, bad = rig.address, dead_address("tcp4", rigs.directory)
+    client, fd = rig.knock()
+    expected, pending = b"PROXY ", b"PROXY "
+    for number in range(10):
+        word = b"word %d, " % number
+        client.send(word)
+        expected += word
+        rig.address = bad
+        rig.connect(fd, preamble=pending, cookie=number)
+        rig.until(rig.failures, "a failed connect")
+        (event,) = rig.failures()
+        rig.events.remove(event)
+        assert event[3] == number
+        pending = event[4]
+    rig.address = good
+    rig.connect(fd, preamble=pending)
+    target = rig.meet()
+    half_close(client)
+    assert rig.read_to_end(target) == (expected, "eof")
+
+
+def test_connect_that_fails_at_once_leaves_the_client_alone(rigs):
+    """A UNIX target that is not there: connect() raises, the client is still the caller's."""
+    rig = rigs("tcp4", "unix")
+    rig.address = dead_address("unix", rigs.directory)
+    client, fd = rig.knock()
+    with pytest.raises(OSError) as raised:
+        rig.connect(fd, preamble=b"x" * 1000)
+    assert raised.value.errno == errno.ECONNREFUSED
+    assert rig.relay.open == 0
+    client.send(b"hello")
+    rig.until(lambda: unread(client) == 0, "nothing")
+    rig.settle()
+    assert os.read(fd, 100) == b"hello"
+    os.close(fd)
+    assert rig.relay.run(0) == []
+
+
+def test_full_unix_backlog(rigs):
+    """EAGAIN, at once: it cannot be polled for, so the policy tries again by time."""
+    rig = rigs("tcp4", "unix")
+    rig.backend.listen(0)
+    rig.keep(open_client(rig.backend))
+    client, fd = rig.knock()
+    with pytest.raises(BlockingIOError):
+        rig.connect(fd)
+    rig.meet()
+    rig.connect(fd)
+    client.send(b"now")
+    assert rig.read(rig.meet(), 3) == b"now"
+
+
+def test_bad_addresses_leave_nothing_behind(rigs):
+    """One too long, a family that does not exist, none at all: the client stays the caller's."""
+    rig = rigs()
+    _, fd = rig.knock()
+    for address, kind in [
+        (b"\x02\x00" * 200, ValueError),
+        (b"\xff\xff" + bytes(14), OSError),
+        (b"", OSError),
+        (None, TypeError),
+    ]:
+        rig.address = address
+        with pytest.raises(kind):
+            rig.connect(fd)
+    os.close(fd)
+    assert rig.relay.open == 0
+
+
+# ── the preamble ─────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("size", [1, 107, 16384, 200_000])
+def test_preamble_goes_first(rigs, pair, way, size):
+    rig = rigs(*pair, **way)
+    client, fd = rig.knock()
+    client.send(b"from the client")
+    preamble = payload(size)
+    number = rig.connect(fd, preamble=preamble)
+    target = rig.meet()
+    half_close(client)
+    assert rig.read_to_end(target) == (preamble + b"from the client", "eof")
+    close(target)
+    assert rig.until_ended(number) == ("ended", 15, 0)
+    assert rig.counters().to_targets == size + 15
+
+
+def test_preamble_in_pieces(rigs, pair, way):
+    """The socket towards the target takes only a little at a time."""
+    rig = rigs(*pair, **way, target_buffers={"receive_buffer": 2048})
+    preamble = payload(300_000)
+    link = rig.adopted(send_buffer=2048, preamble=preamble)
+    data = payload(300_000, 2)
+    incoming = Incoming(link.target, unit=1000)
+    rig.run(Outgoing(link.client, data, half_close), incoming)
+    assert (incoming.data, incoming.end) == (preamble + data, "eof")
+
+
+def test_preamble_alone(rigs, pair):
+    """A client that never says a word: the preamble is sent all the same, and so is the end."""
+    rig = rigs(*pair)
+    client, fd = rig.knock()
+    rig.connect(fd, preamble=b"PROXY UNKNOWN\r\n")
+    target = rig.meet()
+    assert rig.read(target, 15) == b"PROXY UNKNOWN\r\n"
+    half_close(client)
+    assert rig.read_to_end(target) == (b"", "eof")
+
+
+# ── the client while the connect is under way ────────────────────────────────────────────────────
+
+
+def unreachable(rig):
+    """Have connects to the rig's backend hang: its backlog is full. To be kept as it is."""
+    rig.backend.listen(0)
+    return rig.keep(open_client(rig.backend))
+
+
+@pytest.mark.parametrize("client", ["tcp4", "unix"])
+def test_client_that_resets_while_connecting(rigs, client):
+    """It is dropped, whether or not it had said anything."""
+    rig = rigs(client, "tcp4")
+    unreachable(rig)
+    for word in (b"", b"something"):
+        other, fd = rig.knock()
+        other.send(word)
+        number = rig.connect(fd)
+        rig.settle()
+        assert rig.relay.open == 1
+        reset(other)
+        rig.until(lambda: not rig.relay.open, "the end of the connection")
+        assert HOW[rig.ended(number)[2]] == "gone"
+    assert not rig.failures()
+
+
+def test_client_that_has_reset_before_the_connect(rigs):
+    rig = rigs()
+    unreachable(rig)
+    client, fd = rig.knock()
+    reset(client)
+    number = rig.connect(fd)
+    assert rig.until_ended(number) == ("gone", 0, 0)
+
+
+def test_client_that_half_closes_while_connecting(rigs):
+    """close() and a half-close look the same on TCP: it is still served."""
+    rig = rigs()
+    crowd = unreachable(rig)
+    client, fd = rig.knock()
+    client.send(b"request")
+    rig.connect(fd)
+    half_close(client)
+    assert rig.is_calm()
+    assert rig.relay.open == 1
+    close(crowd)
+    rig.backend.listen(8)
+    rig.meet()
+    target = rig.meet()  # once the kernel has repeated its SYN, after a second
+    assert rig.read_to_end(target) == (b"request", "eof")
+    rig.send(target, b"reply", close)
+    assert rig.read_to_end(client) == (b"reply", "eof")
+
+
+def test_bytes_that_come_while_connecting_wait(rigs):
+    """They stay in the client's socket, and cost no CPU."""
+    rig = rigs()
+    unreachable(rig)
+    client, fd = rig.knock()
+    rig.connect(fd)
+    for _ in range(5):
+        client.send(b"x" * 1000)
+        assert rig.is_calm(20)
+    assert rig.relay.close_all() == 1
+
+
+def test_target_that_accepts_and_resets(rigs, way):
+    """It has been reached: that is for the client to see, not for another target to make good."""
+    rig = rigs(**way)
+    client, fd = rig.knock()
+    client.send(b"request")
+    number = rig.connect(fd)
+    reset(rig.meet())
+    assert rig.read_to_end(client) == (b"", "reset")
+    assert rig.until_ended(number)[0] == "reset"
+    assert not rig.failures()
+
+
+def test_target_that_resets_before_the_relay_looks(rigs, way):
+    """Connected and reset between two system calls of the relay."""
+    rig = rigs(**way)
+    client, fd = rig.knock()
+    rig.connect(fd)
+    target, _ = rig.backend.accept()
+    reset(target)
+    assert rig.read_to_end(client) == (b"", "reset")
+    assert not rig.failures()
+
+
+# ── itself ───────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("family", ["tcp4", "tcp6"])
+@pytest.mark.parametrize("word", [b"", b"hello"])
+def test_connect_to_itself_is_refused(rigs, family, word):
+    """A connect to a dead port of the ephemeral range may be given that port for its own."""
+
+    def scenario():
+        rig = rigs("unix", family)
+        rig.address = dead_address(family, rigs.directory)
+        client, fd = rig.knock()
+        client.send(word) if word else None
+        choose_local_port(rig.address)
+        rig.connect(fd, cookie=3)
+        assert failure(rig)[:3] == (fd, errno.ELOOP, 3)
+
+    in_child(in_own_network(scenario))
+
+
+@pytest.mark.parametrize("family", ["tcp4", "tcp6"])
+def test_dialled_socket_that_met_itself(rigs, family):
+    def scenario():
+        rig = rigs("unix", family)
+        rig.address = dead_address(family, rigs.directory)
+        choose_local_port(rig.address)
+        fd = rig.relay.dial(rig.address)
+        assert connected(fd) == errno.ELOOP
+        rig.relay.hang_up(fd)
+
+    in_child(in_own_network(scenario))
+
+
+def choose_local_port(address):
+    """Have the kernel give every connect of this network namespace the port of `address`."""
+    port = int.from_bytes(address[2:4], "big")
+    with open("/proc/sys/net/ipv4/ip_local_port_range", "w") as file:
+        file.write(f"{port} {port}")
+
+
+# ── dial, adopt, hang up ─────────────────────────────────────────────────────────────────────────
+
+
+def test_dial_and_adopt(rigs, pair, way):
+    rig = rigs(*pair, **way)
+    client, fd = rig.knock()
+    target = rig.relay.dial(rig.address)
+    far = rig.meet()
+    rig.until(lambda: any(event[:2] == (0, target) for event in rig.events), "writable")
+    assert connected(target) == 0
+    number = rig.relay.adopt(fd, FAMILIES[pair[0]], target, b"first, ")
+    client.send(b"then this")
+    assert rig.read(far, 16) == b"first, then this"
+    rig.send(far, b"reply", close)
+    assert rig.read_to_end(client) == (b"reply", "eof")
+    half_close(client)
+    assert rig.until_ended(number)[0] == "ended"
+    assert rig.is_calm()
+
+
+def test_dial_tells_why_it_failed(rigs):
+    rig = rigs()
+    target = rig.relay.dial(dead_address("tcp4", rigs.directory))
+    rig.until(lambda: any(event[:2] == (0, target) for event in rig.events), "an event")
+    assert connected(target) == errno.ECONNREFUSED
+    rig.relay.hang_up(target)
+    with pytest.raises(OSError):
+        os.fstat(target)
+
+
+def test_dial_that_fails_at_once(rigs):
+    rig = rigs("tcp4", "unix")
+    with pytest.raises(ConnectionRefusedError):
+        rig.relay.dial(dead_address("unix", rigs.directory))
+
+
+def test_sockets_have_what_they_need(rigs, family):
+    """Both legs: no delay, keepalive, urgent bytes in line, non-blocking, close-on-exec."""
+    rig = rigs(family, family)
+    target = rig.relay.dial(rig.address)
+    _, fd = rig.knock()
+    for each in (fd, target):
+        assert not os.get_blocking(each)
+        assert not os.get_inheritable(each)
+        if family != "unix":
+            assert option(each, socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+            assert option(each, socket.SOL_SOCKET, socket.SO_OOBINLINE)
+            assert option(each, socket.IPPROTO_TCP, socket.TCP_NODELAY)
+    os.close(fd)
+    rig.relay.hang_up(target)
+
+
+def test_keepalive_settings_of_a_listener_are_kept(rigs):
+    """tune() of a listener turns keepalive on, and leaves its intervals as they are."""
+    rig = rigs()
+    set_option(rig.door.fileno(), socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 77)
+    tune(rig.door.fileno(), FAMILIES["tcp4"])
+    _, fd = rig.knock()
+    assert option(fd, socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 77
+    os.close(fd)

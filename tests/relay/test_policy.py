@@ -1,0 +1,334 @@
+"""What the policy relies on: events, counters, limits of time, and that nothing is left behind."""
+
+import gc
+import os
+import time
+
+import pytest
+from relaykit.child import in_child
+from relaykit.rig import HOW, Rig, open_fds, payload
+from relaykit.sockets import FAMILIES, Incoming, Outgoing, close, half_close, reset
+
+from proxyd._relay import ENDED, Relay, raise_fd_limit, socket_names
+
+
+def exchange(rig, link, up, down):
+    """A whole connection: `up` bytes one way, `down` bytes the other way, and the end."""
+    there, back = Incoming(link.target), Incoming(link.client)
+    rig.run(
+        Outgoing(link.client, payload(up), half_close),
+        Outgoing(link.target, payload(down, 2), half_close),
+        there,
+        back,
+    )
+    assert (there.data, back.data) == (payload(up), payload(down, 2))
+
+
+# ── events ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_ended_tells_what_there_was(rigs, pair, way):
+    rig = rigs(*pair, **way)
+    link = rig.link()
+    exchange(rig, link, 300_000, 200_000)
+    rig.until_ended(link.id)
+    _, number, how, up, down, ms, errnos = rig.ended(link.id)
+    assert (number, HOW[how], up, down, errnos) == (link.id, "ended", 300_000, 200_000, (0, 0))
+    assert 0 <= ms < 60_000
+
+
+def test_ended_tells_the_errno_of_the_side_that_failed(rigs):
+    rig = rigs()
+    first, second = rig.link(), rig.link()
+    rig.settle()
+    reset(first.client)
+    reset(second.target)
+    rig.until(lambda: len(rig.of_kind(ENDED)) == 2, "both ends")
+    assert rig.ended(first.id)[6] == (104, 0)
+    assert rig.ended(second.id)[6] == (0, 104)
+
+
+def test_no_reports_unless_asked_for(rigs):
+    rig = rigs()
+    rig.relay.report_ends = False
+    assert rig.relay.report_ends is False
+    link = rig.link()
+    exchange(rig, link, 10, 10)
+    rig.until(lambda: not rig.relay.open, "the end")
+    assert not rig.of_kind(ENDED)
+    assert rig.counters().ends == (1, 0, 0, 0, 0)
+
+
+def test_ids_are_never_the_same(rigs):
+    rig = rigs()
+    assert len({rig.link().id for _ in range(10)}) == 10
+
+
+def test_run_returns_when_connections_have_ended(rigs):
+    """`wake_at`: run() comes back once so few are left, and not before."""
+    rig = rigs()
+    rig.relay.report_ends = False
+    links = [rig.link() for _ in range(3)]
+    rig.settle()
+    rig.relay.wake_at = 1
+    reset(links[0].client)
+    start = time.monotonic()
+    assert rig.relay.run(50) == []
+    assert time.monotonic() - start > 0.045
+    assert rig.relay.open == 2
+    reset(links[1].client)
+    assert rig.relay.run(20_000) == []
+    assert rig.relay.open == 1
+
+
+def test_run_returns_when_the_first_comes(rigs):
+    """`wake_first`: a gate's express clients need no policy, but that it is idle no more."""
+    rig = rigs()
+    rig.gate.express(rig.address)
+    rig.relay.wake_first = True
+    from relaykit.sockets import open_client
+
+    rig.keep(open_client(rig.door))
+    assert rig.relay.run(20_000) == []
+    assert rig.relay.open == 1
+    rig.keep(open_client(rig.door))
+    start = time.monotonic()
+    assert rig.relay.run(50) == []
+    assert time.monotonic() - start > 0.045
+    assert rig.relay.open == 2
+
+
+def test_run_returns_in_time(rigs):
+    rig = rigs()
+    for timeout in (0, 1, 30):
+        start = time.monotonic()
+        assert rig.relay.run(timeout) == []
+        assert time.monotonic() - start >= timeout / 1000 - 0.001
+
+
+def test_watched_fds(rigs):
+    """Level-triggered unless told otherwise; forgotten when unwatched, which may be done twice."""
+    rig = rigs()
+    rd, wr = os.pipe()
+    rig.relay.watch(rd)
+    with pytest.raises(FileExistsError):
+        rig.relay.watch(rd)
+    assert rig.relay.run(0) == []
+    os.write(wr, b"x")
+    assert rig.relay.run(0) == [(0, rd, 1)]
+    assert rig.relay.run(0) == [(0, rd, 1)]
+    rig.relay.unwatch(rd)
+    rig.relay.unwatch(rd)
+    assert rig.relay.run(0) == []
+    rig.relay.unwatch(-1)
+    rig.relay.unwatch(1 << 30)
+    with pytest.raises(OSError):
+        rig.relay.watch(-1)
+    with pytest.raises(OSError):
+        rig.relay.watch(999_999)
+    os.close(rd)
+    os.close(wr)
+
+
+def test_many_watched_fds_at_once(rigs):
+    """More than fit into one batch of events: each is told."""
+    rig = rigs()
+    pipes = [os.pipe() for _ in range(300)]
+    for rd, wr in pipes:
+        rig.relay.watch(rd)
+        os.write(wr, b"x")
+    seen = set()
+    for _ in range(20):
+        seen |= {event[1] for event in rig.relay.run(0)}
+    assert seen == {rd for rd, _ in pipes}
+    for rd, wr in pipes:
+        rig.relay.unwatch(rd)
+        os.close(rd)
+        os.close(wr)
+
+
+def test_quiet_since(rigs):
+    """quiet_ms is when the last connection ended."""
+    rig = rigs()
+    assert rig.relay.quiet_ms <= rig.relay.now_ms
+    link = rig.link()
+    rig.pass_time(0.02)
+    exchange(rig, link, 10, 10)
+    rig.until(lambda: not rig.relay.open, "the end")
+    assert 0 <= rig.relay.now_ms - rig.relay.quiet_ms < 1000
+    assert rig.relay.quiet_ms > rig.ended(link.id)[5]
+
+
+# ── counters ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_counters_add_up(rigs, pair, way):
+    rig = rigs(*pair, **way)
+    for number in range(5):
+        exchange(rig, rig.link(), 300_000 + number, 400_000 - number)
+    rig.until(lambda: not rig.relay.open, "the end of all")
+    counters = rig.counters()
+    assert counters.accepted == 5
+    assert counters.refused == 0
+    assert counters.to_targets == 1_500_010
+    assert counters.to_clients == 1_999_990
+    assert counters.spliced + counters.copied == counters.to_targets + counters.to_clients
+    assert counters.ends == (5, 0, 0, 0, 0)
+    if way:
+        assert counters.spliced == 0
+    elif pair != ("unix", "tcp6"):
+        assert counters.spliced > 0
+
+
+def test_bytes_that_were_not_delivered_are_not_counted(rigs, way):
+    """What the relay had taken when the reader went is in the ENDED event, not in the counters."""
+    rig = rigs("tcp4", "tcp4", **way, target_buffers={"receive_buffer": 4096})
+    link = rig.link()
+    sent = rig.stuff(link.client)
+    reset(link.target)
+    _, up, _ = rig.until_ended(link.id)
+    assert rig.counters().to_targets <= up <= sent
+
+
+# ── the end of all ───────────────────────────────────────────────────────────────────────────────
+
+
+def test_close_all_cuts_every_connection(rigs, pair, way):
+    """In whatever state: idle, stuck, half-closed, connecting."""
+    rig = rigs(*pair, **way, target_buffers={"receive_buffer": 4096})
+    idle, stuck, half = rig.link(), rig.link(), rig.link()
+    rig.stuff(stuck.client)
+    half_close(half.client)
+    rig.settle()
+    assert rig.relay.close_all() == 3
+    assert rig.relay.open == 0
+    assert rig.relay.close_all() == 0
+    rig.turn()
+    assert [HOW[event[2]] for event in rig.of_kind(ENDED)] == ["cut"] * 3
+    end = "eof" if pair[0] == "unix" else "reset"
+    assert rig.read_to_end(idle.client) == (b"", end)
+
+
+def test_close_all_before_any_turn(rigs, pair):
+    rig = rigs(*pair)
+    for _ in range(3):
+        _, fd = rig.knock()
+        rig.connect(fd)
+    assert rig.relay.close_all() == 3
+    assert rig.counters().ends[3] == 3
+
+
+def test_relay_that_goes_with_live_connections(rigs, pair, way, tmp_path):
+    """Its fds are closed; the peers see an end. Also the pipes of a stuck stream, clients of failed
+    connects that nobody fetched, and watched fds that stay the caller's."""
+    rig = Rig(rigs.directory, *pair, **way, target_buffers={"receive_buffer": 4096})
+    rigs.made.append(rig)
+    links = [rig.link() for _ in range(5)]
+    rig.stuff(links[0].client)
+    half_close(links[1].client)
+    rig.settle()
+    rd, wr = os.pipe()
+    rig.relay.watch(rd)
+    dead = rig.keep(rig.backend.__class__(FAMILIES["tcp4"]))
+    dead.bind(("127.0.0.1", 0))
+    _, fd = rig.knock()
+    rig.relay.connect(fd, FAMILIES[pair[0]], socket_names(dead.fileno())[1])
+    rig.gate.shut()
+    before = open_fds()
+    del rig.gate, rig.relay
+    gc.collect()
+    closed = {int(each) for each in before - open_fds()}
+    assert {link.client_fd for link in links} | {fd, rig.epoll} <= closed
+    assert len(closed) >= 5 * 2 + 2
+    assert not closed & {rd, wr}
+    for link in links[1:]:
+        link.target.setblocking(True)
+        assert link.target.recv(10) == b""
+    os.close(rd)
+    os.close(wr)
+    rigs.made.remove(rig)
+    for each in rig.sockets:
+        each.close()
+
+
+def test_many_short_connections_leave_nothing(rigs, pair):
+    rig = rigs(*pair)
+    link = rig.link()
+    before = open_fds()
+    for number in range(100):
+        client, fd = rig.knock()
+        rig.connect(fd)
+        target = rig.meet()
+        client.send(b"x")
+        if number % 3 == 0:
+            reset(client)
+        else:
+            close(client)
+        if number % 3 == 1:
+            reset(target)
+        else:
+            close(target)
+        rig.sockets.remove(client)
+        rig.sockets.remove(target)
+    rig.until(lambda: rig.relay.open == 1, "the end of all but one")
+    rig.relay.trim()
+    assert open_fds() == before
+    assert sum(rig.counters().ends) == 100
+    assert rig.ended(link.id) is None
+
+
+# ── arguments ────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("arguments", [("many",), (-1,), (0,), (1, 2, 3, 4)])
+def test_bad_arguments_are_errors(arguments):
+    """A relay that could not be made is taken apart without harm; fd 0 is not its own."""
+
+    def scenario():
+        with pytest.raises((TypeError, ValueError, OverflowError)):
+            Relay(*arguments)
+        os.fstat(0)
+
+    in_child(scenario)
+
+
+def test_more_memory_than_there_is():
+    def scenario():
+        with pytest.raises(MemoryError):
+            Relay(stream_unit=1 << 60)
+        os.fstat(0)
+
+    in_child(scenario)
+
+
+@pytest.mark.parametrize("stream_unit", [1, 100, 4096, 65535, 65537, 1 << 24])
+def test_any_stream_unit(rigs, way, stream_unit):
+    """Small ones as well: every read fits into the buffer that was made for it."""
+
+    def scenario():
+        rig = rigs("unix", "tcp4", stream_unit=stream_unit, **way)
+        link = rig.link()
+        data = payload(min(1_000_000, 20_000 * stream_unit))
+        for speaker, listener in ((link.client, link.target), (link.target, link.client)):
+            incoming = Incoming(listener)
+            rig.run(Outgoing(speaker, data, half_close), incoming)
+            assert incoming.data == data
+        blocks = [bytes(100_000) for _ in range(100)]  # a spoilt heap shows here at the latest
+        assert len(blocks) == 100
+
+    in_child(scenario)
+
+
+def test_fd_limit_is_raised_and_never_lowered():
+    def scenario():
+        import resource
+
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (100, 200))
+        assert raise_fd_limit(50) == 100
+        assert raise_fd_limit(150) == 150
+        assert raise_fd_limit(1000) == 200
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (200, 200)
+        assert hard >= 200
+
+    in_child(scenario)

@@ -1,0 +1,416 @@
+"""One property of everything at once: whatever happens to several connections in whatever order,
+each stream arrives as a direct connection would have delivered it.
+
+The relay is stepped by the machine itself, not by a thread, so that a failure shrinks to a list of
+steps that can be played again: copy them into a test, or let hypothesis do it from its database.
+
+RELAY_EXAMPLES=20000 looks harder than CI does.
+"""
+
+import array
+import contextlib
+import faulthandler
+import os
+import socket
+import tempfile
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from relaykit.rig import MODES, Rigs, payload
+from relaykit.sockets import (
+    accept,
+    half_close,
+    is_unix,
+    open_client,
+    open_listener,
+    reset,
+    set_option,
+    unacknowledged,
+)
+
+from proxyd._relay import ENDED, FAILED, connected, socket_names
+
+HANG_S = 120
+"""An example that takes longer hangs: the run ends with the stack of every thread."""
+
+STUCK_TURNS = 150
+"""Of so many turns, of up to STUCK_MS each, none has moved anything, though something must."""
+
+STUCK_MS = 8
+
+EXAMPLES = int(os.environ.get("RELAY_EXAMPLES", "250"))
+STEPS = 30
+
+MOST_CONNECTIONS = 4
+TEXT = payload(1 << 20) * 2
+"""What all streams are cut from, each from a place of its own."""
+
+families = st.sampled_from(["tcp4", "unix"])
+buffers = st.sampled_from([None, None, 2048, 16384])
+sizes = st.one_of(
+    st.integers(1, 200),
+    st.sampled_from([1448, 16384, 16385, 65536, 65537, 131072]),
+    st.integers(1, 400_000),
+)
+which = st.integers(0, MOST_CONNECTIONS - 1)
+side_names = st.sampled_from(["client", "target"])
+
+
+class Side:
+    """One end of a connection, and what it has sent and received so far."""
+
+    def __init__(self, connection, start, preamble=b""):
+        self.socket = connection
+        self.start = start
+        """Where in TEXT its stream begins."""
+        self.preamble = preamble
+        """What the relay says in its name first."""
+        self.sent = 0
+        """Bytes that its stream has, the preamble included."""
+        self.surely = 0
+        """Bytes that had reached the relay's socket when this side reset."""
+        self.received = 0
+        self.state = "open"
+        """open, half-closed, closed or reset: by its own doing."""
+        self.end = None
+        """How the other side's stream has ended here: eof or reset."""
+
+    @property
+    def alive(self):
+        return self.state in ("open", "half-closed")
+
+    def text(self, start, size):
+        """A piece of the stream, the preamble included."""
+        piece = self.preamble[start : start + size]
+        start += len(piece) - len(self.preamble) + self.start
+        return piece + TEXT[start : start + size - len(piece)]
+
+    def send(self, size, flags=0, fds=()):
+        """Send what fits; the error, or 0."""
+        data = self.text(self.sent, size)
+        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+        try:
+            self.sent += self.socket.sendmsg([data], ancillary, flags | socket.MSG_NOSIGNAL)
+        except BlockingIOError:
+            pass
+        except (ConnectionResetError, BrokenPipeError) as error:
+            return error.errno
+        return 0
+
+
+class Conversation:
+    """A connection with its two sides; the target's is None until it has been accepted."""
+
+    def __init__(self, number, client, start, preamble):
+        self.number = number
+        self.client = Side(client, start, preamble)
+        self.client.sent = len(preamble)
+        self.target = Side(None, start + (1 << 19))
+        self.established = False
+        """Whether the relay is sure to know that the target is there."""
+        self.dropped = False
+        """The client went before that: the relay may drop it."""
+
+    def sides(self):
+        return [self.client, self.target]
+
+    def other(self, side):
+        return self.target if side is self.client else self.client
+
+
+class Conversations(RuleBasedStateMachine):
+    """Any interleaving of what peers can do to their connections."""
+
+    stderr = None
+
+    def __init__(self):
+        super().__init__()
+        faulthandler.dump_traceback_later(HANG_S, exit=True, file=self.stderr)
+        self.rig = None
+        self.talks = []
+
+    @initialize(
+        pair=st.tuples(families, families),
+        mode=st.sampled_from(sorted(MODES)),
+        sizes=st.tuples(buffers, buffers, buffers, buffers),
+    )
+    def begin(self, pair, mode, sizes):
+        self.folder = tempfile.TemporaryDirectory()
+        self.rigs = Rigs(self.folder.name)
+        self.rig = self.rigs(
+            *pair,
+            client_buffers={"receive_buffer": sizes[0], "send_buffer": sizes[1]},
+            target_buffers={"receive_buffer": sizes[2], "send_buffer": sizes[3]},
+            **MODES[mode],
+        )
+        listener = open_listener(pair[1], self.folder.name)
+        self.dead = socket_names(listener.fileno())[1]
+        listener.close()
+
+    # ── connections come ─────────────────────────────────────────────────────────────────────
+
+    @precondition(lambda self: self.rig and len(self.talks) < MOST_CONNECTIONS)
+    @rule(
+        how=st.sampled_from(["connect", "connect", "refused", "adopt", "express"]),
+        words=st.sampled_from([0, 0, 5, 70_000]),
+        preamble=st.sampled_from([0, 0, 20, 50_000]),
+        send_buffer=buffers,
+    )
+    def open(self, how, words, preamble, send_buffer):
+        """A client comes, with some words already sent, and is on its way to the target."""
+        rig, start = self.rig, 100_000 * len(self.talks)
+        rig.gate.express(rig.address if how == "express" else None)
+        client = rig.keep(open_client(rig.door, **rig.client_buffers))
+        preamble = b"" if how == "express" else payload(preamble, 3)
+        talk = Conversation(None, client, start, preamble)
+        if words:
+            talk.client.send(words)
+        self.talks.append(talk)
+        if how == "express":
+            before = rig.gate.served
+            rig.until(lambda: rig.gate.served > before, "the express client")
+            talk.number = self.last_id() + 1
+            return
+        fd = rig.take_client()
+        if how == "adopt":
+            target = rig.relay.dial(rig.address)
+            if send_buffer:
+                set_option(target, socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
+            rig.until(lambda: connected(target) == 0, "the dialled connection")
+            talk.number = rig.relay.adopt(fd, client.family, target, preamble)
+            talk.established = True
+        elif how == "refused" and rig.target_family != "unix":
+            talk.number = rig.relay.connect(fd, client.family, self.dead, preamble=preamble)
+            self.connect_again(talk)
+        else:
+            talk.number = rig.connect(fd, preamble=preamble)
+
+    def last_id(self):
+        return max((talk.number or 0 for talk in self.talks), default=0)
+
+    def connect_again(self, talk):
+        """Do as the policy does: the next attempt gets what the failed one gives back."""
+        rig = self.rig
+        rig.until(rig.failures, "the refusal")
+        (event,) = rig.failures()
+        rig.events.remove(event)
+        talk.number = rig.connect(event[1], preamble=event[4])
+
+    @precondition(lambda self: any(talk.target.socket is None for talk in self.talks))
+    @rule()
+    def accept(self):
+        """The backend takes the oldest connection that waits."""
+        self.accept_one()
+
+    def accept_one(self):
+        rig = self.rig
+        try:
+            connection = accept(rig.backend, send_buffer=rig.target_buffers["send_buffer"])
+        except BlockingIOError:
+            return
+        rig.keep(connection)
+        talk = next(talk for talk in self.talks if talk.target.socket is None)
+        talk.target.socket = connection
+
+    # ── what peers do ────────────────────────────────────────────────────────────────────────
+
+    def side(self, number, name, *states):
+        """(conversation, side) if that side is there and in one of these states."""
+        if number >= len(self.talks):
+            return None, None
+        talk = self.talks[number]
+        side = getattr(talk, name)
+        if side.socket is None or side.state not in states:
+            return None, None
+        return talk, side
+
+    @rule(number=which, name=side_names, size=sizes, kind=st.sampled_from(["", "", "oob", "fd"]))
+    def write(self, number, name, size, kind):
+        talk, side = self.side(number, name, "open")
+        if not side:
+            return
+        if kind == "oob":
+            error = side.send(1, socket.MSG_OOB)
+        elif kind == "fd" and is_unix(side.socket):
+            error = side.send(min(size, 1000), fds=[self.rig.epoll])
+        else:
+            error = side.send(size)
+        assert not error or not talk.other(side).alive, (
+            "a write failed, and the other side is there"
+        )
+
+    @rule(number=which, name=side_names, size=sizes)
+    def read(self, number, name, size):
+        talk, side = self.side(number, name, "open", "half-closed")
+        if side:
+            self.receive(talk, side, size)
+
+    def receive(self, talk, side, size):
+        """Read up to `size` bytes, and compare; True if there was anything."""
+        if side.end:
+            return False
+        other = talk.other(side)
+        try:
+            chunk = side.socket.recv(size)
+        except BlockingIOError:
+            return False
+        except (ConnectionResetError, BrokenPipeError):
+            side.end = "reset"
+            self.judge(talk, other, side)
+            return True
+        if not chunk:
+            side.end = "eof"
+            self.judge(talk, other, side)
+            return True
+        assert side.received + len(chunk) <= other.sent, "more than was sent"
+        assert chunk == other.text(side.received, len(chunk)), "not what was sent"
+        side.received += len(chunk)
+        return True
+
+    @rule(number=which, name=side_names)
+    def half_close(self, number, name):
+        _, side = self.side(number, name, "open")
+        if not side:
+            return
+        with contextlib.suppress(OSError):  # it may have been reset meanwhile
+            half_close(side.socket)
+        side.state = "half-closed"
+
+    @rule(number=which, name=side_names)
+    def close(self, number, name):
+        """A full close, with or without unread input."""
+        talk, side = self.side(number, name, "open", "half-closed")
+        if not side:
+            return
+        talk.dropped |= is_unix(side.socket) and not talk.established
+        side.socket.close()
+        side.state = "closed"
+
+    @rule(number=which, name=side_names)
+    def reset(self, number, name):
+        talk, side = self.side(number, name, "open", "half-closed")
+        if not side:
+            return
+        talk.dropped |= not talk.established
+        if is_unix(side.socket):
+            side.surely = side.sent
+        else:
+            side.surely = side.sent - unacknowledged(side.socket.fileno())
+        reset(side.socket)
+        side.state = "reset"
+
+    @precondition(lambda self: self.rig)
+    @rule(turns=st.integers(1, 4))
+    def turn(self, turns):
+        """The relay works on a few batches of events."""
+        for _ in range(turns):
+            self.rig.turn()
+
+    @precondition(lambda self: self.rig)
+    @rule()
+    def settle(self):
+        """The relay does all it can do now."""
+        self.rig.settle()
+        for talk in self.talks:
+            talk.established = True
+
+    # ── what must be ─────────────────────────────────────────────────────────────────────────
+
+    def judge(self, talk, sender, receiver):
+        """`receiver`, still alive, has met the end of what `sender` has sent."""
+        state, everything = sender.state, receiver.received == sender.sent
+        if talk.dropped:
+            return
+        assert state != "open", f"{receiver.end} from nowhere"
+        unheard = receiver.sent > sender.received
+        if state == "half-closed":
+            assert everything, "the end before the last byte"
+            assert receiver.end == "eof"
+        elif state == "closed" and (is_unix(sender.socket) or not unheard):
+            assert everything, "the end before the last byte"
+            assert receiver.end == "eof" or unheard
+        elif state == "reset" and not unheard:
+            assert receiver.received >= sender.surely, "delivered to the relay, and lost there"
+
+    def landed(self):
+        return all(self.arrived(talk) for talk in self.talks)
+
+    def arrived(self, talk):
+        """Whether all has arrived that must arrive at sides that still listen."""
+        for receiver in talk.sides():
+            sender = talk.other(receiver)
+            if not receiver.alive or receiver.end:
+                continue
+            if receiver.socket is None:
+                return talk.dropped
+            if sender.state != "open" or receiver.received < sender.sent:
+                return False
+        return True
+
+    def land(self):
+        """Read everything that still comes, and wait for what must come."""
+        in_vain = 0
+        while not self.landed():
+            in_vain = 0 if self.read_all() else in_vain + 1
+            assert in_vain < STUCK_TURNS, "stuck"
+            self.rig.turn(STUCK_MS if in_vain > 1 else 0)
+        assert not self.rig.of_kind(FAILED)
+
+    def read_all(self):
+        """Accept who waits, and read what there is; True if there was anything."""
+        for _ in self.talks:
+            self.accept_one()
+        found = False
+        for talk in self.talks:
+            for side in talk.sides():
+                if side.socket is not None and side.alive:
+                    found |= self.receive(talk, side, 1 << 20)
+        return found
+
+    def part(self):
+        """Close everything: the relay must let go of it, and have counted it."""
+        rig = self.rig
+        for talk in self.talks:
+            for side in talk.sides():
+                if side.socket is not None:
+                    side.socket.close()
+        rig.until(lambda: not rig.relay.open, "the end of all connections")
+        rig.turn()
+        counters = rig.counters()
+        ends = {event[1]: event for event in rig.of_kind(ENDED)}
+        assert len(ends) == len(rig.of_kind(ENDED)) == sum(counters.ends) == len(self.talks)
+        assert counters.spliced + counters.copied == counters.to_targets + counters.to_clients
+        assert counters.to_targets <= sum(talk.client.sent for talk in self.talks)
+        assert counters.to_targets >= sum(talk.target.received for talk in self.talks)
+        assert counters.to_clients <= sum(talk.target.sent for talk in self.talks)
+        assert counters.to_clients >= sum(talk.client.received for talk in self.talks)
+
+    def teardown(self):
+        if not self.rig:
+            return
+        try:
+            self.land()
+            self.part()
+        finally:
+            self.rigs.close()
+            self.folder.cleanup()
+        assert not self.rigs.leaked()
+
+
+@pytest.fixture(autouse=True)
+def _no_hang(request):
+    """Instead of the one for all tests: each example has its own time."""
+    capture = request.config.pluginmanager.getplugin("capturemanager")
+    with capture.global_and_fixture_disabled():
+        Conversations.stderr = os.dup(2)
+    yield
+    faulthandler.cancel_dump_traceback_later()
+    os.close(Conversations.stderr)
+
+
+TestConversations = Conversations.TestCase
+TestConversations.settings = settings(
+    max_examples=EXAMPLES, stateful_step_count=STEPS, deadline=None, print_blob=True
+)

@@ -1,0 +1,210 @@
+"""Promise: a reset is passed on as a reset, once what could still be read has been delivered."""
+
+import errno
+import select
+
+import pytest
+from relaykit.rig import payload
+from relaykit.sockets import (
+    Incoming,
+    Outgoing,
+    close,
+    half_close,
+    is_quiet,
+    is_unix,
+    reset,
+    state_of,
+    was_reset,
+    write_error,
+)
+
+SMALL = 60_000
+"""Bytes that the sockets on the way hold without anybody's reading."""
+
+
+def sides(link, which):
+    """(the side that is named, the other one)."""
+    return (link.client, link.target) if which == "client" else (link.target, link.client)
+
+
+def end_after_reset(broken, survivor):
+    """How a reset of `broken` ends the stream of `survivor`: UNIX sockets have only the full close,
+    which is a clean end on TCP."""
+    return "eof" if is_unix(broken) or is_unix(survivor) else "reset"
+
+
+@pytest.fixture(params=["client", "target"])
+def breaker(request):
+    """The side that resets."""
+    return request.param
+
+
+def test_reset_of_an_idle_connection(rigs, pair, way, breaker):
+    rig = rigs(*pair, **way)
+    link = rig.link()
+    broken, survivor = sides(link, breaker)
+    rig.settle()
+    reset(broken)
+    end = end_after_reset(broken, survivor)
+    assert rig.read_to_end(survivor) == (b"", end)
+    assert end == "eof" or write_error(survivor)
+    close(survivor)
+    rig.until_ended(link.id)
+
+
+def test_reset_after_bytes_already_delivered(rigs, pair, way, breaker):
+    rig = rigs(*pair, **way)
+    link = rig.link()
+    broken, survivor = sides(link, breaker)
+    rig.send(broken, b"request")
+    assert rig.read(survivor, 7) == b"request"
+    rig.send(survivor, b"answer")
+    assert rig.read(broken, 6) == b"answer"
+    reset(broken)
+    assert rig.read_to_end(survivor) == (b"", end_after_reset(broken, survivor))
+    close(survivor)
+    rig.until_ended(link.id)
+
+
+def test_reset_right_after_bytes(rigs, pair, way, breaker):
+    """The relay hears of bytes and reset at once: the bytes go first."""
+    rig = rigs(*pair, **way)
+    link = rig.link()
+    broken, survivor = sides(link, breaker)
+    rig.settle()
+    data = payload(SMALL)
+    sent = broken.send(data)
+    reset(broken)
+    assert rig.read_to_end(survivor) == (data[:sent], end_after_reset(broken, survivor))
+    close(survivor)
+    rig.until_ended(link.id)
+
+
+def test_reset_waits_until_a_slow_reader_has_everything(rigs, pair, way, breaker):
+    """No RST while bytes are queued towards the reader: it would throw them away (SIOCOUTQ)."""
+    small = {"receive_buffer": 4096}
+    rig = rigs(*pair, **way, client_buffers=small, target_buffers=small)
+    link = rig.link()
+    broken, survivor = sides(link, breaker)
+    rig.settle()
+    data = payload(SMALL)
+    rig.send(broken, data)
+    rig.settle()
+    reset(broken)
+    assert rig.is_calm()
+    if not is_unix(survivor):
+        assert not was_reset(survivor)
+    assert rig.read_to_end(survivor) == (data, end_after_reset(broken, survivor))
+    close(survivor)
+    rig.until_ended(link.id)
+
+
+def test_reset_in_mid_stream(rigs, pair, way, breaker):
+    """What had been sent is cut off somewhere, but nothing is changed or left out before that."""
+    rig = rigs(*pair, **way)
+    link = rig.link()
+    broken, survivor = sides(link, breaker)
+    data = payload(3 * 1024 * 1024)
+    there = Incoming(survivor, most=1_000_000)
+    stream = Outgoing(broken, data)
+    rig.until(lambda: (stream.step(), there.step(), there.done)[2], "a million bytes")
+    reset(broken)
+    there.most = 1 << 40
+    rig.run(there)
+    assert data.startswith(bytes(there.data))
+    assert there.end == end_after_reset(broken, survivor)
+    close(survivor)
+    rig.until_ended(link.id)
+
+
+def test_end_and_reset_at_once(rigs, pair, way, breaker):
+    """FIN and RST, both there before the relay looks: the bytes first."""
+    rig = rigs(*pair, **way)
+    link = rig.link()
+    broken, survivor = sides(link, breaker)
+    rig.settle()
+    data = payload(SMALL)
+    sent = broken.send(data)
+    half_close(broken)
+    reset(broken)
+    received, end = rig.read_to_end(survivor)
+    assert received == data[:sent]
+    assert end in ("eof", "reset")
+    close(survivor)
+    rig.until_ended(link.id)
+
+
+def test_close_with_unread_input(rigs, pair, way, breaker):
+    """A program that closes with input unread resets: on UNIX as well, as ECONNRESET."""
+    rig = rigs(*pair, **way)
+    link = rig.link()
+    broken, survivor = sides(link, breaker)
+    rig.send(broken, b"last words")
+    rig.send(survivor, b"never read")
+    rig.until(lambda: not is_quiet(broken), "bytes that stay unread")
+    close(broken)
+    end = "eof" if is_unix(survivor) else "reset"
+    assert rig.read_to_end(survivor) == (b"last words", end)
+    close(survivor)
+    rig.until_ended(link.id)
+
+
+def test_reset_of_one_disturbs_no_other(rigs, pair, way, breaker):
+    """Half of the connections are reset in the same batch of events; the others go on."""
+    rig = rigs(*pair, **way)
+    links = [rig.link() for _ in range(20)]
+    rig.settle()
+    for number, link in enumerate(links):
+        broken, survivor = sides(link, breaker)
+        if number % 2:
+            reset(broken)
+            half_close(survivor)
+        else:
+            broken.send(b"hello")
+    for link in links[::2]:
+        broken, survivor = sides(link, breaker)
+        assert rig.read(survivor, 5) == b"hello"
+        rig.send(survivor, b"world")
+        assert rig.read(broken, 5) == b"world"
+    for link in links[1::2]:
+        close(sides(link, breaker)[1])
+    rig.until(lambda: rig.relay.open == 10, "the end of the others")
+
+
+def test_both_sides_reset(rigs, pair, way):
+    rig = rigs(*pair, **way)
+    link = rig.link()
+    rig.settle()
+    reset(link.client)
+    reset(link.target)
+    how, _, _ = rig.until_ended(link.id)
+    assert how in ("reset", "ended")
+    assert rig.relay.open == 0
+
+
+def test_paused_side_that_resets(rigs, pair, way):
+    """The side that the relay does not read, since its peer is stuck, resets: no busy loop."""
+    small = {"receive_buffer": 4096}
+    rig = rigs(*pair, **way, target_buffers=small)
+    link = rig.link()
+    sent = rig.stuff(link.client)
+    reset(link.client)
+    assert rig.is_calm()
+    received, end = rig.read_to_end(link.target)
+    assert 0 < len(received) <= sent
+    assert end == end_after_reset(link.client, link.target)
+    close(link.target)
+    rig.until_ended(link.id)
+
+
+def test_reset_reaches_a_writer(rigs, pair, way, breaker):
+    """Who is stuck in writing hears of the reset too."""
+    rig = rigs(*pair, **way)
+    link = rig.link()
+    broken, survivor = sides(link, breaker)
+    rig.stuff(survivor)
+    reset(broken)
+    rig.until(lambda: state_of(survivor) & (select.POLLERR | select.POLLHUP), "the reset")
+    assert write_error(survivor) in (errno.ECONNRESET, errno.EPIPE)
+    close(survivor)
+    rig.until_ended(link.id)

@@ -1,0 +1,257 @@
+"""Promises with a time in them. All scenarios run at once, each in a thread of its own."""
+
+import errno
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+from relaykit.rig import MODES
+from relaykit.sockets import (
+    Outgoing,
+    close,
+    half_close,
+    is_unix,
+    open_client,
+    reset,
+    send_once,
+    was_reset,
+    write_error,
+)
+
+STUCK_S = 5.0
+"""A queue that has not moved for so long is given up."""
+
+DRAIN_S = 1.0
+"""A side that was sent a clean end may go on sending for so long."""
+
+LATE_S = 4.0
+"""How much later than promised is still in time, on a machine that has other things to do."""
+
+SMALL = {"receive_buffer": 4096}
+
+SCENARIOS = {}
+"""By name: (function, arguments). The function gets `rigs` first."""
+
+
+def scenario(*arguments):
+    """Run a function as a scenario, once with each tuple of arguments."""
+
+    def register(function):
+        for each in arguments or [()]:
+            SCENARIOS["-".join([function.__name__, *map(str, each)])] = (function, each)
+        return function
+
+    return register
+
+
+class Clock:
+    """Seconds since it was made."""
+
+    def __init__(self):
+        self.start = time.monotonic()
+
+    def __call__(self):
+        return time.monotonic() - self.start
+
+
+def patient(rigs, *args, **options):
+    """A rig that looks rarely, since many run at the same time."""
+    rig = rigs(*args, **options)
+    rig.pace_ms = 20
+    return rig
+
+
+def sides(link, which):
+    return (link.client, link.target) if which == "client" else (link.target, link.client)
+
+
+PAIRS = [("tcp4", "tcp4"), ("tcp4", "unix"), ("unix", "tcp4"), ("unix", "unix")]
+
+
+@scenario(
+    *[("tcp4", "tcp4", way, side) for way in ("splice", "copy") for side in ("client", "target")]
+)
+def stuck_reader_is_given_up_after_a_reset(rigs, client, target, way, breaker):
+    """Nobody reads what the side that reset had sent: the reader is reset in the end."""
+    rig = patient(rigs, client, target, **MODES[way], client_buffers=SMALL, target_buffers=SMALL)
+    link = rig.link()
+    broken, survivor = sides(link, breaker)
+    rig.stuff(broken)
+    reset(broken)
+    clock = Clock()
+    rig.until(lambda: rig.ended(link.id), "the end", patience=STUCK_S + LATE_S)
+    assert clock() > STUCK_S - 0.5
+    assert rig.ended(link.id)[2] == 1
+    assert was_reset(survivor)
+
+
+@scenario(*[(*pair, way) for pair in PAIRS for way in ("splice", "copy") if pair[1] != "unix"])
+def slow_reader_is_not_given_up(rigs, client, target, way):
+    """A reader that takes a little now and then gets everything, long after the reset."""
+    rig = patient(rigs, client, target, **MODES[way], target_buffers=SMALL)
+    link = rig.link()
+    rig.stuff(link.client)
+    reset(link.client)
+    clock = Clock()
+    taken = 0
+    while clock() < STUCK_S + 2:
+        rig.pass_time(1)
+        assert not was_reset(link.target)
+        taken += len(rig.read(link.target, 8192))
+    rest, _ = rig.read_to_end(link.target)
+    assert len(rest) > 0
+
+
+@scenario(("tcp4", "unix"), ("unix", "unix"))
+def paused_reader_is_not_given_up_after_a_clean_end(rigs, client, target):
+    """A UNIX server that answers and closes: there is no hurry to read the answer."""
+    rig = patient(rigs, client, target, client_buffers=SMALL)
+    link = rig.link()
+    sent = rig.stuff(link.target)
+    close(link.target)
+    rig.pass_time(STUCK_S + 1.5)
+    received, end = rig.read_to_end(link.client)
+    assert (len(received), end) == (sent, "eof")
+
+
+@scenario(*[(*pair, side) for pair in PAIRS for side in ("client", "target")])
+def writer_hears_that_its_reader_is_gone(rigs, client, target, leaver):
+    """Both sides write until they are stuck, and one closes with input unread. Directly connected,
+    the other one's next write would fail at once; through the relay it must fail some time."""
+    rig = patient(rigs, client, target)
+    link = rig.link()
+    gone, stayer = sides(link, leaver)
+    rig.stuff(gone)
+    rig.stuff(stayer)
+    close(gone)
+    rig.until(lambda: write_error(stayer), "a write that fails", patience=STUCK_S + LATE_S)
+
+
+@scenario(*[(*pair, side) for pair in PAIRS for side in ("client", "target")])
+def writer_hears_that_a_polite_reader_is_gone(rigs, client, target, leaver):
+    """The same, but the leaver has read all that had reached it: on UNIX no error tells of it."""
+    rig = patient(rigs, client, target)
+    link = rig.link()
+    gone, stayer = sides(link, leaver)
+    rig.stuff(gone)
+    rig.stuff(stayer)
+    while True:
+        try:
+            gone.recv(1 << 20)
+        except BlockingIOError:
+            break
+    close(gone)
+    upload = Outgoing(stayer, bytes(8 * 1024 * 1024))
+    rig.until(
+        lambda: (upload.step(), upload.done)[1],
+        "an upload that fails, or is swallowed",
+        patience=STUCK_S + LATE_S,
+    )
+
+
+@scenario(*[(*pair, side) for pair in PAIRS for side in ("client", "target")])
+def reset_after_a_clean_end(rigs, client, target, breaker):
+    """The end was passed on, so the other side may go on sending for a while, in vain; then a write
+    fails."""
+    rig = patient(rigs, client, target)
+    link = rig.link()
+    broken, survivor = sides(link, breaker)
+    half_close(broken)
+    assert rig.read_to_end(survivor) == (b"", "eof")
+    reset(broken)
+    rig.until(lambda: write_error(survivor), "a write that fails", patience=DRAIN_S + LATE_S)
+    close(survivor)
+    rig.until(lambda: rig.ended(link.id), "the end")
+
+
+@scenario(("unix", "tcp4"), ("unix", "unix"))
+def side_that_was_sent_a_clean_end_is_drained_for_a_while(rigs, client, target):
+    """The client closes for good. The target may still send for a second, then it is closed."""
+    rig = patient(rigs, client, target)
+    link = rig.link()
+    rig.send(link.client, b"goodbye")
+    close(link.client)
+    clock = Clock()
+    assert rig.read_to_end(link.target) == (b"goodbye", "eof")
+    while not rig.ended(link.id):
+        send_once(link.target, b"still talking") if clock() < DRAIN_S / 2 else None
+        rig.turn(20)
+        assert clock() < DRAIN_S + LATE_S
+    assert clock() > DRAIN_S - 0.2
+    rig.until(lambda: write_error(link.target), "a write that fails")
+
+
+@scenario(("tcp4", "tcp4"), ("unix", "unix"))
+def idle_connection_is_closed(rigs, client, target):
+    """idle_ms counts from the last byte in either direction; an idle one ends cleanly."""
+    rig = patient(rigs, client, target)
+    rig.relay.idle_ms = 400
+    talking, silent = rig.link(), rig.link()
+    clock = Clock()
+    while clock() < 1.2:
+        rig.send(talking.client, b"tick")
+        assert rig.read(talking.target, 4) == b"tick"
+        rig.pass_time(0.1)
+    assert rig.ended(silent.id)[2] == 2
+    assert not rig.ended(talking.id)
+    assert rig.read_to_end(silent.client) == (b"", "eof")
+    assert rig.read_to_end(silent.target) == (b"", "eof")
+    rig.until(lambda: rig.ended(talking.id), "the end of the other one")
+
+
+@scenario(("tcp4", "tcp4"), ("tcp4", "unix"))
+def stalled_connection_counts_as_idle(rigs, client, target):
+    """Bytes wait, none moves: closed as well, but as a reset, since bytes are lost."""
+    rig = patient(rigs, client, target, target_buffers=SMALL)
+    link = rig.link()
+    rig.stuff(link.client)
+    rig.relay.idle_ms = 400
+    rig.until(lambda: rig.ended(link.id), "the end")
+    assert rig.ended(link.id)[2] == 2
+    assert rig.read_to_end(link.client)[1] == "reset"
+    end = rig.read_to_end(link.target)[1]
+    assert is_unix(link.target) or end == "reset"
+
+
+@scenario()
+def half_closed_connection_may_be_idle_for_long(rigs):
+    """Without idle_ms nothing ends by itself."""
+    rig = patient(rigs)
+    link = rig.link()
+    half_close(link.client)
+    rig.pass_time(STUCK_S + 1)
+    rig.send(link.target, b"at last")
+    assert rig.read(link.client, 7) == b"at last"
+
+
+@scenario()
+def connect_that_takes_too_long_gives_the_client_back(rigs):
+    """A TCP target that does not answer: its backlog is full, so the kernel drops the SYN."""
+    rig = patient(rigs)
+    rig.backend.listen(0)
+    crowd = [rig.keep(open_client(rig.backend))]
+    client, fd = rig.knock()
+    client.send(b"hello")
+    clock = Clock()
+    rig.connect(fd, timeout_ms=300, cookie=7, preamble=b"PROXY ")
+    rig.until(rig.failures, "a failed connect", patience=LATE_S)
+    _, back, error, cookie, pending, _, _ = rig.failures()[0]
+    assert clock() > 0.25
+    assert (back, error, cookie, pending) == (fd, errno.ETIMEDOUT, 7, b"PROXY ")
+    assert crowd
+
+
+def test_scenarios(rigs):
+    """All of them at once; each that fails is named in the group of errors."""
+    failures = []
+    with ThreadPoolExecutor(len(SCENARIOS)) as pool:
+        running = {
+            name: pool.submit(function, rigs, *arguments)
+            for name, (function, arguments) in SCENARIOS.items()
+        }
+        for name, future in running.items():
+            error = future.exception()
+            if error is not None:
+                error.add_note(f"scenario: {name}")
+                failures.append(error)
+    if failures:
+        raise BaseExceptionGroup("scenarios", failures)

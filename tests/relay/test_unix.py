@@ -1,0 +1,91 @@
+"""What only UNIX sockets do: messages with fds or credentials attached cut a read short."""
+
+import os
+import socket
+
+import pytest
+from relaykit.rig import payload
+from relaykit.sockets import FAMILIES, Incoming, half_close, set_option
+
+targets = pytest.mark.parametrize("target", ["tcp4", "unix"])
+
+
+def send_with_fd(connection, data):
+    """Send bytes with an fd attached. The relay passes on the bytes and drops the fd."""
+    rd, wr = os.pipe()
+    try:
+        assert socket.send_fds(connection, [data], [rd]) == len(data)
+    finally:
+        os.close(rd)
+        os.close(wr)
+
+
+@targets
+def test_bytes_after_a_message_with_an_fd(rigs, way, target):
+    """recv ends after a message that carries an fd, though there are more bytes: a short read does
+    not mean that the socket is empty."""
+    rig = rigs("unix", target, **way)
+    link = rig.link()
+    rig.settle()
+    send_with_fd(link.client, b"with an fd, ")
+    link.client.send(b"and without")
+    assert rig.read(link.target, 23) == b"with an fd, and without"
+
+
+@targets
+def test_bytes_after_a_message_with_an_fd_before_the_target_is_there(rigs, way, target):
+    """The same for the relay's very first read."""
+    rig = rigs("unix", target, **way)
+    client, fd = rig.knock()
+    send_with_fd(client, b"with an fd, ")
+    client.send(b"and without")
+    rig.connect(fd)
+    assert rig.read(rig.meet(), 23) == b"with an fd, and without"
+
+
+def test_messages_with_fds_from_the_target(rigs, way):
+    rig = rigs("tcp4", "unix", **way)
+    link = rig.link()
+    rig.settle()
+    for number in range(5):
+        send_with_fd(link.target, b"%d" % number)
+    half_close(link.target)
+    assert rig.read_to_end(link.client) == (b"01234", "eof")
+
+
+@targets
+def test_messages_with_fds_within_a_stream(rigs, way, target):
+    """Many of them, between large ones."""
+    rig = rigs("unix", target, **way)
+    link = rig.link()
+    incoming = Incoming(link.target)
+    expected = b""
+    for number in range(12):
+        block = payload(60_000, number)
+        link.client.send(block)
+        send_with_fd(link.client, b"!")
+        expected += block + b"!"
+        rig.settle()
+        incoming.step()
+    half_close(link.client)
+    rig.run(incoming)
+    assert incoming.data == expected
+
+
+def test_writers_with_different_credentials(rigs, way):
+    """With SO_PASSCRED (PassCredentials= in the socket unit) recv never joins two writers' bytes:
+    it ends where the writer changes."""
+    rig = rigs("unix", "tcp4", **way)
+    client, fd = rig.knock()
+    set_option(fd, socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+    number = rig.relay.connect(fd, FAMILIES["unix"], rig.address)
+    target = rig.meet()
+    rig.settle()
+    client.send(b"from one, ")
+    child = os.fork()
+    if child == 0:
+        client.send(b"from another")
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert rig.read(target, 22) == b"from one, from another"
+    assert number
