@@ -10,6 +10,15 @@ from harness.privileges import namespace_prefix, need_root
 from harness.sockets import FAMILIES, read_exactly, read_to_end, target_text
 from harness.waiting import wait_until
 
+def is_let_go(stage, listener=None):
+    """A client gets no byte and its end, which may be a reset as early as its connect."""
+    try:
+        with stage.connect(listener) as client:
+            return read_to_end(client)[0] == b""
+    except ConnectionResetError:
+        return True
+
+
 storms = differs("original", reason="connects to itself until its limit is reached", run=False)
 
 
@@ -21,9 +30,7 @@ def test_target_is_its_own_listener(stage, family):
     target = target_text(listener.getsockname(), listener.family)
     stage.launch(target, listeners=[listener])
     for _ in range(5):
-        client = stage.connect()
-        assert read_to_end(client)[0] == b""
-        client.close()
+        assert is_let_go(stage)
     wait_until(stage.proxy.log_lines, "a line about the loop")
     assert stage.proxy.cpu_share() < 0.2
     assert len(stage.proxy.log_lines()) <= 2
@@ -37,7 +44,7 @@ def test_loop_through_another_listener(stage):
     listeners = [stage.listener(), stage.listener("unix")]
     target = target_text(listeners[1].getsockname(), socket.AF_UNIX)
     stage.launch(target, listeners=listeners)
-    assert read_to_end(stage.connect(listeners[0]))[0] == b""
+    assert is_let_go(stage, listeners[0])
     wait_until(stage.proxy.log_lines, "a line about the loop")
     assert stage.proxy.cpu_share() < 0.2
 
@@ -49,7 +56,7 @@ def test_loop_does_not_disturb_others(stage):
     loop = target_text(listeners[0].getsockname(), socket.AF_INET)
     stage.launch(f"loop={loop}", f"echo={target}", listeners=listeners, names="loop:echo")
     for _ in range(5):
-        assert read_to_end(stage.connect(listeners[0]))[0] == b""
+        assert is_let_go(stage, listeners[0])
         client = stage.connect(listeners[1])
         client.sendall(b"hello")
         assert read_exactly(client, 5) == b"hello"
