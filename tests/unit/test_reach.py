@@ -1232,11 +1232,27 @@ class RealNames:
         return True
 
 
+def bound_to_one_port(*hosts):
+    """A socket on each of `hosts`, all with one port, which is free on all of them."""
+    while True:
+        sockets = [socket.socket() for _ in hosts]
+        try:
+            sockets[0].bind((hosts[0], 0))
+            port = sockets[0].getsockname()[1]
+            for other, host in zip(sockets[1:], hosts[1:], strict=True):
+                other.bind((host, port))
+        except OSError as error:
+            for one in sockets:
+                one.close()
+            if error.errno != errno.EADDRINUSE:
+                raise
+        else:
+            return *sockets, port
+
+
 def test_a_real_name_with_a_first_address_that_refuses(real, quiet):
-    with socket.socket() as refuses, socket.socket() as backend:
-        refuses.bind(("127.0.0.2", 0))
-        port = refuses.getsockname()[1]
-        backend.bind(("127.0.0.1", port))
+    refuses, backend, port = bound_to_one_port("127.0.0.2", "127.0.0.1")
+    with refuses, backend:
         backend.listen()
         addresses = [sockaddr.pack_inet(host, 0) for host in ("127.0.0.2", "127.0.0.1")]
         one = real(f"backend:{port}", names=RealNames(*addresses))
