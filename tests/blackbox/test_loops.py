@@ -10,6 +10,7 @@ from harness.privileges import namespace_prefix, need_root
 from harness.sockets import FAMILIES, read_exactly, read_to_end, target_text
 from harness.waiting import wait_until
 
+
 def is_let_go(stage, listener=None):
     """A client gets no byte and its end, which may be a reset as early as its connect."""
     try:
