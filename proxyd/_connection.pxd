@@ -22,11 +22,11 @@ from proxyd._half cimport (
 from proxyd._linux cimport (
     AF_INET, AF_INET6, AF_UNIX, EAGAIN, ECONNRESET, EINPROGRESS, EINTR, ELOOP, ENOMEM, EPIPE,
     EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP, EPOLL_CTL_ADD, EPOLL_CTL_DEL,
-    ETIMEDOUT, IPPROTO_TCP, MSG_NOSIGNAL, SHUT_WR, SIOCOUTQ, SOCK_CLOEXEC, SOCK_NONBLOCK,
-    SOCK_STREAM, SOL_SOCKET, SO_ERROR, SO_KEEPALIVE, SO_LINGER, SO_OOBINLINE, TCP_NODELAY,
-    calloc, close, connect, epoll_ctl, epoll_event, errno, free, getpeername, getsockname,
-    getsockopt, int64_t, ioctl, linger, memcmp, memset, send, setsockopt, shutdown, sockaddr,
-    sockaddr_storage, socket, socklen_t, uint32_t, uint64_t,
+    ETIMEDOUT, IPPROTO_TCP, MSG_NOSIGNAL, MSG_PEEK, SHUT_WR, SIOCOUTQ, SOCK_CLOEXEC,
+    SOCK_NONBLOCK, SOCK_STREAM, SOL_SOCKET, SO_ERROR, SO_KEEPALIVE, SO_LINGER, SO_OOBINLINE,
+    TCP_NODELAY, calloc, close, connect, epoll_ctl, epoll_event, errno, free, getpeername,
+    getsockname, getsockopt, int64_t, ioctl, linger, memcmp, memset, recv, send, setsockopt,
+    shutdown, sockaddr, sockaddr_storage, socket, socklen_t, uint32_t, uint64_t,
 )
 from proxyd._list cimport Link, link_init, list_append, list_remove
 from proxyd._own cimport Own, OwnTable, own_add, own_remove
@@ -113,6 +113,7 @@ ctypedef struct Relaying:
     int notes_count
     int64_t next_wake_ms       # the earliest of `timed`; 0: none
     bint report_ends
+    bint shared                # clients may be open in another process as well
     uint64_t ends[5]           # connections ended, by HOW_*
 
 
@@ -215,9 +216,12 @@ cdef inline void socket_reset(int fd, int family) noexcept nogil:
     close(fd)
 
 
-cdef inline void endpoint_close(Endpoint *end, bint reset) noexcept nogil:
+cdef inline void endpoint_close(Relaying *relay, Endpoint *end, bint reset) noexcept nogil:
+    """Where another process has the socket too, close(2) does not take it out of epoll."""
     if end.fd < 0:
         return
+    if relay.shared and end.registered:
+        epoll_ctl(relay.engine.epoll, EPOLL_CTL_DEL, end.fd, NULL)
     if reset:
         socket_reset(end.fd, end.family)
     else:
@@ -246,8 +250,8 @@ cdef inline void connection_close(
     Relaying *relay, Connection *c, int how, bint reset
 ) noexcept nogil:
     """Close whatever is left of it, both sides the same way."""
-    endpoint_close(&c.client, reset)
-    endpoint_close(&c.target, reset)
+    endpoint_close(relay, &c.client, reset)
+    endpoint_close(relay, &c.target, reset)
     connection_unlink(relay, c)
     c.how = how
     relay.ends[how] += 1
@@ -319,7 +323,7 @@ cdef inline void connection_linger(
     Relaying *relay, Connection *c, Endpoint *last, Endpoint *other, bint drains
 ) noexcept nogil:
     """`other` has nothing more to give or take: close it, and `last` when its time has come."""
-    endpoint_close(other, False)
+    endpoint_close(relay, other, False)
     own_remove(&relay.own, &c.own)
     half_drop(&c.up)
     half_drop(&c.down)
@@ -448,7 +452,7 @@ cdef inline void connect_failed(Relaying *relay, Connection *c, int error) noexc
     """Give the client back, with the bytes already taken from it."""
     if c.client.registered:
         epoll_ctl(relay.engine.epoll, EPOLL_CTL_DEL, c.client.fd, NULL)
-    endpoint_close(&c.target, False)
+    endpoint_close(relay, &c.target, False)
     list_remove(&c.live)
     list_remove(&c.timed)
     own_remove(&relay.own, &c.own)
@@ -469,12 +473,21 @@ cdef inline void connect_done(Relaying *relay, Connection *c) noexcept nogil:
         connect_failed(relay, c, ELOOP)
 
 
+cdef inline bint client_has_spoken(const Connection *c) noexcept nogil:
+    cdef char byte
+    return c.up.moved > 0 or recv(c.client.fd, &byte, 1, MSG_PEEK) > 0
+
+
 cdef inline void connecting_event(
     Relaying *relay, Connection *c, Endpoint *end, uint32_t events
 ) noexcept nogil:
-    """A target that accepted and then reset has been reached: that is for the client to see."""
+    """A target that accepted and then reset has been reached: that is for the client to see.
+
+    A client that is gone is dropped, unless it has ended cleanly and said something: that is still
+    delivered.
+    """
     if end.kind == KIND_CLIENT:
-        if end.gone:
+        if end.gone and (end.error != 0 or not client_has_spoken(c)):
             connection_close(relay, c, HOW_GONE, False)
         return
     if end.error != 0 and end.error != ECONNRESET and end.error != EPIPE:

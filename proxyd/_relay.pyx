@@ -217,6 +217,16 @@ cdef class Relay:
     def report_ends(self, bint value):
         self.relaying.report_ends = value
 
+    @property
+    def shared(self):
+        """Whether clients may be open in another process too, as the service manager keeps those
+        of Accept=yes."""
+        return bool(self.relaying.shared)
+
+    @shared.setter
+    def shared(self, bint value):
+        self.relaying.shared = value
+
     def counters(self):
         """(accepted, refused, bytes to targets, to clients, spliced, copied, ends by HOW_*)."""
         cdef Relaying *relay = &self.relaying

@@ -84,6 +84,7 @@ class Intake:
             if door.listener.connected:
                 fd, door.listener.fd = door.listener.fd, -1
                 self.passed_in += 1
+                self._relay.shared = True
                 self._admit(door, fd)
             else:
                 door.gate.open()

@@ -202,10 +202,9 @@ def unreachable(rig):
     return rig.keep(open_client(rig.backend))
 
 
-@pytest.mark.parametrize("client", ["tcp4", "unix"])
-def test_client_that_resets_while_connecting(rigs, client):
+def test_client_that_resets_while_connecting(rigs):
     """It is dropped, whether or not it had said anything."""
-    rig = rigs(client, "tcp4")
+    rig = rigs("tcp4", "tcp4")
     unreachable(rig)
     for word in (b"", b"something"):
         other, fd = rig.knock()
@@ -245,6 +244,42 @@ def test_client_that_half_closes_while_connecting(rigs):
     assert rig.read_to_end(target) == (b"request", "eof")
     rig.send(target, b"reply", close)
     assert rig.read_to_end(client) == (b"reply", "eof")
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_unix_client_that_says_its_word_and_leaves(rigs, early):
+    """Who is gone before the target has answered has still said something: it is delivered, and
+    the end after it. `early`: the word was there before the connect began."""
+    rig = rigs("unix", "tcp4")
+    crowd = unreachable(rig)
+    client, fd = rig.knock()
+    if early:
+        client.send(b"notify")
+    number = rig.connect(fd)
+    if not early:
+        client.send(b"notify")
+    close(client)
+    assert rig.is_calm()
+    assert rig.relay.open == 1
+    close(crowd)
+    rig.backend.listen(8)
+    rig.meet()
+    target = rig.meet()  # once the kernel has repeated its SYN, after a second
+    assert rig.read_to_end(target) == (b"notify", "eof")
+    close(target)
+    how, up, _ = rig.until_ended(number)
+    assert (how, up) == ("ended", 6)
+
+
+def test_unix_client_that_leaves_without_a_word(rigs):
+    """There is nothing to deliver: its slot is free at once, even if the word is a preamble."""
+    for preamble in (None, b"PROXY UNKNOWN\r\n"):
+        rig = rigs("unix", "tcp4")
+        unreachable(rig)
+        client, fd = rig.knock()
+        number = rig.connect(fd, preamble=preamble)
+        close(client)
+        assert rig.until_ended(number)[0] == "gone"
 
 
 def test_bytes_that_come_while_connecting_wait(rigs):

@@ -277,6 +277,24 @@ def test_many_short_connections_leave_nothing(rigs, pair):
     assert rig.ended(link.id) is None
 
 
+def test_client_that_another_process_has_too(rigs):
+    """With Accept=yes the service manager keeps the client open: then close(2) does not take it
+    out of epoll, which would go on announcing what was freed long ago."""
+    rig = rigs("unix", "unix")
+    rig.relay.shared = True
+    link = rig.link()
+    copy = os.dup(link.client_fd)
+    try:
+        close(link.target)
+        close(link.client)
+        rig.until_ended(link.id)
+        with open(f"/proc/self/fdinfo/{rig.epoll}") as info:
+            watched = [line.split()[1] for line in info if line.startswith("tfd:")]
+        assert watched == [str(rig.door.fileno())]
+    finally:
+        os.close(copy)
+
+
 # ── arguments ────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -379,6 +379,7 @@ def test_a_connection_that_was_passed_in(world):
     assert world.relay.open == 1
     assert door.listener.fd == -1
     assert intake.passed_in == 1
+    assert world.relay.shared
     assert not door.open
     assert not intake.broken
     ours.send(b"hello")
