@@ -16,8 +16,8 @@
 
 from proxyd._half cimport (
     DEAD, DRAINING, Endpoint, Engine, FLOWING, Half, SHUT, STAT_TO_CLIENT, STAT_TO_TARGET,
-    endpoint_failed, endpoint_interest, endpoint_recv, half_abandon, half_drop, half_held,
-    half_keep, half_pump, spill_free,
+    endpoint_failed, endpoint_interest, endpoint_lost, endpoint_recv, half_abandon, half_drop,
+    half_held, half_keep, half_pump, spill_free,
 )
 from proxyd._linux cimport (
     AF_INET, AF_INET6, AF_UNIX, EAGAIN, ECONNRESET, EINPROGRESS, EINTR, ELOOP, ENOMEM, EPIPE,
@@ -78,7 +78,7 @@ ctypedef struct Connection:
     uint64_t queue             # what it was then, bytes
     uint64_t moved             # up.moved + down.moved when last looked at
     int pause_ms               # until the next look
-    size_t drained             # bytes thrown away while lingering
+    size_t drained             # bytes thrown away, since nobody is there to take them
     Endpoint *last             # the side that lingers
     bint drains                # it was sent a clean end, and may go on sending for a while
     bint reset                 # it is to be reset at the end
@@ -112,9 +112,10 @@ ctypedef struct Relaying:
     Note notes[NOTES_MOST]
     int notes_count
     int64_t next_wake_ms       # the earliest of `timed`; 0: none
+    int pid                    # this process
     bint report_ends
     bint shared                # clients may be open in another process as well
-    uint64_t ends[5]           # connections ended, by HOW_*
+    uint64_t ends[HOW_COUNT]   # connections ended, by HOW_*
 
 
 # ── set-up ───────────────────────────────────────────────────────────────────────────────────
@@ -138,12 +139,18 @@ cdef inline void half_init(Half *half, Endpoint *src, Endpoint *dst, int directi
 
 
 cdef inline Connection *connection_new(
-    int client, int client_family, int target, int target_family
+    Relaying *relay, int client, int client_family, int target, int target_family,
+    const char *preamble, size_t preamble_size
 ) noexcept nogil:
-    """Neither fd is owned yet. NULL: no memory."""
+    """`preamble` is to be sent first. Neither fd is owned yet. NULL: no memory."""
     cdef Connection *c = <Connection *>calloc(1, sizeof(Connection))
     if c == NULL:
         return NULL
+    if preamble_size > 0 and half_keep(&c.up, preamble, preamble_size) < 0:
+        free(c)
+        return NULL
+    relay.last_id += 1
+    c.id = relay.last_id
     link_init(&c.live, c)
     link_init(&c.timed, c)
     link_init(&c.again, c)
@@ -337,9 +344,7 @@ cdef inline void connection_linger(
     linger_step(relay, c)
 
 
-cdef inline void half_finish(
-    Relaying *relay, Connection *c, Half *half, Half *other
-) noexcept nogil:
+cdef inline void half_finish(Half *half, Half *other) noexcept nogil:
     """src has ended cleanly and everything is delivered: pass the end on.
 
     Where the other half is over, closing both says the same with a system call less.
@@ -361,7 +366,7 @@ cdef inline void half_settle(
         if half.src.error != 0:
             connection_linger(relay, c, half.dst, half.src, False)
         else:
-            half_finish(relay, c, half, other)
+            half_finish(half, other)
 
 
 cdef inline void connection_settle(Relaying *relay, Connection *c) noexcept nogil:
@@ -506,8 +511,7 @@ cdef inline void connecting_send(
     if sent < 0:
         sent = 0
         if error == ECONNRESET or error == EPIPE:
-            endpoint_failed(&c.target, error)
-            c.target.readable = c.target.ending = 1
+            endpoint_lost(&c.target, error)
             connect_done(relay, c)
             return
         if error != EAGAIN and error != EINTR:
@@ -592,22 +596,6 @@ cdef inline int socket_connect(
     return fd
 
 
-cdef inline Connection *connection_make(
-    Relaying *relay, int client, int client_family, int target, int target_family,
-    const char *preamble, size_t preamble_size
-) noexcept nogil:
-    """As connection_new, with an id and what is to be sent first."""
-    cdef Connection *c = connection_new(client, client_family, target, target_family)
-    if c == NULL:
-        return NULL
-    if preamble_size > 0 and half_keep(&c.up, preamble, preamble_size) < 0:
-        free(c)
-        return NULL
-    relay.last_id += 1
-    c.id = relay.last_id
-    return c
-
-
 cdef inline long long connection_open(
     Relaying *relay, int client, int client_family, const sockaddr_storage *address,
     socklen_t size, const char *preamble, size_t preamble_size, long long cookie,
@@ -620,8 +608,8 @@ cdef inline long long connection_open(
     cdef int fd = socket_connect(address, size, &connecting)
     if fd < 0:
         return fd
-    c = connection_make(relay, client, client_family, fd, address.ss_family,
-                        preamble, preamble_size)
+    c = connection_new(relay, client, client_family, fd, address.ss_family,
+                       preamble, preamble_size)
     if c == NULL:
         close(fd)
         return -ENOMEM

@@ -10,8 +10,8 @@ from proxyd._connection cimport (
 )
 from proxyd._linux cimport (
     EAGAIN, ELOOP, EPOLLIN, EPOLL_CTL_ADD, EPOLL_CTL_DEL, SOCK_CLOEXEC, SOCK_NONBLOCK,
-    SOL_SOCKET, SO_PEERCRED, accept4, close, epoll_ctl, epoll_event, errno, getpid, getsockopt,
-    int64_t, sockaddr, sockaddr_storage, socklen_t, ucred, uint64_t,
+    SOL_SOCKET, SO_PEERCRED, accept4, close, epoll_ctl, epoll_event, errno, getsockopt, int64_t,
+    sockaddr, sockaddr_storage, socklen_t, ucred, uint64_t,
 )
 from proxyd._list cimport Link, list_append, list_empty, list_remove
 from proxyd._own cimport own_came_back
@@ -46,12 +46,12 @@ ctypedef struct GateState:
     bint refuses               # the wait was in vain
 
 
-cdef inline bint peer_is_this_process(int fd) noexcept nogil:
+cdef inline bint peer_is_process(int fd, int pid) noexcept nogil:
     cdef ucred peer
     cdef socklen_t size = sizeof(peer)
     if getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &size) < 0:
         return False
-    return peer.pid == getpid()
+    return peer.pid == pid
 
 
 cdef inline int gate_accept(Relaying *relay, GateState *gate) noexcept nogil:
@@ -63,7 +63,7 @@ cdef inline int gate_accept(Relaying *relay, GateState *gate) noexcept nogil:
         return -errno
     relay.accepted += 1
     if (gate.check & GATE_CHECK_TCP and own_came_back(&relay.own, fd, &peer)
-            or gate.check & GATE_CHECK_UNIX and peer_is_this_process(fd)):
+            or gate.check & GATE_CHECK_UNIX and peer_is_process(fd, relay.pid)):
         socket_reset(fd, gate.family)
         relay.refused += 1
         return -ELOOP

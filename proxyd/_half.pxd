@@ -91,7 +91,7 @@ ctypedef struct Half:
     uint64_t moved             # bytes taken from src
     uint8_t full_reads         # in a row
     uint8_t small_reads        # in a row, of a stream
-    uint8_t streaming          # large units, by splice or by copy as `splices` says
+    uint8_t streaming          # large units, by splice or by copy as half_splices() says
     uint8_t copy_only          # the kernel refuses to splice these sockets
 
 
@@ -128,6 +128,18 @@ cdef inline void endpoint_failed(Endpoint *end, int error) noexcept nogil:
     end.gone = 1
     if end.error == 0:
         end.error = error
+
+
+cdef inline void endpoint_lost(Endpoint *end, int error) noexcept nogil:
+    """A write failed. What it had already sent is still to be read, to the end.
+
+    EPIPE from a UNIX socket is a peer that closed, or only stopped reading: no reset.
+    """
+    if error == EPIPE and end.family == AF_UNIX:
+        end.gone = 1
+    else:
+        endpoint_failed(end, error)
+    end.readable = end.ending = 1
 
 
 cdef inline void endpoint_widen(const Endpoint *end) noexcept nogil:
@@ -212,16 +224,7 @@ cdef inline int half_keep(Half *half, const char *data, size_t size) noexcept no
 # ── writing ──────────────────────────────────────────────────────────────────────────────────
 
 cdef inline void half_write_failed(Half *half, int error) noexcept nogil:
-    """dst is gone. What it had already sent is still to be read, to the end.
-
-    EPIPE from a UNIX socket is a peer that closed, or only stopped reading: no reset.
-    """
-    cdef Endpoint *dst = half.dst
-    if error == EPIPE and dst.family == AF_UNIX:
-        dst.gone = 1
-    else:
-        endpoint_failed(dst, error)
-    dst.readable = dst.ending = 1
+    endpoint_lost(half.dst, error)
     half_abandon(half)
 
 
@@ -276,6 +279,11 @@ cdef inline void half_unpipe(Engine *engine, Half *half) noexcept nogil:
     half_send_spill(engine, half)
 
 
+cdef inline bint splice_refused(int error) noexcept nogil:
+    """Whether the kernel will not splice such a socket at all."""
+    return error == EINVAL or error == ENOSYS or error == EPERM or error == EOPNOTSUPP
+
+
 cdef inline void half_splice_out(Engine *engine, Half *half) noexcept nogil:
     """Empty the pipe into dst. Asks for exactly what is inside: a larger length may be taken for
     a promise of more to come, and the last segment is then held back."""
@@ -288,7 +296,7 @@ cdef inline void half_splice_out(Engine *engine, Half *half) noexcept nogil:
             error = errno if moved < 0 else EPIPE
             if error == EAGAIN:
                 endpoint_blocked(engine, half.dst)
-            elif error == EINVAL or error == ENOSYS or error == EPERM or error == EOPNOTSUPP:
+            elif splice_refused(error):
                 half_unpipe(engine, half)
             elif error != EINTR:
                 half_write_failed(half, error)
@@ -389,7 +397,7 @@ cdef inline ssize_t half_splice(Engine *engine, Half *half) noexcept nogil:
         return half_copy(engine, half, engine.stream_unit)
     if error == EAGAIN:
         half.src.readable = 0
-    elif error == EINVAL or error == ENOSYS or error == EPERM or error == EOPNOTSUPP:
+    elif splice_refused(error):
         half.copy_only = 1
         return half_copy(engine, half, engine.stream_unit)
     elif error != EINTR:

@@ -13,7 +13,7 @@ _connection.pxd (how a connection begins and ends), _half.pxd (the pump), _pipe.
 from proxyd._connection cimport (
     CONNECTED, Connection, HOW_COUNT, HOW_CUT, HOW_IDLE, KIND_GATE, KIND_WATCH, NOTE_ACCEPTED,
     NOTE_ENDED, NOTE_FAILED, NOTE_NOBODY, NOTE_READY, NOTE_REFUSED, Note, Relaying,
-    connection_advance, connection_begin, connection_close, connection_event, connection_make,
+    connection_advance, connection_begin, connection_close, connection_event, connection_new,
     connection_open, note_add, relay_timers, socket_connect, socket_error, socket_met_itself,
     socket_tune,
 )
@@ -21,14 +21,14 @@ from proxyd._gate cimport (
     GATE_CHECK_TCP, GATE_CHECK_UNIX, GateState, gate_event, gate_unwatch, gate_watch,
     gates_reopen,
 )
-from proxyd._half cimport COPY_UNIT, Endpoint, FIRST_UNIT, endpoint_failed, half_drop, half_held
+from proxyd._half cimport COPY_UNIT, Endpoint, FIRST_UNIT, endpoint_lost, half_drop, half_held
 from proxyd._linux cimport (
     CLOCK_MONOTONIC, EINPROGRESS, EINTR, ELOOP, ENOMEM, EPOLLET, EPOLLIN, EPOLLOUT,
     EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL, RLIMIT_NOFILE, SFD_CLOEXEC, SFD_NONBLOCK,
     SIG_BLOCK, SOL_SOCKET, SO_DOMAIN, calloc, clock_gettime, close, epoll_create1, epoll_ctl,
-    epoll_event, epoll_wait, errno, free, getpeername, getrlimit, getsockname, getsockopt,
-    int64_t, malloc, memcpy, memset, rlimit, setrlimit, sigaddset, sigemptyset, signalfd,
-    sigprocmask, sigset_t, sockaddr, sockaddr_storage, socklen_t, timespec,
+    epoll_event, epoll_wait, errno, free, getpeername, getpid, getrlimit, getsockname,
+    getsockopt, int64_t, malloc, memcpy, memset, rlimit, setrlimit, sigaddset, sigemptyset,
+    signalfd, sigprocmask, sigset_t, sockaddr, sockaddr_storage, socklen_t, timespec,
 )
 from proxyd._list cimport Link, link_init, list_append, list_empty, list_remove
 from proxyd._own cimport Own, own_add, own_move, own_remove
@@ -142,14 +142,14 @@ cdef class Relay:
         link_init(&relay.full, NULL)
         if stream_unit < 1:
             raise ValueError("a recv of nothing would look like the end")
+        relay.pid = getpid()
         relay.most = 1 << 30
-        relay.quiet_ms = clock_ms()
+        relay.engine.now_ms = relay.quiet_ms = clock_ms()
         relay.engine.first_unit = min(stream_unit, <size_t>FIRST_UNIT)
         relay.engine.copy_unit = min(stream_unit, <size_t>COPY_UNIT)
         relay.engine.stream_unit = stream_unit
         relay.engine.pool.size = min(pipe_size, <size_t>PIPE_MOST)
         relay.engine.may_splice = may_splice
-        relay.engine.now_ms = clock_ms()
         relay.engine.buffer = <char *>malloc(stream_unit)
         if relay.engine.buffer == NULL:
             raise MemoryError()
@@ -355,16 +355,15 @@ cdef class Relay:
         cdef Connection *c
         if preamble is None:
             preamble = b""
-        c = connection_make(&self.relaying, client, client_family, fd, socket_family(fd),
-                            preamble, <size_t>len(preamble))
+        c = connection_new(&self.relaying, client, client_family, fd, socket_family(fd),
+                           preamble, <size_t>len(preamble))
         if c == NULL:
             raise_errno(ENOMEM)
         if watch != NULL:
             own_move(&self.relaying.own, &c.own, &watch.own)
             self.unwatch(fd)
         if error != 0:  # it has answered and reset: what connected() has read nobody else can
-            endpoint_failed(&c.target, error)
-            c.target.readable = c.target.ending = 1
+            endpoint_lost(&c.target, error)
         connection_begin(&self.relaying, c, False, 0)
         return self.relaying.last_id
 

@@ -67,7 +67,7 @@ class Intake:
         self.passed_in = 0
         """Clients that were accepted for us (Accept=yes)."""
         self.broken = False
-        """Tell whether no listener is left to accept from."""
+        """No listener is left to accept from."""
         self.resume_ms: int | None = None
         """When to accept again, after fds or memory had run out."""
         self._loop = loop
@@ -99,10 +99,7 @@ class Intake:
 
     def set_terms(self) -> None:
         """Tell the relay which clients it may connect without asking, and how many."""
-        held = 0
-        for way in self._ways:
-            held += len(way.held)
-        self._relay.most = self._connections_max - held
+        self._relay.most = self._connections_max - self._held()
         asked = self._proxy_protocol or self._loop.notes is not None
         for door in self.doors:
             door.gate.express(None if asked else door.way.express, door.way.timeout_ms or 0)
@@ -116,7 +113,7 @@ class Intake:
         elif kind == NOBODY:
             self._not_accepted(door, rest[0])
         elif kind == REFUSED:
-            log.limited("limit", "Hit connection limit, refusing connection.")
+            self._log_refusal()
 
     def tick(self, now_ms: int) -> None:
         """Accept again once it is time, or a connection has ended."""
@@ -142,15 +139,19 @@ class Intake:
         return -1 if self.resume_ms is None else self._open_at_pause - 1
 
     def _accepted(self, door: Door, fd: int) -> None:
-        held = 0
-        for way in self._ways:
-            held += len(way.held)
-        if self._relay.open + held >= self._connections_max:
-            os.close(fd)
-            self.refused += 1
-            log.limited("limit", "Hit connection limit, refusing connection.")
-        else:
+        if self._relay.open + self._held() < self._connections_max:
             self._admit(door, fd)
+            return
+        os.close(fd)
+        self.refused += 1
+        self._log_refusal()
+
+    def _held(self) -> int:
+        """How many wait for their target; they count as connections."""
+        return sum([len(way.held) for way in self._ways])
+
+    def _log_refusal(self) -> None:
+        log.limited("limit", "Hit connection limit, refusing connection.")
 
     def _admit(self, door: Door, fd: int) -> None:
         """Send a client on its way to the target."""

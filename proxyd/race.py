@@ -9,6 +9,24 @@ from proxyd.loop import Loop
 STAGGER_MS = 250
 """Connection Attempt Delay, RFC 8305 section 5."""
 
+RETRYABLE = frozenset(
+    (
+        errno.ECONNREFUSED,
+        errno.ENOENT,
+        errno.EAGAIN,
+        errno.EHOSTUNREACH,
+        errno.ENETUNREACH,
+        errno.ETIMEDOUT,
+        errno.EADDRNOTAVAIL,
+        errno.ELOOP,  # it met itself: nobody listens there
+        errno.EMFILE,  # and these are ours, not the target's: they pass as well
+        errno.ENFILE,
+        errno.ENOBUFS,
+        errno.ENOMEM,
+    )
+)
+"""Errors of connect(2) after which the target may be there later."""
+
 
 class Race:
     """Connects to one address after the other until one answers.
@@ -115,22 +133,3 @@ class Race:
         self._ahead = []
         for fd in list(self._attempts):
             self._close(fd)
-
-
-RETRYABLE = frozenset(
-    (
-        errno.ECONNREFUSED,
-        errno.ENOENT,
-        errno.EAGAIN,
-        errno.EHOSTUNREACH,
-        errno.ENETUNREACH,
-        errno.ETIMEDOUT,
-        errno.EADDRNOTAVAIL,
-        errno.ELOOP,  # it met itself: nobody listens there
-        errno.EMFILE,  # and these are ours, not the target's: they pass as well
-        errno.ENFILE,
-        errno.ENOBUFS,
-        errno.ENOMEM,
-    )
-)
-"""Errors of connect(2) after which the target may be there later."""

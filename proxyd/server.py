@@ -1,7 +1,8 @@
 """The main loop, and when the program ends.
 
-One connection, from top to bottom: Intake accepts it, Reach finds a way to its target and hands
-both to the relay (_relay.pyx), which forwards until both sides are done.
+One connection, from top to bottom: the relay (_relay.pyx) accepts it and connects it on the terms
+that Intake has set, or hands it to Intake; then Reach finds a way to its target and gives both back
+to the relay, which forwards until both sides are done.
 """
 
 import _signal  # type: ignore[import-not-found]
