@@ -24,16 +24,19 @@ from proxyd._linux cimport (
     EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP, EPOLL_CTL_ADD, EPOLL_CTL_DEL,
     ETIMEDOUT, IPPROTO_TCP, MSG_NOSIGNAL, MSG_PEEK, SHUT_WR, SIOCOUTQ, SOCK_CLOEXEC,
     SOCK_NONBLOCK, SOCK_STREAM, SOL_SOCKET, SO_ERROR, SO_KEEPALIVE, SO_LINGER, SO_OOBINLINE,
-    TCP_NODELAY, calloc, close, connect, epoll_ctl, epoll_event, errno, free, getpeername,
-    getsockname, getsockopt, int64_t, ioctl, linger, memcmp, memset, recv, send, setsockopt,
-    shutdown, sockaddr, sockaddr_storage, socket, socklen_t, uint32_t, uint64_t,
+    TCP_NODELAY, calloc, close, connect, counter_add, epoll_ctl, epoll_event, errno, free,
+    getpeername, getsockname, getsockopt, int64_t, ioctl, linger, memcmp, memset, pthread_t,
+    recv, send, setsockopt, shared_add, shared_get, shutdown, sockaddr, sockaddr_storage,
+    socket, socklen_t, uint32_t, uint64_t,
 )
-from proxyd._list cimport Link, link_init, list_append, list_remove
+from proxyd._inbox cimport Inbox, inbox_put, inbox_ring
+from proxyd._list cimport Link, link_init, list_append, list_empty, list_remove
 from proxyd._own cimport Own, OwnTable, own_add, own_remove
 from proxyd._pipe cimport pipe_init, pool_clear
+from proxyd._tally cimport Tally, tally_join, tally_leave
 
 cdef enum:
-    KIND_WATCH, KIND_GATE, KIND_CLIENT, KIND_TARGET
+    KIND_WATCH, KIND_GATE, KIND_INBOX, KIND_CLIENT, KIND_TARGET
 
 cdef enum:
     CONNECTING, CONNECTED, LINGERING, CLOSED
@@ -43,6 +46,7 @@ cdef enum:
     NOTE_READY, NOTE_ACCEPTED, NOTE_NOBODY, NOTE_REFUSED, NOTE_FAILED, NOTE_ENDED
 
 cdef enum:
+    EVENTS_MOST = 256          # per epoll_wait
     NOTES_MOST = 512           # per turn; gates stop at half, the other half is for watched fds
 
 # how a connection ended
@@ -57,10 +61,9 @@ cdef enum:
     LINGER_LONGEST_MS = 128    # … up to this
 
 ctypedef struct Connection:
-    Link live                  # all connections, the longest without a byte first
+    Link live                  # all of a relay's, the longest without a byte first; or the dead
     Link timed                 # connecting, lingering or stuck ones: `wake_ms` says when to look
     Link again                 # those whose pump spent its budget
-    Connection *next           # among the failed, the ended or the dead
     Endpoint client
     Endpoint target
     Half up                    # client → target
@@ -70,6 +73,7 @@ ctypedef struct Connection:
     long long cookie           # the caller's, given back when the connect fails
     int state
     int how                    # HOW_*, valid once CLOSED
+    int64_t timeout_ms         # of the connect; 0: as long as the kernel tries
     int64_t opened_ms
     int64_t active_ms          # when a byte last moved
     int64_t wake_ms
@@ -83,32 +87,48 @@ ctypedef struct Connection:
     bint drains                # it was sent a clean end, and may go on sending for a while
     bint reset                 # it is to be reset at the end
 
+ctypedef struct Relaying       # below
+
 ctypedef struct Note:
     int kind
     int fd
     uint32_t value             # epoll events, or an errno
     int index                  # of the gate
 
+ctypedef struct Crew:
+    Relaying **relays
+    int count
+    int size                   # of `relays`
+    int asked                  # how often they were asked whether they are alive
+
 ctypedef struct Relaying:
     Engine engine
+    Tally *tally               # what all relays of the program count together
+    OwnTable *own              # likewise
+    Inbox inbox                # what other threads have left here
+    Relaying *boss             # the relay that accepts and hands over; NULL: this is the one
+    Crew crew                  # the boss's: those it hands over to
+    pthread_t thread           # a crew's relay: where it runs
+    bint stopping              # a crew's relay: it was told to end
+    int answered               # a crew's relay: up to which of the boss's questions
     Link live
     Link timed
     Link again
-    Connection *failed         # connects that failed: the caller gets the client back
-    Connection *ended          # closed ones, to be reported
-    Connection *dead           # closed ones, to be freed after the batch
-    OwnTable own
-    int open                   # connections, connecting and lingering ones included
-    # So many may be open before gates refuse; one less for each client that the policy has been
-    # given and has not counted yet.
+    Link failed                # connects that failed: the caller gets the client back
+    Link ended                 # closed ones, to be reported
+    Link dead                  # closed ones, to be freed after the batch
+    int open                   # connections of this relay
+    # So many of all relays may be open before gates refuse; one less for each client that the
+    # policy has been given and has not counted yet.
     int most
     Link full                  # gates that wait for room
     int64_t room_ms            # until when they do; 0: none does
+    int64_t idle_ms            # close what has not moved a byte for so long; 0: never
     long long last_id
     uint64_t accepted
     uint64_t refused           # of them, closed at once: over the limit, or ourselves
     int64_t turns              # epoll_wait calls
-    int64_t quiet_ms           # when `open` last fell to 0
+    epoll_event events[EVENTS_MOST]
     Note notes[NOTES_MOST]
     int notes_count
     int64_t next_wake_ms       # the earliest of `timed`; 0: none
@@ -188,6 +208,20 @@ cdef inline void socket_tune(int fd, int family) noexcept nogil:
         setsockopt(fd, SOL_SOCKET, SO_OOBINLINE, &on, sizeof(on))
 
 
+cdef inline void connection_free(Connection *c) noexcept nogil:
+    half_drop(&c.up)
+    half_drop(&c.down)
+    free(c)
+
+
+cdef inline void connections_free(Link *connections) noexcept nogil:
+    cdef Connection *c
+    while not list_empty(connections):
+        c = <Connection *>connections.next.owner
+        list_remove(&c.live)
+        connection_free(c)
+
+
 # ── time ─────────────────────────────────────────────────────────────────────────────────────
 
 cdef inline void connection_wake_at(Relaying *relay, Connection *c, int64_t when_ms) noexcept nogil:
@@ -240,17 +274,22 @@ cdef inline void connection_unlink(Relaying *relay, Connection *c) noexcept nogi
     list_remove(&c.live)
     list_remove(&c.timed)
     list_remove(&c.again)
-    own_remove(&relay.own, &c.own)
+    own_remove(relay.own, &c.own)
     half_drop(&c.up)
     half_drop(&c.down)
     c.state = CLOSED
 
 
-cdef inline void connections_fewer(Relaying *relay) noexcept nogil:
-    relay.open -= 1
-    if relay.open == 0:
-        relay.quiet_ms = relay.engine.now_ms
+cdef inline void relay_left(Relaying *relay) noexcept nogil:
+    """This relay has a connection less."""
+    if shared_add(&relay.open, -1) == 0:
         pool_clear(&relay.engine.pool)
+
+
+cdef inline void connections_fewer(Relaying *relay) noexcept nogil:
+    """The program has a connection less."""
+    if tally_leave(relay.tally, relay.engine.now_ms) and relay.boss != NULL:
+        inbox_ring(&relay.boss.inbox)
 
 
 cdef inline void connection_close(
@@ -261,13 +300,9 @@ cdef inline void connection_close(
     endpoint_close(relay, &c.target, reset)
     connection_unlink(relay, c)
     c.how = how
-    relay.ends[how] += 1
-    if relay.report_ends:
-        c.next = relay.ended
-        relay.ended = c
-    else:
-        c.next = relay.dead
-        relay.dead = c
+    counter_add(&relay.ends[how], 1)
+    list_append(&relay.ended if relay.report_ends else &relay.dead, &c.live)
+    relay_left(relay)
     connections_fewer(relay)
 
 
@@ -331,7 +366,7 @@ cdef inline void connection_linger(
 ) noexcept nogil:
     """`other` has nothing more to give or take: close it, and `last` when its time has come."""
     endpoint_close(relay, other, False)
-    own_remove(&relay.own, &c.own)
+    own_remove(relay.own, &c.own)
     half_drop(&c.up)
     half_drop(&c.down)
     list_remove(&c.again)
@@ -454,19 +489,18 @@ cdef inline bint socket_met_itself(int fd) noexcept nogil:
 
 
 cdef inline void connect_failed(Relaying *relay, Connection *c, int error) noexcept nogil:
-    """Give the client back, with the bytes already taken from it."""
+    """Give the client back, with the bytes already taken from it. The connection counts until the
+    policy has it: otherwise somebody else could be let in for it meanwhile."""
     if c.client.registered:
         epoll_ctl(relay.engine.epoll, EPOLL_CTL_DEL, c.client.fd, NULL)
     endpoint_close(relay, &c.target, False)
     list_remove(&c.live)
     list_remove(&c.timed)
-    own_remove(&relay.own, &c.own)
+    own_remove(relay.own, &c.own)
     c.state = CLOSED
     c.target.error = error
-    connections_fewer(relay)
-    relay.most -= 1
-    c.next = relay.failed
-    relay.failed = c
+    list_append(&relay.failed, &c.live)
+    relay_left(relay)
 
 
 cdef inline void connect_done(Relaying *relay, Connection *c) noexcept nogil:
@@ -523,8 +557,8 @@ cdef inline void connecting_send(
     elif <size_t>sent < size and half_keep(&c.up, data + sent, size - <size_t>sent) < 0:
         connection_close(relay, c, HOW_RESET, True)
         return
-    relay.engine.counters.forwarded[STAT_TO_TARGET] += <size_t>sent
-    relay.engine.counters.copied += <size_t>sent
+    counter_add(&relay.engine.counters.forwarded[STAT_TO_TARGET], <size_t>sent)
+    counter_add(&relay.engine.counters.copied, <size_t>sent)
     if c.target.gone:
         connect_failed(relay, c, c.target.error)
     elif sent > 0:
@@ -551,21 +585,16 @@ cdef inline void connection_first_pump(Relaying *relay, Connection *c) noexcept 
         connection_advance(relay, c)
 
 
-cdef inline void connection_begin(
-    Relaying *relay, Connection *c, bint connecting, int64_t timeout_ms
-) noexcept nogil:
+cdef inline void connection_begin(Relaying *relay, Connection *c) noexcept nogil:
     """Pump for the first time, and only then ask epoll: most short exchanges have by then been
     heard, and need no event to say so."""
-    c.opened_ms = c.active_ms = relay.engine.now_ms
+    c.active_ms = relay.engine.now_ms
     list_append(&relay.live, &c.live)
-    relay.open += 1
     if c.client.family == AF_UNIX:
         socket_tune(c.client.fd, AF_UNIX)
-    if connecting:
-        c.state = CONNECTING
+    if c.state == CONNECTING:
         connection_first_pump(relay, c)
     else:
-        c.state = CONNECTED
         connection_advance(relay, c)
     if c.state == CLOSED:
         return
@@ -573,8 +602,35 @@ cdef inline void connection_begin(
     if not endpoint_register(&relay.engine, &c.client) or (
             not endpoint_register(&relay.engine, &c.target)):
         connection_close(relay, c, HOW_RESET, True)
-    elif c.state == CONNECTING and timeout_ms > 0:
-        connection_wake_at(relay, c, relay.engine.now_ms + timeout_ms)
+    elif c.state == CONNECTING and c.timeout_ms > 0:
+        connection_wake_at(relay, c, relay.engine.now_ms + c.timeout_ms)
+
+
+cdef inline Relaying *relay_with_least(Relaying *boss) noexcept nogil:
+    """The relay with the fewest connections; the boss's own where that is no more than others
+    have, since it costs no change of threads."""
+    cdef Relaying *least = boss
+    cdef int fewest = shared_get(&boss.open)
+    cdef int i, count
+    for i in range(boss.crew.count):
+        count = shared_get(&boss.crew.relays[i].open)
+        if count < fewest:
+            fewest = count
+            least = boss.crew.relays[i]
+    return least
+
+
+cdef inline void connection_place(Relaying *boss, Connection *c, bint connecting) noexcept nogil:
+    """Count a new connection, and have it begin in the least-loaded relay."""
+    cdef Relaying *relay = relay_with_least(boss)
+    c.opened_ms = boss.engine.now_ms
+    c.state = CONNECTING if connecting else CONNECTED
+    tally_join(boss.tally)
+    shared_add(&relay.open, 1)
+    if relay == boss:
+        connection_begin(boss, c)
+    else:
+        inbox_put(&relay.inbox, &relay.inbox.begin, &c.live)
 
 
 cdef inline int socket_connect(
@@ -615,8 +671,9 @@ cdef inline long long connection_open(
         return -ENOMEM
     number = c.id
     c.cookie = cookie
-    own_add(&relay.own, &c.own, fd, address)
-    connection_begin(relay, c, connecting, timeout_ms)
+    c.timeout_ms = timeout_ms
+    own_add(relay.own, &c.own, fd, address)
+    connection_place(relay, c, connecting)
     return number
 
 

@@ -15,6 +15,7 @@ from proxyd._linux cimport (
 )
 from proxyd._list cimport Link, list_append, list_empty, list_remove
 from proxyd._own cimport own_came_back
+from proxyd._tally cimport tally_open
 
 # what to look for in an accepted client, to find that it is ourselves
 cdef enum:
@@ -62,7 +63,7 @@ cdef inline int gate_accept(Relaying *relay, GateState *gate) noexcept nogil:
     if fd < 0:
         return -errno
     relay.accepted += 1
-    if (gate.check & GATE_CHECK_TCP and own_came_back(&relay.own, fd, &peer)
+    if (gate.check & GATE_CHECK_TCP and own_came_back(relay.own, fd, &peer)
             or gate.check & GATE_CHECK_UNIX and peer_is_process(fd, relay.pid)):
         socket_reset(fd, gate.family)
         relay.refused += 1
@@ -77,7 +78,7 @@ cdef inline void gate_admit(Relaying *relay, GateState *gate, int fd) noexcept n
         relay.most -= 1
         note_add(relay, NOTE_ACCEPTED, fd, 0, gate.index)
         return
-    if relay.open >= relay.most:
+    if tally_open(relay.tally) >= relay.most:
         close(fd)
         relay.refused += 1
         note_add(relay, NOTE_REFUSED, -1, 0, gate.index)
@@ -119,7 +120,7 @@ cdef inline bint gate_full(Relaying *relay, GateState *gate) noexcept nogil:
     A client that has closed and comes again is often here before the target has closed too. So
     nobody is refused before ROOM_WAIT_MS have passed without a connection's end.
     """
-    if relay.open < relay.most or gate.refuses:
+    if tally_open(relay.tally) < relay.most or gate.refuses:
         return False
     if relay.room_ms == 0:
         relay.room_ms = relay.engine.now_ms + ROOM_WAIT_MS
@@ -131,7 +132,7 @@ cdef inline bint gate_full(Relaying *relay, GateState *gate) noexcept nogil:
 cdef inline void gates_reopen(Relaying *relay) noexcept nogil:
     """There is room again, or the wait for it has been long enough: let the clients in, or hear
     that they are too many."""
-    cdef bint refuse = relay.open >= relay.most
+    cdef bint refuse = tally_open(relay.tally) >= relay.most
     cdef GateState *gate
     cdef int failure
     if refuse and relay.engine.now_ms < relay.room_ms:

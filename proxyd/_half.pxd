@@ -27,9 +27,9 @@
 from proxyd._linux cimport (
     AF_UNIX, AF_VSOCK, EAGAIN, EINTR, EINVAL, ENOMEM, ENOSYS, EOPNOTSUPP, EPERM, EPIPE, EPOLLET,
     EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP, EPOLL_CTL_MOD, MSG_CTRUNC, MSG_NOSIGNAL,
-    SOL_SOCKET, SO_SNDBUF, SPLICE_F_MOVE, SPLICE_F_NONBLOCK, epoll_ctl, epoll_event, errno,
-    free, int64_t, iovec, malloc, memcpy, memset, msghdr, read, recv, recvmsg, send, setsockopt,
-    splice, uint32_t, uint64_t, uint8_t,
+    SOL_SOCKET, SO_SNDBUF, SPLICE_F_MOVE, SPLICE_F_NONBLOCK, counter_add, epoll_ctl,
+    epoll_event, errno, free, int64_t, iovec, malloc, memcpy, memset, msghdr, read, recv,
+    recvmsg, send, setsockopt, splice, uint32_t, uint64_t, uint8_t,
 )
 from proxyd._pipe cimport Pipe, PipePool, pipe_close, pipe_get, pipe_put
 
@@ -251,8 +251,8 @@ cdef inline ssize_t half_send(
         sent = 0
     if <size_t>sent < size:
         endpoint_blocked(engine, half.dst)
-    engine.counters.forwarded[half.direction] += <size_t>sent
-    engine.counters.copied += <size_t>sent
+    counter_add(&engine.counters.forwarded[half.direction], <size_t>sent)
+    counter_add(&engine.counters.copied, <size_t>sent)
     return sent
 
 
@@ -302,8 +302,8 @@ cdef inline void half_splice_out(Engine *engine, Half *half) noexcept nogil:
                 half_write_failed(half, error)
             return
         half.pipe.filled -= min(<size_t>moved, half.pipe.filled)
-        engine.counters.forwarded[half.direction] += <size_t>moved
-        engine.counters.spliced += <size_t>moved
+        counter_add(&engine.counters.forwarded[half.direction], <size_t>moved)
+        counter_add(&engine.counters.spliced, <size_t>moved)
     pipe_put(&engine.pool, &half.pipe)
 
 

@@ -17,6 +17,7 @@ cdef extern from "stdint.h" nogil:
 cdef extern from "stdlib.h" nogil:
     void *malloc(size_t size)
     void *calloc(size_t count, size_t size)
+    void *realloc(void *memory, size_t size)
     void free(void *memory)
 
 cdef extern from "string.h" nogil:
@@ -128,13 +129,61 @@ cdef extern from "sys/resource.h" nogil:
 cdef extern from "signal.h" nogil:
     ctypedef struct sigset_t:
         pass
-    int SIG_BLOCK
+    int SIG_BLOCK, SIG_SETMASK
     int sigemptyset(sigset_t *mask)
     int sigaddset(sigset_t *mask, int number)
     int sigprocmask(int how, const sigset_t *mask, sigset_t *old)
+
+    int pthread_sigmask(int how, const sigset_t *mask, sigset_t *old)
+    int sigfillset(sigset_t *mask)
 
 cdef extern from "sys/signalfd.h" nogil:
     int SFD_CLOEXEC, SFD_NONBLOCK
     struct signalfd_siginfo:
         uint32_t ssi_signo
     int signalfd(int fd, const sigset_t *mask, int flags)
+
+cdef extern from "sys/eventfd.h" nogil:
+    int EFD_CLOEXEC, EFD_NONBLOCK
+    int eventfd(unsigned int value, int flags)
+    int eventfd_read(int fd, uint64_t *value)
+    int eventfd_write(int fd, uint64_t value)
+
+cdef extern from "pthread.h" nogil:
+    ctypedef unsigned long pthread_t
+    ctypedef struct pthread_attr_t:
+        pass
+    ctypedef struct pthread_mutex_t:
+        pass
+    int pthread_attr_init(pthread_attr_t *attributes)
+    int pthread_attr_setstacksize(pthread_attr_t *attributes, size_t size)
+    int pthread_attr_destroy(pthread_attr_t *attributes)
+    int pthread_create(pthread_t *thread, const pthread_attr_t *attributes,
+                       void *(*start)(void *) noexcept nogil, void *argument)
+    int pthread_join(pthread_t thread, void **result)
+    int pthread_mutex_init(pthread_mutex_t *mutex, const void *attributes)
+    int pthread_mutex_destroy(pthread_mutex_t *mutex)
+    int pthread_mutex_lock(pthread_mutex_t *mutex)
+    int pthread_mutex_unlock(pthread_mutex_t *mutex)
+
+# What more than one thread reads. A counter has one writer, its relay, and is read at any time by
+# others: a plain addition, but never torn. A shared number is written by several threads, and its
+# changes are seen in the same order by all.
+cdef extern from * nogil:
+    """
+    #define counter_add(place, by) \\
+        __atomic_store_n((place), *(place) + (by), __ATOMIC_RELAXED)
+    #define counter_get(place) __atomic_load_n((place), __ATOMIC_RELAXED)
+    #define shared_add(place, by) __atomic_add_fetch((place), (by), __ATOMIC_SEQ_CST)
+    #define shared_get(place) __atomic_load_n((place), __ATOMIC_SEQ_CST)
+    #define shared_set(place, to) __atomic_store_n((place), (to), __ATOMIC_SEQ_CST)
+    #define moment_get(place) __atomic_load_n((place), __ATOMIC_RELAXED)
+    #define moment_set(place, to) __atomic_store_n((place), (to), __ATOMIC_RELAXED)
+    """
+    void counter_add(uint64_t *place, uint64_t by)
+    uint64_t counter_get(const uint64_t *place)
+    int shared_add(int *place, int by)
+    int shared_get(int *place)
+    void shared_set(int *place, int to)
+    int64_t moment_get(int64_t *place)
+    void moment_set(int64_t *place, int64_t to)

@@ -29,3 +29,14 @@ cdef inline void list_append(Link *head, Link *link) noexcept nogil:
     link.next = head
     head.prev.next = link
     head.prev = link
+
+
+cdef inline void list_move_all(Link *head, Link *source) noexcept nogil:
+    """Append everything that `source` has, which is empty then."""
+    if list_empty(source):
+        return
+    source.next.prev = head.prev
+    source.prev.next = head
+    head.prev.next = source.next
+    head.prev = source.prev
+    source.prev = source.next = source

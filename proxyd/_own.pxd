@@ -4,10 +4,13 @@
 # Nor does a client that has the address of one of our outgoing sockets: the kernel gives one port
 # to two sockets that lead to two places. Both ends must match: the client's address is the outgoing
 # socket's own, and where it came in is where the outgoing socket went.
+#
+# There is one table for all threads: any of them may close such a socket.
 
 from proxyd._linux cimport (
-    AF_INET, AF_INET6, getsockname, memcmp, memcpy, memset, sockaddr, sockaddr_in, sockaddr_in6,
-    sockaddr_storage, socklen_t, uint16_t, uint8_t,
+    AF_INET, AF_INET6, getsockname, memcmp, memcpy, memset, pthread_mutex_destroy,
+    pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock, sockaddr,
+    sockaddr_in, sockaddr_in6, sockaddr_storage, socklen_t, uint16_t, uint8_t,
 )
 
 cdef enum:
@@ -25,7 +28,17 @@ ctypedef struct Own:
     bint self_possible         # its own port is the target's: it may have met itself
 
 ctypedef struct OwnTable:
+    pthread_mutex_t lock
     Own *bucket[OWN_BUCKETS]
+
+
+cdef inline void own_table_init(OwnTable *table) noexcept nogil:
+    memset(table.bucket, 0, sizeof(table.bucket))
+    pthread_mutex_init(&table.lock, NULL)
+
+
+cdef inline void own_table_close(OwnTable *table) noexcept nogil:
+    pthread_mutex_destroy(&table.lock)
 
 
 cdef inline void own_key(OwnKey *key, const sockaddr_storage *address) noexcept nogil:
@@ -47,7 +60,6 @@ cdef inline void own_add(
     """Enter a TCP socket that is on its way to `target`; connect() has given it its address."""
     cdef sockaddr_storage mine
     cdef socklen_t size = sizeof(mine)
-    cdef int index
     if target.ss_family != AF_INET and target.ss_family != AF_INET6:
         return
     if getsockname(fd, <sockaddr *>&mine, &size) < 0:
@@ -55,21 +67,34 @@ cdef inline void own_add(
     own_key(&own.key, &mine)
     own_key(&own.goal, target)
     own.self_possible = own.key.port == own.goal.port
-    index = own.key.port % OWN_BUCKETS
+    pthread_mutex_lock(&table.lock)
+    own_link(table, own)
+    pthread_mutex_unlock(&table.lock)
+
+
+cdef inline void own_link(OwnTable *table, Own *own) noexcept nogil:
+    """With the lock held."""
+    cdef int index = own.key.port % OWN_BUCKETS
     own.next = table.bucket[index]
     table.bucket[index] = own
     own.listed = True
 
 
-cdef inline void own_remove(OwnTable *table, Own *own) noexcept nogil:
-    cdef Own **place
-    if not own.listed:
-        return
-    place = &table.bucket[own.key.port % OWN_BUCKETS]
+cdef inline void own_unlink(OwnTable *table, Own *own) noexcept nogil:
+    """With the lock held."""
+    cdef Own **place = &table.bucket[own.key.port % OWN_BUCKETS]
     while place[0] != own:
         place = &place[0].next
     place[0] = own.next
     own.listed = False
+
+
+cdef inline void own_remove(OwnTable *table, Own *own) noexcept nogil:
+    if not own.listed:
+        return
+    pthread_mutex_lock(&table.lock)
+    own_unlink(table, own)
+    pthread_mutex_unlock(&table.lock)
 
 
 cdef inline bint own_goes_to(const Own *own, const OwnKey *place) noexcept nogil:
@@ -85,6 +110,22 @@ cdef inline bint own_goes_to(const Own *own, const OwnKey *place) noexcept nogil
         and memcmp(&own.goal.address[12], nowhere.address, 4) == 0)
 
 
+cdef inline bint own_found(
+    OwnTable *table, const OwnKey *client, const OwnKey *here
+) noexcept nogil:
+    """Whether one of ours has the client's address and goes `here` (NULL: anywhere)."""
+    cdef const Own *own
+    cdef bint found = False
+    pthread_mutex_lock(&table.lock)
+    own = table.bucket[client.port % OWN_BUCKETS]
+    while own != NULL and not found:
+        found = memcmp(&own.key, client, sizeof(client[0])) == 0 and (
+            here == NULL or own_goes_to(own, here))
+        own = own.next
+    pthread_mutex_unlock(&table.lock)
+    return found
+
+
 cdef inline bint own_came_back(
     OwnTable *table, int fd, const sockaddr_storage *peer
 ) noexcept nogil:
@@ -92,28 +133,23 @@ cdef inline bint own_came_back(
     cdef sockaddr_storage name
     cdef socklen_t size = sizeof(name)
     cdef OwnKey client, here
-    cdef Own *own
     own_key(&client, peer)
-    own = table.bucket[client.port % OWN_BUCKETS] if client.port != 0 else NULL
-    while own != NULL:
-        if memcmp(&own.key, &client, sizeof(client)) == 0:
-            memset(&name, 0, sizeof(name))
-            if getsockname(fd, <sockaddr *>&name, &size) < 0:
-                return False
-            own_key(&here, &name)
-            if own_goes_to(own, &here):
-                return True
-        own = own.next
-    return False
+    # Nothing is asked of the kernel where no socket of ours has that address: nearly always.
+    if client.port == 0 or not own_found(table, &client, NULL):
+        return False
+    memset(&name, 0, sizeof(name))
+    if getsockname(fd, <sockaddr *>&name, &size) < 0:
+        return False
+    own_key(&here, &name)
+    return own_found(table, &client, &here)
 
 
 cdef inline void own_move(OwnTable *table, Own *to, Own *own) noexcept nogil:
     """Let `to` stand for the same socket instead of `own`."""
-    cdef int index = own.key.port % OWN_BUCKETS
     if not own.listed:
         return
-    own_remove(table, own)
+    pthread_mutex_lock(&table.lock)
+    own_unlink(table, own)
     to[0] = own[0]
-    to.next = table.bucket[index]
-    table.bucket[index] = to
-    to.listed = True
+    own_link(table, to)
+    pthread_mutex_unlock(&table.lock)

@@ -2,41 +2,41 @@
 # cython: boundscheck=False, wraparound=False, cdivision=True
 #
 # binding, auto_pickle: nobody introspects or pickles a relay, and both cost start-up time.
-# freethreading_compatible: a relay belongs to one thread; nothing here is shared between two.
+# freethreading_compatible: a relay's methods are for one thread. What its crew of threads shares
+#   with it has locks and atomics of its own (_inbox.pxd, _tally.pxd), and no Python.
 # boundscheck …: only C arrays, with C's rules.
 """The mechanism: an epoll loop that forwards between pairs of sockets without the GIL.
 
-Where to read on, in the order a byte meets it: this file (the loop and its Python face),
-_connection.pxd (how a connection begins and ends), _half.pxd (the pump), _pipe.pxd (pipes).
+This file is its Python face. Where to read on, in the order a byte meets it: _loop.pxd (a batch of
+events), _gate.pxd (how clients come in), _connection.pxd (how a connection begins and ends),
+_half.pxd (the pump), _pipe.pxd (pipes); and _crew.pxd for the same in several threads.
 """
 
 from proxyd._connection cimport (
-    CONNECTED, Connection, HOW_COUNT, HOW_CUT, HOW_IDLE, KIND_GATE, KIND_WATCH, NOTE_ACCEPTED,
-    NOTE_ENDED, NOTE_FAILED, NOTE_NOBODY, NOTE_READY, NOTE_REFUSED, Note, Relaying,
-    connection_advance, connection_begin, connection_close, connection_event, connection_new,
-    connection_open, note_add, relay_timers, socket_connect, socket_error, socket_met_itself,
-    socket_tune,
+    Connection, HOW_COUNT, KIND_GATE, KIND_WATCH, NOTE_ACCEPTED, NOTE_ENDED, NOTE_FAILED,
+    NOTE_NOBODY, NOTE_READY, NOTE_REFUSED, Note, Relaying, connection_free, connection_new,
+    connection_open, connection_place, connections_fewer, socket_connect, socket_error,
+    socket_met_itself, socket_tune,
 )
-from proxyd._gate cimport (
-    GATE_CHECK_TCP, GATE_CHECK_UNIX, GateState, gate_event, gate_unwatch, gate_watch,
-    gates_reopen,
-)
-from proxyd._half cimport COPY_UNIT, Endpoint, FIRST_UNIT, endpoint_lost, half_drop, half_held
+from proxyd._crew cimport crew_answered, crew_ask, crew_dismiss, crew_hire, crew_order
+from proxyd._gate cimport GATE_CHECK_TCP, GATE_CHECK_UNIX, GateState, gate_unwatch, gate_watch
+from proxyd._half cimport endpoint_lost
+from proxyd._inbox cimport ORDER_TRIM, inbox_close
 from proxyd._linux cimport (
-    CLOCK_MONOTONIC, EINPROGRESS, EINTR, ELOOP, ENOMEM, EPOLLET, EPOLLIN, EPOLLOUT,
-    EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL, RLIMIT_NOFILE, SFD_CLOEXEC, SFD_NONBLOCK,
-    SIG_BLOCK, SOL_SOCKET, SO_DOMAIN, calloc, clock_gettime, close, epoll_create1, epoll_ctl,
-    epoll_event, epoll_wait, errno, free, getpeername, getpid, getrlimit, getsockname,
-    getsockopt, int64_t, malloc, memcpy, memset, rlimit, setrlimit, sigaddset, sigemptyset,
-    signalfd, sigprocmask, sigset_t, sockaddr, sockaddr_storage, socklen_t, timespec,
+    EINPROGRESS, ELOOP, ENOMEM, EPOLLET, EPOLLIN, EPOLLOUT, EPOLL_CTL_ADD, EPOLL_CTL_DEL,
+    RLIMIT_NOFILE, SFD_CLOEXEC, SFD_NONBLOCK, SIG_BLOCK, SOL_SOCKET, SO_DOMAIN, calloc, close,
+    counter_get, epoll_ctl, epoll_event, errno, free, getpeername, getpid, getrlimit,
+    getsockname, getsockopt, int64_t, memcpy, memset, moment_get, rlimit, setrlimit, shared_get,
+    sigaddset, sigemptyset, signalfd, sigprocmask, sigset_t, sockaddr, sockaddr_storage,
+    socklen_t, uint64_t,
 )
-from proxyd._list cimport Link, link_init, list_append, list_empty, list_remove
-from proxyd._own cimport Own, own_add, own_move, own_remove
+from proxyd._list cimport link_init, list_empty, list_remove
+from proxyd._loop cimport Watch, clock_ms, relay_cut, relay_free, relay_init, relay_open, relay_turn
+from proxyd._own cimport (
+    Own, OwnTable, own_add, own_move, own_remove, own_table_close, own_table_init,
+)
 from proxyd._pipe cimport pool_clear
-
-cdef enum:
-    EVENTS_MOST = 256          # per epoll_wait
-    PIPE_MOST = 1 << 30        # F_SETPIPE_SZ takes an int
+from proxyd._tally cimport Tally, tally_open, tally_wake_at
 
 # kinds of events that run() returns
 READY = NOTE_READY
@@ -50,9 +50,8 @@ ENDED = NOTE_ENDED
 CHECK_TCP = GATE_CHECK_TCP
 CHECK_UNIX = GATE_CHECK_UNIX
 
-ctypedef struct Watch:
-    int kind                   # KIND_WATCH, where an Endpoint has its kind
-    int fd
+ctypedef struct WatchedFd:
+    Watch watch
     Own own                    # of a socket that dial() made
 
 
@@ -108,12 +107,6 @@ cdef object raise_errno(int error):
     raise OSError(error, "")
 
 
-cdef int64_t clock_ms() noexcept nogil:
-    cdef timespec now
-    clock_gettime(CLOCK_MONOTONIC, &now)
-    return <int64_t>now.tv_sec * 1000 + now.tv_nsec // 1000000
-
-
 cdef class Relay:
     """Forwards between pairs of stream sockets. Belongs to one thread.
 
@@ -125,69 +118,49 @@ cdef class Relay:
     """
 
     cdef Relaying relaying
-    cdef epoll_event events[EVENTS_MOST]
-    cdef Watch **watches               # by fd; NULL: not watched
+    cdef Tally tally
+    cdef OwnTable own
+    cdef WatchedFd **watches           # by fd; NULL: not watched
     cdef int watches_size
-    cdef public long long idle_ms      # close what has not moved a byte for so long; 0: never
-    cdef public int wake_at            # run() returns when the open connections fall to this
+    cdef public int wake_at            # run() returns where no more connections are open; -1: never
     cdef public bint wake_first        # … and when the first one comes
 
     def __cinit__(self, size_t stream_unit=512 * 1024, size_t pipe_size=1024 * 1024,
                   bint may_splice=True):
         cdef Relaying *relay = &self.relaying
-        relay.engine.epoll = -1
-        link_init(&relay.live, NULL)
-        link_init(&relay.timed, NULL)
-        link_init(&relay.again, NULL)
-        link_init(&relay.full, NULL)
+        cdef int failure
+        own_table_init(&self.own)
+        relay_init(relay, &self.tally, &self.own)
         if stream_unit < 1:
             raise ValueError("a recv of nothing would look like the end")
         relay.pid = getpid()
         relay.most = 1 << 30
-        relay.engine.now_ms = relay.quiet_ms = clock_ms()
-        relay.engine.first_unit = min(stream_unit, <size_t>FIRST_UNIT)
-        relay.engine.copy_unit = min(stream_unit, <size_t>COPY_UNIT)
-        relay.engine.stream_unit = stream_unit
-        relay.engine.pool.size = min(pipe_size, <size_t>PIPE_MOST)
-        relay.engine.may_splice = may_splice
-        relay.engine.buffer = <char *>malloc(stream_unit)
-        if relay.engine.buffer == NULL:
+        self.tally.ended_ms = relay.engine.now_ms
+        self.wake_at = -1
+        failure = relay_open(relay, stream_unit, pipe_size, may_splice)
+        if failure == -ENOMEM:
             raise MemoryError()
-        relay.engine.epoll = epoll_create1(EPOLL_CLOEXEC)
-        if relay.engine.epoll < 0:
-            raise_errno(errno)
+        if failure < 0:
+            raise_errno(-failure)
 
     def __dealloc__(self):
-        cdef Relaying *relay = &self.relaying
-        if relay.live.next == NULL:
-            return  # __cinit__ has not come so far: its arguments were no good
-        while not list_empty(&relay.live):
-            connection_close(relay, <Connection *>relay.live.next.owner, HOW_CUT, False)
-        self.free_failed()
-        connections_free(&relay.ended)
-        connections_free(&relay.dead)
+        if self.relaying.live.next == NULL:
+            return  # __cinit__ has not even begun: its arguments were no good
+        crew_dismiss(&self.relaying, False)
+        free(self.relaying.crew.relays)
+        inbox_close(&self.relaying.inbox)
         for fd in range(self.watches_size):
             self.unwatch(fd)
         free(self.watches)
-        pool_clear(&relay.engine.pool)
-        if relay.engine.epoll >= 0:
-            close(relay.engine.epoll)
-        free(relay.engine.buffer)
-
-    cdef void free_failed(self) noexcept:
-        """The clients of failed connects that nobody fetched."""
-        cdef Connection *c = self.relaying.failed
-        while c != NULL:
-            close(c.client.fd)
-            c = c.next
-        connections_free(&self.relaying.failed)
+        relay_free(&self.relaying)
+        own_table_close(&self.own)
 
     # ── what the policy sees ─────────────────────────────────────────────────────────────────
 
     @property
     def open(self):
-        """Connections, those still connecting and those ending included."""
-        return self.relaying.open
+        """Connections, those still connecting and those ending included, of all threads."""
+        return tally_open(&self.tally)
 
     @property
     def most(self):
@@ -200,13 +173,22 @@ cdef class Relay:
 
     @property
     def quiet_ms(self):
-        """When the last connection ended, on the clock of now_ms; at first, when it all began."""
-        return self.relaying.quiet_ms
+        """When a connection last ended, on the clock of now_ms; at first, when it all began."""
+        return moment_get(&self.tally.ended_ms)
 
     @property
     def now_ms(self):
         """CLOCK_MONOTONIC in ms, as read for the last batch of events."""
         return self.relaying.engine.now_ms
+
+    @property
+    def idle_ms(self):
+        """Connections over which no byte has moved for so long are closed; 0: never."""
+        return self.relaying.idle_ms
+
+    @idle_ms.setter
+    def idle_ms(self, long long value):
+        self.relaying.idle_ms = value
 
     @property
     def report_ends(self):
@@ -232,10 +214,41 @@ cdef class Relay:
         cdef Relaying *relay = &self.relaying
         return (
             relay.accepted, relay.refused,
-            relay.engine.counters.forwarded[0], relay.engine.counters.forwarded[1],
-            relay.engine.counters.spliced, relay.engine.counters.copied,
-            tuple([relay.ends[i] for i in range(HOW_COUNT)]),
+            self.sum_of(&relay.engine.counters.forwarded[0]),
+            self.sum_of(&relay.engine.counters.forwarded[1]),
+            self.sum_of(&relay.engine.counters.spliced),
+            self.sum_of(&relay.engine.counters.copied),
+            tuple([self.sum_of(&relay.ends[i]) for i in range(HOW_COUNT)]),
         )
+
+    cdef uint64_t sum_of(self, uint64_t *counter) noexcept:
+        """Of the boss's `counter` and the same one of all of its crew."""
+        cdef Relaying *relay = &self.relaying
+        cdef size_t offset = <char *>counter - <char *>relay
+        cdef uint64_t total = counter_get(counter)
+        for i in range(relay.crew.count):
+            total += counter_get(<uint64_t *>(<char *>relay.crew.relays[i] + offset))
+        return total
+
+    # ── threads ──────────────────────────────────────────────────────────────────────────────
+
+    def hire(self):
+        """Start one more thread, to which connections are handed over. Raises OSError.
+
+        idle_ms, report_ends and shared must be set before: a new thread takes them as they are.
+        """
+        cdef int failure = crew_hire(&self.relaying)
+        if failure < 0:
+            raise_errno(-failure)
+
+    def ask(self):
+        """Ask every thread whether it is alive; `answered` tells."""
+        crew_ask(&self.relaying)
+
+    @property
+    def answered(self):
+        """Whether every thread has answered since ask()."""
+        return crew_answered(&self.relaying)
 
     # ── listeners and other fds of the policy ────────────────────────────────────────────────
 
@@ -245,13 +258,13 @@ cdef class Relay:
         Level-triggered unless `events` has EPOLLET.
         """
         cdef epoll_event event
-        cdef Watch *watch
+        cdef WatchedFd *watch
         self.watches_fit(fd)
-        watch = <Watch *>calloc(1, sizeof(Watch))
+        watch = <WatchedFd *>calloc(1, sizeof(WatchedFd))
         if watch == NULL:
             raise_errno(ENOMEM)
-        watch.kind = KIND_WATCH
-        watch.fd = fd
+        watch.watch.kind = KIND_WATCH
+        watch.watch.fd = fd
         event.events = events
         event.data.ptr = watch
         if epoll_ctl(self.relaying.engine.epoll, EPOLL_CTL_ADD, fd, &event) < 0:
@@ -261,30 +274,30 @@ cdef class Relay:
 
     def unwatch(self, int fd):
         """Forget an fd; before it is closed. Nothing happens where it is not watched."""
-        cdef Watch *watch = self.watch_of(fd)
+        cdef WatchedFd *watch = self.watch_of(fd)
         if watch == NULL:
             return
         self.watches[fd] = NULL
         epoll_ctl(self.relaying.engine.epoll, EPOLL_CTL_DEL, fd, NULL)
-        own_remove(&self.relaying.own, &watch.own)
+        own_remove(&self.own, &watch.own)
         free(watch)
 
-    cdef Watch *watch_of(self, int fd) noexcept:
+    cdef WatchedFd *watch_of(self, int fd) noexcept:
         return self.watches[fd] if 0 <= fd < self.watches_size else NULL
 
     cdef int watches_fit(self, int fd) except -1:
         """Make room for `fd` in the table."""
         cdef int size = max(self.watches_size, 16)
-        cdef Watch **table
+        cdef WatchedFd **table
         while size <= fd:
             size *= 2
         if size == self.watches_size:
             return 0
-        table = <Watch **>calloc(size, sizeof(Watch *))
+        table = <WatchedFd **>calloc(size, sizeof(WatchedFd *))
         if table == NULL:
             raise_errno(ENOMEM)
         if self.watches != NULL:
-            memcpy(table, self.watches, self.watches_size * sizeof(Watch *))
+            memcpy(table, self.watches, self.watches_size * sizeof(WatchedFd *))
         free(self.watches)
         self.watches = table
         self.watches_size = size
@@ -293,6 +306,7 @@ cdef class Relay:
     def trim(self):
         """Close the pipes kept for later, to make room where fds are short."""
         pool_clear(&self.relaying.engine.pool)
+        crew_order(&self.relaying, ORDER_TRIM)
 
     # ── connections ──────────────────────────────────────────────────────────────────────────
 
@@ -328,7 +342,7 @@ cdef class Relay:
         cdef sockaddr_storage target
         cdef bint connecting
         cdef int fd
-        cdef Watch *watch
+        cdef WatchedFd *watch
         address_unpack(&target, address)
         fd = socket_connect(&target, <socklen_t>len(address), &connecting)
         if fd < 0:
@@ -339,7 +353,7 @@ cdef class Relay:
             close(fd)
             raise
         watch = self.watches[fd]
-        own_add(&self.relaying.own, &watch.own, fd, &target)
+        own_add(&self.own, &watch.own, fd, &target)
         return fd
 
     def hang_up(self, int fd):
@@ -351,7 +365,7 @@ cdef class Relay:
         """Forward between a client and a connected socket of dial(), both owned from now on; the
         id. Raises OSError, both still the caller's.
         """
-        cdef Watch *watch = self.watch_of(fd)
+        cdef WatchedFd *watch = self.watch_of(fd)
         cdef Connection *c
         if preamble is None:
             preamble = b""
@@ -360,20 +374,19 @@ cdef class Relay:
         if c == NULL:
             raise_errno(ENOMEM)
         if watch != NULL:
-            own_move(&self.relaying.own, &c.own, &watch.own)
+            own_move(&self.own, &c.own, &watch.own)
             self.unwatch(fd)
         if error != 0:  # it has answered and reset: what connected() has read nobody else can
             endpoint_lost(&c.target, error)
-        connection_begin(&self.relaying, c, False, 0)
+        connection_place(&self.relaying, c, False)
         return self.relaying.last_id
 
     def close_all(self):
-        """Cut every connection, as a reset: this is no clean end. How many there were."""
-        cdef Relaying *relay = &self.relaying
-        cdef int count = 0
-        while not list_empty(&relay.live):
-            connection_close(relay, <Connection *>relay.live.next.owner, HOW_CUT, True)
-            count += 1
+        """Cut every connection, as a reset: this is no clean end. How many there were. The threads
+        that were hired end with it."""
+        cdef int count
+        with nogil:
+            count = crew_dismiss(&self.relaying, True) + relay_cut(&self.relaying, True)
         return count
 
     # ── the loop ─────────────────────────────────────────────────────────────────────────────
@@ -389,8 +402,8 @@ cdef class Relay:
         (ENDED, id, how, up, down, ms, errnos)        with report_ends: bytes each way, duration,
                                                       (client's errno, target's errno)
 
-        The list is empty after `timeout_ms` (-1: never), when the number of open connections has
-        fallen to `wake_at`, and with `wake_first` when it has risen from 0.
+        The list is empty after `timeout_ms` (-1: never), where no more than `wake_at` connections
+        are open, and with `wake_first` when their number has risen from 0.
         """
         cdef int64_t deadline_ms = clock_ms() + timeout_ms if timeout_ms >= 0 else -1
         cdef int failure
@@ -405,131 +418,54 @@ cdef class Relay:
         cdef Relaying *relay = &self.relaying
         cdef int failure, before
         while True:
-            before = relay.open
-            failure = self.turn(deadline_ms)
+            before = tally_open(&self.tally)
+            failure = relay_turn(relay, 0 if self.is_wanted() else deadline_ms)
+            if failure == 0:
+                failure = -shared_get(&self.tally.failure)
             if failure < 0:
                 return failure
-            if relay.notes_count > 0 or relay.failed != NULL or relay.ended != NULL:
+            if relay.notes_count > 0 or not list_empty(&relay.failed):
                 return 0
-            if before > self.wake_at >= relay.open:
+            if not list_empty(&relay.ended):
                 return 0
-            if self.wake_first and before == 0 and relay.open > 0:
+            if tally_open(&self.tally) <= self.wake_at:
+                return 0
+            if self.wake_first and before == 0 and tally_open(&self.tally) > 0:
                 return 0
             if deadline_ms >= 0 and relay.engine.now_ms >= deadline_ms:
                 return 0
 
-    cdef int turn(self, int64_t deadline_ms) noexcept nogil:
-        """Wait, then work on one batch of events; 0 or -errno."""
+    cdef bint is_wanted(self) noexcept nogil:
+        """Whether so many connections have ended that there is something to do without an event.
+        Otherwise the thread in which the one in question ends will ring."""
         cdef Relaying *relay = &self.relaying
-        cdef int i
-        cdef int count = epoll_wait(
-            relay.engine.epoll, self.events, EVENTS_MOST, self.timeout(deadline_ms))
-        if count < 0:
-            if errno != EINTR:
-                return -errno
-            count = 0
-        relay.engine.now_ms = clock_ms()
-        relay.turns += 1
-        for i in range(count):
-            self.dispatch(&self.events[i])
-        self.pump_again()
-        self.admit(count)
+        cdef int wake_at = self.wake_at
         if relay.room_ms != 0:
-            gates_reopen(relay)
-        if relay.next_wake_ms != 0 and relay.next_wake_ms <= relay.engine.now_ms:
-            relay_timers(relay)
-        if self.idle_ms > 0:
-            self.close_idle()
-        connections_free(&relay.dead)
-        return 0
-
-    cdef void dispatch(self, epoll_event *event) noexcept nogil:
-        cdef Watch *watch = <Watch *>event.data.ptr
-        if watch.kind == KIND_WATCH:
-            note_add(&self.relaying, NOTE_READY, watch.fd, event.events, 0)
-        elif watch.kind != KIND_GATE:
-            connection_event(&self.relaying, <Endpoint *>watch, event.events)
-
-    cdef void admit(self, int count) noexcept nogil:
-        """The gates' turn: after the connections, which may end and make room, and not before the
-        policy has seen what else there is. It may be the signal to accept nobody any more."""
-        cdef Watch *watch
-        cdef int i
-        if self.relaying.notes_count > 0:
-            return  # gates are level-triggered, and announced again
-        for i in range(count):
-            watch = <Watch *>self.events[i].data.ptr
-            if watch.kind == KIND_GATE:
-                gate_event(&self.relaying, <GateState *>watch)
-
-    cdef void pump_again(self) noexcept nogil:
-        """One more turn for each connection whose pump had spent its budget."""
-        cdef Relaying *relay = &self.relaying
-        cdef Link *last = relay.again.prev
-        cdef Link *link
-        if list_empty(&relay.again):
-            return
-        while True:
-            link = relay.again.next
-            list_remove(link)
-            connection_advance(relay, <Connection *>link.owner)
-            if link == last:
-                return
-
-    cdef int timeout(self, int64_t deadline_ms) noexcept nogil:
-        """Milliseconds that epoll_wait may sleep."""
-        cdef Relaying *relay = &self.relaying
-        cdef int64_t until = deadline_ms
-        if not list_empty(&relay.again) or relay.failed != NULL or relay.ended != NULL:
-            return 0
-        if relay.next_wake_ms != 0:
-            until = earlier(until, relay.next_wake_ms)
-        if relay.room_ms != 0:
-            until = earlier(until, relay.room_ms)
-        if self.idle_ms > 0 and not list_empty(&relay.live):
-            until = earlier(until, (<Connection *>relay.live.next.owner).active_ms + self.idle_ms)
-        if until < 0:
-            return -1
-        return <int>min(max(until - clock_ms(), 0), 1 << 30)
-
-    cdef void close_idle(self) noexcept nogil:
-        """Close what has not moved a byte for too long; reset it where that loses bytes."""
-        cdef Relaying *relay = &self.relaying
-        cdef Connection *c
-        while not list_empty(&relay.live):
-            c = <Connection *>relay.live.next.owner
-            if relay.engine.now_ms - c.active_ms < self.idle_ms:
-                return
-            if c.state == CONNECTED:
-                connection_close(relay, c, HOW_IDLE, half_held(&c.up) + half_held(&c.down) > 0)
-            else:
-                # Connecting and ending ones have limits of their own.
-                c.active_ms = relay.engine.now_ms
-                list_remove(&c.live)
-                list_append(&relay.live, &c.live)
+            wake_at = max(wake_at, relay.most - 1)
+        tally_wake_at(&self.tally, wake_at)
+        return tally_open(&self.tally) <= wake_at
 
     cdef list take_events(self):
         cdef Relaying *relay = &self.relaying
         cdef Connection *c
         cdef int i
         cdef list events = []
-        cdef list failed = []
         for i in range(relay.notes_count):
             events.append(note_tuple(&relay.notes[i], relay.engine.now_ms))
         relay.notes_count = 0
-        while relay.failed != NULL:
-            c = relay.failed
-            failed.append((FAILED, c.client.fd, c.target.error, c.cookie, take_pending(c),
+        while not list_empty(&relay.failed):
+            c = <Connection *>relay.failed.next.owner
+            list_remove(&c.live)
+            events.append((FAILED, c.client.fd, c.target.error, c.cookie, take_pending(c),
                            c.opened_ms, c.id))
-            relay.failed = c.next
+            connections_fewer(relay)
+            relay.most -= 1
             connection_free(c)
-        failed.reverse()  # the list has the last one first
-        events += failed
-        while relay.ended != NULL:
-            c = relay.ended
+        while not list_empty(&relay.ended):
+            c = <Connection *>relay.ended.next.owner
+            list_remove(&c.live)
             events.append((ENDED, c.id, c.how, c.up.moved, c.down.moved,
                            relay.engine.now_ms - c.opened_ms, (c.client.error, c.target.error)))
-            relay.ended = c.next
             connection_free(c)
         return events
 
@@ -546,29 +482,10 @@ cdef tuple note_tuple(const Note *note, int64_t now_ms):
     return FAILED, note.fd, note.value, note.index, b"", now_ms, 0
 
 
-cdef int64_t earlier(int64_t one, int64_t other) noexcept nogil:
-    """The earlier of two moments; one < 0 is never."""
-    return other if one < 0 or other < one else one
-
-
 cdef bytes take_pending(Connection *c):
     if c.up.spill == NULL:
         return b""
     return c.up.spill[c.up.spill_at:c.up.spill_end]
-
-
-cdef void connection_free(Connection *c) noexcept nogil:
-    half_drop(&c.up)
-    half_drop(&c.down)
-    free(c)
-
-
-cdef void connections_free(Connection **first) noexcept nogil:
-    cdef Connection *c
-    while first[0] != NULL:
-        c = first[0]
-        first[0] = c.next
-        connection_free(c)
 
 
 cdef int socket_family(int fd) noexcept:

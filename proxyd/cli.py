@@ -406,21 +406,22 @@ OPTIONS: tuple[Option, ...] = (
         _add_listen,
         "ADDRESS",
     ),
+    Option(
+        "threads",
+        "Forward in this many threads (1), or auto: one\nfor each CPU",
+        _set_threads,
+        "N",
+    ),
+    Option(
+        "buffer-size",
+        "Let this much, such as 256K, be under way per\nconnection and direction (auto)",
+        _set_buffer_size,
+        "BYTES",
+    ),
     Option("help", "Show this help", short="h"),
     Option("version", "Show package version"),
 )
 """The options that are accepted, in the order of --help."""
-
-LATER: tuple[Option, ...] = (
-    Option("threads", "Use this many relay threads, or auto", _set_threads, "N"),
-    Option(
-        "buffer-size",
-        "Bytes to hold per direction, such as 256K, or auto",
-        _set_buffer_size,
-        "BYTES",
-    ),
-)
-"""Rows that move to OPTIONS when what they stand for works."""
 
 _ORIGINAL = ("connections-max", "exit-idle-time", "help", "version")
 

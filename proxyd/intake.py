@@ -130,7 +130,7 @@ class Intake:
         try:
             door.gate.open()
         except OSError:  # this takes memory too: try again later
-            self.resume_ms = self._relay.now_ms + PAUSE_MS
+            self._rest()
         else:
             door.open = True
 
@@ -185,12 +185,16 @@ class Intake:
         """Nothing is left to accept with: a listener would stay readable and burn a CPU."""
         self._relay.trim()
         self.disarm()
-        self._open_at_pause = self._relay.open
-        self.resume_ms = self._relay.now_ms + PAUSE_MS
+        self._rest()
         log.limited(
             "exhausted",
             f"Failed to accept: {os.strerror(error)}. Waiting until a connection ends.",
         )
+
+    def _rest(self) -> None:
+        """Accept again after a while, or when a connection has ended."""
+        self._open_at_pause = self._relay.open
+        self.resume_ms = self._relay.now_ms + PAUSE_MS
 
     def _shut(self, door: Door) -> None:
         if door.open:

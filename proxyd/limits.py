@@ -10,6 +10,9 @@ _BASE = 10
 # What up to four look-ups have open at once: nsswitch.conf, hosts, sockets to name servers.
 _LOOKUPS = 8
 
+_PER_THREAD = 2
+"""Of each further thread: its epoll and the bell of its inbox; the first has such a bell then."""
+
 _PER_CONNECTION = 2
 """Client and target. Pipes are had only while they can be."""
 
@@ -17,13 +20,15 @@ _WITH_PIPES = 6
 """A connection that stalls both ways holds two pipes."""
 
 
-def fit_connections(wanted: int, listeners: int, lookups: bool) -> int:
+def fit_connections(wanted: int, listeners: int, threads: int, *, lookups: bool) -> int:
     """Raise the soft RLIMIT_NOFILE to what `wanted` connections need; return how many fit.
 
     The limit is never lowered, and never raised past the hard one. A limit that is too small
     costs one warning, and connections: at least one remains.
     """
     base = _BASE + listeners + (_LOOKUPS if lookups else 0)
+    if threads > 1:
+        base += 1 + _PER_THREAD * (threads - 1)
     limit = raise_fd_limit(base + _WITH_PIPES * wanted)
     fitting = max((limit - base) // _PER_CONNECTION, 1)
     if fitting >= wanted:

@@ -21,8 +21,9 @@ class Loop:
 
     __slots__ = ("handlers", "heard", "notes", "relay")
 
-    def __init__(self) -> None:
-        self.relay = Relay()
+    def __init__(self, buffer_size: int = 0) -> None:
+        """`buffer_size`: bytes that may be on their way in each direction; 0: as measured."""
+        self.relay = Relay(buffer_size, buffer_size) if buffer_size else Relay()
         self.heard = True
         """Whether the last run() has brought any event."""
         self.handlers: dict[int, Handler] = {}

@@ -2,6 +2,7 @@
 
 from _collections_abc import Callable
 
+from proxyd._relay import Relay
 from proxyd.notify import Notifier
 
 STATUS_MS = 2000
@@ -15,15 +16,19 @@ EXTEND_BY_USEC = 30_000_000
 class Manager:
     """Keeps the service manager informed. `status` makes the text of STATUS=."""
 
-    def __init__(self, notifier: Notifier, status: Callable[[], str], now_ms: int) -> None:
+    def __init__(self, notifier: Notifier, status: Callable[[], str], relay: Relay) -> None:
         self._notifier = notifier
+        self._relay = relay
         self._status = status
         self._told = ""
         self._status_ms: int | None = None
         self._extend_ms: int | None = None
         # Half the interval, sd_watchdog_enabled(3).
         self._watchdog_every_ms = max(notifier.watchdog_usec // 2000, 1)
-        self._watchdog_ms = now_ms + self._watchdog_every_ms if notifier.watchdog_usec else None
+        self._watchdog_ms: int | None = None
+        if notifier.watchdog_usec:
+            self._watchdog_ms = relay.now_ms + self._watchdog_every_ms
+            relay.ask()
 
     def ready(self) -> None:
         """Every listener is armed."""
@@ -49,8 +54,7 @@ class Manager:
     def tick(self, now_ms: int, busy: bool) -> None:
         """Send what is due; `busy` while there are connections, whose bytes count."""
         if self._watchdog_ms is not None and now_ms >= self._watchdog_ms:
-            self._notifier.watchdog()
-            self._watchdog_ms = now_ms + self._watchdog_every_ms
+            self._watch(now_ms)
         if self._extend_ms is not None and now_ms >= self._extend_ms:
             self._notifier.extend(EXTEND_BY_USEC)
             self._extend_ms = now_ms + EXTEND_EVERY_MS
@@ -62,3 +66,12 @@ class Manager:
             if text != self._told:
                 self._told = text
                 self._notifier.status(text)
+
+    def _watch(self, now_ms: int) -> None:
+        """Say that we are alive, if every thread has said so to us; otherwise look again soon."""
+        if not self._relay.answered:
+            self._watchdog_ms = now_ms + -(-self._watchdog_every_ms // 8)
+            return
+        self._notifier.watchdog()
+        self._watchdog_ms = now_ms + self._watchdog_every_ms
+        self._relay.ask()

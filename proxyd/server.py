@@ -45,7 +45,7 @@ class Server:
         self, options: "Options", listeners: list[Listener], environ: MutableMapping[str, str]
     ) -> None:
         self.options = options
-        self.loop = Loop()
+        self.loop = Loop(options.buffer_size)
         self.relay = self.loop.relay
         self.relay.idle_ms = _milliseconds(options.idle_timeout) or 0
         self._handle_signals()  # before there are threads, which inherit the mask
@@ -55,15 +55,20 @@ class Server:
         self.intake = Intake(
             self.loop,
             [Door(self.loop, i, one, self._way_of(one)) for i, one in enumerate(listeners)],
-            fit_connections(options.connections_max, len(listeners), bool(hosts)),
+            fit_connections(
+                options.connections_max, len(listeners), options.threads, lookups=bool(hosts)
+            ),
             options.proxy_protocol,
         )
-        self.manager = Manager(Notifier(environ), self._status, self.relay.now_ms)
+        single = len(listeners) == 1 and listeners[0].connected
+        if not single:
+            self._hire(options.threads)
+        self.manager = Manager(Notifier(environ), self._status, self.relay)
         self.relay.wake_first = self.manager.wanted
         self.held_ms = self.relay.now_ms
         """When a client was last held."""
         self.exit_idle_ms = _milliseconds(options.exit_idle_time)
-        if len(listeners) == 1 and listeners[0].connected:
+        if single:
             self.exit_idle_ms = 0  # Accept=yes: with the one connection all ends
         self.stopping = False
         self.stop_ms: int | None = None
@@ -107,7 +112,8 @@ class Server:
         busy = self._busy()
         self.manager.tick(now_ms, busy)
         ends = self.stopping or self.exit_idle_ms is not None or self.intake.broken
-        self.relay.wake_at = max(self.intake.wake_at(), 0 if busy and ends else -1)
+        last = 0 if self.relay.open > 0 and ends else -1
+        self.relay.wake_at = max(self.intake.wake_at(), last)
 
     def _busy(self) -> bool:
         return self.relay.open > 0 or any(reach.held for reach in self.reaches)
@@ -185,6 +191,18 @@ class Server:
             self._stop()
 
     # ── parts ────────────────────────────────────────────────────────────────────────────────
+
+    def _hire(self, threads: int) -> None:
+        """Start the further relay threads; fewer where the system refuses them."""
+        for number in range(1, threads):
+            try:
+                self.relay.hire()
+            except OSError as error:
+                log.warning(
+                    f"Failed to start a relay thread: {os.strerror(error.errno or 0)}. "
+                    f"Going on with {number} of {threads}."
+                )
+                return
 
     def _make_resolver(self, hosts: list[bytes]) -> "Resolver":
         from proxyd.resolver import Resolver

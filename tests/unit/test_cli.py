@@ -165,11 +165,6 @@ def test_abbreviations_of_the_original():
             assert cli._find_long(PROG, "", long[:end]).long == long
 
 
-def test_options_of_later_are_not_accepted():
-    for option in cli.LATER:
-        assert "unrecognized" in message(f"--{option.long}=1", "t")
-
-
 @pytest.mark.parametrize(
     ("text", "value"), [("auto", 0), ("8192", 8192), ("64K", 65536), ("1M", 1 << 20)]
 )
@@ -280,8 +275,6 @@ def test_help(capfd):
     assert "Bidirectionally proxy local sockets to another (possibly remote) socket." in out
     for option in cli.OPTIONS:
         assert f"--{option.long}" in out
-    for option in cli.LATER:
-        assert f"--{option.long}" not in out
     assert max(map(len, out.splitlines())) <= 80
 
 
@@ -453,7 +446,7 @@ def test_any_command_line_is_options_or_one_line(words):
 
 @given(st.lists(WORDS, max_size=3))
 def test_any_option_argument(words):
-    for option in (*cli.OPTIONS, *cli.LATER):
+    for option in cli.OPTIONS:
         if option.convert:
             for word in words:
                 with contextlib.suppress(ValueError, UsageError):

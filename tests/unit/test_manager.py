@@ -12,6 +12,18 @@ from proxyd.manager import EXTEND_BY_USEC, EXTEND_EVERY_MS, STATUS_MS, Manager
 from proxyd.notify import Notifier
 
 
+class Relay:
+    """Whose threads are alive, or not."""
+
+    def __init__(self):
+        self.now_ms = 0
+        self.answered = True
+        self.asked = 0
+
+    def ask(self):
+        self.asked += 1
+
+
 class World:
     """A Manager, the clock and the status it shows."""
 
@@ -19,7 +31,8 @@ class World:
         self.now_ms = 0
         self.text = "0 connections"
         self.hear = hear
-        self.manager = Manager(notifier, lambda: self.text, 0)
+        self.relay = Relay()
+        self.manager = Manager(notifier, lambda: self.text, self.relay)
 
     def run(self, until_ms, busy=False):
         """Let time go by; tick() is called when it is asked for. What was heard, and when."""
@@ -155,6 +168,26 @@ def test_watchdog_goes_on_while_connections_finish(world):
     assert [at for at, text in heard if text == "WATCHDOG=1"] == [1000, 2000, 3000]
 
 
+def test_a_thread_that_does_not_answer_stops_the_watchdog(world):
+    one = world(WATCHDOG_USEC="2000000")
+    assert one.relay.asked == 1
+    assert one.run(1000) == [(1000, "WATCHDOG=1")]
+    assert one.relay.asked == 2
+    one.relay.answered = False
+    assert one.run(10_000) == []
+    assert one.relay.asked == 2  # not again before there is an answer
+    one.relay.answered = True
+    ((at, text),) = one.run(10_200)
+    assert (at, text) == (10_125, "WATCHDOG=1")  # looked again soon
+    assert one.relay.asked == 3
+
+
+def test_no_thread_is_asked_without_a_watchdog(world):
+    one = world()
+    one.run(60_000)
+    assert one.relay.asked == 0
+
+
 def test_a_watchdog_of_another_process(world):
     one = world(WATCHDOG_USEC="2000000", WATCHDOG_PID="1")
     assert one.run(60_000) == []
@@ -166,7 +199,7 @@ def test_the_watchdog_is_fed_in_time(usec):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(notify.Notifier, "watchdog", lambda self: True)
         notifier = Notifier({"NOTIFY_SOCKET": "@nobody", "WATCHDOG_USEC": str(usec)})
-        manager = Manager(notifier, str, 0)
+        manager = Manager(notifier, str, Relay())
         first = manager.next_ms()
         assert first == 1 or first * 2000 <= usec
         manager.tick(first, False)

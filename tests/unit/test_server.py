@@ -172,7 +172,7 @@ class World:
         self.options = Options()
         self.listeners = []
 
-    def make_loop(self):
+    def make_loop(self, buffer_size):
         loop = Loop()
         self.relay.report_ends = loop.relay.report_ends
         loop.relay = self.relay
