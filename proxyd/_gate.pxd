@@ -114,19 +114,16 @@ cdef inline void gate_unwatch(Relaying *relay, GateState *gate) noexcept nogil:
     epoll_ctl(relay.engine.epoll, EPOLL_CTL_DEL, gate.fd, NULL)
 
 
-cdef inline bint gate_full(Relaying *relay, GateState *gate) noexcept nogil:
-    """Whether there is no room, and the clients have to wait for it in the backlog.
+cdef inline void gate_rest(Relaying *relay, GateState *gate) noexcept nogil:
+    """There is no room, and a client has to wait for it in the backlog.
 
     A client that has closed and comes again is often here before the target has closed too. So
     nobody is refused before ROOM_WAIT_MS have passed without a connection's end.
     """
-    if tally_open(relay.tally) < relay.most or gate.refuses:
-        return False
     if relay.room_ms == 0:
         relay.room_ms = relay.engine.now_ms + ROOM_WAIT_MS
     gate_unwatch(relay, gate)
     list_append(&relay.full, &gate.full)
-    return True
 
 
 cdef inline void gates_reopen(Relaying *relay) noexcept nogil:
@@ -150,11 +147,15 @@ cdef inline void gates_reopen(Relaying *relay) noexcept nogil:
 cdef inline void gate_event(Relaying *relay, GateState *gate) noexcept nogil:
     """The listener is readable. Level-triggered: who is left waits for the next turn."""
     cdef int most = NOTES_MOST if gate.refuses else gate_crowd(gate, relay.turns)
+    cdef bint first = True     # somebody is there, while after him perhaps nobody
     cdef int fd
     while most > 0 and relay.notes_count < NOTES_MOST // 2:
         most -= 1
-        if gate_full(relay, gate):
+        if tally_open(relay.tally) >= relay.most and not gate.refuses:
+            if first:
+                gate_rest(relay, gate)
             return
+        first = False
         fd = gate_accept(relay, gate)
         if fd >= 0:
             gate_admit(relay, gate, fd)

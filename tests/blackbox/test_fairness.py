@@ -5,6 +5,7 @@ import threading
 import pytest
 from harness.sockets import main_pairs, read_exactly
 from harness.traffic import Payload
+from harness.waiting import wait_until
 
 ROUNDS = 50
 
@@ -47,16 +48,26 @@ def test_small_messages_beside_bulk(stage, listen, target):
     for _ in range(2):
         client = stage.connect()
         streams.append(Bulk(client, backend.accept()))
+    for stream in streams:
+        wait_until(lambda stream=stream: stream.moved, "the stream to run")
     before = [stream.moved for stream in streams]
-    for _ in range(ROUNDS):
+    rounds = 0
+
+    def a_round():
+        """One more; whether all have moved meanwhile. Fifty may take no time at all."""
+        nonlocal rounds
         small.sendall(b"ping")
         assert read_exactly(its_server, 4) == b"ping"
         its_server.sendall(b"pong")
         assert read_exactly(small, 4) == b"pong"
-    after = [stream.moved for stream in streams]
+        rounds += 1
+        return rounds >= ROUNDS and all(
+            stream.moved > earlier for stream, earlier in zip(streams, before, strict=True)
+        )
+
+    wait_until(a_round, "fifty rounds, and streams that move meanwhile")
     for stream in streams:
         stream.stop()
-    assert all(later > earlier for earlier, later in zip(before, after, strict=True))
 
 
 @main_pairs

@@ -148,6 +148,24 @@ def test_client_at_the_limit_waits_for_room(rigs):
     assert not rig.of_kind(REFUSED)
 
 
+@pytest.mark.parametrize("limit", range(1, 13))
+def test_the_wait_for_room_begins_with_the_client(rigs, limit):
+    """Not when the limit was reached, long before: nobody was waiting then."""
+    rig = rigs()
+    rig.gate.express(rig.address)
+    rig.relay.most = limit
+    clients = [rig.keep(open_client(rig.door)) for _ in range(limit)]
+    targets = [rig.meet() for _ in range(limit)]
+    rig.pass_time(0.05)
+    late = rig.keep(open_client(rig.door))
+    rig.turn()
+    assert not rig.of_kind(REFUSED)
+    for connection in (clients[0], targets[0]):
+        close(connection)
+    late.send(b"late")
+    assert rig.read(rig.meet(), 4) == b"late"
+
+
 def test_full_gate_is_calm(rigs):
     """Clients in the backlog of a full gate keep nobody awake."""
     rig = rigs()
