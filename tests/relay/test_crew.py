@@ -13,7 +13,7 @@ from relaykit.child import in_child
 from relaykit.rig import HOW, PATIENCE_S, Incoming, Outgoing, epoll_fds, open_fds, payload
 from relaykit.sockets import close, half_close, open_client, reset
 
-from proxyd._relay import CHECK_TCP, CHECK_UNIX, ENDED, NOBODY, REFUSED, Gate, socket_names, tune
+from proxyd._relay import CHECK_TCP, CHECK_UNIX, ENDED, NOBODY, REFUSED, Gate, tune
 
 FDS_OF_A_THREAD = 2
 """Its epoll instance and its bell; the boss has a bell as well then."""
@@ -65,11 +65,10 @@ def wait_for(condition):
 def take_all_fds():
     """Open files until there may be no more; their fds."""
     taken = []
-    try:
+    with pytest.raises(OSError) as refusal:  # noqa: PT012
         while True:
             taken.append(os.open("/dev/null", os.O_RDONLY))
-    except OSError as error:
-        assert error.errno == errno.EMFILE
+    assert refusal.value.errno == errno.EMFILE
     return taken
 
 
@@ -89,7 +88,6 @@ def test_connections_go_where_the_fewest_are(crews):
         places = [crew.place_of(link.client_fd) for link in links]
         counts = [places.count(place) for place in range(3)]
         assert max(counts) - min(counts) <= 1, (number, counts)
-        assert crew.place_of(links[-1].target_fd if links[-1].target_fd >= 0 else 0) in (None, 0)
     gone = [link for link, place in zip(links, places, strict=True) if place == 2]
     for link in gone:
         reset(link.client)
