@@ -5,6 +5,7 @@ Each scenario runs as a program of its own under strace; what it does in `watche
 at.
 """
 
+import itertools
 import os
 import re
 import shutil
@@ -231,7 +232,7 @@ def test_a_stream_needs_nothing_but_to_be_moved(calls, pair):
 def test_only_an_empty_pipe_is_filled(calls, pair, scenario):
     """And emptied asking for exactly what is inside; never with SPLICE_F_MORE."""
     filled = {}
-    for call in sum(calls(scenario, pair), []):
+    for call in itertools.chain(*calls(scenario, pair)):
         if call.name == "pipe2":
             reader, writer = re.findall(r"\d+", " ".join(call.arguments[:2]))
             filled[reader] = 0
@@ -254,7 +255,7 @@ def test_only_an_empty_pipe_is_filled(calls, pair, scenario):
 def test_a_stalled_reader_costs_waits_alone(calls, pair):
     """One epoll_ctl at most, when the socket is full for the first time, and one pipe."""
     turns = calls("stalled", pair)
-    found = names(sum(turns, []))
+    found = names(itertools.chain(*turns))
     assert found.count("epoll_ctl") <= 1
     assert found.count("pipe2") <= 1
     assert [names(turn) for turn in turns[20:30]] == [["epoll_wait"]] * 10
