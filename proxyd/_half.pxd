@@ -110,6 +110,13 @@ cdef inline uint32_t endpoint_interest(const Endpoint *end) noexcept nogil:
     return interest
 
 
+cdef inline void endpoint_failed(Endpoint *end, int error) noexcept nogil:
+    """A read or write said that the peer is gone, not having ended cleanly."""
+    end.gone = 1
+    if end.error == 0:
+        end.error = error
+
+
 cdef inline void endpoint_blocked(Engine *engine, Endpoint *end) noexcept nogil:
     """No more fits into the socket: wait for EPOLLOUT."""
     cdef epoll_event event
@@ -120,14 +127,8 @@ cdef inline void endpoint_blocked(Engine *engine, Endpoint *end) noexcept nogil:
     if end.registered:
         event.events = endpoint_interest(end)
         event.data.ptr = end
-        epoll_ctl(engine.epoll, EPOLL_CTL_MOD, end.fd, &event)
-
-
-cdef inline void endpoint_failed(Endpoint *end, int error) noexcept nogil:
-    """A read or write said that the peer is gone, not having ended cleanly."""
-    end.gone = 1
-    if end.error == 0:
-        end.error = error
+        if epoll_ctl(engine.epoll, EPOLL_CTL_MOD, end.fd, &event) < 0:
+            endpoint_failed(end, errno)  # it would wait for ever
 
 
 cdef inline void endpoint_lost(Endpoint *end, int error) noexcept nogil:
