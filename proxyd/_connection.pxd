@@ -20,7 +20,7 @@ from proxyd._half cimport (
     half_held, half_keep, half_pump, spill_free,
 )
 from proxyd._linux cimport (
-    AF_INET, AF_INET6, AF_UNIX, EAGAIN, ECONNRESET, EINPROGRESS, EINTR, ELOOP, ENOMEM, EPIPE,
+    AF_INET, AF_INET6, AF_UNIX, AF_UNSPEC, EAGAIN, ECONNRESET, EINPROGRESS, EINTR, ELOOP, ENOMEM, EPIPE,
     EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP, EPOLL_CTL_ADD, EPOLL_CTL_DEL,
     ETIMEDOUT, IPPROTO_TCP, MSG_NOSIGNAL, MSG_PEEK, SHUT_WR, SIOCOUTQ, SOCK_CLOEXEC,
     SOCK_NONBLOCK, SOCK_STREAM, SOL_SOCKET, SO_ERROR, SO_KEEPALIVE, SO_LINGER, SO_OOBINLINE,
@@ -250,10 +250,13 @@ cdef inline void socket_reset(int fd, int family) noexcept nogil:
     """Close with RST, which throws away what was not yet acknowledged. AF_UNIX has no reset: it is
     a plain close there."""
     cdef linger now
+    cdef sockaddr nowhere
     if family != AF_UNIX:
         now.l_onoff = 1
         now.l_linger = 0
-        setsockopt(fd, SOL_SOCKET, SO_LINGER, &now, sizeof(now))
+        if setsockopt(fd, SOL_SOCKET, SO_LINGER, &now, sizeof(now)) < 0:
+            nowhere.sa_family = AF_UNSPEC  # where that is forbidden: this disconnects, tcp(7)
+            connect(fd, &nowhere, sizeof(nowhere))
     close(fd)
 
 
@@ -364,8 +367,11 @@ cdef inline void linger_step(Relaying *relay, Connection *c) noexcept nogil:
 cdef inline void connection_linger(
     Relaying *relay, Connection *c, Endpoint *last, Endpoint *other, bint drains
 ) noexcept nogil:
-    """`other` has nothing more to give or take: close it, and `last` when its time has come."""
-    endpoint_close(relay, other, False)
+    """`other` has nothing more to give or take: close it, and `last` when its time has come.
+
+    One that has failed may live on, where the kernel had no memory: it must not see a clean end.
+    """
+    endpoint_close(relay, other, other.error != 0)
     own_remove(relay.own, &c.own)
     half_drop(&c.up)
     half_drop(&c.down)
@@ -382,11 +388,12 @@ cdef inline void connection_linger(
 cdef inline void half_finish(Half *half, Half *other) noexcept nogil:
     """src has ended cleanly and everything is delivered: pass the end on.
 
-    Where the other half is over, closing both says the same with a system call less.
+    Where the other half is over, closing both says the same with a system call less. An end that
+    cannot be passed on makes a failed connection: dst would wait for it for ever.
     """
     half.state = SHUT
-    if other.state != SHUT:
-        shutdown(half.dst.fd, SHUT_WR)
+    if other.state != SHUT and shutdown(half.dst.fd, SHUT_WR) < 0:
+        endpoint_lost(half.dst, errno)
 
 
 cdef inline void half_settle(

@@ -72,7 +72,7 @@ cdef extern from "sys/socket.h" nogil:
         iovec *msg_iov
         size_t msg_iovlen
         int msg_flags
-    int AF_INET, AF_INET6, AF_UNIX, AF_VSOCK
+    int AF_INET, AF_INET6, AF_UNIX, AF_UNSPEC, AF_VSOCK
     int SOCK_STREAM, SOCK_NONBLOCK, SOCK_CLOEXEC
     int SOL_SOCKET, SO_DOMAIN, SO_ERROR, SO_KEEPALIVE, SO_LINGER, SO_OOBINLINE, SO_PEERCRED
     int SO_SNDBUF
