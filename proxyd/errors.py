@@ -1,5 +1,7 @@
 """What becomes a line on stderr."""
 
+import os
+
 
 class UsageError(Exception):
     """What the administrator gave us cannot be used; `str()` is the line that says why.
@@ -10,5 +12,6 @@ class UsageError(Exception):
 
 def reason(error: Exception) -> str:
     """Return why, without the number and the file name that str() of an OSError has."""
-    strerror = error.strerror if isinstance(error, OSError) else None
-    return strerror or str(error)
+    if not isinstance(error, OSError):
+        return str(error)
+    return error.strerror or (os.strerror(error.errno) if error.errno else str(error))
