@@ -5,6 +5,7 @@ original uses. argparse is not: it differs in a dozen details, and importing it 
 the rest of the start.
 """
 
+import errno
 import os
 import sys
 from _collections_abc import Callable, Iterator
@@ -182,7 +183,9 @@ def _open_standard_fds() -> None:
     for fd in range(3):
         try:
             os.fstat(fd)
-        except OSError:
+        except OSError as error:
+            if error.errno != errno.EBADF:
+                continue  # it is open
             try:
                 os.open("/dev/null", os.O_RDWR)  # the lowest free number, which is fd
             except OSError:

@@ -2,6 +2,7 @@
 
 import _signal
 import contextlib
+import errno
 import os
 import re
 import runpy
@@ -321,6 +322,18 @@ def test_closed_standard_fds_are_not_given_to_sockets():
     )
     script = f'exec "$0" -c "{code}" <&- >&- 2>&-'
     assert subprocess.run(["/bin/sh", "-c", script, sys.executable], check=False).returncode == 0
+
+
+def test_a_standard_fd_of_which_nothing_can_be_told_is_not_closed(monkeypatch):
+    def fstat(fd):
+        raise OSError(errno.EIO, "")
+
+    opened = []
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fstat", fstat)
+        patch.setattr(os, "open", lambda *names: opened.append(names))
+        cli._open_standard_fds()
+    assert opened == []
 
 
 def test_no_sockets(served, capfd):
