@@ -6,6 +6,7 @@ the clients admitted for which there are none.
 
 import errno
 import os
+from _collections_abc import Callable
 
 from proxyd import log
 from proxyd._relay import ACCEPTED, NOBODY, REFUSED, Gate, socket_names, tune
@@ -75,6 +76,11 @@ class Intake:
         self._ways = list({id(door.way): door.way for door in doors}.values())
         self._connections_max = connections_max
         self._proxy_protocol = proxy_protocol
+        self._header: Callable[[int, int], bytes] | None = None
+        if proxy_protocol:  # now, and not when there may be no fd left to load it with
+            from proxyd.proxy_protocol import header
+
+            self._header = header
         self._open_at_pause = 0
 
     def arm(self) -> None:
@@ -155,11 +161,7 @@ class Intake:
 
     def _admit(self, door: Door, fd: int) -> None:
         """Send a client on its way to the target."""
-        header = None
-        if self._proxy_protocol:
-            from proxyd.proxy_protocol import header as proxy_header
-
-            header = proxy_header(self._proxy_protocol, fd)
+        header = self._header(self._proxy_protocol, fd) if self._header is not None else None
         name = text(unmapped(socket_names(fd)[0])) if self._loop.notes is not None else ""
         door.way.take(fd, door.listener, door.index, header, name)
 

@@ -310,9 +310,7 @@ class Reach:
     def _end_outage(self, now_ms: int) -> None:
         if self._down_ms is None:
             return
-        from proxyd.timespan import format_usec
-
-        span = format_usec((now_ms - self._down_ms) * 1000)
+        span = _span_text(now_ms - self._down_ms)
         clients = "1 client was" if self._held_total == 1 else f"{self._held_total} clients were"
         log.limited(
             f"reached {self.text}", f"{self.text} answers after {span}, {clients} held.", log.INFO
@@ -402,3 +400,12 @@ class Reach:
         for client in list(self.held.values()):
             if client.race is None:
                 self._give_up(client, reason)
+
+
+def _span_text(ms: int) -> str:
+    """A span for people, even where there is no fd left to load the module that knows how."""
+    try:
+        from proxyd.timespan import format_usec
+    except (OSError, ImportError):
+        return f"{ms} ms"
+    return format_usec(ms * 1000)

@@ -12,6 +12,7 @@ from _collections_abc import Callable
 
 from proxyd import address as sockaddr
 from proxyd import log
+from proxyd.errors import reason
 
 FRESH_MS = 1000
 """An answer, or the lack of one, serves for so long."""
@@ -21,8 +22,14 @@ STALE_MS = 5 * 60 * 1000
 
 _THREADS_MAX = 4
 
-RETRYABLE = (_socket.EAI_AGAIN, _socket.EAI_NONAME, getattr(_socket, "EAI_NODATA", -5))
-"""The name may appear: a container's does when it starts."""
+RETRYABLE = (
+    _socket.EAI_AGAIN,
+    _socket.EAI_NONAME,  # the name may appear: a container's does when it starts
+    getattr(_socket, "EAI_NODATA", -5),
+    _socket.EAI_MEMORY,  # and these are ours, not the name's: they pass as well
+    _socket.EAI_SYSTEM,
+)
+"""Errors after which the name may be found later."""
 
 Done = Callable[[list[bytes], "_socket.gaierror | None"], None]
 
@@ -100,8 +107,8 @@ class Resolver:
         """Hand out the answers that have come."""
         try:
             os.eventfd_read(self.fd)
-        except BlockingIOError:
-            return
+        except (BlockingIOError, InterruptedError):
+            return  # if there is something, it is announced again
         while not self._answers.empty():
             name, addresses, error = self._answers.get()
             self._under_way -= 1
@@ -156,7 +163,9 @@ def _look_up(host: bytes) -> tuple[list[bytes], "_socket.gaierror | None"]:
         return interleaved([sockaddr.from_socket_name(info[0], info[4]) for info in found]), None
     except _socket.gaierror as error:
         return [], error
-    except (OSError, MemoryError, ValueError) as error:
+    except (OSError, MemoryError) as error:  # no fd or no memory is left
+        return [], _socket.gaierror(_socket.EAI_SYSTEM, reason(error) or "Out of memory")
+    except ValueError as error:
         return [], _socket.gaierror(_socket.EAI_FAIL, str(error))
 
 

@@ -12,6 +12,7 @@ from _collections_abc import MutableMapping
 
 from proxyd import address, log
 from proxyd._relay import ENDED, FAILED, signal_fd
+from proxyd.errors import reason
 from proxyd.intake import Door, Intake
 from proxyd.limits import fit_connections
 from proxyd.listen import Listener
@@ -35,6 +36,7 @@ def run(options: "Options", listeners: list[Listener], environ: MutableMapping[s
     try:
         return server.serve()
     finally:
+        server.relay.close_all()  # after an error too: whoever is cut must not see a clean end
         log.flush_limited()
 
 
@@ -65,6 +67,8 @@ class Server:
             self._hire(options.threads)
         self.manager = Manager(Notifier(environ), self._status, self.relay)
         self.relay.wake_first = self.manager.wanted
+        if self.loop.notes is not None:
+            import proxyd.stats  # noqa: F401 - for _log_end(), while there are fds to load it with
         self.held_ms = self.relay.now_ms
         """When a client was last held."""
         self.exit_idle_ms = _milliseconds(options.exit_idle_time)
@@ -181,12 +185,12 @@ class Server:
         self.loop.watch(signals, lambda _events: self._signalled(signals))
 
     def _signalled(self, signals: int) -> None:
-        number = int.from_bytes(os.read(signals, _SIGINFO_SIZE)[:4], sys.byteorder)
+        try:
+            number = int.from_bytes(os.read(signals, _SIGINFO_SIZE)[:4], sys.byteorder)
+        except BlockingIOError:
+            return  # a false alarm
         if number == _signal.SIGUSR1:
-            from proxyd.stats import summary
-
-            for line in summary(self.intake, self.relay, self.reaches):
-                log.info(line)
+            self._log_summary()
         else:
             self._stop()
 
@@ -224,6 +228,15 @@ class Server:
         return self.reaches[-1]
 
     # ── words ────────────────────────────────────────────────────────────────────────────────
+
+    def _log_summary(self) -> None:
+        try:
+            from proxyd.stats import summary
+        except (OSError, ImportError) as error:  # no fd is left to load it with
+            log.warning(f"Failed to load the statistics: {reason(error)}")
+            return
+        for line in summary(self.intake, self.relay, self.reaches):
+            log.info(line)
 
     def _status(self) -> str:
         from proxyd.stats import status

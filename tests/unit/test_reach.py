@@ -7,6 +7,7 @@ import itertools
 import os
 import socket
 import struct
+import sys
 
 import pytest
 from hypothesis import given
@@ -703,6 +704,17 @@ def test_one_line_when_an_outage_begins_and_one_when_it_ends(world, capfd):
     assert capfd.readouterr().err == ""
 
 
+def test_the_end_of_an_outage_when_nothing_can_be_loaded(world, capfd, monkeypatch):
+    monkeypatch.setitem(sys.modules, "proxyd.timespan", None)  # as if no fd were left
+    one = world(plan=up_at(20))
+    one.come()
+    one.run(20)
+    assert len(one.served) == 1
+    assert (
+        capfd.readouterr().err.splitlines()[1] == f"{TCP} answers after 20 ms, 1 client was held."
+    )
+
+
 def test_a_single_client(world, capfd):
     one = world(plan=up_at(20))
     one.come()
@@ -921,7 +933,13 @@ def test_without_connect_timeout_each_address_is_tried_once(world, capfd):
     assert line.startswith("Failed to connect to remote host: ")
 
 
-NOT_YET = [_socket.EAI_AGAIN, _socket.EAI_NONAME, _socket.EAI_NODATA]
+NOT_YET = [
+    _socket.EAI_AGAIN,
+    _socket.EAI_NONAME,
+    _socket.EAI_NODATA,
+    _socket.EAI_MEMORY,
+    _socket.EAI_SYSTEM,
+]
 
 
 @pytest.mark.parametrize("code", NOT_YET)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from proxyd import address as sockaddr
 from proxyd import log, resolver
-from proxyd.resolver import FRESH_MS, STALE_MS, Resolver, interleaved
+from proxyd.resolver import FRESH_MS, RETRYABLE, STALE_MS, Resolver, interleaved
 
 PATIENCE = 20
 """Seconds until what does not come counts as lost."""
@@ -132,6 +132,14 @@ def test_nothing_to_collect(names):
     names.collect(0)
 
 
+def test_an_interrupted_look_for_answers_is_none(names, monkeypatch):
+    def interrupted(fd):
+        raise InterruptedError
+
+    monkeypatch.setattr(os, "eventfd_read", interrupted)
+    names.collect(0)
+
+
 def test_error(names, server):
     server.answers[HOST] = NONAME
     assert look_up(names, HOST, 0) == [([], NONAME)]
@@ -143,6 +151,7 @@ def test_errors_that_are_not_the_resolver_s_are_answers_too(names, server, error
     ((addresses, told),) = look_up(names, HOST, 0)
     assert addresses == []
     assert isinstance(told, _socket.gaierror)
+    assert told.errno in RETRYABLE  # fds and memory come back
     # And the thread has survived it.
     server.answers[HOST] = found(V4)
     assert look_up(names, HOST, FRESH_MS) == [([V4], None)]

@@ -476,6 +476,37 @@ def test_sigusr1_logs_the_counters_and_nothing_else(world, capfd):
     assert second == "/run/backend: 0 served, 0 waiting, 0 failed"
 
 
+def test_sigusr1_when_nothing_can_be_loaded(world, capfd, monkeypatch):
+    monkeypatch.setitem(sys.modules, "proxyd.stats", None)  # as if no fd were left
+    world.environ.clear()
+    world.relay.at(1000, world.signal(signal.SIGUSR1))
+    world.relay.at(2000, world.signal(signal.SIGTERM))
+    assert world.serve() == 0
+    assert world.now_ms == 2000
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("Failed to load the statistics: ")
+
+
+def test_a_false_alarm_of_the_signals(world):
+    os.set_blocking(world.signals, False)
+    world.relay.at(1000, lambda: [(READY, world.signals, 1)])
+    world.relay.at(2000, world.signal(signal.SIGTERM))
+    assert world.serve() == 0
+    assert world.now_ms == 2000
+
+
+def test_when_it_cannot_go_on_connections_are_cut(world):
+    def break_down():
+        raise OSError(errno.EBADF, "broken")
+
+    world.relay.at(0, world.relay.come)
+    world.relay.at(1000, break_down)
+    world.listen("/run/backend")
+    with pytest.raises(OSError, match="broken"):
+        run(world.options, world.listeners, {})
+    assert world.relay.open == 0
+
+
 def test_the_signals_are_those_of_signalfd():
     """signalfd(2): the number is the first of the 128 bytes, in the host's order."""
     own = server_module.signal_fd(())
