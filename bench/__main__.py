@@ -45,15 +45,16 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured")
     parser.add_argument("--svg", type=Path, metavar="FILE", help="draw the chart")
     parser.add_argument("--syscalls", action="store_true", help="count system calls instead")
+    parser.add_argument("--two-cpus", action="store_true", help="one and two threads, not pinned")
     parser.add_argument("--list", action="store_true", help="list the works and end")
     return parser.parse_args(arguments)
 
 
 def settings_of(options: argparse.Namespace) -> Settings:
     """Lengths by form, CPUs by machine."""
-    proxy_cpu, load_cpu = machine.cpus()
+    proxy_cpu, load_cpu = (-1, -1) if options.two_cpus else machine.cpus()
     machine.raise_limits()
-    if proxy_cpu == load_cpu:
+    if proxy_cpu == load_cpu >= 0:
         note("only one CPU: the load and the proxy disturb each other, do not quote these numbers")
     return Settings(
         seconds=options.seconds or (0.6 if options.long else 0.5),
@@ -75,7 +76,11 @@ def choose(options: argparse.Namespace) -> list[Contender]:
     """The contenders asked for, as far as they are to be had, the reference first."""
     found = contenders.find(options.executable)
     originals = [name for name in found if name.startswith("original-")]
-    default = [*found] if options.long else ["ours", *originals[-1:], "nginx"]
+    default = ["ours", *originals[-1:], "nginx"]
+    if options.two_cpus:
+        default = ["ours-2", "ours"]
+    elif options.long:
+        default = [name for name in found if name != "ours-2"]
     wanted = options.contenders.split(",") if options.contenders else default
     for name in wanted:
         if name not in found:
@@ -148,6 +153,8 @@ def main() -> int:
         signal.SIGTERM, signal.default_int_handler
     )  # unwinds, and so ends what it started
     patterns = [part for part in options.only.split(",") if part]
+    if options.two_cpus and not patterns:
+        patterns = [*works.TWO_CPUS]
     selected = works.select(patterns, short=not options.long)
     if options.list:
         print("\n".join(work.title for work in selected))

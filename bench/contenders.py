@@ -129,7 +129,14 @@ def find(executable: Path) -> dict[str, Contender]:
     """All contenders that this machine has, by name, in the order of the report."""
     originals = [found for found in (distro_original(), newest_original()) if found]
     originals.sort(key=lambda contender: contender.name)
-    candidates = [ours(executable), *originals, haproxy(), nginx(), direct()]
+    candidates = [
+        ours(executable),
+        *originals,
+        haproxy(),
+        nginx(),
+        direct(),
+        two_threads(executable),
+    ]
     return {contender.name: contender for contender in candidates if contender}
 
 
@@ -144,6 +151,14 @@ def ours(executable: Path) -> Contender | None:
         return None
     version = first_line([str(executable), "--version"])
     return Contender("ours", version, forwarder([str(executable)]))
+
+
+def two_threads(executable: Path) -> Contender | None:
+    """The program of this repository with two relay threads."""
+    one = ours(executable)
+    if one is None:
+        return None
+    return Contender("ours-2", one.version, forwarder([str(executable), "--threads=2"]))
 
 
 def forwarder(program: list[str]) -> Callable[[str, str, Path], list[str]]:

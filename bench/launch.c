@@ -56,7 +56,8 @@ static void become(int cpu, int listener, char **program, volatile double *start
     cpu_set_t set;
     CPU_ZERO(&set);
     CPU_SET((size_t)cpu, &set);
-    check(sched_setaffinity(0, sizeof set, &set), "sched_setaffinity");
+    if (cpu >= 0)
+        check(sched_setaffinity(0, sizeof set, &set), "sched_setaffinity");
     signal(SIGPIPE, SIG_IGN);
     prctl(PR_SET_PDEATHSIG, SIGTERM); /* nothing outlives the benchmark */
     if (listener >= 0) {

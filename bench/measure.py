@@ -19,7 +19,7 @@ PATIENCE = 30  # seconds past the run's own length
 
 @dataclass(frozen=True)
 class Settings:
-    """How long and where: seconds, CPU numbers; the most idle connections, how many starts."""
+    """How long and where: seconds, CPUs (-1: any); the most idle connections, how many starts."""
 
     seconds: float
     warmup: float
@@ -81,6 +81,7 @@ def load_command(work_load: tuple[str, ...], place: Scene, settings: Settings) -
         f"cpu={settings.load_cpu}",
         f"backend={place.backend}",
         f"connect={place.proxy.address}",
+        f"light={int(settings.load_cpu < 0)}",
         f"warmup={settings.warmup}",
         f"seconds={settings.seconds}",
         *(f"pid={pid}" for pid in place.proxy.pids),

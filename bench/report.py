@@ -37,7 +37,8 @@ class Row:
     """One work with one contender.
 
     ``ratio`` is the reference's CPU per unit divided by this contender's, taken in each round and
-    then the median: what disturbs a round disturbs both. ``tail_ratio`` is the same of the p99.
+    then the median: what disturbs a round disturbs both. ``tail_ratio`` is the same of the p99, and
+    ``rate_ratio`` of the rate.
     """
 
     work: Work
@@ -49,6 +50,7 @@ class Row:
     load: float
     ratio: float | None
     tail_ratio: float | None
+    rate_ratio: float | None
     extra: dict[str, float]
 
 
@@ -84,6 +86,7 @@ def row(work: Work, name: str, samples: dict[int, Sample], reference: dict[int, 
         median(one.load for one in each),
         ratio([(reference[number].cpu, samples[number].cpu) for number in common]),
         ratio([(reference[number].p99, samples[number].p99) for number in common]),
+        ratio([(reference[number].rate, samples[number].rate) for number in common]),
         {key: median_of(each, key) for key in extra_keys(each)},
     )
 
@@ -119,7 +122,8 @@ def table(made: Sequence[Row]) -> str:
     reference = made[0].contender if made else ""
     heading = (
         f"{'work':<27}{'contender':<14}{'CPU per unit':>12}  {'[min – max]':<17}"
-        f"{reference + '/it':>16}{'rate':>13}{'p50':>11}{'p99':>11}{'p99 ratio':>11}{'load':>6}"
+        f"{reference + '/it':>16}{'rate':>13}{'p50':>11}{'p99':>11}{'p99 ratio':>11}"
+        f"{'rate ratio':>12}{'load':>6}"
     )
     lines = [heading, "─" * len(heading)]
     previous = None
@@ -139,7 +143,7 @@ def line(one: Row, *, first: bool) -> str:
         f"{one.work.title if first else '':<27}{one.contender:<14}"
         f"{cost:>12}  {spread:<17}"
         f"{quotient(one.ratio):>16}{rate_text(one):>13}{latency(one.p50):>11}{latency(one.p99):>11}"
-        f"{quotient(one.tail_ratio):>11}{one.load:>6.0%}{extras}"
+        f"{quotient(one.tail_ratio):>11}{quotient(one.rate_ratio):>12}{one.load:>6.0%}{extras}"
     ).rstrip()
 
 

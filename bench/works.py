@@ -6,6 +6,16 @@ TCP_TCP, UNIX_TCP, TCP_UNIX, UNIX_UNIX = "tcp-tcp", "unix-tcp", "tcp-unix", "uni
 PAIRS = (TCP_TCP, UNIX_TCP, TCP_UNIX, UNIX_UNIX)
 KIB = 1024
 
+TWO_CPUS = (
+    "pingpong",
+    "connect",
+    "bulk-up-1-256K/tcp-tcp",
+    "bulk-up-8-256K/tcp-tcp",
+    "bulk-down-8-256K/tcp-tcp",
+    "mixed",
+)
+"""What is run with one thread and with two, where both CPUs are anybody's."""
+
 
 @dataclass(frozen=True)
 class Work:
