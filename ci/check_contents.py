@@ -20,15 +20,15 @@ WHEEL_HAS = (
     "*.data/scripts/systemd-socket-proxyd",
     "*.data/data/share/man/man1/systemd-socket-proxyd.1",
     "*.data/data/share/doc/systemd-socket-proxyd/README.md",
+    "*.data/data/share/bash-completion/completions/systemd-socket-proxyd",
+    "*.data/data/share/zsh/site-functions/_systemd-socket-proxyd",
+    "*.data/data/share/fish/vendor_completions.d/systemd-socket-proxyd.fish",
     "*.dist-info/licenses/LICENSE",
 )
 WHEEL_MAY_HAVE = (
     *WHEEL_HAS,
     "proxyd/*.py",
     "*.data/data/share/doc/systemd-socket-proxyd/*",
-    "*.data/data/share/*/completions/*",
-    "*.data/data/share/fish/vendor_completions.d/*",
-    "*.data/data/share/zsh/site-functions/*",
     "*.dist-info/METADATA",
     "*.dist-info/RECORD",
     "*.dist-info/WHEEL",
