@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "blackbox")]
+sys.path.insert(0, str(Path(__file__).parent))  # for `terminal`, in every import mode
+sys.path.insert(0, str(Path(__file__).parent.parent / "blackbox"))  # and for `harness`
 
-from harness.waiting import set_patience
-from terminal import BASH_COMPLETION, INSTALLED, START, Terminal, program, write_settings
+from terminal import BASH_COMPLETION, INSTALLED, Terminal, program, write_settings
 
 HOSTS = """
 127.0.0.1 localhost
@@ -43,7 +43,6 @@ UNITS = {
 
 
 def pytest_configure(config):
-    set_patience(5.0)
     config.addinivalue_line("markers", "services: needs /etc/services")
 
 
@@ -70,15 +69,17 @@ def place():
         yield place
 
 
+FILES = ("app.sock", "folder/in.sock", "with space.sock")
+
+
 @pytest.fixture(scope="session")
 def sockets(place):
-    """UNIX sockets to complete: two by their paths, beside a file that is none, and an abstract."""
+    """The folder of UNIX sockets, with a file that is none; there is an abstract one as well."""
     folder = place / "run"
     (folder / "folder").mkdir(parents=True)
     (folder / "file.sock").touch()
-    (folder / "with space.sock").parent.mkdir(exist_ok=True)
     opened = []
-    for address in (str(folder / "app.sock"), str(folder / "folder/in.sock"), "\0sp-abstract"):
+    for address in (*map(str, (folder / name for name in FILES)), "\0sp-abstract"):
         listener = socket.socket(socket.AF_UNIX)
         listener.bind(address)
         listener.listen()
@@ -88,15 +89,12 @@ def sockets(place):
         listener.close()
 
 
-@pytest.fixture(scope="session", params=list(START))
-def session(request, place):
-    """A terminal with one of the shells."""
-    shell = program(request.param)
+def open_terminal(place, kind):
+    """Start a shell, one of those in START."""
+    shell = program(kind)
     for needed in (shell, "tmux", "unshare", "mount", "awk"):
         if not shutil.which(needed):
             pytest.skip(f"no {needed} here")
-    if request.param == "bash-completion" and not BASH_COMPLETION.exists():
-        pytest.skip("no package bash-completion here")
     if not INSTALLED[shell].exists():
         pytest.fail(f"{INSTALLED[shell]} was not installed")
     environment = {
@@ -107,7 +105,13 @@ def session(request, place):
         "TERM": "screen",
         "XDG_DATA_DIRS": f"{Path(sys.prefix) / 'share'}:/usr/local/share:/usr/share",
     }
-    terminal = Terminal(place, request.param, environment, place / "hosts")
+    return Terminal(place, kind, environment, place / "hosts")
+
+
+@pytest.fixture(scope="session", params=["bash", "zsh", "fish"])
+def session(request, place):
+    """A terminal with one of the shells."""
+    terminal = open_terminal(place, request.param)
     yield terminal
     terminal.close()
 
@@ -117,3 +121,13 @@ def shell(session):
     """The terminal, with an empty command line."""
     session.clear()
     return session
+
+
+@pytest.fixture
+def bash_with_package(place):
+    """A bash with the package bash-completion, which finds completions and loads them."""
+    if not BASH_COMPLETION.exists():
+        pytest.skip("no package bash-completion here")
+    terminal = open_terminal(place, "bash-completion")
+    yield terminal
+    terminal.close()

@@ -44,6 +44,8 @@ set -g fish_autosuggestion_enabled 0
 function fish_prompt; printf '{PROMPT} '; end
 """
 
+PRIVATE = 'mount --bind "$0" /etc/hosts && exec "$@"'
+
 START = {
     "bash": "exec bash --noprofile --rcfile $HOME/bashrc -i",
     "bash-completion": "exec bash --noprofile --rcfile $HOME/bashrc-with-package -i",
@@ -77,16 +79,19 @@ class Terminal:
         self.kind = kind
         self._tmux = [shutil.which("tmux"), "-S", str(folder / f"tmux-{kind}"), "-f", "/dev/null"]
         variables = [f"{key}={value}" for key, value in environment.items()]
-        start = ["env", "-i", *variables, "/bin/sh", "-c", START[kind]]
+        new = ["new-session", "-d", "-x", "180", "-y", "120", "--", "env", "-i", *variables]
         # A file system of its own, for the sake of one file.
-        private = "mount --bind \"$0\" /etc/hosts && exec \"$@\""
+        private = ["unshare", "--map-root-user", "--mount", "/bin/sh", "-c", PRIVATE, str(hosts)]
         subprocess.run(
-            ["unshare", "--map-root-user", "--mount", "/bin/sh", "-c", private, str(hosts)]
-            + [*self._tmux, "new-session", "-d", "-x", "180", "-y", "120", "--", *start],
+            [*private, *self._tmux, *new, "/bin/sh", "-c", START[kind]],
             check=True,
             stdin=subprocess.DEVNULL,
         )
-        self._wait(self._is_empty, f"the prompt of {kind}")
+        try:
+            self._wait(self._is_empty, f"the prompt of {kind}")
+        except BaseException:  # Ctrl-C too: nobody else knows of it yet
+            self.close()
+            raise
 
     def close(self):
         """End the shell, and tmux with it."""
@@ -145,18 +150,16 @@ class Terminal:
         return self.lines() == [PROMPT]
 
     def _call(self, *arguments):
-        return subprocess.run(
-            [*self._tmux, *arguments], check=True, capture_output=True, text=True
-        )
+        return subprocess.run([*self._tmux, *arguments], check=True, capture_output=True, text=True)
 
 
-def quoted(text, kind, typed=False):
-    """`text` as the shell writes it into a command line; `typed`: as it was given."""
-    if typed or kind.startswith("bash"):
-        return text
-    return re.sub(r"([][])", r"\\\1", text)
+def bracketed(text, kind):
+    """`text` as it is written in the shell `kind`: to all but bash, brackets are patterns."""
+    return text if program(kind) == "bash" else re.sub(r"([][])", r"\\\1", text)
 
 
 def is_listed(word, text):
-    """Tell whether `word` is one of the words of a list, with or without what was typed before."""
-    return re.search(rf"(^|[\s:=]){re.escape(word)}(?=[\s=]|$)", text, re.MULTILINE) is not None
+    """Tell whether `word` is one of a list: with or without what was typed before it, the = or :
+    that comes behind it, and quoting."""
+    bare = re.escape(word.rstrip(":="))
+    return re.search(rf"(^|[\s:=/])\\?{bare}(?=[\s:=]|$)", text, re.MULTILINE) is not None

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from terminal import is_listed, quoted
+from terminal import bracketed, is_listed
 
 COMMAND = Path(sys.prefix) / "bin/systemd-socket-proxyd"
 OPTION = re.compile(r"(?<![\w-])--?[a-z][a-z-]*")
@@ -77,7 +77,8 @@ def test_hosts(shell, typed, line):
 )
 @pytest.mark.parametrize("name", ["", "http="])
 def test_ipv6_in_brackets(shell, name, typed, host):
-    shell.completed(name + typed, "80", name + quoted(host, shell.kind) + "80")
+    typed, host = bracketed(typed, shell.kind), bracketed(host, shell.kind)
+    shell.completed(name + typed, "80", f"{name}{host}80")
 
 
 def test_what_is_no_host_is_not_offered(shell):
@@ -94,7 +95,8 @@ def test_ports_of_a_host(shell, host):
 
 @pytest.mark.services
 def test_ports_of_an_ipv6_address(shell):
-    shell.completed("[::1]:gop", "+", quoted("[::1]:", shell.kind, typed=True) + "gopher +")
+    host = bracketed("[::1]:", shell.kind)
+    shell.completed(f"{host}gop", "+", f"{host}gopher +")
 
 
 def test_the_port_that_the_client_connected_to(shell):
@@ -111,6 +113,10 @@ def test_paths_of_sockets(shell, sockets, before):
 def test_a_file_that_is_no_socket_is_not_offered(shell, sockets):
     listed = shell.offers(f"{sockets}/", {"app.sock", "folder/"})
     assert "file.sock" not in listed
+
+
+def test_a_path_is_quoted(shell, sockets):
+    shell.completed(f"{sockets}/w", "+", f"{sockets}/with\\ space.sock +")
 
 
 @pytest.mark.parametrize("before", ["", "unix:", "http=", "--listen=", "--listen=web="])
@@ -146,7 +152,7 @@ def test_a_listener_has_one_target(shell):
     assert not is_listed("localhost:", listed)
 
 
-@pytest.mark.parametrize("before", ["localhost:80", "-- localhost:80", "--conn 5 localhost:80"])
+@pytest.mark.parametrize("before", ["localhost:80", "-- -c", "--conn 5 localhost:80"])
 def test_a_plain_target_is_the_only_one(shell, before):
     shell.completed(f"{before} pla", "+", f"{before} pla+")
 
@@ -158,3 +164,9 @@ def test_no_options_after_the_end_of_options(shell):
 def test_addresses_to_listen_on(shell):
     listed = shell.offers("--listen ", {"127.0.0.1:", "0.0.0.0:", "/", "vsock:"})
     assert not is_listed("gamma.example:", listed)
+
+
+def test_the_package_bash_completion_loads_it(bash_with_package):
+    bash_with_package.offers("-", options_of_help())
+    bash_with_package.clear()
+    bash_with_package.completed("http=[2001:db8::8", "80", "http=[2001:db8::8]:80")
