@@ -1,0 +1,56 @@
+"""The units that README and manual page show are those in examples/."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+README = ROOT / "README.md"
+PAGE = ROOT / "man/systemd-socket-proxyd.1"
+
+NOT_A_FILE = re.compile(r"[#$] \w")
+"""What is to be typed begins with a prompt."""
+
+
+def settings(text):
+    """The lines that matter: without comments and empty ones, continued lines as one."""
+    joined = re.sub(r"\s*\\\n\s*", " ", text)
+    lines = (line.rstrip() for line in joined.splitlines())
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def examples():
+    """{name of a file in examples/, with its folder: its lines}."""
+    files = [path for path in (ROOT / "examples").rglob("*") if path.suffix not in ("", ".md")]
+    return {str(path.relative_to(ROOT / "examples")): settings(path.read_text()) for path in files}
+
+
+def blocks_of_readme():
+    return re.findall(r"^```ini\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def blocks_of_page():
+    text = PAGE.read_text().replace(r"\e", "\\")
+    blocks = re.findall(r"^\.Bd -literal.*?\n(.*?)^\.Ed", text, re.MULTILINE | re.DOTALL)
+    return [block for block in blocks if not NOT_A_FILE.match(block)]
+
+
+@pytest.mark.parametrize("block", blocks_of_readme() + blocks_of_page())
+def test_what_is_shown_is_an_example(block):
+    shown = settings(block)
+    if "[" in block:
+        assert shown in examples().values()
+    else:  # a part of a file
+        assert any(set(shown) <= set(lines) for lines in examples().values())
+
+
+def test_there_is_something_to_compare():
+    assert len(blocks_of_readme()) > 5
+    assert len(blocks_of_page()) > 5
+
+
+def test_what_the_readme_links_to_is_there():
+    links = re.findall(r"\]\(([^)#:]+)\)", README.read_text())
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []
