@@ -6,12 +6,13 @@
 
 from proxyd._connection cimport (
     KIND_GATE, NOTES_MOST, NOTE_ACCEPTED, NOTE_FAILED, NOTE_NOBODY, NOTE_REFUSED, Relaying,
-    connection_open, note_add, socket_reset,
+    connection_open, note_add, socket_reset, socket_tune,
 )
 from proxyd._linux cimport (
-    EAGAIN, ELOOP, EPOLLIN, EPOLL_CTL_ADD, EPOLL_CTL_DEL, SOCK_CLOEXEC, SOCK_NONBLOCK,
-    SOL_SOCKET, SO_PEERCRED, accept4, close, epoll_ctl, epoll_event, errno, getsockopt, int64_t,
-    sockaddr, sockaddr_storage, socklen_t, ucred, uint64_t,
+    AF_UNIX, EAGAIN, ELOOP, EPOLLIN, EPOLL_CTL_ADD, EPOLL_CTL_DEL, IPPROTO_TCP, SOCK_CLOEXEC,
+    SOCK_NONBLOCK, SOL_SOCKET, SO_PEERCRED, TCP_INFO, accept4, close, epoll_ctl, epoll_event,
+    errno, getsockopt, int64_t, memset, sockaddr, sockaddr_storage, socklen_t, tcp_info, ucred,
+    uint32_t, uint64_t,
 )
 from proxyd._list cimport Link, list_append, list_empty, list_remove
 from proxyd._own cimport own_came_back
@@ -45,6 +46,7 @@ ctypedef struct GateState:
     int ready_turns            # in a row
     Link full                  # among those that wait for room
     bint refuses               # the wait was in vain
+    uint32_t early             # clients to come who may be older than the settings of the listener
 
 
 cdef inline bint peer_is_process(int fd, int pid) noexcept nogil:
@@ -55,6 +57,17 @@ cdef inline bint peer_is_process(int fd, int pid) noexcept nogil:
     return peer.pid == pid
 
 
+cdef inline void gate_count_early(GateState *gate) noexcept nogil:
+    """Count who waits already: a socket has what the listener had when its client connected, and
+    the client for whom the program was started was there before it."""
+    cdef tcp_info about
+    cdef socklen_t size = sizeof(about)
+    memset(&about, 0, sizeof(about))
+    if gate.family != AF_UNIX:
+        getsockopt(gate.fd, IPPROTO_TCP, TCP_INFO, &about, &size)
+    gate.early = about.tcpi_unacked  # of a listener: the length of its queue
+
+
 cdef inline int gate_accept(Relaying *relay, GateState *gate) noexcept nogil:
     """A client's fd, or -errno; -ELOOP for one that is ourselves and was closed."""
     cdef sockaddr_storage peer
@@ -63,6 +76,9 @@ cdef inline int gate_accept(Relaying *relay, GateState *gate) noexcept nogil:
     if fd < 0:
         return -errno
     relay.accepted += 1
+    if gate.early > 0:
+        gate.early -= 1
+        socket_tune(fd, gate.family)
     if (gate.check & GATE_CHECK_TCP and own_came_back(relay.own, fd, &peer)
             or gate.check & GATE_CHECK_UNIX and peer_is_process(fd, relay.pid)):
         socket_reset(fd, gate.family)

@@ -104,7 +104,9 @@ cdef extern from "netinet/in.h" nogil:
         in6_addr sin6_addr
 
 cdef extern from "netinet/tcp.h" nogil:
-    int TCP_NODELAY
+    int TCP_INFO, TCP_NODELAY
+    struct tcp_info:
+        uint32_t tcpi_unacked
 
 cdef extern from "sys/epoll.h" nogil:
     unsigned int EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP, EPOLLHUP, EPOLLERR, EPOLLET

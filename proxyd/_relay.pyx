@@ -19,7 +19,9 @@ from proxyd._connection cimport (
     socket_met_itself, socket_tune,
 )
 from proxyd._crew cimport crew_answered, crew_ask, crew_dismiss, crew_hire, crew_order
-from proxyd._gate cimport GATE_CHECK_TCP, GATE_CHECK_UNIX, GateState, gate_unwatch, gate_watch
+from proxyd._gate cimport (
+    GATE_CHECK_TCP, GATE_CHECK_UNIX, GateState, gate_count_early, gate_unwatch, gate_watch,
+)
 from proxyd._half cimport endpoint_lost
 from proxyd._inbox cimport ORDER_TRIM, inbox_close
 from proxyd._linux cimport (
@@ -83,7 +85,9 @@ cdef class Gate:
 
     def open(self):
         """Begin to accept. Raises OSError. The gate must live until shut() was called."""
-        cdef int failure = gate_watch(&self.relay.relaying, &self.state)
+        cdef int failure
+        gate_count_early(&self.state)
+        failure = gate_watch(&self.relay.relaying, &self.state)
         if failure < 0:
             raise_errno(-failure)
 

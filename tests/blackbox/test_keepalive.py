@@ -8,11 +8,15 @@ from harness.kernel import borrowed_sockets
 from harness.sockets import read_exactly
 
 
-def both_legs(stage, listener):
-    """The program's two sockets of one connection from `listener` to a TCP target."""
+def both_legs(stage, listener, *, early=False):
+    """The program's two sockets of one connection from `listener` to a TCP target.
+
+    `early`: of a client that has connected before the program starts.
+    """
     backend = stage.backend()
+    client = stage.connect(listener) if early else None
     stage.launch(backend.target, listeners=[listener])
-    client = stage.connect()
+    client = client or stage.connect()
     client.sendall(b"x")
     assert read_exactly(backend.accept(), 1) == b"x"
     legs = borrowed_sockets(stage.proxy)
@@ -22,6 +26,7 @@ def both_legs(stage, listener):
 
 @differs("original", reason="sets no socket options")
 @pytest.mark.parametrize("listen", ["tcp4", "tcp6"])
+@pytest.mark.parametrize("early", [False, True], ids=["", "early"])
 @pytest.mark.parametrize(
     ("level", "option"),
     [
@@ -31,9 +36,10 @@ def both_legs(stage, listener):
     ],
     ids=["keepalive", "nodelay", "oobinline"],
 )
-def test_option_is_on(stage, listen, level, option):
-    """The option is set on the client's side and on the target's."""
-    for leg in both_legs(stage, stage.listener(listen)):
+def test_option_is_on(stage, listen, early, level, option):
+    """The option is set on the client's side and on the target's, and for those too who connected
+    before the program could set it on the listener."""
+    for leg in both_legs(stage, stage.listener(listen), early=early):
         with leg:
             assert leg.getsockopt(level, option)
 
