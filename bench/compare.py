@@ -141,11 +141,11 @@ def socat_argv(way: Way, _folder: Path) -> list[str] | None:
 
 def nc_loop(way: Way, folder: Path) -> list[str] | None:
     kind, _, rest = way.target.partition(":")
-    if not way.front or way.proxy or kind != "tcp":
+    if not way.front or way.proxy:
         return None
+    target = f"-U @{rest}" if kind == "abstract" else f"127.0.0.1 {rest}"
     loop = (
-        f"while nc -l 127.0.0.1 {way.front} <{folder}/back | nc 127.0.0.1 {rest} >{folder}/back; "
-        "do :; done"
+        f"while nc -l 127.0.0.1 {way.front} <{folder}/back | nc {target} >{folder}/back; do :; done"
     )
     return ["sh", "-c", f"mkfifo {folder}/back && {loop}"]
 
@@ -407,17 +407,26 @@ def abstract(peer: Peer) -> str:
 
 
 def drains(peer: Peer) -> str:
-    """An open connection outlives SIGTERM"""
+    """An open connection outlives the signal to stop"""
+    if outlives(peer, signal.SIGTERM):
+        return "yes"
+    other = OTHER_STOPS.get(peer.name)
+    return f"on {other.name}" if other and outlives(peer, other) else "no"
+
+
+OTHER_STOPS = {"haproxy": signal.SIGUSR1, "nginx": signal.SIGQUIT}
+
+
+def outlives(peer: Peer, number: signal.Signals) -> bool:
     with connected(peer, drain=peer.name == "ours") as (program, client, server):
         for pid in program.pids():  # as a service manager does it
-            os.kill(pid, signal.SIGTERM)
+            os.kill(pid, number)
         time.sleep(1)
-        with suppress(OSError):
-            client.sendall(b"still")
         server.settimeout(3)
         with suppress(OSError):
-            return "yes" if server.recv(5) == b"still" else "no"
-        return "no"
+            client.sendall(b"still")
+            return server.recv(5) == b"still"
+        return False
 
 
 def at_rest(peer: Peer) -> str:
