@@ -113,7 +113,7 @@ source_files() (
 # Those of them that decide what gets installed.
 built_files() {
     source_files |
-        grep -zE '^((proxyd|scripts|man|examples|completions)/|(setup|pyproject|MANIFEST|README|CHANGELOG)\.)' |
+        grep -zE '^((proxyd|scripts|man|examples|completions|doc)/|(setup|pyproject|MANIFEST|README|CHANGELOG)\.)' |
         LC_ALL=C sort -z
 }
 
