@@ -1,0 +1,65 @@
+"""Mixed traffic through the installed command for a long time; flat lines, or a failure.
+
+    ci/soak --minutes 2                 the short form, as in continuous integration
+    ci/soak --minutes 60 --keep doc/soak.svg
+
+Five proxies run side by side, in a network of their own:
+
+    main     TCP, IPv6 and UNIX in every mix. Targets that stay: nothing may be lost. Through it go
+             one stream of 200 GB an hour, and connections that move one byte a second
+    header   --proxy-protocol=v2; what the header says is compared with who called
+    idle     --idle-timeout=3s; readers stall longer than that, and connections that sleep
+    few      80 open files, often fewer: accept, socket and pipe2 fail
+    shaky    the targets go away, killed or by themselves, and come back
+
+Each exchange has a plan drawn at random, which both ends know: how much each sends in what writes,
+when it stops reading and for how long, an urgent byte, whether it ends with a half-close, a reset
+or a plain close, and at which byte. Clients and targets are stopped and continued meanwhile. Every
+byte that arrives is compared with what stands at its place in its stream.
+
+Now and then the traffic pauses: then nothing but what lasts may be open. A failure is: a wrong
+byte, an end that did not arrive as it happened, a hang, a socket left open, private memory that
+grows, a thread more, a log line more often than the rate limits allow, a proxy that spins or ends.
+
+Samples (samples.csv), the plot (soak.svg), and what was counted (result.json) lie in .cache/soak.
+Exit status: 0 all held, 1 something did not, 77 this machine cannot run it. Ctrl-C reports what
+there is, and ends with 130.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "blackbox"), str(HERE)]
+
+from soak import Soak  # noqa: E402
+
+from bench import sockets  # noqa: E402
+
+
+def options():
+    parser = argparse.ArgumentParser(
+        prog="ci/soak", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--minutes", type=float, default=2.0)
+    parser.add_argument("--threads", help="--threads= of the proxy `main`")
+    parser.add_argument("--rate", type=float, default=1.0, help="of exchanges: 1 is 86 a second")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--folder", type=Path, default=ROOT / ".cache/soak")
+    parser.add_argument("--keep", type=Path, help="also write the plot here")
+    parser.add_argument("--executable", type=Path, required=True, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main():
+    chosen = options()
+    if not sockets.enter_network():
+        print("ci/soak CANNOT RUN HERE: no network of its own (not root?)", file=sys.stderr)
+        return 77
+    return Soak(chosen).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,149 @@
+"""The targets: accepts on every address it is given, and does what each client's plan says.
+
+Settings: `name`; `listen`: [{"family", "address", "header"}], where `header` is how PROXY headers
+come (0: none, 2: version 2); `strict`: every plan is to be completed, nobody kills this process.
+Tells "ready" with the addresses, and "counts" every few seconds.
+"""
+
+import asyncio
+import os
+import socket
+import struct
+
+import plan as plans
+from pattern import Corrupt, Stream
+from process import cancelled, end_with_parent, orders
+from report import Tally, read_settings, tell
+from sides import BUFFER, DOWN, GONE, Fault, Side, close, read_exactly
+
+PATIENCE = 90
+"""Seconds after which what should have ended counts as a hang; others use the machine too."""
+
+BACKLOG = 1024
+_V2_START = b"\r\n\r\n\0\r\nQUIT\n\x21"
+
+
+def listen(family, address):
+    """A listening socket; a UNIX address is replaced, port 0 chosen outside the ephemeral range."""
+    kind = {"tcp": socket.AF_INET, "tcp6": socket.AF_INET6, "unix": socket.AF_UNIX}[family]
+    sock = socket.socket(kind, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    if family == "unix":
+        if os.path.exists(address):
+            os.unlink(address)
+        sock.bind(address)
+    else:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(tuple(address))
+    sock.listen(BACKLOG)
+    return sock
+
+
+class Backend:
+    def __init__(self, settings):
+        self.strict = settings["strict"]
+        self.tally = Tally(settings["name"])
+        self.tasks = set()
+
+    async def accept(self, listener, header):
+        loop = asyncio.get_running_loop()
+        while True:
+            sock, _ = await loop.sock_accept(listener)
+            task = asyncio.ensure_future(self.serve(sock, header))
+            self.tasks.add(task)
+            task.add_done_callback(self.tasks.discard)
+
+    async def serve(self, sock, header):
+        """One client, from its first byte to its end. It is closed in any case."""
+        plan = None
+        try:
+            async with asyncio.timeout(PATIENCE):
+                port = await read_proxy_header(sock) if header else 0
+                plan = plans.unpack(await read_exactly(sock, plans.HEAD_SIZE))
+            # A client that was reset before it was accepted has no address any more.
+            gone = port == 0 and plan.client.fate == plans.RESET
+            if plan.port != port and not gone:
+                raise Fault(f"the PROXY header says port {port}, the client is at {plan.port}")
+            await self.follow(sock, plan)
+            self.tally.add(f"{plans.KINDS[plan.kind]} served")
+        except TimeoutError:
+            self.tally.fault("no header came")
+        except (EOFError, *GONE) as error:
+            # A client that goes before it has said what it wants: connected and reset, or cut off.
+            self.tally.add("gone early")
+            if plan is not None and self.strict and plan.kind != plans.SLEEP:
+                self.tally.fault(f"{plan}: {error!r}")
+        except (Fault, Corrupt, ValueError) as error:
+            self.tally.fault(f"{plan}: {error}")
+        finally:
+            sock.close()
+
+    async def follow(self, sock, plan):
+        if plan.kind == plans.EXCHANGE:
+            side = Side(sock, plan.number, plan.server, plan.client, DOWN)
+            budget = (plan.client.stall_ms + plan.server.stall_ms) / 1000
+            await side.play(budget + PATIENCE)
+            # Whether the clients' connections are cut off is for the clients to judge.
+            side.judge(strict=False, resets=False)
+            self.tally.add("bytes", side.received)
+        else:
+            work = {plans.ECHO: self.echo, plans.SINK: self.sink, plans.SLEEP: self.sleep}
+            await work[plan.kind](sock, Stream(plan.number, 0))
+
+    async def echo(self, sock, stream):
+        """Send everything back, and then the end."""
+        loop, view, at = asyncio.get_running_loop(), memoryview(bytearray(BUFFER)), 0
+        while size := await loop.sock_recv_into(sock, view):
+            stream.check(at, view[:size])
+            await loop.sock_sendall(sock, view[:size])
+            at += size
+        sock.shutdown(socket.SHUT_WR)
+
+    async def sink(self, sock, stream):
+        """Read to the end, and answer with the number of bytes."""
+        loop, view, at = asyncio.get_running_loop(), memoryview(bytearray(BUFFER)), 0
+        while size := await loop.sock_recv_into(sock, view):
+            stream.check(at, view[:size])
+            at += size
+            self.tally.add("bytes", size)
+        await loop.sock_sendall(sock, struct.pack("!Q", at))
+
+    async def sleep(self, sock, _stream):
+        """Wait to be cut off."""
+        await asyncio.get_running_loop().sock_recv(sock, 1)
+
+
+async def read_proxy_header(sock):
+    """The client's port in a PROXY v2 header, 0 for a LOCAL one. Raises Fault."""
+    start = await read_exactly(sock, 16)
+    if start[:12] != _V2_START[:12] or start[12] not in (0x20, 0x21):
+        raise Fault(f"no PROXY v2 header: {start.hex()}")
+    rest = await read_exactly(sock, int.from_bytes(start[14:16], "big"))
+    if start[12] == 0x20:
+        return 0
+    at = {0x11: 8, 0x21: 32}[start[13]]
+    return int.from_bytes(rest[at : at + 2], "big")
+
+
+async def main():
+    settings = read_settings()
+    backend = Backend(settings)
+    listeners = [listen(one["family"], one["address"]) for one in settings["listen"]]
+    tell("ready", addresses=[one.getsockname() for one in listeners])
+    accepting = [
+        asyncio.ensure_future(backend.accept(listener, one["header"]))
+        for listener, one in zip(listeners, settings["listen"], strict=True)
+    ]
+
+    def handle(word):
+        if word == "counts":
+            backend.tally.send(open=len(backend.tasks))
+
+    await orders(handle)  # to the end of stdin
+    await cancelled([*accepting, *backend.tasks])
+    for listener in listeners:
+        close(listener, False)
+
+
+if __name__ == "__main__":
+    end_with_parent()
+    asyncio.run(main())

@@ -1,0 +1,92 @@
+"""What happens to the clients and targets while they work: stops, restarts, and want of fds."""
+
+import heapq
+import time
+
+from world import STOP_MS
+
+# What, and the pause before it happens again: seconds, from and to.
+_EVERY = {"stop": (2, 6), "restart": (5, 12), "squeeze": (3, 8)}
+
+_AWAY = 0.0, 3.0  # seconds that a restarted target is away
+_SQUEEZED = 0.3, 1.5  # seconds that fds are short
+
+
+class Chaos:
+    """`tick()` does what is due; `settle()` undoes it all and stops, until `resume()`."""
+
+    def __init__(self, world, dice):
+        self.world = world
+        self.dice = dice
+        self.counts = dict.fromkeys(_EVERY, 0)
+        self.counts["kill"] = 0
+        self._due = []
+        self._undo = []
+        self._serial = 0
+        self._few = next(one for one in world.served if one.name == "few").proxy
+        self._limit = self._few.fd_limit()
+        self.resume()
+
+    def resume(self):
+        self._due = []
+        for what in _EVERY:
+            self._again(what)
+
+    def tick(self):
+        now = time.monotonic()
+        while self._undo and self._undo[0][0] <= now:
+            heapq.heappop(self._undo)[2]()
+        while self._due and self._due[0][0] <= now:
+            what = heapq.heappop(self._due)[2]
+            getattr(self, what)()
+            self.counts[what] += 1
+            self._again(what)
+
+    def settle(self):
+        """Everybody runs, is there, and has fds."""
+        self._due = []
+        while self._undo:
+            heapq.heappop(self._undo)[2]()
+
+    def _at(self, heap, seconds, what):
+        self._serial += 1
+        heapq.heappush(heap, (time.monotonic() + seconds, self._serial, what))
+
+    def _again(self, what):
+        self._at(self._due, self.dice.uniform(*_EVERY[what]), what)
+
+    def stop(self):
+        """SIGSTOP to one load process; SIGCONT later."""
+        load = self.dice.choice(self.world.loads)
+        load.stop()
+        self._at(self._undo, self.dice.uniform(0.05, STOP_MS / 1000), load.go_on)
+
+    def restart(self):
+        """The targets behind one proxy go away, killed or by themselves, and come back."""
+        target = self.world.shaky
+        if self.dice.random() < 0.5:
+            self.counts["kill"] += 1
+            target.kill()
+        else:
+            target.go_on()
+            target.process.stdin.close()
+            target.cpu_before = target.cpu_seconds()
+            target.process.wait(timeout=60)
+        self._at(self._undo, self.dice.uniform(*_AWAY), target.start)
+
+    def squeeze(self):
+        """Fewer fds than one proxy has use for, so that accept, socket and pipe2 fail."""
+        self._few.set_fd_limit(self._limit_that_leaves(self.dice.randrange(4)), self._limit[1])
+        self._at(
+            self._undo,
+            self.dice.uniform(*_SQUEEZED),
+            lambda: self._few.set_fd_limit(*self._limit),
+        )
+
+    def _limit_that_leaves(self, room):
+        """The soft limit below which just so many numbers are free."""
+        used, limit = self._few.fds(), 0
+        while room or limit in used:
+            room -= limit not in used
+            limit += 1
+        return min(limit, self._limit[1])

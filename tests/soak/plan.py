@@ -1,0 +1,101 @@
+"""What the two ends of a connection will do to each other. The client tells the server first."""
+
+import random
+import struct
+from dataclasses import dataclass
+
+END, RESET, CLOSE = range(3)
+"""How a side ends: half-close after its last byte; reset, or plain close, at that byte."""
+
+FATES = ("end", "reset", "close")
+
+EXCHANGE, ECHO, SINK, SLEEP = range(4)
+"""EXCHANGE follows both scripts. ECHO sends back, SINK counts, SLEEP waits to be cut off."""
+
+KINDS = ("exchange", "echo", "sink", "sleep")
+
+_SCRIPT = "QIQIBBQ"
+_HEAD = struct.Struct("!4sQBH" + _SCRIPT * 2)
+_MAGIC = b"soak"
+HEAD_SIZE = _HEAD.size
+NEVER = (1 << 64) - 1
+
+
+@dataclass(frozen=True)
+class Script:
+    """One side. `length` bytes in writes of `chunk`; reading stalls at byte `stall_at` for
+    `stall_ms`; `late`: sends only when the other side has ended; an urgent byte at `urgent_at`."""
+
+    length: int = 0
+    chunk: int = 1 << 16
+    stall_at: int = NEVER
+    stall_ms: int = 0
+    fate: int = END
+    late: int = 0
+    urgent_at: int = NEVER
+
+    def fields(self):
+        return (
+            self.length,
+            self.chunk,
+            self.stall_at,
+            self.stall_ms,
+            self.fate,
+            self.late,
+            self.urgent_at,
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One connection: its number, the client's port if a PROXY header tells it, two scripts."""
+
+    number: int
+    kind: int = EXCHANGE
+    client: Script = Script()
+    server: Script = Script()
+    port: int = 0
+
+    def pack(self):
+        scripts = self.client.fields() + self.server.fields()
+        return _HEAD.pack(_MAGIC, self.number, self.kind, self.port, *scripts)
+
+    def __str__(self):
+        return f"connection {self.number}: {KINDS[self.kind]}, {self.client}, {self.server}"
+
+
+def unpack(head):
+    """The Plan in the first HEAD_SIZE bytes of a connection. Raises ValueError."""
+    magic, number, kind, port, *rest = _HEAD.unpack(head)
+    if magic != _MAGIC or kind >= len(KINDS):
+        raise ValueError(f"a connection begins with {head.hex()}")
+    half = len(rest) // 2
+    return Plan(number, kind, Script(*rest[:half]), Script(*rest[half:]), port)
+
+
+def draw(dice, number, *, stall_ms, may_urge):
+    """A Plan for an exchange. `may_urge`: (client's leg, server's leg) are TCP ones."""
+    both_end = dice.random() < 0.6
+    client = _script(dice, both_end, stall_ms, may_urge[0])
+    server = _script(dice, both_end, stall_ms, may_urge[1])
+    if both_end and dice.random() < 0.2:  # the reply comes after the client's end
+        server = Script(server.length, server.chunk, late=1)
+    return Plan(number, EXCHANGE, client, server)
+
+
+def _script(dice, ends, stall_ms, may_urge):
+    length = _log_uniform(dice, 1 << 22)
+    stalls = dice.random() < 0.15
+    return Script(
+        length=length,
+        chunk=dice.choice((1 << 16, 1 << 16, 4096, max(length // 64, 1))),
+        stall_at=dice.randrange(length + 1) if stalls else NEVER,
+        stall_ms=dice.randrange(stall_ms) if stalls else 0,
+        fate=END if ends else dice.choice((END, RESET, CLOSE)),
+        urgent_at=dice.randrange(length) if may_urge and length and dice.random() < 0.1 else NEVER,
+    )
+
+
+def _log_uniform(dice: random.Random, most):
+    """0 now and then; otherwise every order of magnitude is as likely as the others."""
+    return 0 if dice.random() < 0.05 else int(most ** dice.random())

@@ -1,0 +1,414 @@
+"""One run, from the first proxy to the verdict."""
+
+import json
+import platform
+import queue
+import re
+import shutil
+import signal
+import tempfile
+import time
+
+import plot
+from chaos import Chaos
+from sampling import GROWTH_MOST, Samples, growth, rates
+from world import World
+
+CHECKPOINTS = 3, 12
+"""At least and at most; otherwise one every five minutes."""
+
+REPEAT_PAUSE = 5
+"""Seconds between two log lines of one kind, as in proxyd/log.py."""
+
+POOLED_PIPES = 8
+"""Idle pipes that a relay keeps, as in proxyd/_pipe.pxd."""
+
+PATIENCE = 150
+"""Seconds until the traffic must have come to rest: longer than the load's own patience."""
+
+WATCHED = 2.0
+"""Seconds of rest in which a proxy that spins is found out."""
+
+MB = 1 << 20
+
+
+class Interrupted(Exception):
+    """Ctrl-C, or SIGTERM."""
+
+
+class ProxyEnded(Exception):
+    """There is nothing to go on with."""
+
+
+class Soak:
+    def __init__(self, chosen):
+        self.chosen = chosen
+        self.seconds = chosen.minutes * 60
+        self.faults = []
+        self.counts = {}
+        self.checkpoints = []
+        self.events = {}
+        self.latencies = None
+        self.finishing = False
+        self.start = 0.0
+
+    def run(self):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, _interrupt)
+        self.chosen.folder.mkdir(parents=True, exist_ok=True)
+        sockets = tempfile.mkdtemp(prefix="soak-")
+        threads = self.chosen.threads
+        self.world = World(
+            self.chosen.executable, sockets, threads, self.chosen.rate, self.chosen.seed
+        )
+        interrupted = False
+        try:
+            self.world.build()
+            self.begin()
+            self.soak()
+            self.end()
+        except Interrupted:
+            interrupted = True
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                signal.signal(number, signal.SIG_IGN)
+        except ProxyEnded:
+            pass  # a fault by now
+        finally:
+            self.world.close()
+            shutil.rmtree(sockets, ignore_errors=True)
+        if not self.start:
+            return 130
+        return self.report(interrupted)
+
+    # ── the run ──────────────────────────────────────────────────────────────────────────────
+
+    def begin(self):
+        self.chaos = Chaos(self.world, self.world.dice)
+        self.samples = Samples(self.world, 1.0 if self.seconds <= 600 else 5.0)
+        self.start = time.monotonic()
+        self.log_from = {one.name: 0 for one in self.world.served}
+
+    def soak(self):
+        """Traffic, with a checkpoint every so often and one at the end."""
+        least, most = CHECKPOINTS
+        count = max(least, min(most, int(self.seconds / 300)))
+        for number in range(1, count + 1):
+            until = self.start + self.seconds * number / count
+            self.wait(lambda until=until: time.monotonic() >= until, chaos=True)
+            self.checkpoint()
+            self.say_where()
+
+    def say_where(self):
+        row = self.samples.rows[-1]
+        memory = " ".join(
+            f"{one.name} {row[f'{one.name}.private'] / MB:.1f} M" for one in self.world.served
+        )
+        whole = sum(count for name, count in self.counts.items() if name.endswith(": whole"))
+        print(f"{row['seconds'] / 60:.1f} min: {whole} whole exchanges; {memory}", flush=True)
+
+    def wait(self, condition, *, chaos=False, patience=None):
+        """Sample, listen and (with `chaos`) disturb until the condition holds; False if it never
+        does."""
+        deadline = time.monotonic() + patience if patience else None
+        counts_at = 0.0
+        while not condition():
+            if deadline and time.monotonic() > deadline:
+                return False
+            self.samples.tick()
+            if chaos:
+                self.chaos.tick()
+            if time.monotonic() > counts_at:
+                counts_at = time.monotonic() + 5
+                for load in self.world.loads:
+                    load.order("counts")
+            self.listen(0.05)
+            self.look_after_proxies()
+        return True
+
+    def listen(self, timeout):
+        """Take one report of a load process, if one comes in time, and all behind it."""
+        try:
+            self.take(*self.world.reports.get(timeout=timeout))
+            while True:
+                self.take(*self.world.reports.get_nowait())
+        except queue.Empty:
+            pass
+
+    def take(self, load, report):
+        event = report["event"]
+        if event == "fault":
+            self.fault(f"{report['who']}: {report['what']}")
+        elif event == "ended" and load is not self.world.shaky and not self.finishing:
+            self.fault(f"{load.name}: the load process has ended")
+        elif event in ("counts", "finished"):
+            for name, amount in report["counts"].items():
+                self.counts[name] = self.counts.get(name, 0) + amount
+            self.latencies = report.get("latencies") or self.latencies
+        self.events[load.name, event] = self.events.get((load.name, event), 0) + 1
+
+    def fault(self, text):
+        self.faults.append(text)
+        if len(self.faults) <= 50:
+            print(f"FAULT after {time.monotonic() - self.start:.0f} s: {text}", flush=True)
+
+    def look_after_proxies(self):
+        for one in self.world.served:
+            if one.proxy.status is None and one.proxy.has_ended():
+                last = one.proxy.log()[-2000:]
+                self.fault(f"{one.name} has ended with {one.proxy.status}: {last}")
+                raise ProxyEnded(one.name)
+
+    # ── checkpoints ──────────────────────────────────────────────────────────────────────────
+
+    def checkpoint(self):
+        """Let all traffic but what lasts come to its end, and see what is left."""
+        self.chaos.settle()
+        clients = self.world.clients()
+        before = [self.events.get((load.name, "quiet"), 0) for load in clients]
+        for load in clients:
+            load.order("pause")
+
+        def quiet():
+            now = [self.events.get((load.name, "quiet"), 0) for load in clients]
+            return all(a > b for a, b in zip(now, before, strict=True))
+
+        if not self.wait(quiet, patience=PATIENCE):
+            self.fault("the traffic did not come to rest")
+        leftovers = self.wait_for_sockets(self.world.lasting)
+        self.watch_for_spinning()
+        self.samples.take()
+        self.checkpoints.append(round(time.monotonic() - self.start, 1))
+        for text in leftovers:
+            self.fault(text)
+        self.chaos.resume()
+        for load in clients:
+            load.order("resume")
+
+    def wait_for_sockets(self, lasting):
+        """Wait until each proxy has just the sockets that it should have; what is wrong if not."""
+
+        def surplus(one):
+            wanted = one.sockets_at_start + 2 * lasting(one)
+            return one.proxy.socket_count() - wanted
+
+        self.wait(lambda: not any(map(surplus, self.world.served)), patience=30)
+        wrong = [
+            f"{one.name} has {surplus(one):+} sockets at rest"
+            for one in self.world.served
+            if surplus(one)
+        ]
+        return wrong + self.too_many_pipes()
+
+    def too_many_pipes(self):
+        """Pipes beyond those of the pools, and of the one stream."""
+        found = []
+        for one in self.world.served:
+            relays = max(int(self.chosen.threads or 1), 1) if one.name == "main" else 1
+            pipes = sum(what.startswith("pipe:") for what in one.proxy.fds().values())
+            most = 2 * (POOLED_PIPES * relays + 1)
+            if pipes > most:
+                found.append(f"{one.name} has {pipes} ends of pipes at rest, not {most} at most")
+        return found
+
+    def watch_for_spinning(self):
+        """CPU time while there is next to nothing to do."""
+        before = {one.name: one.proxy.cpu_seconds() for one in self.world.served}
+        start = time.monotonic()
+        self.wait(lambda: time.monotonic() - start >= WATCHED)
+        for one in self.world.served:
+            share = (one.proxy.cpu_seconds() - before[one.name]) / (time.monotonic() - start)
+            if share > 0.5:
+                self.fault(f"{one.name} uses {share:.0%} of a CPU at rest")
+
+    # ── the end ──────────────────────────────────────────────────────────────────────────────
+
+    def end(self):
+        """End what lasts, then the proxies: each must be empty, and exit with 0."""
+        self.finishing = True
+        self.chaos.settle()
+        clients = self.world.clients()
+        for load in clients:
+            load.order("finish")
+        done = self.wait(
+            lambda: all(self.events.get((load.name, "finished")) for load in clients),
+            patience=PATIENCE,
+        )
+        if not done:
+            self.fault("what lasts did not come to its end")
+        for text in self.wait_for_sockets(lambda one: 0):
+            self.fault(f"at the end: {text}")
+        self.samples.take()
+        for one in self.world.served:
+            if not one.proxy.end() or one.proxy.status != 0:
+                self.fault(f"{one.name}: SIGTERM ended it with status {one.proxy.status}")
+        self.judge()
+
+    def judge(self):
+        """What can only be told from all of it."""
+        warm_up = min(self.seconds / 4, 600)
+        for one in self.world.served:
+            gained = growth(self.samples.column(f"{one.name}.private", warm_up))
+            if gained > GROWTH_MOST:
+                self.fault(f"{one.name}: private memory has grown by {gained / MB:.2f} MiB")
+            counted = {value for _, value in self.samples.column(f"{one.name}.threads", 1.0)}
+            if len(counted) > 1:
+                self.fault(f"{one.name}: threads came and went: {sorted(counted)}")
+            for text in self.talkative(one):
+                self.fault(text)
+        for text in self.not_done():
+            self.fault(text)
+
+    def talkative(self, one):
+        """Kinds of log lines that came more often than once in REPEAT_PAUSE, or are a crash."""
+        log = one.proxy.log()
+        most = (time.monotonic() - self.start) / REPEAT_PAUSE + 2
+        kinds = {}
+        for line in log.splitlines():
+            kind = re.sub(r"\d+(\.\d+)?(ms|min|s|h)?", "#", line.partition(" (")[0])
+            kinds[kind] = kinds.get(kind, 0) + 1
+        found = [f"{one.name}: {count} lines like {kind!r}, at most {most:.0f} expected"
+                 for kind, count in kinds.items() if count > most]  # fmt: skip
+        if "Traceback" in log or "Internal error" in log:
+            found.append(f"{one.name}: {log[-2000:]}")
+        return found
+
+    def not_done(self):
+        """Traffic that there should have been: a run without it proves nothing."""
+        missing = [
+            f"{door['name']}: nothing arrived whole"
+            for one in self.world.served
+            for door in one.doors
+            if not self.counts.get(f"{door['name']}: whole")
+        ]
+        moved = self.counts.get("bytes of the stream", 0)
+        wanted = 200e9 / 3600 * self.seconds
+        if moved < 0.9 * wanted:
+            missing.append(f"the stream moved {moved / 1e9:.1f} GB instead of {wanted / 1e9:.1f}")
+        if not self.counts.get("bytes one at a time"):
+            missing.append("the slow connections moved nothing")
+        return missing
+
+    # ── the report ───────────────────────────────────────────────────────────────────────────
+
+    def report(self, interrupted):
+        took = time.monotonic() - self.start
+        folder = self.chosen.folder
+        self.samples.write(folder / "samples.csv")
+        picture = self.picture(took)
+        (folder / "soak.svg").write_text(picture, encoding="utf-8")
+        text = "\n".join(self.summary(took, interrupted)) + "\n"
+        (folder / "summary.txt").write_text(text, encoding="utf-8")
+        (folder / "result.json").write_text(json.dumps(self.result(took), indent=1) + "\n")
+        for one in self.world.served:
+            (folder / f"{one.name}.log").write_text(one.last_log)
+        if self.chosen.keep and not interrupted and not self.faults:
+            self.chosen.keep.parent.mkdir(parents=True, exist_ok=True)
+            self.chosen.keep.write_text(picture, encoding="utf-8")
+        print(text, end="", flush=True)
+        return 130 if interrupted else 1 if self.faults else 0
+
+    def result(self, took):
+        return {
+            "minutes": took / 60,
+            "threads": self.chosen.threads,
+            "seed": self.chosen.seed,
+            "faults": self.faults,
+            "counts": dict(sorted(self.counts.items())),
+            "disturbances": self.chaos.counts,
+            "checkpoints": self.checkpoints,
+            "ping_us": self.latencies,
+            "growth": {one.name: self.gained(one.name, "private") for one in self.world.served},
+        }
+
+    def gained(self, name, what):
+        return round(growth(self.samples.column(f"{name}.{what}", min(self.seconds / 4, 600))))
+
+    def summary(self, took, interrupted):
+        counts = self.counts
+        whole = sum(n for name, n in counts.items() if name.endswith(": whole"))
+        short = sum(n for name, n in counts.items() if name.endswith(": cut short"))
+        yield f"{took / 60:.1f} minutes, {self.about()}"
+        yield (
+            f"exchanges: {whole} whole, {short} cut short by plan or by what was done to them; "
+            f"{counts.get('bytes', 0) / 1e9:.1f} GB compared at their place"
+        )
+        yield (
+            f"one stream of {counts.get('bytes of the stream', 0) / 1e9:.1f} GB; "
+            f"{counts.get('bytes one at a time', 0)} bytes one a second; "
+            f"{counts.get('main: refused', 0)} refused where nobody may be"
+        )
+        done = self.chaos.counts
+        yield (
+            f"disturbed by {done['stop']} stops, {done['restart']} restarts of targets "
+            f"({done['kill']} killed), {done['squeeze']} times short of fds"
+        )
+        if self.latencies:
+            p50, p99, worst = self.latencies
+            yield f"ping-pong meanwhile: p50 {p50} µs, p99 {p99} µs, worst {worst / 1000:.0f} ms"
+        yield from self.table()
+        yield f"CPU: proxies {self.cpu(False):.1f} s, load {self.cpu(True):.1f} s"
+        if interrupted:
+            yield "INTERRUPTED: nothing is judged"
+        elif self.faults:
+            yield f"FAILED: {len(self.faults)} faults"
+            yield from self.faults[:20]
+        else:
+            yield f"ok: no fault, {len(self.checkpoints)} checkpoints"
+
+    def table(self):
+        yield f"{'':6} {'private MiB':>20} {'gained':>9} {'fds at rest':>20} {'CPU s':>8} {'log':>5}"
+        for one in self.world.served:
+            memory = [value / MB for _, value in self.samples.column(f"{one.name}.private")]
+            rest = [row[f"{one.name}.fds"] for row in self.samples.rows
+                    if any(abs(row["seconds"] - at) < 1 for at in self.checkpoints)]  # fmt: skip
+            cpu = self.samples.rows[-1][f"{one.name}.cpu"]
+            yield (
+                f"{one.name:6} {memory[0]:8.1f} to {max(memory):8.1f} "
+                f"{self.gained(one.name, 'private') / 1024:+7.0f} K "
+                f"{min(rest, default=0):8} to {max(rest, default=0):8} {cpu:8.1f} "
+                f"{len(one.last_log.splitlines()):5}"
+            )
+
+    def cpu(self, of_load):
+        last = self.samples.rows[-1]
+        if of_load:
+            return last["load.cpu"]
+        return sum(last[f"{one.name}.cpu"] for one in self.world.served)
+
+    def about(self):
+        threads = f", main with --threads={self.chosen.threads}" if self.chosen.threads else ""
+        return f"Linux {platform.release()}, Python {platform.python_version()}{threads}"
+
+    def picture(self, took):
+        names = [one.name for one in self.world.served]
+
+        def lines(field):
+            return {name: self.samples.column(f"{name}.{field}") for name in names}
+
+        def mib(value):
+            return f"{value / MB:.3g} M"
+
+        slab = self.samples.column("sunreclaim")
+        panels = [
+            ("private memory", lines("private"), mib),
+            ("resident memory", lines("rss"), mib),
+            ("open fds", lines("fds"), lambda value: f"{value:.0f}"),
+            ("CPU, share of one", {name: rates(points) for name, points in lines("cpu").items()},
+             lambda value: f"{value:.0%}"),
+            ("the whole machine's kernel memory, others' included",
+             {"slab": slab, "TCP buffers": self.samples.column("tcp_memory")}, mib),
+        ]  # fmt: skip
+        exchanges = sum(n for name, n in self.counts.items()
+                        if name.endswith((": whole", ": cut short")))  # fmt: skip
+        streamed = self.counts.get("bytes of the stream", 0) / 1e9
+        about = (
+            f"{self.about()}; one stream of {streamed:.0f} GB, {exchanges} exchanges, "
+            f"{len(self.faults)} faults"
+        )
+        return plot.draw(
+            f"{took / 60:.0f} minutes of mixed traffic", about, panels, took / 60, self.checkpoints
+        )
+
+
+def _interrupt(number, _frame):
+    raise Interrupted(number)

@@ -1,0 +1,285 @@
+"""The proxies, the load processes around them, and how they are tied together."""
+
+import json
+import os
+import queue
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+from harness.notify import NotifySocket
+from harness.process import Proxy
+
+HERE = Path(__file__).resolve().parent
+WITH_PARENT = ["setpriv", "--pdeathsig", "KILL"]
+FIRST_PORT = 701  # below the ephemeral range, so that nothing else takes it while a target is away
+
+IDLE_MS = 3000
+STOP_MS = 1200
+"""Nobody is stopped for so long that the proxy with the idle timeout cuts what is in use."""
+
+
+class Load:
+    """A load process: orders go in, reports come out (in `reports`, shared by all)."""
+
+    def __init__(self, script, settings, reports):
+        self.name = settings["name"]
+        self.settings = settings
+        self._script = script
+        self._reports = reports
+        self.process = None
+        self.cpu_before = 0.0
+        self.start()
+
+    def start(self):
+        self.process = subprocess.Popen(
+            [sys.executable, "-B", str(HERE / self._script), json.dumps(self.settings)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        threading.Thread(target=self._listen, args=(self.process.stdout,), daemon=True).start()
+
+    def _listen(self, lines):
+        for line in lines:
+            if line.endswith("\n"):  # a process that is killed may leave half a line
+                self._reports.put((self, json.loads(line)))
+        self._reports.put((self, {"event": "ended"}))
+
+    @property
+    def pid(self):
+        return self.process.pid
+
+    def order(self, word):
+        try:
+            self.process.stdin.write(word + "\n")
+            self.process.stdin.flush()
+        except (BrokenPipeError, ValueError):
+            pass  # it has ended, or was told to
+
+    def cpu_seconds(self):
+        if self.process.returncode is not None:
+            return self.cpu_before
+        text = Path(f"/proc/{self.pid}/schedstat").read_text()
+        return self.cpu_before + int(text.split()[0]) / 1e9
+
+    def stop(self):
+        self.process.send_signal(signal.SIGSTOP)
+
+    def go_on(self):
+        self.process.send_signal(signal.SIGCONT)
+
+    def kill(self):
+        if self.process.returncode is None:
+            self.cpu_before = self.cpu_seconds()
+        self.process.kill()
+        self.process.wait()
+        try:
+            self.process.stdin.close()
+        except BrokenPipeError:
+            pass  # an order that was not read any more
+
+
+class Served:
+    """A proxy under test, with what its doors are."""
+
+    def __init__(self, name, proxy, doors):
+        self.name = name
+        self.proxy = proxy
+        self.doors = doors
+        self.sockets_at_start = 0
+        self.last_log = ""
+
+
+class World:
+    """Everything that runs. `close()` ends it all."""
+
+    def __init__(self, executable, folder, threads, rate, seed):
+        self.executable = executable
+        self.folder = folder
+        self.threads = threads
+        self.rate = rate
+        self.dice = random.Random(seed)
+        self.reports = queue.Queue()
+        self.loads = []
+        self.served = []
+        self.listeners = []
+        self.ipv6 = _has_ipv6()
+        self._port = FIRST_PORT
+
+    # ── making ───────────────────────────────────────────────────────────────────────────────
+
+    def build(self):
+        """Start targets, proxies, clients, in this order."""
+        steady = self._backend("steady targets", strict=True)
+        shaky = self._backend("shaky targets", strict=False)
+        self.shaky = shaky
+        pairs = [(a, b) for a in ("tcp", "unix") for b in ("tcp", "unix")]
+        main_pairs = pairs + ([("tcp6", "tcp6")] if self.ipv6 else [])
+        threads = [f"--threads={self.threads}"] if self.threads else []
+        last = {
+            ("tcp", "tcp"): ["stream", "drip", "ping"],
+            ("unix", "unix"): ["drip", "ping"],
+        }
+        self._proxy("main", threads, main_pairs, steady, last=last, strict=True, rate=30)
+        self._proxy(
+            "header",
+            ["--proxy-protocol=v2"],
+            [("tcp", "tcp"), ("unix", "tcp")],
+            steady,
+            strict=True,
+            header=True,
+            rate=8,
+        )
+        self._proxy(
+            "idle",
+            [f"--idle-timeout={IDLE_MS}ms"],
+            [("tcp", "tcp"), ("unix", "unix")],
+            steady,
+            rate=8,
+            stall_ms=2 * IDLE_MS,
+            sleeps_ms=IDLE_MS - 100,
+        )
+        self._proxy(
+            "few",
+            ["--connections-max=1000"],
+            [("tcp", "tcp"), ("unix", "unix")],
+            steady,
+            rate=24,
+            most=24,
+            stall_ms=3000,
+            prefix=["prlimit", "--nofile=80:80"],
+        )
+        self._proxy("shaky", ["--connect-timeout=5s"], pairs, shaky, rate=16)
+        self._clients("steady clients", ["main", "header"])
+        self._clients("other clients", ["idle", "few", "shaky"])
+
+    def _next_port(self):
+        self._port += 1
+        return self._port
+
+    def _backend(self, name, *, strict):
+        listen = []
+        for header in (0, 2):
+            for family in ("tcp", "unix", "tcp6") if self.ipv6 else ("tcp", "unix"):
+                if family == "unix":
+                    address = f"{self.folder}/{name.split()[0]}-{header}"
+                else:
+                    address = ["127.0.0.1" if family == "tcp" else "::1", self._next_port()]
+                listen.append({"family": family, "address": address, "header": header})
+        load = Load("backend.py", {"name": name, "strict": strict, "listen": listen}, self.reports)
+        self.loads.append(load)
+        self.wait_ready([load])
+        return load
+
+    def _proxy(
+        self, name, options, pairs, backend, *, rate, prefix=(), header=False, last=None, **traffic
+    ):
+        listeners = [self._listener(f"{name}-{n}", pair[0]) for n, pair in enumerate(pairs)]
+        names = [f"{one}-to-{two}" for one, two in pairs]
+        targets = [
+            f"{label}={_target(backend, pair[1], header)}"
+            for label, pair in zip(names, pairs, strict=True)
+        ]
+        proxy = Proxy(
+            [*WITH_PARENT, *prefix, str(self.executable), *options, *targets],
+            inherit=listeners,
+            names=":".join(names),
+            notify=NotifySocket(),
+        )
+        served = Served(name, proxy, [
+            {
+                "name": f"{name} {label}", "family": pair[0], "backend": pair[1],
+                "address": listener.getsockname()[:2] if pair[0] != "unix"
+                else listener.getsockname(),
+                "rate": rate * self.rate / len(pairs), "header": header,
+                "most": traffic.get("most", 24), "strict": traffic.get("strict", False),
+                "stall_ms": traffic.get("stall_ms", 1500),
+                "sleeps_ms": traffic.get("sleeps_ms", 0),
+                "last": (last or {}).get(pair, ["ping"] if last else []),
+            }
+            for label, pair, listener in zip(names, pairs, listeners, strict=True)
+        ])  # fmt: skip
+        self.served.append(served)
+        proxy.wait_until_ready()
+        served.sockets_at_start = proxy.socket_count()
+
+    def _listener(self, name, family):
+        kind = {"tcp": socket.AF_INET, "tcp6": socket.AF_INET6, "unix": socket.AF_UNIX}[family]
+        sock = socket.socket(kind)
+        path = f"{self.folder}/door-{name}"
+        sock.bind({"tcp": ("127.0.0.1", 0), "tcp6": ("::1", 0), "unix": path}[family])
+        sock.listen(256)
+        self.listeners.append(sock)
+        return sock
+
+    def _clients(self, name, proxies):
+        doors = [door for one in self.served if one.name in proxies for door in one.doors]
+        settings = {
+            "name": name, "seed": self.dice.random(), "doors": doors,
+            "first_number": self.dice.randrange(1 << 40),
+        }  # fmt: skip
+        self.loads.append(Load("client.py", settings, self.reports))
+        self.wait_ready(self.loads[-1:])
+
+    def wait_ready(self, loads):
+        """Wait until each has said so. Other reports are put back."""
+        missing, others = set(loads), []
+        deadline = time.monotonic() + 30
+        while missing:
+            load, report = self.reports.get(timeout=max(deadline - time.monotonic(), 0.1))
+            if report["event"] == "ready":
+                missing.discard(load)
+            elif report["event"] == "ended" and load in missing:
+                raise SystemExit(f"{load.name} did not start")
+            else:
+                others.append((load, report))
+        for item in others:
+            self.reports.put(item)
+
+    # ── looking ──────────────────────────────────────────────────────────────────────────────
+
+    def clients(self):
+        return [load for load in self.loads if "clients" in load.name]
+
+    def lasting(self, served):
+        """Connections through a proxy that last as long as the run."""
+        return sum(len(door["last"]) for door in served.doors)
+
+    # ── ending ───────────────────────────────────────────────────────────────────────────────
+
+    def close(self):
+        for load in self.loads:
+            load.kill()
+        for one in self.served:
+            one.last_log = one.proxy.log()
+            one.proxy.release()
+            one.proxy.notify.close()
+        for sock in self.listeners:
+            sock.close()
+
+
+def _target(backend, family, header):
+    wanted = 2 if header else 0
+    for one in backend.settings["listen"]:
+        if one["family"] == family and one["header"] == wanted:
+            address = one["address"]
+            if family == "unix":
+                return address
+            host = f"[{address[0]}]" if family == "tcp6" else address[0]
+            return f"{host}:{address[1]}"
+    raise AssertionError(family)
+
+
+def _has_ipv6():
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        return False
+    return os.path.exists("/proc/net/if_inet6")
