@@ -2,6 +2,7 @@
 
 import re
 import resource
+import signal
 
 import pytest
 from harness.differences import differs
@@ -12,6 +13,15 @@ from harness.waiting import never_within, wait_until
 
 MIB = 1 << 20
 REFUSED = "Hit connection limit, refusing connection."
+
+
+def limit_that_leaves(proxy, room):
+    """The limit of open files below which the program has just so many numbers left."""
+    used, limit = proxy.fds(), 0
+    while room or limit in used:
+        room -= limit not in used
+        limit += 1
+    return limit
 
 
 def greet(client):
@@ -293,3 +303,41 @@ def test_connection_aborted_before_it_is_accepted(stage):
 def test_this_machine_can_hold_the_test():
     """The test process itself may open as many files as the largest test needs."""
     assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= 1024
+
+
+@differs("original", reason="gives up at the first refusal", run=False)
+def test_out_of_files_when_an_outage_ends(stage):
+    """The target comes back when the one fd that is left goes to the connection itself."""
+    backend = stage.absent()
+    stage.launch(backend.target, listeners=[stage.listener()])
+    limit = stage.proxy.fd_limit()[0]
+    client = stage.connect()
+    client.sendall(b"hello")
+    stage.proxy.wait_for_log("holding clients")
+    stage.proxy.set_fd_limit(limit_that_leaves(stage.proxy, 1))
+    backend.start_listening()
+    server = backend.accept()
+    assert read_exactly(server, 5) == b"hello"
+    stage.proxy.wait_for_log("answers after")
+    stage.proxy.set_fd_limit(limit)
+    server.sendall(b"hello")
+    assert read_exactly(client, 5) == b"hello"
+
+
+@differs("original", reason="has no counters to log: SIGUSR1 ends it", run=False)
+def test_out_of_files_when_counters_are_asked_for(stage):
+    """SIGUSR1 without a fd to be had is answered with a line, and the service goes on."""
+    # With a service manager the counters have been made into a text before.
+    stage.launch(
+        stage.echo(),
+        listeners=[stage.listener()],
+        environment={"NOTIFY_SOCKET": None},
+        wait=False,
+    )
+    greet(stage.connect())
+    limit = stage.proxy.fd_limit()[0]
+    stage.proxy.set_fd_limit(limit_that_leaves(stage.proxy, 0))
+    stage.proxy.send_signal(signal.SIGUSR1)
+    wait_until(stage.proxy.log_lines, "an answer")
+    stage.proxy.set_fd_limit(limit)
+    greet(stage.connect())
