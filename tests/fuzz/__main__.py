@@ -1,0 +1,191 @@
+"""Bad input: command lines, environments and passed-in fds, thousands of them.
+
+    ci/fuzz [--seconds N]     half of the time the parsers (atheris), half whole starts
+    ci/fuzz --replay NUMBER   one start again, and what it says
+    ci/fuzz --seed N          other inputs than by default
+
+Whatever the input: it runs, or one line on stderr says why not and the exit status is 1 (two lines
+where there are no sockets). Never a traceback, never "Internal error", never a hang.
+
+Starts are the same for the same seed. Exit status: 0 all behaved, 1 one did not, 77 this machine
+cannot run it.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+sys.path[:0] = [str(ROOT), str(HERE)]
+
+from cases import case  # noqa: E402
+from runs import Fault, run  # noqa: E402
+
+from bench import sockets  # noqa: E402
+
+NOBODY = 61199
+"""A user id that nobody uses: what is made up here may name files."""
+
+FAULTS_MOST = 10
+
+
+def options():
+    parser = argparse.ArgumentParser(
+        prog="ci/fuzz", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--replay", type=int)
+    parser.add_argument("--executable", required=True, help=argparse.SUPPRESS)
+    parser.add_argument("--packages", required=True, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main():
+    chosen = options()
+    if not sockets.enter_network():
+        print("ci/fuzz CANNOT RUN HERE: no network of its own (not root?)", file=sys.stderr)
+        return 77
+    Path("/proc/sys/net/ipv4/ip_unprivileged_port_start").write_text("0")
+    with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
+        os.chmod(folder, 0o777)
+        if chosen.replay is not None:
+            return one_process(lambda: show(chosen, folder))
+        faults = parsers_failed(chosen, folder) + starts_failed(chosen, folder)
+    return 1 if faults else 0
+
+
+def one_process(work):
+    """The exit status of a child that does the work; it sees Ctrl-C too."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            status = work()
+        except KeyboardInterrupt:
+            status = 130
+        finally:
+            sys.stdout.flush()
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def parsers_failed(chosen, folder):
+    """Whether atheris made one fail; what it has to say is shown then."""
+    seconds = max(int(chosen.seconds / 2), 1)
+    command = [sys.executable, "-B", str(HERE / "parsers.py"), str(seconds), str(chosen.seed)]
+    done = subprocess.run(
+        command,
+        env=os.environ | {"PYTHONPATH": chosen.packages},
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        check=False,
+    )
+    text = done.stdout.decode(errors="replace")
+    runs = [line.split()[-1] for line in text.splitlines() if "number_of_executed_units" in line]
+    if done.returncode or not runs:
+        print(f"FAULT in a parser:\n{text[-4000:]}", flush=True)
+        return 1
+    print(f"parsers: {runs[0]} inputs, no fault", flush=True)
+    return 0
+
+
+def starts_failed(chosen, folder):
+    """Whole starts from several processes; how many were faults."""
+    workers = min(os.cpu_count() or 1, 4)
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(lambda worker: one_process(
+            lambda: starts(chosen, folder, range(worker, 1 << 30, workers))
+        ), range(workers)))  # fmt: skip
+    counts = dict.fromkeys(("refused", "told", "ran", "faults"), 0)
+    for file in Path(folder).glob("counts-*"):
+        for what, count in json.loads(file.read_text()).items():
+            counts[what] += count
+    ended_early = workers - len(list(Path(folder).glob("counts-*")))
+    missing = [what for what, count in counts.items() if not count and what != "faults"]
+    told = ", ".join(f"{count} {what}" for what, count in counts.items())
+    print(f"starts: {sum(counts.values())}: {told}")
+    if missing or ended_early:
+        print(f"FAULT: no start {' or '.join(missing) or 'counted: a process ended early'}")
+    return counts["faults"] + len(missing) + ended_early
+
+
+def become_nobody(folder):
+    os.chdir(folder)
+    os.setgroups([])
+    os.setgid(NOBODY)
+    os.setuid(NOBODY)
+
+
+def show(chosen, folder):
+    """One start, and what it says."""
+    become_nobody(folder)
+    one = case(chosen.seed, chosen.replay)
+    print(one.shell())
+    try:
+        print(run(chosen.executable, one))
+    except (Fault, ValueError) as fault:
+        print(f"FAULT: {fault}")
+        return 1
+    return 0
+
+
+def starts(chosen, folder, numbers):
+    """Start after start until the time is over. Leaves the counts in the folder."""
+    become_nobody(folder)
+    end = time.monotonic() + chosen.seconds / 2
+    counts = {}
+    for number in numbers:
+        if time.monotonic() > end or counts.get("faults", 0) >= FAULTS_MOST:
+            break
+        one = case(chosen.seed, number)
+        try:
+            what = run(chosen.executable, one)
+        except (Fault, ValueError) as fault:
+            what = "faults"
+            small = shrunk(chosen.executable, one)
+            print(f"FAULT in start {number}: {fault}\n  {small.shell()}", flush=True)
+        counts[what] = counts.get(what, 0) + 1
+    Path(folder, f"counts-{numbers.start}").write_text(json.dumps(counts))
+    return 0
+
+
+def shrunk(executable, one):
+    """The same without all that the fault does not need."""
+    for part in ("environment", "arguments", "fds"):
+        for key in reversed(list(keys(getattr(one, part)))):
+            whole = getattr(one, part)
+            setattr(one, part, without(whole, key))
+            if not fails(executable, one):
+                setattr(one, part, whole)
+    return one
+
+
+def keys(things):
+    return things if isinstance(things, dict) else range(len(things))
+
+
+def without(things, key):
+    if isinstance(things, dict):
+        return {name: value for name, value in things.items() if name != key}
+    return things[:key] + things[key + 1 :]
+
+
+def fails(executable, one):
+    try:
+        run(executable, one)
+    except (Fault, ValueError):
+        return True
+    return False
+
+
+if __name__ == "__main__":
+    sys.exit(main())

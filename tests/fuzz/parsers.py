@@ -1,0 +1,125 @@
+"""The parsers in one process, driven by atheris: coverage of the branches leads to new inputs.
+
+    python parsers.py SECONDS SEED [FILE]      FILE: only this input, which made a parser fail
+
+Each may return, or raise what it says it raises; nothing else, and nothing slowly: an input that
+takes more than 5 s is a fault too.
+"""
+
+import os
+import sys
+
+import atheris
+
+with atheris.instrument_imports(include=["proxyd"]):
+    from proxyd import activation, address, cli, listen, log, names, notify, target, timespan
+    from proxyd.errors import UsageError
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+SLOWEST = 5
+NO_FDS = 2**16
+"""LISTEN_FDS= counts from fd 3 on; the fuzzer's own are not to be touched."""
+
+
+def text_of(data):
+    """As the program gets it: arguments and variables are bytes, never with a NUL."""
+    return os.fsdecode(data.replace(b"\0", b"\n"))
+
+
+def command_line(data):
+    words = [text_of(word) for word in data.split(b"\xff\0")]
+    try:
+        cli.parse_args(["systemd-socket-proxyd", *words])
+    except UsageError:
+        pass
+
+
+def span(data):
+    try:
+        value = timespan.parse(text_of(data))
+    except ValueError:
+        return
+    assert value is None or 0 <= value < 2**64 - 1, value
+    assert timespan.format_usec(value)
+
+
+def where_to(data):
+    try:
+        made = target.parse_target(text_of(data))
+    except UsageError:
+        return
+    assert (made.host is None) != (made.address is None)
+    if made.address is not None:
+        assert address.text(made.address)
+
+
+def where_from(data):
+    try:
+        made = listen.parse_listen(text_of(data))
+    except ValueError:
+        return
+    assert names.valid_name(made.name)
+    address.to_socket_name(made.address)
+
+
+def pair(data):
+    name, rest = names.split_pair(text_of(data))
+    text = text_of(data)
+    assert rest == text if name is None else f"{name}={rest}" == text
+
+
+def passed_in(data):
+    """LISTEN_: what is right there leads to the fds, which there are none of."""
+    pid, fds, fdnames, pidfdid = (data.split(b"\xff\0") + [b""] * 4)[:4]
+    environ = {
+        "LISTEN_PID": text_of(pid), "LISTEN_FDS": text_of(fds),
+        "LISTEN_FDNAMES": text_of(fdnames), "LISTEN_PIDFDID": text_of(pidfdid),
+    }  # fmt: skip
+    environ = {key: value for key, value in environ.items() if value}
+    try:
+        assert activation.inherited(environ, os.getpid()) == []
+    except UsageError:
+        pass
+    assert not environ
+
+
+def word_to_the_manager(data):
+    where, usec, pid = (data.split(b"\xff\0") + [b""] * 3)[:3]
+    told = notify.Notifier({"NOTIFY_SOCKET": text_of(where), "WATCHDOG_USEC": text_of(usec),
+                            "WATCHDOG_PID": text_of(pid)})  # fmt: skip
+    told.status(text_of(data))
+    told.close()
+
+
+def logging(data):
+    level, stream, text = (data.split(b"\xff\0") + [b""] * 3)[:3]
+    log.setup({"SYSTEMD_LOG_LEVEL": text_of(level), "JOURNAL_STREAM": text_of(stream)})
+    log.error(text_of(text))
+
+
+PARSERS = (
+    command_line, span, where_to, where_from, pair, passed_in, word_to_the_manager, logging,
+)  # fmt: skip
+
+
+def one_input(data):
+    """The first byte chooses the parser."""
+    if data:
+        PARSERS[data[0] % len(PARSERS)](data[1:])
+
+
+def main():
+    seconds, seed, *files = sys.argv[1:]
+    activation._FDS_START = NO_FDS
+    sys.stderr = os.fdopen(os.dup(2), "w")  # for a traceback; what is logged is discarded
+    arguments = [
+        "parsers", f"-seed={seed}", f"-timeout={SLOWEST}", "-max_len=2000", "-close_fd_mask=2",
+        "-print_final_stats=1", f"-dict={HERE}/words.dict",
+    ]  # fmt: skip
+    arguments += files or [f"-max_total_time={seconds}"]
+    atheris.Setup(arguments, one_input)
+    atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()
