@@ -103,13 +103,22 @@ class Case:
         return f"{text}  # fds: {' '.join(self.fds) or 'none'}"
 
 
+class Dice(random.Random):
+    """`bad`: what is made makes sense only by chance."""
+
+    bad = True
+
+
 def case(seed, number):
-    """The case of this number: always the same."""
-    dice = random.Random(f"{seed}/{number}")
-    made = Case(number, arguments(dice), environment(dice), fds(dice))
-    if not made.fds and dice.random() < 0.5:
-        made.fds = ["tcp"]
-    if made.fds and dice.random() < 0.7:  # mostly well started, so that more than LISTEN_ is read
+    """The case of this number: always the same. The command line is bad, or the rest, or both."""
+    dice = Dice(f"{seed}/{number}")
+    what = dice.choice(("arguments", "rest", "both"))
+    dice.bad = what != "rest"
+    words = arguments(dice)
+    dice.bad = what != "arguments"
+    made = Case(number, words, environment(dice), fds(dice))
+    if dice.random() < 0.7:  # mostly well started, so that more than LISTEN_ is read
+        made.fds = made.fds or ["tcp"]
         made.environment |= {b"LISTEN_PID": b"@own", b"LISTEN_FDS": b"@count"}
         made.environment.pop(b"LISTEN_PIDFDID", None)
         if dice.random() < 0.7:
@@ -118,7 +127,7 @@ def case(seed, number):
 
 
 def pick(dice, values):
-    return dice.choice(values[:_GOOD] if dice.random() < 0.7 else values)
+    return dice.choice(values[:_GOOD] if not dice.bad or dice.random() < 0.7 else values)
 
 
 def arguments(dice):
@@ -126,7 +135,7 @@ def arguments(dice):
     words = []
     for _ in range(dice.choice((0, 1, 1, 2, 3, 8))):
         words += option(dice)
-    for _ in range(dice.choice((0, 1, 1, 1, 1, 1, 1, 2, 3))):
+    for _ in range(dice.choice((0, 1, 1, 1, 1, 2, 3)) if dice.bad else 1):
         words.insert(dice.randrange(len(words) + 1), operand(dice))
     return [word.replace(b"\0", b"") for word in words]
 
@@ -137,7 +146,7 @@ def option(dice):
     values = OPTIONS[name]
     value = listen_address(dice) if values is None else pick(dice, values) if values else b""
     value = damaged(dice, value)
-    if dice.random() < 0.2:
+    if dice.bad and dice.random() < 0.2:
         name = name[: dice.randrange(1, len(name) + 1)]
     if dice.random() < 0.05:
         return [
@@ -152,7 +161,8 @@ def option(dice):
 
 def operand(dice):
     text = target(dice)
-    return damaged(dice, pick(dice, NAMES) + b"=" + text if dice.random() < 0.3 else text)
+    named = dice.bad and dice.random() < 0.3
+    return damaged(dice, pick(dice, NAMES) + b"=" + text if named else text)
 
 
 def target(dice):
@@ -183,13 +193,13 @@ def names(dice):
 
 
 def fds(dice):
-    kinds = ("tcp", "tcp", "tcp6", "unix", "unix", "dgram", "pipe", "connected", "closed")
-    return [dice.choice(kinds) for _ in range(dice.choice((0, 1, 1, 1, 2, 5)))]
+    kinds = ("tcp", "tcp6", "unix", "unix", "dgram", "pipe", "connected", "closed")
+    return [pick(dice, kinds) for _ in range(dice.choice((0, 1, 1, 1, 2, 5)))]
 
 
 def damaged(dice, text):
     """`text`, mostly as it is, otherwise with a few bytes put in, left out, moved or repeated."""
-    while dice.random() < 0.12:
+    while dice.bad and dice.random() < 0.15:
         at = dice.randrange(len(text) + 1)
         text = dice.choice((_put_in, _leave_out, _swap, _repeat, _noise))(dice, text, at)
     return text[:100_000]

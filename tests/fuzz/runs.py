@@ -31,6 +31,7 @@ NOTE = re.compile(
     r"|No listener has the name"
     r"|The limit of \d+ open files allows"
     r"|Listening on "
+    r"|Failed to connect to remote host: .*, holding clients until it answers"
     r"|Failed to resolve host: "
     r"|No thread can be started for name look-ups"
     r"|Stopped; "

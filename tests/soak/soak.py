@@ -3,7 +3,6 @@
 import json
 import platform
 import queue
-import re
 import shutil
 import signal
 import tempfile
@@ -11,14 +10,12 @@ import time
 
 import plot
 from chaos import Chaos
+from logs import too_many_lines
 from sampling import GROWTH_MOST, Samples, growth, rates
 from world import World
 
 CHECKPOINTS = 3, 12
 """At least and at most; otherwise one every five minutes."""
-
-REPEAT_PAUSE = 5
-"""Seconds between two log lines of one kind, as in proxyd/log.py."""
 
 POOLED_PIPES = 8
 """Idle pipes that a relay keeps, as in proxyd/_pipe.pxd."""
@@ -253,24 +250,10 @@ class Soak:
             counted = {value for _, value in self.samples.column(f"{one.name}.threads", 1.0)}
             if len(counted) > 1:
                 self.fault(f"{one.name}: threads came and went: {sorted(counted)}")
-            for text in self.talkative(one):
-                self.fault(text)
+            for text in too_many_lines(one.proxy.log(), time.monotonic() - self.start):
+                self.fault(f"{one.name}: {text}")
         for text in self.not_done():
             self.fault(text)
-
-    def talkative(self, one):
-        """Kinds of log lines that came more often than once in REPEAT_PAUSE, or are a crash."""
-        log = one.proxy.log()
-        most = (time.monotonic() - self.start) / REPEAT_PAUSE + 2
-        kinds = {}
-        for line in log.splitlines():
-            kind = re.sub(r" (answers after|\(\d+ more in|\(last of) .*", r" \1", line)
-            kinds[kind] = kinds.get(kind, 0) + 1
-        found = [f"{one.name}: {count} lines like {kind!r}, at most {most:.0f} expected"
-                 for kind, count in kinds.items() if count > most]  # fmt: skip
-        if "Traceback" in log or "Internal error" in log:
-            found.append(f"{one.name}: {log[-2000:]}")
-        return found
 
     def not_done(self):
         """Traffic that there should have been: a run without it proves nothing."""

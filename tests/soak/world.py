@@ -42,6 +42,7 @@ class Load:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            env=os.environ | {"PYTHONPATH": str(HERE)},  # for scripts that lie elsewhere
         )
         threading.Thread(target=self._listen, args=(self.process.stdout,), daemon=True).start()
 

@@ -1,0 +1,130 @@
+"""The clients who behave, and what they get: one that stays and one that comes again, at each door.
+
+Settings: `name`; `doors`: [{"family", "address"}]. The order "mark" is answered with what has
+happened since the one before: {"stay": numbers, "come": numbers, "refused": count}, where numbers
+are [count, p50, p99, worst] in microseconds. A wrong byte, or an answer that does not come, is a
+fault at once.
+"""
+
+import asyncio
+import socket
+import time
+
+from pattern import Stream
+from process import cancelled, end_with_parent, orders
+from report import Tally, read_settings, tell
+from sides import GONE, read_exactly
+
+SIZE = 64
+PAUSE = 0.005
+PATIENCE = 60
+"""Seconds until an answer counts as lost."""
+
+
+class Guests:
+    def __init__(self, settings):
+        self.tally = Tally(settings["name"])
+        self.doors = settings["doors"]
+        self.number = 0
+        self.stay, self.come, self.refused = [], [], 0
+
+    async def connect(self, door):
+        family = socket.AF_UNIX if door["family"] == "unix" else socket.AF_INET
+        sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        address = door["address"]
+        try:
+            while True:
+                try:
+                    await asyncio.get_running_loop().sock_connect(
+                        sock, address if door["family"] == "unix" else tuple(address)
+                    )
+                except BlockingIOError:  # a UNIX backlog is full
+                    await asyncio.sleep(PAUSE)
+                else:
+                    return sock
+        except BaseException:
+            sock.close()
+            raise
+
+    async def exchange(self, sock, stream, at):
+        message = bytes(stream.piece(at, SIZE))
+        async with asyncio.timeout(PATIENCE):
+            await asyncio.get_running_loop().sock_sendall(sock, message)
+            answer = await read_exactly(sock, len(message))
+        if answer != message:
+            raise ValueError(f"byte {at}: {message.hex()} came back as {answer.hex()}")
+        return len(message)
+
+    def stream(self):
+        self.number += 1
+        return Stream(self.number, 0)
+
+    async def staying(self, door):
+        """One connection for the whole time."""
+        at, stream = 0, self.stream()
+        with await self.connect(door) as sock:
+            await asyncio.get_running_loop().sock_sendall(sock, b"e")
+            while True:
+                start = time.perf_counter()
+                at += await self.exchange(sock, stream, at)
+                self.stay.append(time.perf_counter() - start)
+                await asyncio.sleep(PAUSE)
+
+    async def coming(self, door):
+        """A connection after the other; over the limit it may be refused, which is counted."""
+        while True:
+            start = time.perf_counter()
+            try:
+                await self.visit(door)
+                self.come.append(time.perf_counter() - start)
+            except (EOFError, *GONE):
+                self.refused += 1
+            await asyncio.sleep(PAUSE)
+
+    async def visit(self, door):
+        loop = asyncio.get_running_loop()
+        async with asyncio.timeout(PATIENCE):
+            sock = await self.connect(door)
+        with sock:
+            await loop.sock_sendall(sock, b"e")
+            await self.exchange(sock, self.stream(), 0)
+            sock.shutdown(socket.SHUT_WR)
+            async with asyncio.timeout(PATIENCE):
+                if await loop.sock_recv(sock, 1):
+                    raise ValueError("bytes after the end")
+
+    async def at(self, work, door):
+        try:
+            await work(door)
+        except (OSError, EOFError, ValueError) as error:  # TimeoutError is an OSError
+            self.tally.fault(f"{work.__name__} at {door['family']} {door['address']}: {error!r}")
+
+    def mark(self, word):
+        if word == "mark":
+            tell("marked", stay=numbers(self.stay), come=numbers(self.come), refused=self.refused)
+            self.stay, self.come, self.refused = [], [], 0
+
+
+def numbers(values):
+    if not values:
+        return [0, 0, 0, 0]
+    ordered = sorted(values)
+    picks = ordered[len(ordered) // 2], ordered[len(ordered) * 99 // 100], ordered[-1]
+    return [len(ordered), *(round(value * 1e6) for value in picks)]
+
+
+async def main():
+    guests = Guests(read_settings())
+    tasks = [
+        asyncio.ensure_future(guests.at(work, door))
+        for door in guests.doors
+        for work in (guests.staying, guests.coming)
+    ]
+    tell("ready")
+    await orders(guests.mark)
+    await cancelled(tasks)
+
+
+if __name__ == "__main__":
+    end_with_parent()
+    asyncio.run(main())
