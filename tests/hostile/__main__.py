@@ -1,6 +1,6 @@
 """Hostile clients: the others are served meanwhile, the log stays readable, memory stays bounded.
 
-    ci/hostile [--seconds N]          each attack for so long (4), then what is held for one client
+    ci/hostile [--seconds N]          each attack for so long (3), then what is held for one client
     ci/hostile --only flood,resets    these attacks; `held` is the measurement of memory
     ci/hostile --clients N            of the measurement: so many who send and never read (20)
 
@@ -37,7 +37,7 @@ def options():
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--seconds", type=float, default=4.0)
+    parser.add_argument("--seconds", type=float, default=3.0)
     parser.add_argument("--only", default=",".join([*ATTACKS, "held"]))
     parser.add_argument("--clients", type=int, default=20)
     parser.add_argument("--threads", help="--threads= of the proxies")

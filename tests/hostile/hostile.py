@@ -26,6 +26,10 @@ KIB, MIB = 1 << 10, 1 << 20
 STRUCT_MOST = 4 * KIB
 """What a connection without bytes on their way takes."""
 
+FIRST_MOST = 16 * KIB
+"""What is taken from a client before it is known whether its target is there (FIRST_UNIT in
+_half.pxd), and waits with it if not."""
+
 SPILL_MOST = 512 * KIB
 """What the code lets a connection hold in the program's own memory, per direction: one read of a
 stream that the other side did not take (stream_unit in _relay.pyx)."""
@@ -251,6 +255,7 @@ class Hostile:
         print(f"  {'':14}{'own memory':>16}{'pipes':>16}{'received':>10}{'sending':>10}")
         for pair in PAIRS:
             self.held_at(pair, 50 * self.chosen.clients, idle, (), 0, 0)
+        self.held_at("tcp-to-nobody", 10 * self.chosen.clients, wait, (), FIRST_MOST, 0)
         for pair in PAIRS:
             self.held_at(pair, self.chosen.clients, stuff, (), SPILL_MOST, PIPE_MOST)
         option = f"--buffer-size={BUFFER_SIZE}"
@@ -260,9 +265,10 @@ class Hostile:
     def held_at(self, pair, count, behave, options, spill, pipe):
         """Let `count` clients behave so; `spill` and `pipe`: bytes held per direction, at most."""
         scene = Scene(self.chosen, options, guests=False)
+        door = f"{pair}-foes" if pair in PAIRS else pair
         clients = []
         try:
-            clients.extend(connect(scene.doors[f"{pair}-foes"]) for _ in range(count))
+            clients.extend(connect(scene.doors[door]) for _ in range(count))
             held = behave(scene, clients)
             own = held.private - scene.private_at_start
             own_most, pipe_most = 2 * spill + STRUCT_MOST, 2 * pipe
@@ -296,18 +302,28 @@ def idle(scene, clients):
     return Held(scene.proxy)
 
 
+def wait(scene, clients):
+    """who have said much and wait for their target"""
+    for client in clients:
+        client.sendall(bytes(64 * KIB))
+    return at_rest(scene, clients)
+
+
 def stuff(scene, clients):
     """who send and never read, as their targets do"""
-    # Until nobody has taken anything for a second.
-    piece = bytes(256 * KIB)
     for client in clients:
         client.send(b"f")
-        client.setblocking(False)
+    return at_rest(scene, clients)
+
+
+def at_rest(scene, clients):
+    """What is held once nobody has taken anything for a second, however much is sent."""
+    piece = bytes(256 * KIB)
     last, since = None, time.monotonic()
     while time.monotonic() - since < 1.0:
         for client in clients:
             with contextlib.suppress(BlockingIOError):
-                client.send(piece)
+                client.send(piece, socket.MSG_DONTWAIT)
         held = Held(scene.proxy)
         state = held.private, held.pipe_bytes, held.received, held.sending
         if state != last:
