@@ -59,6 +59,8 @@ async def main():
     accepting = [asyncio.ensure_future(accept(listener, tasks)) for listener in listeners]
     tell("ready")
     await orders(lambda word: None)
+    # A client who comes just now: asyncio gives him to an accept that is cancelled already.
+    asyncio.get_running_loop().set_exception_handler(lambda *_: None)
     await cancelled([*accepting, *tasks])
 
 

@@ -139,6 +139,8 @@ async def main():
             backend.tally.send(open=len(backend.tasks))
 
     await orders(handle)  # to the end of stdin
+    # A client who comes just now: asyncio gives him to an accept that is cancelled already.
+    asyncio.get_running_loop().set_exception_handler(lambda *_: None)
     await cancelled([*accepting, *backend.tasks])
     for listener in listeners:
         close(listener, False)
