@@ -34,6 +34,16 @@ class Script:
     late: int = 0
     urgent_at: int = NEVER
 
+    def __str__(self):
+        told = [f"{self.length} bytes in writes of {self.chunk}, then {FATES[self.fate]}"]
+        if self.late:
+            told.append("after the other's end")
+        if self.stall_ms:
+            told.append(f"reading stalls at {self.stall_at} for {self.stall_ms} ms")
+        if self.urgent_at != NEVER:
+            told.append(f"urgent at {self.urgent_at}")
+        return ", ".join(told)
+
     def fields(self):
         return (
             self.length,
@@ -61,7 +71,8 @@ class Plan:
         return _HEAD.pack(_MAGIC, self.number, self.kind, self.port, *scripts)
 
     def __str__(self):
-        return f"connection {self.number}: {KINDS[self.kind]}, {self.client}, {self.server}"
+        sides = f"; client: {self.client}; server: {self.server}" if self.kind == EXCHANGE else ""
+        return f"connection {self.number}, {KINDS[self.kind]}{sides}"
 
 
 def unpack(head):
