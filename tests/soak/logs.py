@@ -8,13 +8,13 @@ REPEAT_PAUSE = 5
 
 def too_many_lines(log, seconds):
     """Kinds of lines that came more often than they may in that time, and crashes."""
-    most = seconds / REPEAT_PAUSE + 2
+    most = int(seconds / REPEAT_PAUSE) + 2
     kinds = {}
     for line in log.splitlines():
         kind = re.sub(r" (answers after|\(\d+ more in|\(last of) .*", r" \1", line)
         kinds[kind] = kinds.get(kind, 0) + 1
     found = [
-        f"{count} lines like {kind!r}, {most:.0f} at most expected"
+        f"{count} lines like {kind!r}, {most} at most expected"
         for kind, count in kinds.items()
         if count > most
     ]

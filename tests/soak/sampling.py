@@ -10,9 +10,15 @@ from pathlib import Path
 from bench import memory
 
 PAGE = 4096
+WARM_UP = 600
+"""Seconds, or a quarter of a shorter run, until memory has its size."""
+
 GROWTH_MOST = 512 * 1024
-"""Bytes of private memory that a proxy may seem to gain over the whole window. One connection in
-a hundred that leaked its 300 bytes would exceed it within an hour of the default rate."""
+"""Bytes of private memory that a proxy may seem to gain after that. Ten bytes lost with every
+connection of the busiest proxy would exceed it within an hour at the default rate."""
+
+GROWTH_MOST_COLD = 2 * GROWTH_MOST
+"""… in a run too short for WARM_UP: the heap still comes to its highest mark."""
 
 FIELDS = ("private", "rss", "fds", "threads", "cpu")
 
@@ -85,6 +91,15 @@ def slope(points, most=400):
 def growth(points):
     """What the slope makes of the time from the first point to the last."""
     return slope(points) * (points[-1][0] - points[0][0]) if len(points) > 1 else 0.0
+
+
+def warm_up(seconds):
+    """How much of the beginning of a run is not judged."""
+    return min(seconds / 4, WARM_UP)
+
+
+def growth_most(seconds):
+    return GROWTH_MOST if warm_up(seconds) == WARM_UP else GROWTH_MOST_COLD
 
 
 def rates(points):

@@ -11,7 +11,7 @@ import time
 import plot
 from chaos import Chaos
 from logs import too_many_lines
-from sampling import GROWTH_MOST, Samples, growth, rates
+from sampling import Samples, growth, growth_most, rates, warm_up
 from world import World
 
 CHECKPOINTS = 3, 12
@@ -242,10 +242,10 @@ class Soak:
 
     def judge(self):
         """What can only be told from all of it."""
-        warm_up = min(self.seconds / 4, 600)
+        most = growth_most(self.seconds)
         for one in self.world.served:
-            gained = growth(self.samples.column(f"{one.name}.private", warm_up))
-            if gained > GROWTH_MOST:
+            gained = self.gained(one.name, "private")
+            if gained > most:
                 self.fault(f"{one.name}: private memory has grown by {gained / MB:.2f} MiB")
             counted = {value for _, value in self.samples.column(f"{one.name}.threads", 1.0)}
             if len(counted) > 1:
@@ -304,7 +304,7 @@ class Soak:
         }
 
     def gained(self, name, what):
-        return round(growth(self.samples.column(f"{name}.{what}", min(self.seconds / 4, 600))))
+        return round(growth(self.samples.column(f"{name}.{what}", warm_up(self.seconds))))
 
     def summary(self, took, interrupted):
         counts = self.counts
