@@ -317,8 +317,7 @@ class Soak:
         )
         yield (
             f"one stream of {counts.get('bytes of the stream', 0) / 1e9:.1f} GB; "
-            f"{counts.get('bytes one at a time', 0)} bytes one a second; "
-            f"{counts.get('main: refused', 0)} refused where nobody may be"
+            f"{counts.get('bytes one at a time', 0)} bytes one a second"
         )
         done = self.chaos.counts
         yield (
