@@ -61,15 +61,23 @@ SIOCSIFFLAGS = 0x8914
 IFF_UP = 1
 
 
+def enter_own_network():
+    """Leave this process's network for a namespace with nothing in it but loopback. OSError."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(CLONE_NEWNET) != 0:
+        raise OSError(ctypes.get_errno(), "no network namespace")
+    with socket.socket() as any_socket:
+        fcntl.ioctl(any_socket, SIOCSIFFLAGS, struct.pack("16sh14x", b"lo", IFF_UP))
+
+
 def in_own_network(function):
     """Has `function` see a network namespace with nothing in it but loopback. For in_child()."""
 
     def run():
-        libc = ctypes.CDLL(None, use_errno=True)
-        if libc.unshare(CLONE_NEWNET) != 0:
-            pytest.skip(f"no network namespace: {os.strerror(ctypes.get_errno())}")
-        with socket.socket() as any_socket:
-            fcntl.ioctl(any_socket, SIOCSIFFLAGS, struct.pack("16sh14x", b"lo", IFF_UP))
+        try:
+            enter_own_network()
+        except OSError as error:
+            pytest.skip(f"no network namespace: {os.strerror(error.errno)}")
         function()
 
     return run

@@ -1,0 +1,140 @@
+"""Processes that live lives: one may crash or hang, and the walk goes on with another."""
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+
+from faultkit import points
+from faultkit.life import Outcome
+
+WORKER = Path(__file__).resolve().parent.parent / "worker.py"
+
+LONGEST_S = 60.0
+"""An answer that takes longer does not come: the extension itself is caught in a loop."""
+
+
+class Worker:
+    """One process under the interposer, started when it is needed, and again after a crash."""
+
+    def __init__(self, library):
+        self._library = library
+        self._process = None
+        self._folder = None
+        self._ended = False
+
+    def record(self, scenario):
+        """Let a scenario live undisturbed; its Outcome."""
+        return self._do({"scenario": scenario, "strike": None})
+
+    def live(self, point):
+        """Let a scenario live with a failure in it; its Outcome."""
+        return self._do({"scenario": point.scenario, "strike": points.strike(point)})
+
+    def _do(self, job):
+        if self._ended:
+            raise EOFError
+        if self._process is None:
+            self._start()
+        try:
+            self._process.stdin.write(json.dumps(job).encode() + b"\n")
+            self._process.stdin.flush()
+            line = self._answer()
+        except BrokenPipeError:
+            line = b""
+        if line:
+            answer = json.loads(line)
+            answer["calls"] = {(scope, call): n for scope, call, n in answer["calls"]}
+            return Outcome(**answer)
+        return Outcome("lost", [self._epitaph()], 1, "", {})
+
+    def _answer(self):
+        if select.select([self._process.stdout], [], [], LONGEST_S)[0]:
+            return self._process.stdout.readline()
+        return b""
+
+    def _epitaph(self):
+        """How the process ended, or that it did not."""
+        try:
+            status = self._process.wait(1.0)
+        except subprocess.TimeoutExpired:
+            status = None
+        self._stop()
+        if status is None:
+            return f"hangs: no answer after {LONGEST_S:g} s"
+        return f"crashes: {signal.Signals(-status).name if status < 0 else f'exit {status}'}"
+
+    def _start(self):
+        self._folder = tempfile.TemporaryDirectory(prefix="faults-")
+        shared = Path(self._folder.name) / "control"
+        shared.write_bytes(bytes(1 << 16))
+        self._process = subprocess.Popen(
+            [sys.executable, "-B", str(WORKER)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={
+                **os.environ,
+                "LD_PRELOAD": self._library,
+                "FAULTS_FILE": str(shared),
+                "TMPDIR": self._folder.name,
+                "FAULTS_LIBRARY": self._library,
+            },
+        )
+
+    def end(self):
+        """Be gone, whatever it does. Nothing is done afterwards."""
+        self._ended = True
+        self._stop()
+
+    def _stop(self):
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process.stdin.close()
+            self._process.stdout.close()
+            self._folder.cleanup()
+            self._process = None
+
+
+def for_each(things, makers, do):
+    """Have `do(worker, thing)` done for each, by as many workers; yields (thing, result)."""
+    rest = iter(list(things))
+    results = []
+    ready = threading.Condition()
+    running = len(makers)
+
+    def work(worker):
+        nonlocal running
+        try:
+            while True:
+                with ready:
+                    thing = next(rest, None)
+                if thing is None:
+                    return
+                try:
+                    result = do(worker, thing)
+                except EOFError:  # the walk was interrupted
+                    return
+                with ready:
+                    results.append((thing, result))
+                    ready.notify()
+        finally:
+            with ready:
+                running -= 1
+                ready.notify()
+
+    for worker in makers:
+        threading.Thread(target=work, args=(worker,), daemon=True).start()
+    while True:
+        with ready:
+            while not results and running:
+                ready.wait()
+            if not results:
+                return
+            batch, results[:] = list(results), []
+        yield from batch

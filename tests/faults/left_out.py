@@ -1,0 +1,90 @@
+"""Which system calls of the program, as strace sees them, are made to fail, and which are not."""
+
+import os
+import re
+import signal
+import socket
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent / "relay"), str(HERE.parent / "blackbox")]
+
+from faultkit.table import FAILURES, SYSTEM_CALLS, SYSTEM_CALLS_LEFT_OUT  # noqa: E402
+from harness.sockets import read_to_end  # noqa: E402
+from harness.stage import Stage  # noqa: E402
+from harness.traffic import Payload, in_background  # noqa: E402
+from harness.waiting import wait_until  # noqa: E402
+
+CALL = re.compile(r"\d+ +(\w+)\(")
+
+FIRST_LINE = "rt_sigaction(SIGINT, {sa_handler=SIG_DFL"
+"""What the program begins with; the interpreter's start comes before."""
+
+BYTES = 4 << 20
+"""Enough to be spliced."""
+
+
+def main(executable):
+    """1 if there is a system call that the tables do not know."""
+    with tempfile.NamedTemporaryFile(prefix="faults-") as trace:
+        live(executable, trace.name)
+        lines = Path(trace.name).read_text(errors="replace").splitlines()
+    begin = next(n for n, line in enumerate(lines) if FIRST_LINE in line)
+    seen = Counter(found[1] for line in lines[begin + 1 :] if (found := CALL.match(line)))
+    unknown = [call for call in seen if not show(call, seen[call])]
+    print(f"{len(seen)} system calls, {len(unknown)} of them not in the tables")
+    return 1 if unknown else 0
+
+
+def live(executable, trace):
+    """One life under strace: short and long connections, two threads, a name, SIGUSR1, SIGTERM."""
+    stage = Stage(executable, "ours")
+    try:
+        target = stage.echo().replace("127.0.0.1", "localhost")
+        door = stage.path("door")
+        proxy = stage.launch(
+            "--threads=2",
+            "--proxy-protocol=v1",
+            f"--listen={door}",
+            target,
+            prefix=["strace", "-f", "-qq", "-o", trace],
+            wait=False,
+        )
+        wait_until(lambda: "READY=1" in proxy.notify.lines(), "READY=1")
+        for size in (100, BYTES):
+            talk(stage.connect_to(door, socket.AF_UNIX), size)
+        tracee = Path(f"/proc/{proxy.pid}/task/{proxy.pid}/children").read_text().split()[0]
+        os.kill(int(tracee), signal.SIGUSR1)
+        proxy.wait_for_log("accepted")
+        os.kill(int(tracee), signal.SIGTERM)
+        proxy.wait()
+    finally:
+        stage.close(checked=False)
+
+
+def talk(client, size):
+    """Send so many bytes, and read all of them back."""
+    heard = in_background(lambda: read_to_end(client))
+    for block in Payload(size).blocks():
+        client.sendall(block)
+    client.shutdown(socket.SHUT_WR)
+    assert len(heard.result()[0]) >= size
+
+
+def show(call, count):
+    """Say what is done about a system call; False if nothing is known of it."""
+    if call in SYSTEM_CALLS:
+        kinds = SYSTEM_CALLS[call].split()
+        assert all(any(kind in rows for rows in FAILURES.values()) for kind in kinds), call
+        what = f"walked as {', '.join(kinds)}"
+    else:
+        what = f"left out: {SYSTEM_CALLS_LEFT_OUT.get(call, 'NOT KNOWN')}"
+    print(f"{call:<18}{count:>8}  {what}")
+    return call in SYSTEM_CALLS or call in SYSTEM_CALLS_LEFT_OUT
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

@@ -1,0 +1,168 @@
+"""Walk through every call that can fail, in many lives of the program; see ci/faults."""
+
+import argparse
+import os
+import shlex
+import signal
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent / "relay"), str(HERE.parent / "blackbox")]
+
+from faultkit import points  # noqa: E402
+from faultkit.birth import KINDS, QUICK, Births  # noqa: E402
+from faultkit.life import ONE_WAS_HIT, REFUSED_TO_START, SERVED_ON  # noqa: E402
+from faultkit.scenarios import SCENARIOS  # noqa: E402
+from faultkit.table import LEFT_OUT  # noqa: E402
+from faultkit.workers import Worker, for_each  # noqa: E402
+
+MOST, MOST_QUICK = 40, 3
+"""Of the calls of one kind in one scenario, so many are made to fail in each way."""
+
+
+class Summary:
+    """What has come of all points so far."""
+
+    def __init__(self):
+        self.rows = {}
+        self.faults = []
+
+    def add(self, point, outcome):
+        row = self.rows.setdefault((point.scope, point.call, point.failure), Counter())
+        row["points"] += 1
+        if outcome.faults:
+            row["faults"] += 1
+            self.faults.append((point, outcome))
+            show_fault(point, outcome)
+        elif outcome.hits == 0:
+            row["not reached"] += 1
+        else:
+            row[outcome.kind] += 1
+
+    def show(self):
+        columns = ("points", SERVED_ON, ONE_WAS_HIT, REFUSED_TO_START, "not reached", "faults")
+        print(f"\n{'call and failure':<34}" + "".join(f"{name:>18}" for name in columns))
+        total = Counter()
+        for key in sorted(self.rows):
+            self._show_row("{}.{} {}".format(*key), self.rows[key], columns)
+            total.update(self.rows[key])
+        self._show_row("all", total, columns)
+
+    def _show_row(self, name, row, columns):
+        print(f"{name:<34}" + "".join(f"{row[column] or '-':>18}" for column in columns))
+
+
+class Both:
+    """A worker for lives in a process that stays, and one that starts the program each time."""
+
+    def __init__(self, options):
+        self._lives = Worker(options.library)
+        self._births = Births(options.library, options.executable)
+
+    def record(self, name):
+        return self._for(name).record(name)
+
+    def live(self, point):
+        return self._for(point.scenario).live(point)
+
+    def _for(self, name):
+        return self._births if name in KINDS else self._lives
+
+    def end(self):
+        self._lives.end()
+        self._births.end()
+
+
+def show_fault(point, outcome):
+    """What is wrong, and the command that shows it again."""
+    print(f"FAULT {points.text(point)}")
+    for fault in outcome.faults:
+        print(f"      {fault}")
+    print(f"      again: ci/faults --replay {shlex.quote(points.text(point))}", flush=True)
+
+
+def main():
+    options = parse_arguments()
+    if options.list:
+        for one in SCENARIOS.values():
+            print(f"{one.name:<26} {one.title}")
+        for name in KINDS:
+            print(f"{name:<26} A process of its own, from its first line to SIGTERM.")
+        return 0
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    workers = [Both(options) for _ in range(options.workers)]
+    try:
+        if options.replay:
+            return replay(workers[0], options.replay)
+        return walk(workers, options)
+    finally:
+        for worker in workers:
+            worker.end()
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(prog="ci/faults")
+    parser.add_argument("scenarios", nargs="*", metavar="SCENARIO")
+    parser.add_argument("--library", required=True)
+    parser.add_argument("--executable", required=True)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--list", action="store_true")
+    parser.add_argument("--replay", metavar="POINT")
+    parser.add_argument("--only", metavar="SCOPE.CALL[=FAILURE]", default="")
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    options = parser.parse_args()
+    for name in options.scenarios:
+        if name not in SCENARIOS and name not in KINDS:
+            parser.error(f"there is no scenario {name}: see --list")
+    return options
+
+
+def replay(worker, what):
+    """Live one point again; 1 if there is a fault."""
+    point = points.parse(*what.split(maxsplit=1))
+    outcome = worker.live(point)
+    print(f"{points.text(point)}: {outcome.kind}, {outcome.hits} calls failed")
+    for line in outcome.log.splitlines():
+        print(f"  stderr: {line}")
+    for fault in outcome.faults:
+        print(f"  FAULT: {fault}")
+    return 1 if outcome.faults else 0
+
+
+def walk(workers, options):
+    """Record how many calls each scenario makes, then let each of them fail; 1 for faults."""
+    start = time.monotonic()
+    chosen = options.scenarios or [
+        *(one.name for one in SCENARIOS.values() if one.quick or not options.quick),
+        *(QUICK if options.quick else KINDS),
+    ]
+    summary = Summary()
+    todo, left_out, broken = [], set(), 0
+    most = MOST_QUICK if options.quick else MOST
+    for name, outcome in for_each(chosen, workers, lambda worker, name: worker.record(name)):
+        for fault in outcome.faults:
+            print(f"FAULT {name}, with no failure at all: {fault}", flush=True)
+            broken = 1
+        todo += points.points_of(name, outcome.calls, most)
+        left_out |= {call for scope, call in outcome.calls if scope == "relay"} & set(LEFT_OUT)
+    todo = [p for p in todo if f"{p.scope}.{p.call}={p.failure}".startswith(options.only)]
+    todo.sort()
+    print(f"{len(chosen)} scenarios, {len(todo)} points, {len(workers)} at a time", flush=True)
+    for point, outcome in for_each(todo, workers, lambda worker, point: worker.live(point)):
+        summary.add(point, outcome)
+    summary.show()
+    for call in sorted(left_out):
+        print(f"left out: {call}: {LEFT_OUT[call]}")
+    faults = len(summary.faults)
+    print(f"{len(todo)} points walked in {time.monotonic() - start:.0f} s, faults found: {faults}")
+    return 1 if faults or broken else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,67 @@
+"""Runs lives of the program in this process, under the interposer: a job and an outcome a line.
+
+Started by the walk with the interposer preloaded. A job is {"scenario": …, "strike": …} on stdin.
+"""
+
+import gc
+import json
+import os
+import signal
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent / "relay")]
+
+
+PASSED_ON = 3
+"""The fd at which a service manager puts a socket; kept free of anything else."""
+
+
+SMALL_BUFFERS = "4096 65536 131072"
+"""net.ipv4.tcp_rmem and tcp_wmem: with 4 MiB a stream would have to be long to get stuck."""
+
+
+def own_network():
+    """A network namespace with nothing in it but loopback, and small buffers for TCP."""
+    from relaykit.child import enter_own_network
+
+    enter_own_network()
+    for name in ("tcp_rmem", "tcp_wmem"):
+        Path(f"/proc/sys/net/ipv4/{name}").write_text(SMALL_BUFFERS)
+
+
+def main():
+    own_network()
+    placeholder = os.open("/dev/null", os.O_RDWR)
+    assert placeholder == PASSED_ON, "an fd too many was inherited"
+    results = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(placeholder, 1)
+    jobs = os.fdopen(os.dup(0))
+    told = os.fdopen(os.dup(2), "w")
+    log = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - it lives as long as the process
+    os.dup2(log.fileno(), 2)
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1))
+
+    from faultkit.control import NO_STRIKE, Control, Strike
+    from faultkit.life import Life
+    from faultkit.scenarios import SCENARIOS
+
+    control = Control(os.environ["FAULTS_LIBRARY"], os.environ["FAULTS_FILE"])
+    gc.collect()
+    gc.freeze()
+    sys.excepthook = lambda *error: traceback.print_exception(*error, file=told)
+    for line in jobs:
+        os.dup2(1, PASSED_ON)
+        job = json.loads(line)
+        strike = Strike(*job["strike"]) if job["strike"] else NO_STRIKE
+        outcome = Life(SCENARIOS[job["scenario"]], control, log).run(strike)
+        answer = outcome._asdict()
+        answer["calls"] = [[*key, count] for key, count in outcome.calls.items()]
+        results.write(json.dumps(answer) + "\n")
+
+
+if __name__ == "__main__":
+    main()
