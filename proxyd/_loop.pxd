@@ -198,6 +198,12 @@ cdef inline int relay_timeout(Relaying *relay, int64_t deadline_ms) noexcept nog
     return <int>min(max(until - clock_ms(), 0), 1 << 30)
 
 
+cdef inline bint connection_owes(const Connection *c) noexcept nogil:
+    """Whether one side has not been given everything, and is not to believe that it has."""
+    return (half_held(&c.up) + half_held(&c.down) > 0
+            or c.client.error != 0 or c.target.error != 0)
+
+
 cdef inline void relay_close_idle(Relaying *relay) noexcept nogil:
     """Close what has not moved a byte for too long; reset it where that loses bytes."""
     cdef Connection *c
@@ -206,7 +212,7 @@ cdef inline void relay_close_idle(Relaying *relay) noexcept nogil:
         if relay.engine.now_ms - c.active_ms < relay.idle_ms:
             return
         if c.state == CONNECTED:
-            connection_close(relay, c, HOW_IDLE, half_held(&c.up) + half_held(&c.down) > 0)
+            connection_close(relay, c, HOW_IDLE, connection_owes(c))
         else:
             # Connecting and ending ones have limits of their own.
             c.active_ms = relay.engine.now_ms
