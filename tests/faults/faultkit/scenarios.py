@@ -47,14 +47,18 @@ class Scenario:
 
 
 def scenario(**options):
-    """Enter a script as a scenario, or as several where `pairs` names families."""
+    """Enter a script as a scenario, or as several where `pairs` names families; the first
+    `quick_pairs` of them are part of the quick walk."""
     pairs = options.pop("pairs", None)
+    quick = options.pop("quick", True)
+    quick_pairs = options.pop("quick_pairs", 1)
 
     def enter(script):
-        for client, target in pairs or [(None, None)]:
+        for number, (client, target) in enumerate(pairs or [(None, None)]):
             families = {"client": client, "target": target} if client else {}
             suffix = f"-{client}-{target}" if client else ""
-            one = Scenario(script, suffix=suffix, **families, **options)
+            quickly = quick and number < quick_pairs
+            one = Scenario(script, suffix=suffix, quick=quickly, **families, **options)
             SCENARIOS[one.name] = one
         return script
 
@@ -64,7 +68,7 @@ def scenario(**options):
 ALL_KINDS = [("tcp4", "tcp4"), ("tcp4", "unix"), ("unix", "tcp4"), ("unix", "unix")]
 
 
-@scenario(pairs=[("tcp4", "tcp4"), ("unix", "unix"), ("tcp6", "unix")], early=True)
+@scenario(pairs=[("tcp4", "tcp4"), ("unix", "unix"), ("tcp6", "unix")], quick_pairs=2, early=True)
 def short(world):
     """A short exchange, the client being there before the program."""
     yield from world.exchange()
@@ -76,7 +80,7 @@ def reply(world):
     yield from world.exchange(up=100_000, down=100_000, answers_at_end=True)
 
 
-@scenario(pairs=ALL_KINDS)
+@scenario(pairs=ALL_KINDS, quick_pairs=4)
 def bulk(world):
     """Streams both ways; the client reads nothing until all is stuck."""
     conn = world.connect(BULK, BULK)
