@@ -437,7 +437,7 @@ def stderr_file():
 
 
 WORDS = st.one_of(
-    st.text(st.characters(exclude_characters="\0")),
+    st.text(st.characters(min_codepoint=1)),
     st.text("-=c:h5\udcff\n"),
     st.sampled_from([f"--{option.long}" for option in cli.OPTIONS if option.convert]),
     st.sampled_from(["--", "-", "-c", "-c5", "a=/b", "/x", "h:*", "--listen=x", "--connect=5"]),
