@@ -37,14 +37,14 @@ class CommandFailed(Exception):
     """A command of the preparation failed; str() has the end of its output."""
 
 
-def ensure_root(cache: Path, suite: str) -> Path:
+def ensure_root(cache: Path, suite: str, packages: str = PACKAGES) -> Path:
     """Return the root folder of `suite` under `cache`, made now if it is missing or outdated.
 
-    Unavailable when it cannot be made, most often for want of a network.
+    It has `packages`. Unavailable when it cannot be made, most often for want of a network.
     """
     root = cache / suite
     recipe = root / ".e2e-recipe"
-    if recipe.is_file() and recipe.read_text() == recipe_id():
+    if recipe.is_file() and recipe.read_text() == recipe_id(packages):
         return root
     print(f"# making {root} (debootstrap and packages)", flush=True)
     part = cache / f"{suite}.part"
@@ -54,17 +54,17 @@ def ensure_root(cache: Path, suite: str) -> Path:
     remove_tree(part)
     try:
         logged(["debootstrap", "--variant=minbase", suite, str(part), mirror()], log)
-        customise(part, log)
+        customise(part, log, packages)
     except CommandFailed as error:
         raise Unavailable(f"no root folder of {suite}: {error}") from error
-    (part / ".e2e-recipe").write_text(recipe_id())
+    (part / ".e2e-recipe").write_text(recipe_id(packages))
     part.rename(root)
     return root
 
 
-def recipe_id() -> str:
+def recipe_id(packages: str) -> str:
     """A short hash of what is put into the root folder: a change of it makes a new folder."""
-    recipe = repr((PACKAGES.split(), POLICY_RC_D, DPKG_OPTIONS, HOSTS))
+    recipe = repr((packages.split(), POLICY_RC_D, DPKG_OPTIONS, HOSTS))
     return hashlib.sha256(recipe.encode()).hexdigest()[:16]
 
 
@@ -81,8 +81,8 @@ def mirror() -> str:
     raise Unavailable("apt is configured with no Debian mirror: set E2E_MIRROR")
 
 
-def customise(folder: Path, log: Path) -> None:
-    """Install PACKAGES in `folder` and settle what minbase leaves open."""
+def customise(folder: Path, log: Path, packages: str) -> None:
+    """Install `packages` in `folder` and settle what minbase leaves open."""
     write(folder / "etc/hosts", HOSTS)
     write(folder / "etc/hostname", "e2e\n")
     write(folder / "usr/sbin/policy-rc.d", POLICY_RC_D, mode=0o755)
@@ -91,7 +91,7 @@ def customise(folder: Path, log: Path) -> None:
     with network_files(folder), mounted_proc(folder):
         chroot(folder, ["apt-get", "update"], log)
         chroot(
-            folder, ["apt-get", "install", "-y", "--no-install-recommends", *PACKAGES.split()], log
+            folder, ["apt-get", "install", "-y", "--no-install-recommends", *packages.split()], log
         )
         chroot(folder, ["apt-get", "clean"], log)
 

@@ -1,0 +1,89 @@
+"""The Debian package: built, checked, installed, upgraded, removed and tested, in one suite.
+
+    dist/packages/SUITE/systemd-socket-proxyd_VERSION_ARCH.deb    the package, the only .deb there
+    dist/packages/SUITE/upload/                                   it, and all that is uploaded with it
+    dist/packages/SUITE/log                                       what every step has said
+"""
+
+import re
+import shutil
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+from room import REPO, Room, made, open_room
+
+DEBIAN = Path(__file__).resolve().parent / "debian"
+
+# A suite's package is older than the next suite's: they differ, and an upgrade must replace it.
+SUFFIX = {"bookworm": "~deb12", "trixie": "~deb13", "unstable": ""}
+
+CHECK_TOOLS = "systemd man-db lintian devscripts blhc autopkgtest"
+
+
+def make(suite: str, folder: Path) -> list[Path]:
+    """Build the package of `suite` in the empty `folder`, and check it; return what is shown."""
+    version, revision = upstream_version(), changelog_revision()
+    log = folder / "log"
+    with open_room("build", suite, build_packages(), log) as room:
+        room.add_sources()
+        room.run("build-deb", f"{version}-{revision}{SUFFIX[suite]}")
+        upload = room.results(made(folder / "upload"))
+        room.run("build-older-deb", f"{version}-0{SUFFIX[suite]}")
+        (older,) = room.results(made(folder / "older"))
+    (deb,) = (file for file in upload if re.search(r"proxyd_.*\.deb$", file.name))
+    shown = folder / deb.name
+    shown.hardlink_to(deb)
+    check(suite, log, deb, upload, older)
+    shutil.rmtree(folder / "older")
+    return [shown]
+
+
+def check(suite: str, log: Path, deb: Path, upload: list[Path], older: Path) -> None:
+    """Run each check in a room of its own, where nothing of ours was before."""
+    with test_room(suite, log) as room:
+        room.add(*upload)
+        room.run("check-deb", deb.name)
+    with test_room(suite, log) as room:
+        room.add(deb, older)
+        room.run("install-deb", deb.name, older.name)
+    with test_room(suite, log) as room:
+        room.add(*upload)
+        room.run("autopkgtest-deb", deb.name)
+
+
+def test_room(suite: str, log: Path) -> AbstractContextManager[Room]:
+    """A room with what the package depends on, the tests' own needs, and the tools of Debian."""
+    tests = fields((DEBIAN / "tests/control").read_text(), "Depends")
+    return open_room("test", suite, f"python3 {CHECK_TOOLS} {names(tests)}", log)
+
+
+def build_packages() -> str:
+    """What Debian's builders have, and Build-Depends."""
+    return f"build-essential {names(fields((DEBIAN / 'control').read_text(), 'Build-Depends'))}"
+
+
+def fields(control: str, name: str) -> str:
+    """The contents of all the fields called `name`, joined by commas."""
+    found = re.findall(rf"^{name}:((?:.*\n)(?: .*\n)*)", control, re.MULTILINE)
+    return ",".join(found)
+
+
+def names(relations: str) -> str:
+    """The packages of a dependency field: no versions, no profiles, not the package itself."""
+    words = (relation.split() for relation in relations.split(","))
+    return " ".join(sorted({word[0] for word in words if word and word[0] != "@"}))
+
+
+def upstream_version() -> str:
+    match = re.search(r'__version__ = "(.*)"', (REPO / "proxyd/__init__.py").read_text())
+    assert match
+    return match[1]
+
+
+def changelog_revision() -> str:
+    """The Debian revision; the changelog's newest entry must be of the project's version."""
+    first = (DEBIAN / "changelog").read_text().partition("\n")[0]
+    match = re.search(rf"\({re.escape(upstream_version())}-(\d+)\)", first)
+    if not match:
+        raise ValueError(f"debian/changelog is not of version {upstream_version()}: {first}")
+    return match[1]

@@ -1,0 +1,164 @@
+"""A room to build or test packages in: a throw-away overlay of a cached Debian root, no network.
+
+The scripts in inside/ run there. Each line of theirs that begins with "ok" or "note" is printed;
+everything else goes to the log of the room.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(REPO / "tests" / "e2e"))
+
+import cgroup  # noqa: E402
+import container  # noqa: E402
+import project  # noqa: E402
+import root  # noqa: E402
+
+INSIDE = Path(__file__).resolve().parent / "inside"
+SHOWN = ("ok ", "note ")
+
+Unavailable = root.Unavailable
+
+
+class Failed(Exception):
+    """A step did not do what it should; str() says which, with the end of its log."""
+
+
+class Room:
+    """`path` is its root folder; /room in it has the scripts, and what goes in and comes out."""
+
+    def __init__(self, path: Path, log: Path):
+        self.path = path
+        self.log = log
+        self.folder = path / "room"
+        shutil.copytree(INSIDE, self.folder / "inside")
+        (self.folder / "out").mkdir()
+        for name in ("etc/dpkg/dpkg.cfg.d/e2e", "usr/sbin/policy-rc.d"):
+            (path / name).unlink()  # packages are installed whole here, as they are anywhere
+
+    def add_sources(self) -> None:
+        """Copy the project to /room/source, as git sees it."""
+        project.copy_sources(REPO, self.folder / "source")
+
+    def add(self, *files: Path) -> None:
+        """Copy files to /room."""
+        for file in files:
+            shutil.copy2(file, self.folder)
+
+    def results(self, folder: Path) -> list[Path]:
+        """Move what is in /room/out to `folder`; return where it is now, sorted."""
+        return [
+            Path(shutil.move(file, folder / file.name))
+            for file in sorted((self.folder / "out").iterdir())
+        ]
+
+    def run(self, script: str, *arguments: str) -> None:
+        """Run inside/SCRIPT in /room, and print what it found out. Failed if it fails."""
+        groups = container.container_groups()
+        # --pdeathsig: the room is emptied even if this process is killed.
+        argv = ["sh", "-c", container.IN_GROUPS, "in-groups", *map(str, groups), "--"]
+        argv += ["setpriv", "--pdeathsig", "TERM", "--", *self._nspawn()]
+        argv += ["/bin/bash", f"/room/inside/{script}", *arguments]
+        try:
+            with self.log.open("a") as log:
+                log.write(f"\n$ {script} {' '.join(arguments)}\n")
+                log.flush()
+                status = self._shown(argv, log.fileno())
+        finally:
+            for group in groups:
+                cgroup.remove_group(group)
+        if status:
+            tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-40:])
+            raise Failed(f"{script} ended with {status}, see {self.log}\n{tail}")
+
+    def _nspawn(self) -> list[str]:
+        return [
+            "systemd-nspawn",
+            "--quiet",
+            "--register=no",
+            "--keep-unit",
+            f"--machine=package-{os.getpid()}",
+            f"--directory={self.path}",
+            "--private-network",
+            "--pipe",
+            "--as-pid2",
+            "--link-journal=no",
+            "--resolv-conf=off",
+            "--timezone=off",
+            "--setenv=LC_ALL=C.UTF-8",
+            "--setenv=DEBIAN_FRONTEND=noninteractive",
+            "--chdir=/room",
+            "--",
+        ]
+
+    def _shown(self, argv: list[str], log: int) -> int:
+        """Run a command, its output to `log` and the lines for people to stdout, too."""
+        with subprocess.Popen(
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **container.NSPAWN_ENVIRONMENT},
+            start_new_session=True,
+        ) as process:
+            assert process.stdout
+            try:
+                for line in process.stdout:
+                    os.write(log, line)
+                    if line.startswith(tuple(word.encode() for word in SHOWN)):
+                        print(f"  {line.decode(errors='replace').rstrip()}", flush=True)
+                return process.wait()
+            finally:
+                process.terminate()
+
+
+@contextmanager
+def open_room(kind: str, suite: str, packages: str, log: Path) -> Iterator[Room]:
+    """A room of `suite` with `packages`, gone after the block. Unavailable if none can be made."""
+    cache = cache_folder()
+    lower = root.ensure_root(made(cache / kind), suite, packages)
+    overlay = container.Overlay(lower, cache)
+    try:
+        yield Room(overlay.merged, log)
+    finally:
+        overlay.remove()
+
+
+def cache_folder() -> Path:
+    """Where root folders and overlays live: PACKAGE_CACHE, or a folder that git ignores."""
+    return made(Path(os.environ.get("PACKAGE_CACHE", REPO / ".cache" / "package")))
+
+
+def made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def remove_leftovers() -> None:
+    """Remove the overlays of runs that were killed (no other run is alive: we hold the lock)."""
+    for folder in cache_folder().glob("run-*"):
+        root.remove_tree(folder)
+
+
+def check_machine() -> None:
+    """Unavailable unless this machine can make rooms; installs the tools for it if it may."""
+    if os.geteuid() != 0:
+        raise Unavailable("not root")
+    if container.missing_tools() and shutil.which("apt-get"):
+        command = (
+            "apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -qy "
+            "--no-install-recommends debootstrap systemd-container"
+        )
+        subprocess.run(command, shell=True, stdout=subprocess.DEVNULL, check=False)
+    if container.missing_tools():
+        raise Unavailable(f"missing: {' '.join(container.missing_tools())}")
+    probe = ["unshare", "--mount", "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
+    if subprocess.run(probe, capture_output=True, check=False).returncode:
+        raise Unavailable("mounting is not permitted here")
