@@ -10,7 +10,7 @@ import shutil
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from room import REPO, Room, made, open_room
+from room import REPO, Failed, Room, made, open_room
 
 DEBIAN = Path(__file__).resolve().parent / "debian"
 
@@ -20,22 +20,31 @@ SUFFIX = {"bookworm": "~deb12", "trixie": "~deb13", "unstable": ""}
 CHECK_TOOLS = "systemd man-db lintian devscripts blhc autopkgtest"
 
 
-def make(suite: str, folder: Path) -> list[Path]:
-    """Build the package of `suite` in the empty `folder`, and check it; return what is shown."""
-    version, revision = upstream_version(), changelog_revision()
+def make(suite: str, folder: Path) -> Path:
+    """Build the package of `suite` in the empty `folder`, and check it; return the .deb."""
     log = folder / "log"
+    deb, upload, older = build(suite, folder, log)
+    shown = folder / deb.name
+    shown.hardlink_to(deb)
+    check(suite, log, deb, upload, older)
+    shutil.rmtree(older.parent)
+    return shown
+
+
+def build(
+    suite: str, folder: Path, log: Path, *, tested: bool = True
+) -> tuple[Path, list[Path], Path]:
+    """Return the .deb, it and all that is uploaded with it, and an older version's .deb."""
+    version, revision = upstream_version(), changelog_revision()
     with open_room("build", suite, build_packages(), log) as room:
         room.add_sources()
-        room.run("build-deb", f"{version}-{revision}{SUFFIX[suite]}")
+        options = "" if tested else "nocheck"
+        room.run("build-deb", f"{version}-{revision}{SUFFIX[suite]}", options)
         upload = room.results(made(folder / "upload"))
         room.run("build-older-deb", f"{version}-0{SUFFIX[suite]}")
         (older,) = room.results(made(folder / "older"))
     (deb,) = (file for file in upload if re.search(r"proxyd_.*\.deb$", file.name))
-    shown = folder / deb.name
-    shown.hardlink_to(deb)
-    check(suite, log, deb, upload, older)
-    shutil.rmtree(folder / "older")
-    return [shown]
+    return deb, upload, older
 
 
 def check(suite: str, log: Path, deb: Path, upload: list[Path], older: Path) -> None:
@@ -85,5 +94,5 @@ def changelog_revision() -> str:
     first = (DEBIAN / "changelog").read_text().partition("\n")[0]
     match = re.search(rf"\({re.escape(upstream_version())}-(\d+)\)", first)
     if not match:
-        raise ValueError(f"debian/changelog is not of version {upstream_version()}: {first}")
+        raise Failed(f"debian/changelog is not of version {upstream_version()}: {first}")
     return match[1]
