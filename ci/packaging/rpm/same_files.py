@@ -23,7 +23,7 @@ ONLY_DEB = {
 ONLY_RPM = {
     r"\S+/proxyd-?\S*\.pyc|modules/__pycache__/\S+": "compiled here, and by the DEB when installed",
     r"\S+\.dist-info/\S+": "for who imports the modules: the DEB's are private",
-    r"modules/(py\.typed|_relay\.pyi)": "for who type-checks against them",
+    r"/usr/lib/\.build-id/\S+": "how debuggers find the symbols; Debian's look elsewhere",
     r"/usr/share/doc/\S+/CHANGELOG\.md": "under Debian's name in the DEB",
 }
 
@@ -33,7 +33,7 @@ def files(listing: str) -> set[str]:
     found = set()
     for line in listing.splitlines():
         if not line.endswith("/"):
-            name = re.sub(r"(?<=\.md|\.\d|[a-z])\.gz$", "", line)
+            name = line.removesuffix(".gz")
             for where, common in MODULES.items():
                 name = name.replace(where, common)
             found.add(name)
