@@ -1,8 +1,8 @@
 """The Debian package: built, checked, installed, upgraded, removed and tested, in one suite.
 
-    dist/packages/SUITE/systemd-socket-proxyd_VERSION_ARCH.deb    the package, the only .deb there
-    dist/packages/SUITE/upload/                                   it, and all that is uploaded with it
-    dist/packages/SUITE/log                                       what every step has said
+dist/packages/SUITE/systemd-socket-proxyd_VERSION_ARCH.deb    the package, alone
+dist/packages/SUITE/upload/                                   all of an upload, and build.log
+dist/packages/SUITE/log                                       what every step has said
 """
 
 import re
@@ -10,7 +10,7 @@ import shutil
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from room import REPO, Failed, Room, made, open_room
+from room import REPO, Room, StepError, made, open_room
 
 DEBIAN = Path(__file__).resolve().parent / "debian"
 
@@ -94,5 +94,5 @@ def changelog_revision() -> str:
     first = (DEBIAN / "changelog").read_text().partition("\n")[0]
     match = re.search(rf"\({re.escape(upstream_version())}-(\d+)\)", first)
     if not match:
-        raise Failed(f"debian/changelog is not of version {upstream_version()}: {first}")
+        raise StepError(f"debian/changelog is not of version {upstream_version()}: {first}")
     return match[1]

@@ -8,7 +8,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +26,7 @@ SHOWN = ("ok ", "note ")
 Unavailable = root.Unavailable
 
 
-class Failed(Exception):
+class StepError(Exception):
     """A step did not do what it should; str() says which, with the end of its log."""
 
 
@@ -60,7 +59,7 @@ class Room:
         ]
 
     def run(self, script: str, *arguments: str) -> None:
-        """Run inside/SCRIPT in /room, and print what it found out. Failed if it fails."""
+        """Run inside/SCRIPT in /room, and print what it found out. StepError if it fails."""
         groups = container.container_groups()
         # --pdeathsig: the room is emptied even if this process is killed.
         argv = ["sh", "-c", container.IN_GROUPS, "in-groups", *map(str, groups), "--"]
@@ -76,7 +75,7 @@ class Room:
                 cgroup.remove_group(group)
         if status:
             tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-40:])
-            raise Failed(f"{script} ended with {status}, see {self.log}\n{tail}")
+            raise StepError(f"{script} ended with {status}, see {self.log}\n{tail}")
 
     def _nspawn(self) -> list[str]:
         return [

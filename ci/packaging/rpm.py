@@ -1,13 +1,13 @@
 """The RPM package: built from the spec by Debian's rpm, checked, compared with the DEB, installed.
 
-    dist/packages/rpm/systemd-socket-proxyd-VERSION.ARCH.rpm      and the source RPM
-    dist/packages/rpm/log                                         what every step has said
+dist/packages/rpm/systemd-socket-proxyd-VERSION.ARCH.rpm      and the source RPM
+dist/packages/rpm/log                                         what every step has said
 """
 
 from pathlib import Path
 
 import deb
-from room import Failed, REPO, made, open_room
+from room import REPO, StepError, made, open_room
 
 SUITE = "bookworm"
 
@@ -18,23 +18,21 @@ PACKAGES = """
 
 
 def make(folder: Path, compared: Path | None) -> list[Path]:
-    """Build the RPM in the empty `folder`, and check it against the .deb `compared`, or a new one."""
+    """Build the RPM in the empty `folder`, check it, against the .deb `compared` or a new one."""
     log = folder / "log"
     version = deb.upstream_version()
     spec = (REPO / "ci/packaging/systemd-socket-proxyd.spec").read_text()
     if f"\nVersion:        {version}\n" not in spec:
-        raise Failed(f"the spec is not of version {version}")
+        raise StepError(f"the spec is not of version {version}")
     if compared is None:
         compared = deb.build(SUITE, made(folder / "deb"), log, tested=False)[0]
     with open_room("rpm", SUITE, PACKAGES, log) as room:
         room.add_sources()
         room.run("build-rpm", version)
         packages = room.results(folder)
-    binary, source = packages
-    if source.name.endswith(".src.rpm") is False:
-        raise Failed(f"rpmbuild has made {packages}")
+    binary, source = sorted(packages, key=lambda file: file.name.endswith(".src.rpm"))
     with open_room("rpm", SUITE, PACKAGES, log) as room:
         room.add_sources()
         room.add(binary, source, compared)
         room.run("check-rpm", binary.name, compared.name)
-    return packages
+    return [binary, source]

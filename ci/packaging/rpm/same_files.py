@@ -60,7 +60,7 @@ def main() -> int:
     for fault in faults:
         print(fault)
     if not faults:
-        print(f"ok {len(deb & rpm)} files in both DEB and RPM, {len(deb ^ rpm)} differ for a reason")
+        print(f"ok {len(deb & rpm)} files in DEB and RPM, {len(deb ^ rpm)} in one for a reason")
     return 1 if faults else 0
 
 
