@@ -1,5 +1,6 @@
 """The list of scenarios, and how one is run and reported."""
 
+import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -65,7 +66,7 @@ def run_one(machine: Machine, one: Scenario, expected: str) -> str:
     try:
         machine.begin(one.name)
         note, failure = one.body(machine) or "", ""
-    except Failure as error:
+    except (Failure, subprocess.TimeoutExpired) as error:
         note, failure = "", str(error) or "failed"
     finally:
         journal = end_of_journal(machine)

@@ -2,6 +2,7 @@
 
 from scenarios import man_page  # isort: skip  # noqa: F401
 from scenarios import transfers  # isort: skip  # noqa: F401
+from scenarios import clients  # isort: skip  # noqa: F401
 from scenarios import activation  # isort: skip  # noqa: F401
 from scenarios import service_manager  # isort: skip  # noqa: F401
 from scenarios import limits  # isort: skip  # noqa: F401
