@@ -9,3 +9,5 @@ from scenarios import limits  # isort: skip  # noqa: F401
 from scenarios import on_demand  # isort: skip  # noqa: F401
 from scenarios import callers  # isort: skip  # noqa: F401
 from scenarios import targets  # isort: skip  # noqa: F401
+from scenarios import examples  # isort: skip  # noqa: F401
+from scenarios import user_manager  # isort: skip  # noqa: F401

@@ -2,10 +2,13 @@
 
 import os
 import signal
+import subprocess
 from contextlib import contextmanager, suppress
 
 from harness import scenario
 from machine import UNIT_FOLDER, Machine, check, same
+
+from scenarios.transfers import MAKE_FILE, start_dav
 
 NOTIFY = "Type=notify\nTimeoutStartSec=5\n"
 
@@ -131,21 +134,72 @@ def restart_with_drain(m: Machine) -> str:
     return f"{counts['ok']} served"
 
 
+TRANSFERS = 6  # each way
+SIZE = 32 << 20  # bytes of each
+RATE = "12M"  # bytes a second: they take almost three seconds
+
+
+@scenario(needs="--drain-timeout")
+def drained_transfers(m: Machine) -> str:
+    """--drain-timeout: downloads and uploads under way at a restart or stop arrive whole"""
+    m.sh(f"install -d -o www-data {m.folder}/files")
+    m.sh(MAKE_FILE.format(size=SIZE, path=f"{m.folder}/files/down"))
+    start_dav(m)
+    m.proxy("proxy", "127.0.0.1:9000", "127.0.0.1:8000", options="--drain-timeout=1min")
+    for verb in ("restart", "stop"):
+        clients = start_transfers(m)
+        before = m.main_pid("proxy.service")
+        m.sh(f"systemctl --no-block {verb} proxy.service; systemctl daemon-reload")
+        m.wait_for("it drains", lambda: m.show("proxy.service", "SubState") == "stop-sigterm")
+        late = m.client("exec curl -sS --max-time 30 -I http://127.0.0.1:9000/down")
+        outputs = [client.communicate(timeout=60)[0] for client in clients]
+        same("what curl and cmp say", outputs, [""] * len(clients))
+        for number in range(TRANSFERS):
+            m.sh(f"cmp {m.folder}/files/down {m.folder}/files/up{number}")
+        check("200 OK" in late.communicate(timeout=30)[0], f"a client that came in a {verb}")
+        check(m.main_pid("proxy.service") != before, f"no other process after a {verb}")
+    return f"{4 * TRANSFERS} transfers of {SIZE >> 20} MiB"
+
+
+def start_transfers(m: Machine) -> list[subprocess.Popen]:
+    """TRANSFERS downloads and as many uploads, all of them under way."""
+    curl, url = f"curl -sS --limit-rate {RATE}", "http://127.0.0.1:9000"
+    clients = []
+    for number in range(TRANSFERS):
+        clients.append(m.client(f"{curl} {url}/down | cmp - {m.folder}/files/down"))
+        clients.append(m.client(f"exec {curl} -T {m.folder}/files/down {url}/up{number}"))
+    m.wait_for(
+        "all are under way",
+        lambda: len(m.sh("ss -Htn state established dport = 8000").splitlines()) == len(clients),
+    )
+    return clients
+
+
 ORIGINAL = "/lib/systemd/systemd-socket-proxyd"
+SWITCH = "[Service]\nExecStart=\nExecStart={program} 127.0.0.1:8000\n"
+SWITCHES = 4  # how often the program is replaced by the other one
 
 
 @scenario()
-def switch_by_drop_in(m: Machine) -> None:
-    """A unit of the original is switched to this program by a drop-in, and back"""
+def switch_by_drop_in(m: Machine) -> str:
+    """A unit of the original is switched to this program by a drop-in, and back, under load"""
     m.nginx_for_load(8000)
     m.proxy("proxy", "127.0.0.1:9000", "127.0.0.1:8000", program=ORIGINAL)
     same("running first", running(m), ORIGINAL)
+    load = m.start_load("steady", 9000, CLIENTS, 5)
     drop_in = "proxy.service.d/program.conf"
-    m.unit(drop_in, f"[Service]\nExecStart=\nExecStart={m.program} 127.0.0.1:8000\n")
-    m.sh("systemctl restart proxy.service")
-    same("running with the drop-in", running(m), m.program)
-    m.sh(f"rm {UNIT_FOLDER}/{drop_in}; systemctl daemon-reload; systemctl restart proxy.service")
-    same("running without it", running(m), ORIGINAL)
+    for _ in range(2):
+        m.unit(drop_in, SWITCH.format(program=m.program))
+        m.sh("systemctl restart proxy.service")
+        same("running with the drop-in", running(m), m.program)
+        m.sh(f"rm {UNIT_FOLDER}/{drop_in}; systemctl daemon-reload")
+        m.sh("systemctl restart proxy.service")
+        same("running without it", running(m), ORIGINAL)
+    counts = m.load_result(load)["steady"]
+    failed = {how: count for how, count in counts.items() if how != "ok"}
+    check(not any("Refused" in how for how in failed), f"refused: {failed}")
+    check(sum(failed.values()) <= CLIENTS * SWITCHES, f"more failed than were open: {failed}")
+    return f"{counts['ok']} served, {sum(failed.values())} cut"
 
 
 def running(m: Machine) -> str:
