@@ -14,6 +14,8 @@ from container import Container
 
 UNIT_FOLDER = "/etc/systemd/system"
 
+MEGABYTE = 1 << 20
+
 NGINX_CONF = """
 daemon off;
 user www-data;
@@ -126,11 +128,12 @@ class Machine:
 
     # --- units ---------------------------------------------------------------------------------
 
-    def unit(self, name: str, text: str) -> str:
+    def unit(self, name: str, text: str, load: bool = True) -> str:
         """Write a unit file (or, as NAME.d/x.conf, a drop-in) and load it."""
         self.write(f"{UNIT_FOLDER}/{name}", text)
         self.uses(name.partition(".d/")[0])
-        self.sh("systemctl daemon-reload")
+        if load:
+            self.sh("systemctl daemon-reload")
         return name
 
     def uses(self, *units: str) -> None:
@@ -155,7 +158,7 @@ class Machine:
         # Scenarios start and stop faster than StartLimitBurst= allows.
         unit = f"Requires={name}.socket\nAfter={name}.socket\nStartLimitIntervalSec=0\n{unit}"
         streams = "".join(f"ListenStream={address}\n" for address in listen.split())
-        self.unit(f"{name}.socket", f"[Socket]\n{streams}{socket}\n")
+        self.unit(f"{name}.socket", f"[Socket]\n{streams}{socket}\n", load=False)
         self.unit(
             f"{name}.service",
             f"[Unit]\n{unit}\n[Service]\n"

@@ -9,5 +9,6 @@ from scenarios import limits  # isort: skip  # noqa: F401
 from scenarios import on_demand  # isort: skip  # noqa: F401
 from scenarios import callers  # isort: skip  # noqa: F401
 from scenarios import targets  # isort: skip  # noqa: F401
+from scenarios import privilege  # isort: skip  # noqa: F401
 from scenarios import examples  # isort: skip  # noqa: F401
 from scenarios import user_manager  # isort: skip  # noqa: F401

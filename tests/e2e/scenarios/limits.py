@@ -1,45 +1,9 @@
-"""Little memory, few tasks and fds, a hardened unit, and a crowd."""
+"""Little memory, few tasks and fds, and a crowd."""
 
 from harness import scenario
-from machine import Machine, check, same
-
-MEGABYTE = 1 << 20
+from machine import MEGABYTE, Machine, check, same
 
 SMALL_LIMITS = "LimitNOFILE=32\nTasksMax=3\nMemoryMax=32M\n"
-
-HARDENED = """
-DynamicUser=yes
-ProtectSystem=strict
-ProtectHome=yes
-ProtectProc=invisible
-ProcSubset=pid
-ProtectClock=yes
-ProtectControlGroups=yes
-ProtectHostname=yes
-ProtectKernelLogs=yes
-ProtectKernelModules=yes
-ProtectKernelTunables=yes
-PrivateDevices=yes
-PrivateTmp=yes
-PrivateUsers=yes
-NoNewPrivileges=yes
-CapabilityBoundingSet=
-LockPersonality=yes
-MemoryDenyWriteExecute=yes
-RemoveIPC=yes
-RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX
-RestrictNamespaces=yes
-RestrictRealtime=yes
-RestrictSUIDSGID=yes
-SystemCallArchitectures=native
-SystemCallFilter=@system-service
-SystemCallFilter=~@privileged @resources
-SystemCallErrorNumber=EPERM
-UMask=0077
-MemoryMax=32M
-TasksMax=4
-LimitNOFILE=64
-"""
 
 
 def parallel_downloads(m: Machine, count: int) -> dict[str, int]:
@@ -63,26 +27,6 @@ def small_limits(m: Machine) -> str:
         lines = m.journal("proxy.service").count("\n")
         check(lines < 40, f"{lines} lines in the journal")
     return f"{crowd['ok']} of 60 at once served; {note}"
-
-
-@scenario(original="is out of fds with 20 connections, 6 fds each")
-def hardened(m: Machine) -> str:
-    """A hardened unit (DynamicUser, W^X, system call filter ...) under load"""
-    m.nginx_for_load(8000)
-    m.proxy("proxy", "127.0.0.1:9000 [::1]:9000", "127.0.0.1:8000", service=HARDENED, gated=True)
-    with m.limited("proxy.service", 32 * MEGABYTE, 4) as note:
-        same("IPv6", m.sh("curl -sS http://[::1]:9000/small"), "small\n")
-        counts = m.load_result(m.start_load("mix", 9000, 1000, 0, 0))
-        same("short requests", counts["short"], {"ok": 1000})
-        same("downloads", parallel_downloads(m, 12), {"ok": 12})
-        noise = [
-            line
-            for line in m.journal("proxy.service").splitlines()
-            if "Traceback" in line or "arning" in line
-        ]
-        check(not noise, f"{noise[:3]}")
-    exposure = m.sh("systemd-analyze security proxy.service --no-pager | tail -n 1")
-    return f"{note}; {exposure.strip().removeprefix('→ ')}"
 
 
 @scenario(original="counts connections that have ended, until it has noticed", since=260)
