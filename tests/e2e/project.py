@@ -1,4 +1,4 @@
-"""The project in the container: sdist, wheel built from the sdist, wheel installed in a venv.
+"""The project in the container: a Debian package, or a wheel built from an sdist, in a venv.
 
 All of it is done by the container's own Python, in a chroot of the overlay before it boots, and
 without a network: the host's pip, which knows how to reach an index, fetches the few pure-Python
@@ -14,7 +14,9 @@ from pathlib import Path
 
 import root
 
-COMMAND = "/opt/proxyd/bin/systemd-socket-proxyd"  # where scenarios find the installed program
+# What scenarios run: as the wheel installs it, and as the package does.
+WHEEL_COMMAND = "/opt/proxyd/bin/systemd-socket-proxyd"
+DEB_COMMAND = "/usr/bin/systemd-socket-proxyd"
 
 MAKE_BUILD_VENV = """
 python3 -m venv /opt/build
@@ -35,8 +37,23 @@ class BuildFailed(Exception):
     """The project did not build or install; str() has the end of the log."""
 
 
-def install(repo: Path, sdist: Path | None, folder: Path, cache: Path) -> None:
-    """Build the project's wheel in the root folder `folder` and install it at COMMAND.
+def install_deb(deb: Path, folder: Path, cache: Path) -> str:
+    """Install the package in the root folder `folder`; the installed command.
+
+    Its dependencies must be in the folder: dpkg fetches nothing, and fails without them.
+    """
+    log = cache / "build.log"
+    log.unlink(missing_ok=True)
+    shutil.copy(deb, folder / "opt/package.deb")
+    try:
+        run(folder, log, f"dpkg --install /opt/package.deb; test -x {DEB_COMMAND}")
+    except root.CommandFailed as error:
+        raise BuildFailed(str(error)) from error
+    return DEB_COMMAND
+
+
+def install_wheel(repo: Path, sdist: Path | None, folder: Path, cache: Path) -> str:
+    """Build the project's wheel in the root folder `folder`, install it; the installed command.
 
     The wheel is built from `sdist`, or from one that is made of the working tree of `repo`.
     """
@@ -55,6 +72,7 @@ def install(repo: Path, sdist: Path | None, folder: Path, cache: Path) -> None:
         run(folder, log, MAKE_AND_INSTALL_WHEEL)
     except root.CommandFailed as error:
         raise BuildFailed(str(error)) from error
+    return WHEEL_COMMAND
 
 
 def run(folder: Path, log: Path, script: str, *arguments: str) -> None:
