@@ -186,7 +186,9 @@ def iperf3(m: Machine) -> str:
     m.proxy("proxy", "127.0.0.1:9000", "127.0.0.1:8000")
     rates = []
     for how in (f"-n {SENT}", f"-n {SENT} -R", f"-n {SENT} -P 4", "-t 2 --bidir"):
-        end = json.loads(m.sh(f"iperf3 -c 127.0.0.1 -p 9000 -J {how}"))["end"]
+        report = json.loads(m.run(f"iperf3 -c 127.0.0.1 -p 9000 -J {how}").stdout)
+        check("error" not in report, f"{how}: {report.get('error')}")
+        end = report["end"]
         # With --bidir the way back has sums of its own.
         for suffix in ("", "_bidir_reverse") if "bidir" in how else ("",):
             sent = end[f"sum_sent{suffix}"]["bytes"]
