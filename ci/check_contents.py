@@ -1,16 +1,24 @@
-"""Check that the sdist has every file of the project, and the wheel just what is to be installed.
+"""Check that the sdist has every file of the project, and each wheel just what is to be installed.
 
-Usage: check_contents.py ROOT DIST <NUL-separated project files
+Usage: check_contents.py [--repaired] ROOT DIST <NUL-separated project files
+
+--repaired: the wheels went through auditwheel, so that their tags name a C library.
 """
 
+import argparse
+import re
 import sys
 import tarfile
 import zipfile
+from collections.abc import Iterable
 from fnmatch import fnmatch
 from pathlib import Path
 
 NOT_IN_SDIST = (".gitignore", "*/.gitignore")
 ADDED_TO_SDIST = ("PKG-INFO", "setup.cfg", "*.egg-info/*")
+
+DOC = "share/doc/systemd-socket-proxyd"
+MANUAL = "share/man/man1/systemd-socket-proxyd.1"
 
 WHEEL_HAS = (
     "proxyd/__init__.py",
@@ -18,77 +26,152 @@ WHEEL_HAS = (
     "proxyd/_relay.pyi",
     "proxyd/py.typed",
     "*.data/scripts/systemd-socket-proxyd",
-    "*.data/data/share/man/man1/systemd-socket-proxyd.1",
-    "*.data/data/share/doc/systemd-socket-proxyd/README.md",
-    "*.data/data/share/bash-completion/completions/systemd-socket-proxyd",
-    "*.data/data/share/zsh/site-functions/_systemd-socket-proxyd",
-    "*.data/data/share/fish/vendor_completions.d/systemd-socket-proxyd.fish",
+    f"*.data/data/{MANUAL}",
+    f"*.data/data/{DOC}/README.md",
+    f"*.data/data/{DOC}/CHANGELOG.md",
     "*.dist-info/licenses/LICENSE",
 )
 WHEEL_MAY_HAVE = (
     *WHEEL_HAS,
     "proxyd/*.py",
-    "*.data/data/share/doc/systemd-socket-proxyd/*",
+    f"*.data/data/{DOC}/*",
+    "*.data/data/share/bash-completion/completions/*",
+    "*.data/data/share/fish/vendor_completions.d/*",
+    "*.data/data/share/zsh/site-functions/*",
     "*.dist-info/METADATA",
     "*.dist-info/RECORD",
     "*.dist-info/WHEEL",
+    "*.dist-info/sboms/auditwheel.cdx.json",
     "*.dist-info/top_level.txt",
 )
+SOURCES = ("*.c", "*.h", "*.pxd", "*.pyx")
+
+# Where the files of these folders of the project are in the wheel, by the end of their names there.
+INSTALLED = {"proxyd/*.py": "", "man/*": "", "examples/*": DOC, "completions/*": ""}
+
+# (Python tag, ABI tag) of a wheel, from what the interpreter puts into the name of an extension.
+SUFFIX = re.compile(r"proxyd/_relay\.cpython-3(\d+)(t?)-(\w+)-linux-(gnu|musl)\.so")
+PLATFORMS = {"gnu": "manylinux", "musl": "musllinux"}
 
 
-def matches(name: str, patterns: tuple[str, ...]) -> bool:
+def matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch(name, pattern) for pattern in patterns)
-
-
-def only(folder: Path, pattern: str) -> Path:
-    found = list(folder.glob(pattern))
-    if len(found) != 1:
-        sys.exit(f"{folder} has {len(found)} files {pattern}, wanted is one")
-    return found[0]
 
 
 def sdist_faults(sdist: Path, project: set[str]) -> list[str]:
     with tarfile.open(sdist) as archive:
-        files = {member.name.partition("/")[2] for member in archive if member.isfile()}
+        members = archive.getmembers()
+    files = {member.name.partition("/")[2] for member in members if member.isfile()}
     missing = {name for name in project - files if not matches(name, NOT_IN_SDIST)}
     stray = {name for name in files - project if not matches(name, ADDED_TO_SDIST)}
-    return [f"sdist lacks {name}" for name in sorted(missing)] + [
-        f"sdist has {name}, which is no file of the project" for name in sorted(stray)
+    odd = {m.name for m in members if m.uid or m.gid or m.mode not in {0o644, 0o755}}
+    return [
+        *(f"sdist lacks {name}" for name in sorted(missing)),
+        *(f"sdist has {name}, which is no file of the project" for name in sorted(stray)),
+        *(f"sdist tells of {name} who made it, or with which umask" for name in sorted(odd)),
     ]
 
 
-def wheel_faults(wheel: Path, root: Path) -> list[str]:
+def wheel_faults(wheel: Path, project: set[str], repaired: bool) -> list[str]:
     with zipfile.ZipFile(wheel) as archive:
         files = {name for name in archive.namelist() if not name.endswith("/")}
-        script = archive.read(
-            next(name for name in files if name.endswith("scripts/systemd-socket-proxyd"))
-        )
-        metadata = archive.read(next(name for name in files if name.endswith("/METADATA"))).decode()
-    faults = [
-        f"wheel lacks {pattern}"
-        for pattern in WHEEL_HAS
-        if not any(fnmatch(name, pattern) for name in files)
+        faults = [*file_faults(files, project), *mode_faults(archive)]
+        if not faults:
+            faults = [
+                *text_faults(archive, files),
+                *tag_faults(wheel, text(archive, files, "/WHEEL"), files, repaired),
+            ]
+    return [f"{wheel.name}: {fault}" for fault in faults]
+
+
+def text(archive: zipfile.ZipFile, files: set[str], end: str) -> str:
+    return archive.read(next(name for name in files if name.endswith(end))).decode()
+
+
+def file_faults(files: set[str], project: set[str]) -> list[str]:
+    lacking = [pattern for pattern in WHEEL_HAS if not any(fnmatch(f, pattern) for f in files)]
+    stray = {name for name in files if not matches(name, WHEEL_MAY_HAVE) or matches(name, SOURCES)}
+    return [
+        *(f"lacks {pattern}" for pattern in lacking),
+        *(f"has {name}" for name in sorted(stray)),
+        *(f"lacks {name} of the project" for name in sorted(project) if not has(files, name)),
     ]
-    faults += [f"wheel has {name}" for name in sorted(files) if not matches(name, WHEEL_MAY_HAVE)]
-    modules = {f"proxyd/{path.name}" for path in (root / "proxyd").glob("*.py")}
-    faults += [f"wheel lacks {name}" for name in sorted(modules - files)]
-    if not script.startswith(b"#!python\n"):
+
+
+def has(files: set[str], source: str) -> bool:
+    """Whether the wheel has `source`, if that is one of the files that are installed."""
+    for pattern, folder in INSTALLED.items():
+        if fnmatch(source, pattern):
+            name = f"{folder}/{source}" if folder else source.rpartition("/")[2]
+            return any(f == source or f.endswith(f"/{name}") for f in files)
+    return True
+
+
+def mode_faults(archive: zipfile.ZipFile) -> list[str]:
+    """Files are 644, or 755 where they are executed or loaded; RECORD is setuptools' own 664."""
+    allowed = {0o644, 0o755}
+    return [
+        f"the mode of {info.filename} is {info.external_attr >> 16:o}"
+        for info in archive.infolist()
+        if (info.external_attr >> 16) & 0o7777 not in allowed
+        and not info.filename.endswith((".dist-info/RECORD", "/"))
+    ]
+
+
+def text_faults(archive: zipfile.ZipFile, files: set[str]) -> list[str]:
+    faults = []
+    if not text(archive, files, "scripts/systemd-socket-proxyd").startswith("#!python\n"):
         faults.append("the script's first line is not '#!python', which installers replace")
-    if "Requires-Dist:" in metadata:
-        faults.append("the wheel requires other distributions at run time")
+    if "Requires-Dist:" in text(archive, files, "/METADATA"):
+        faults.append("requires other distributions at run time")
+    return faults
+
+
+def tag_faults(wheel: Path, metadata: str, files: set[str], repaired: bool) -> list[str]:
+    """Name, metadata and extension module name one interpreter, one ABI and one platform."""
+    modules = sorted(name for name in files if name.endswith(".so"))
+    suffix = SUFFIX.fullmatch(modules[0])
+    if len(modules) != 1 or not suffix:
+        return [f"has the extension modules {modules}, wanted is one of CPython"]
+    minor, threads, machine, libc = suffix.groups()
+    name, python, abi, platforms = wheel.stem.rsplit("-", 3)
+    faults = []
+    if (python, abi) != (f"cp3{minor}", f"cp3{minor}{threads}"):
+        faults.append(f"{modules[0]} is not for {python}-{abi}")
+    wanted = f"{PLATFORMS[libc]}_*_{machine}" if repaired else f"*linux*_{machine}"
+    faults += [
+        f"the platform {platform} is not {wanted}"
+        for platform in platforms.split(".")
+        if not fnmatch(platform, wanted)
+    ]
+    told = set(re.findall(r"^Tag: (.*)$", metadata, re.MULTILINE))
+    named = {f"{python}-{abi}-{platform}" for platform in platforms.split(".")}
+    if told != named:
+        faults.append(f"{name} has the tags {sorted(told)} in WHEEL, {sorted(named)} in its name")
     return faults
 
 
 def main() -> int:
-    root, dist = Path(sys.argv[1]), Path(sys.argv[2])
+    parser = argparse.ArgumentParser(description="See the head of this file.")
+    parser.add_argument("--repaired", action="store_true")
+    parser.add_argument("root", type=Path)
+    parser.add_argument("dist", type=Path)
+    options = parser.parse_args()
     project = {name for name in sys.stdin.read().split("\0") if name}
     if len(project) < 20:
         sys.exit(f"only {len(project)} project files were named")
-    faults = sdist_faults(only(dist, "*.tar.gz"), project) + wheel_faults(only(dist, "*.whl"), root)
+    sdists, wheels = (sorted(options.dist.glob(end)) for end in ("*.tar.gz", "*.whl"))
+    if len(sdists) != 1 or not wheels:
+        sys.exit(f"{options.dist} has {len(sdists)} sdists and {len(wheels)} wheels")
+    faults = sdist_faults(sdists[0], project)
+    for wheel in wheels:
+        faults += wheel_faults(wheel, project, options.repaired)
     for fault in faults:
         print(fault)
     if not faults:
-        print(f"{len(project)} project files, as they should be in sdist and wheel")
+        print(
+            f"{len(project)} project files, as they should be in sdist and {len(wheels)} wheel(s)"
+        )
     return 1 if faults else 0
 
 
