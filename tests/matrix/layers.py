@@ -1,0 +1,80 @@
+"""Layers: what a row of the matrix needs on top of a suite's root folder.
+
+A layer is an overlay's upper folder, made once per recipe, and then only ever read.
+"""
+
+import hashlib
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import container
+import root
+
+
+def ensure_layer(
+    work: Path, name: str, lower: Path, recipe: str, make: Callable[[Path], None]
+) -> Path:
+    """The layer `name` under `work`, on `lower`, filled by `make(folder)` if the recipe is new.
+
+    What is returned serves as the `lower` of an overlay, or of another layer.
+    """
+    key = hashlib.sha256(f"{lower_key(lower)}\n{recipe}".encode()).hexdigest()
+    layer = work / name
+    stamp = layer / ".layer"
+    if not stamp.is_file() or stamp.read_text() != key:
+        print(f"# preparing {name}", flush=True)
+        root.remove_tree(layer)
+        overlay = container.Overlay(lower, work)
+        try:
+            make(overlay.merged)
+            subprocess.run(["umount", overlay.merged], check=True)
+            (overlay.folder / "upper").rename(layer)
+            stamp.write_text(key)
+        finally:
+            overlay.remove()
+    return Path(f"{layer}:{lower}")
+
+
+def lower_key(lower: Path) -> str:
+    """What `lower` was made from: the recipe of the root folder, and those of the layers on it."""
+    folders = [Path(folder) for folder in str(lower).split(":")]
+    stamps = [folder / name for folder in folders for name in (".layer", ".e2e-recipe")]
+    return "\n".join(stamp.read_text() for stamp in stamps if stamp.is_file())
+
+
+def remove_leftovers(work: Path) -> None:
+    """Remove the overlays of runs that were killed (no other run is alive: we hold the lock)."""
+    for folder in work.glob("run-*"):
+        root.remove_tree(folder)
+
+
+def install_packages(folder: Path, packages: str, log: Path) -> None:
+    """Install Debian packages in `folder`, from the mirror that its root folder was made from."""
+    with root.network_files(folder), root.mounted_proc(folder):
+        root.chroot(folder, ["apt-get", "update"], log)
+        command = ["apt-get", "install", "-y", "--no-install-recommends", *packages.split()]
+        root.chroot(folder, command, log)
+        root.chroot(folder, ["apt-get", "clean"], log)
+
+
+def fetch_source(folder: Path, package: str, log: Path) -> None:
+    """Unpack the upstream source of a Debian package as /src/PACKAGE in `folder`."""
+    with root.network_files(folder), root.mounted_proc(folder):
+        root.chroot(folder, ["/bin/sh", "-ec", FETCH_SOURCE, "fetch", package], log)
+
+
+FETCH_SOURCE = """
+sed 's/^deb /deb-src /' /etc/apt/sources.list >/etc/apt/sources.list.d/source.list
+apt-get update
+mkdir -p /src/download /src/$1
+cd /src/download
+apt-get source --download-only "$1"
+tar -C /src/$1 --strip-components=1 -xf "$1"_*.orig.tar.*z
+"""
+
+
+def copy_tools(source: Path, folder: Path) -> None:
+    """Put the scripts that run inside at /opt/matrix of `folder`."""
+    shutil.copytree(source, folder / "opt/matrix", dirs_exist_ok=True)
