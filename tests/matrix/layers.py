@@ -4,7 +4,6 @@ A layer is an overlay's upper folder, made once per recipe, and then only ever r
 """
 
 import hashlib
-import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -73,8 +72,3 @@ cd /src/download
 apt-get source --download-only "$1"
 tar -C /src/$1 --strip-components=1 -xf "$1"_*.orig.tar.*z
 """
-
-
-def copy_tools(source: Path, folder: Path) -> None:
-    """Put the scripts that run inside at /opt/matrix of `folder`."""
-    shutil.copytree(source, folder / "opt/matrix", dirs_exist_ok=True)
