@@ -17,8 +17,8 @@ from pathlib import Path
 NOT_IN_SDIST = (".gitignore", "*/.gitignore")
 ADDED_TO_SDIST = ("PKG-INFO", "setup.cfg", "*.egg-info/*")
 
-DOC = "share/doc/systemd-socket-proxyd"
-MANUAL = "share/man/man1/systemd-socket-proxyd.1"
+DATA = "*.data/data/share"
+DOC = f"{DATA}/doc/systemd-socket-proxyd"
 
 WHEEL_HAS = (
     "proxyd/__init__.py",
@@ -26,18 +26,18 @@ WHEEL_HAS = (
     "proxyd/_relay.pyi",
     "proxyd/py.typed",
     "*.data/scripts/systemd-socket-proxyd",
-    f"*.data/data/{MANUAL}",
-    f"*.data/data/{DOC}/README.md",
-    f"*.data/data/{DOC}/CHANGELOG.md",
+    f"{DATA}/man/man1/systemd-socket-proxyd.1",
+    f"{DOC}/README.md",
+    f"{DOC}/CHANGELOG.md",
     "*.dist-info/licenses/LICENSE",
 )
 WHEEL_MAY_HAVE = (
     *WHEEL_HAS,
     "proxyd/*.py",
-    f"*.data/data/{DOC}/*",
-    "*.data/data/share/bash-completion/completions/*",
-    "*.data/data/share/fish/vendor_completions.d/*",
-    "*.data/data/share/zsh/site-functions/*",
+    f"{DOC}/*",
+    f"{DATA}/bash-completion/completions/*",
+    f"{DATA}/fish/vendor_completions.d/*",
+    f"{DATA}/zsh/site-functions/*",
     "*.dist-info/METADATA",
     "*.dist-info/RECORD",
     "*.dist-info/WHEEL",
@@ -46,8 +46,15 @@ WHEEL_MAY_HAVE = (
 )
 SOURCES = ("*.c", "*.h", "*.pxd", "*.pyx")
 
-# Where the files of these folders of the project are in the wheel, by the end of their names there.
-INSTALLED = {"proxyd/*.py": "", "man/*": "", "examples/*": DOC, "completions/*": ""}
+# Where a file of the project that is installed lies in the wheel.
+INSTALLED = {
+    "proxyd/*.py": "{path}",
+    "man/*.1": f"{DATA}/man/man1/{{name}}",
+    "examples/*": f"{DOC}/{{path}}",
+    "completions/bash/*": f"{DATA}/bash-completion/completions/{{name}}",
+    "completions/fish/*": f"{DATA}/fish/vendor_completions.d/{{name}}",
+    "completions/zsh/*": f"{DATA}/zsh/site-functions/{{name}}",
+}
 
 # (Python tag, ABI tag) of a wheel, from what the interpreter puts into the name of an extension.
 SUFFIX = re.compile(r"proxyd/_relay\.cpython-3(\d+)(t?)-(\w+)-linux-(gnu|musl)\.so")
@@ -100,10 +107,10 @@ def file_faults(files: set[str], project: set[str]) -> list[str]:
 
 def has(files: set[str], source: str) -> bool:
     """Whether the wheel has `source`, if that is one of the files that are installed."""
-    for pattern, folder in INSTALLED.items():
+    for pattern, place in INSTALLED.items():
         if fnmatch(source, pattern):
-            name = f"{folder}/{source}" if folder else source.rpartition("/")[2]
-            return any(f == source or f.endswith(f"/{name}") for f in files)
+            wanted = place.format(path=source, name=source.rpartition("/")[2])
+            return any(fnmatch(name, wanted) for name in files)
     return True
 
 
