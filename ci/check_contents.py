@@ -118,7 +118,7 @@ def mode_faults(archive: zipfile.ZipFile) -> list[str]:
     """Files are 644, or 755 where they are executed or loaded; RECORD is setuptools' own 664."""
     allowed = {0o644, 0o755}
     return [
-        f"the mode of {info.filename} is {info.external_attr >> 16:o}"
+        f"the mode of {info.filename} is {(info.external_attr >> 16) & 0o7777:o}"
         for info in archive.infolist()
         if (info.external_attr >> 16) & 0o7777 not in allowed
         and not info.filename.endswith((".dist-info/RECORD", "/"))
@@ -176,9 +176,7 @@ def main() -> int:
     for fault in faults:
         print(fault)
     if not faults:
-        print(
-            f"{len(project)} project files, as they should be in sdist and {len(wheels)} wheel(s)"
-        )
+        print(f"{len(project)} project files, right in the sdist and {len(wheels)} wheel(s)")
     return 1 if faults else 0
 
 
