@@ -29,15 +29,15 @@ WHEEL_HAS = (
     f"{DATA}/man/man1/systemd-socket-proxyd.1",
     f"{DOC}/README.md",
     f"{DOC}/CHANGELOG.md",
+    f"{DATA}/bash-completion/completions/systemd-socket-proxyd",
+    f"{DATA}/zsh/site-functions/_systemd-socket-proxyd",
+    f"{DATA}/fish/vendor_completions.d/systemd-socket-proxyd.fish",
     "*.dist-info/licenses/LICENSE",
 )
 WHEEL_MAY_HAVE = (
     *WHEEL_HAS,
     "proxyd/*.py",
     f"{DOC}/*",
-    f"{DATA}/bash-completion/completions/*",
-    f"{DATA}/fish/vendor_completions.d/*",
-    f"{DATA}/zsh/site-functions/*",
     "*.dist-info/METADATA",
     "*.dist-info/RECORD",
     "*.dist-info/WHEEL",
