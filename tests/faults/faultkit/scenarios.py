@@ -168,7 +168,7 @@ def hold(world):
     yield from world.until_all_over()
 
 
-@scenario(listens=False, options=["--connect-timeout=1s"])
+@scenario(listens=False, options=["--connect-timeout=1s"], quick=False)
 def given_up(world):
     """The backend never listens: the client is given up."""
     yield from world.exchange(expect=REFUSED)
