@@ -176,7 +176,7 @@ def main() -> int:
     for fault in faults:
         print(fault)
     if not faults:
-        print(f"{len(project)} project files, right in the sdist and {len(wheels)} wheel(s)")
+        print(f"{len(project)} project files, right in the sdist and in {len(wheels)} wheel(s)")
     return 1 if faults else 0
 
 
