@@ -7,6 +7,7 @@
  *   EAGAIN, short      epoll is made to announce the fd again, as it would once there is more
  *   ECONNRESET, EPIPE, ETIMEDOUT on a connected socket: it is really ended, for the peer as well
  *   close              closes all the same
+ *   F_SETPIPE_SZ short the pipe really has one page, as past pipe-user-pages-soft
  *   connect EINTR      goes on in the background
  * Calls are told apart by who makes them: the extension, or anybody else (Python, that is).
  */
@@ -347,9 +348,11 @@ int getaddrinfo(const char *host, const char *service, const struct addrinfo *hi
 /* These have more arguments than they name. */
 
 static int do_fcntl(int fd, int command, void *argument, uintptr_t caller) {
-    if (strike(command == F_SETPIPE_SZ ? P_fcntl_setpipe : P_fcntl, caller, fd))
-        return -1;
-    return REAL(fcntl64)(fd, command, argument);
+    switch (strike(command == F_SETPIPE_SZ ? P_fcntl_setpipe : P_fcntl, caller, fd)) {
+    case NOTHING: return REAL(fcntl64)(fd, command, argument);
+    case SHORTEN: return REAL(fcntl64)(fd, command, (void *)(intptr_t)getpagesize());
+    default: return -1;
+    }
 }
 
 int fcntl64(int fd, int command, ...) {

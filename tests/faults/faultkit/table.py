@@ -41,7 +41,7 @@ RELAY = {
     "epoll_wait": "EINTR+3 short+all",
     "eventfd": "EMFILE ENFILE ENOMEM",
     "fcntl": "EPERM",
-    "fcntl_setpipe": "EPERM+all EBUSY ENOMEM+all",
+    "fcntl_setpipe": "EPERM+all EBUSY ENOMEM+all short+all",
     "getpeername": "ENOTCONN ENOBUFS",
     "getrlimit": "EPERM",
     "getsockname": "ENOBUFS",
