@@ -178,7 +178,7 @@ class Machine:
             NGINX_CONF.format(folder=self.folder, name=name, http=http),
         )
 
-    def nginx_for_load(self, port: int) -> None:
+    def nginx_for_load(self, port: int, service: str = "") -> None:
         """The started server that inside/load.py expects: backend.service."""
         self.write("/srv/e2e-big", "")
         self.sh("head -c 2M /dev/urandom >/srv/e2e-big")
@@ -189,6 +189,7 @@ class Machine:
             location = /small {{ return 200 "small\\n"; }}
             location = /big {{ alias /srv/e2e-big; }}
         }}""",
+            service,
         )
         self.start("backend.service")
         self.wait_for("nginx listens", lambda: self.listens(port))
