@@ -1,41 +1,17 @@
-"""--proxy-protocol=: the target is told who calls, byte for byte as the specification has it.
+"""--proxy-protocol=: the target is told who calls, byte for byte as the specification has it."""
 
-The specification is HAProxy's proxy-protocol.txt, sections 2.1 (v1) and 2.2 (v2).
-"""
-
-import ipaddress
 import socket
-import struct
 
 import pytest
 from harness.differences import differs
-from harness.sockets import (
-    is_quiet,
-    read_exactly,
-    read_to_end,
-)
+from harness.proxy_header import LOCAL, header_of
+from harness.sockets import is_quiet, read_exactly, read_to_end
 from harness.traffic import Payload, expected, receive_digest, send_payload
 from harness.waiting import never_within
 
 pytestmark = differs("original", reason="has no --proxy-protocol= (262 has one)", run=False)
 
-SIGNATURE = b"\r\n\r\n\0\r\nQUIT\n"
-LOCAL = SIGNATURE + b"\x20\x00\x00\x00"
-
 both_versions = pytest.mark.parametrize("version", ["v1", "v2"])
-
-
-def header_of(version, client, family):
-    """The header for a TCP client whose connection is `client`, seen from its own end."""
-    source, destination = client.getsockname(), client.getpeername()
-    addresses = [ipaddress.ip_address(end[0]) for end in (source, destination)]
-    addresses = [getattr(address, "ipv4_mapped", None) or address for address in addresses]
-    ports = (source[1], destination[1])
-    if version == "v1":
-        return f"PROXY {family} {addresses[0]} {addresses[1]} {ports[0]} {ports[1]}\r\n".encode()
-    packed = addresses[0].packed + addresses[1].packed + struct.pack("!HH", *ports)
-    code = {"TCP4": 0x11, "TCP6": 0x21}[family]
-    return SIGNATURE + bytes([0x21, code]) + struct.pack("!H", len(packed)) + packed
 
 
 def arrives(server, header):

@@ -1,10 +1,5 @@
 """A slow or stuck reader costs memory bounded by the socket buffers and one pipe, and no CPU."""
 
-import itertools
-import select
-import socket
-import time
-
 import pytest
 from harness.differences import differs
 from harness.sockets import (
@@ -17,8 +12,8 @@ from harness.sockets import (
     send_until_stuck,
     stuck_bytes,
 )
-from harness.traffic import Payload, in_background
-from harness.waiting import never_within, patience, wait_until
+from harness.traffic import Payload, in_background, send_in_segments
+from harness.waiting import never_within
 
 KIB = 1 << 10
 MIB = 1 << 20
@@ -29,53 +24,7 @@ IDLE = 0.2
 BURNS = "burns a core: the pipe is out of slots before it is out of bytes"
 burns = differs("original", reason=BURNS, always=False)
 
-small_segments = pytest.mark.parametrize("segment", [1, 100, 1000, 1448, 65536])
 small_buffers = {"listen_buffer": 64 * KIB, "target_buffer": 64 * KIB}
-stalled_pairs = pytest.mark.parametrize(
-    ("listen", "target"),
-    [("tcp4", "tcp4"), ("tcp6", "unix"), ("unix", "tcp4"), ("unix", "unix")],
-)
-
-
-def fill(connection, segment, seconds=1.2):
-    """Send segments of that many bytes until everything up to the reader is full.
-
-    A short pause after each segment lets the program take it by itself, as from a network; without
-    it the kernel joins them in one queue. Ends after `seconds` too. Returns what was sent.
-    """
-    pattern = Payload(64 * KIB).bytes()
-    pieces = [pattern[i : i + segment] for i in range(0, len(pattern), segment)]
-    sent = bytearray()
-    deadline = time.monotonic() + seconds
-    connection.setblocking(False)
-    for piece in itertools.cycle(pieces):
-        try:
-            count = connection.send(piece)
-            sent += piece[:count]
-            if count < len(piece):
-                break  # the rest of it would be a smaller segment
-            time.sleep(0.00005)
-        except BlockingIOError:
-            if not select.select([], [connection], [], 0.15)[1]:
-                break
-        if time.monotonic() > deadline:
-            break
-    connection.settimeout(patience())
-    return bytes(sent)
-
-
-@differs("original", reason=BURNS, when={"segment": (1000, 1448)})
-@differs("original", reason=BURNS, when={"segment": (1, 100)}, always=False)
-@stalled_pairs
-@small_segments
-def test_stalled_server_costs_no_cpu(stage, listen, target, segment):
-    """Whatever the size of the segments: no CPU while the server does not read, then every byte."""
-    client, server = stage.pair(listen, target, **small_buffers)
-    sent = fill(client, segment)
-    assert stage.proxy.cpu_share() < IDLE
-    reading = in_background(lambda: read_to_end(server))
-    client.shutdown(socket.SHUT_WR)
-    assert reading.result() == (sent, "eof")
 
 
 @burns
@@ -84,7 +33,7 @@ def test_stalled_server_costs_no_cpu(stage, listen, target, segment):
 def test_stalled_client_costs_no_cpu(stage, listen, target, segment):
     """The same the other way: a client that does not read its download."""
     client, server = stage.pair(listen, target, **small_buffers)
-    sent = fill(server, segment)
+    sent = send_in_segments(server, segment)
     assert stage.proxy.cpu_share() < IDLE
     reading = in_background(lambda: read_exactly(client, len(sent)))
     assert reading.result() == sent
@@ -95,7 +44,7 @@ def test_stalled_client_costs_no_cpu(stage, listen, target, segment):
 def test_both_directions_stalled(stage, segment):
     """Two peers that both only write, each waiting for the other to read."""
     client, server = stage.pair("tcp4", "tcp4", **small_buffers)
-    upward, downward = fill(client, segment), fill(server, segment)
+    upward, downward = send_in_segments(client, segment), send_in_segments(server, segment)
     assert stage.proxy.cpu_share() < IDLE
     at_server = in_background(lambda: read_exactly(server, len(upward)))
     assert read_exactly(client, len(downward)) == downward
@@ -107,40 +56,13 @@ def test_both_directions_stalled(stage, segment):
 def test_a_stalled_direction_does_not_stop_the_other(stage, listen, target):
     """While the upload is stuck the download goes on, at no CPU once it pauses."""
     client, server = stage.pair(listen, target, **small_buffers)
-    sent = fill(client, 1000)
+    sent = send_in_segments(client, 1000)
     download = Payload(4 * MIB).bytes()
     sending = in_background(lambda: server.sendall(download))
     assert read_exactly(client, len(download)) == download
     sending.result()
     assert stage.proxy.cpu_share(0.3) < IDLE
     assert read_exactly(server, len(sent)) == sent
-
-
-@burns
-@stalled_pairs
-def test_client_leaves_while_the_server_is_stalled(stage, listen, target):
-    """The client's close behind a stuck reader is remembered at no CPU: every byte, then the end.
-
-    On a UNIX socket the close is a hang-up, which the kernel reports for ever.
-    """
-    client, server = stage.pair(listen, target, **small_buffers)
-    sent = fill(client, 1448)
-    client.close()
-    assert stage.proxy.cpu_share() < IDLE
-    assert read_to_end(server) == (sent, "eof")
-
-
-@differs("original", reason="burns a core, and drops the connection at the first end", always=False)
-@stalled_pairs
-def test_server_leaves_while_it_is_stalled(stage, listen, target):
-    """A server that never read and goes away ends the connection: nothing is left behind."""
-    client, server = stage.pair(listen, target, **small_buffers)
-    before = stage.proxy.socket_count()
-    fill(client, 1448)
-    server.close()
-    read_to_end(client)
-    assert stage.proxy.cpu_share(0.3) < IDLE
-    wait_until(lambda: stage.proxy.socket_count() <= before - 2, "both sockets are closed")
 
 
 @burns

@@ -154,6 +154,13 @@ class Proxy:
         )
         assert self.status is None, f"exit {self.status} before READY=1: {self.log()!r}"
 
+    def waits_for_events(self):
+        """Whether it sleeps, and has what to wait for events with."""
+        with contextlib.suppress(OSError):
+            state = Path(f"/proc/{self.worker}/stat").read_text().rpartition(")")[2].split()[0]
+            return state == "S" and any("eventpoll" in what for what in self.fds().values())
+        return False
+
     def kill(self):
         """End it without asking."""
         if not self.has_ended():
@@ -181,13 +188,27 @@ class Proxy:
 
     # What it costs
 
+    @property
+    def worker(self):
+        """The pid that forwards: the program itself, or the one child that it has (nginx)."""
+        try:
+            children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
+        except FileNotFoundError:  # a kernel that does not list children
+            children = []
+        return int(children[0]) if children else self.pid
+
+    def _cpu_times(self):
+        """{task: (seconds for which it has run, seconds for which it had to wait for a CPU)}."""
+        times, tasks = {}, Path(f"/proc/{self.worker}/task")
+        for task in os.listdir(tasks):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                ran, waited, _ = map(int, (tasks / task / "schedstat").read_text().split())
+                times[task] = (ran / 1e9, waited / 1e9)
+        return times
+
     def cpu_seconds(self):
         """CPU time of all its threads so far."""
-        total = 0
-        for task in os.listdir(f"/proc/{self.pid}/task"):
-            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-                total += int(Path(f"/proc/{self.pid}/task/{task}/schedstat").read_text().split()[0])
-        return total / 1e9
+        return sum(ran for ran, _ in self._cpu_times().values())
 
     def cpu_share(self, seconds=0.6):
         """The share of one CPU that it uses over the next `seconds`: 1.0 is a whole one."""
@@ -195,17 +216,28 @@ class Proxy:
         time.sleep(seconds)  # an interval that is measured, not a wait for something
         return (self.cpu_seconds() - before) / (time.monotonic() - start)
 
+    def cpu_demand(self, seconds=0.6):
+        """The share of the time in which its busiest thread does not sleep, whoever has the CPU.
+
+        A busy loop has 1.0 on any machine, however loaded.
+        """
+        before, start = self._cpu_times(), time.monotonic()
+        time.sleep(seconds)  # an interval that is measured, not a wait for something
+        span = time.monotonic() - start
+        after = self._cpu_times()
+        return max(sum(after[task]) - sum(before.get(task, (0, 0))) for task in after) / span
+
     def resident_bytes(self):
         """Resident memory, RSS."""
-        with open(f"/proc/{self.pid}/status") as file:
+        with open(f"/proc/{self.worker}/status") as file:
             return int(re.search(r"VmRSS:\s+(\d+) kB", file.read())[1]) * 1024
 
     def fds(self):
         """{fd number: what it is}, such as `socket:[1234]`."""
-        found = {}
-        for name in os.listdir(f"/proc/{self.pid}/fd"):
+        found, directory = {}, f"/proc/{self.worker}/fd"
+        for name in os.listdir(directory):
             with contextlib.suppress(FileNotFoundError):
-                found[int(name)] = os.readlink(f"/proc/{self.pid}/fd/{name}")
+                found[int(name)] = os.readlink(f"{directory}/{name}")
         return found
 
     def socket_count(self):
@@ -214,16 +246,22 @@ class Proxy:
 
     def fd_flags(self, fd):
         """The open flags of one of its fds, as fcntl(2) knows them, O_CLOEXEC included."""
-        with open(f"/proc/{self.pid}/fdinfo/{fd}") as file:
+        with open(f"/proc/{self.worker}/fdinfo/{fd}") as file:
             return int(re.search(r"flags:\s+(\d+)", file.read())[1], 8)
 
     def fd_limit(self):
         """(soft, hard) limit of open files."""
-        return resource.prlimit(self.pid, resource.RLIMIT_NOFILE)
+        return resource.prlimit(self.worker, resource.RLIMIT_NOFILE)
 
     def set_fd_limit(self, soft, hard=None):
         """Change its limit of open files while it runs."""
-        resource.prlimit(self.pid, resource.RLIMIT_NOFILE, (soft, hard or self.fd_limit()[1]))
+        resource.prlimit(self.worker, resource.RLIMIT_NOFILE, (soft, hard or self.fd_limit()[1]))
+
+    def leave_no_fd(self):
+        """Limit its open files so that not one more can be had; returns the former soft limit."""
+        fds, former = self.fds(), self.fd_limit()[0]
+        self.set_fd_limit(next(number for number in range(former) if number not in fds))
+        return former
 
 
 def _content(file):

@@ -6,7 +6,14 @@ import tempfile
 
 from harness.notify import NotifySocket
 from harness.process import SIGNS_OF_A_CRASH, Proxy
-from harness.sockets import open_connection, open_listener, reset, send_at_once, target_text
+from harness.sockets import (
+    fill_backlog,
+    open_connection,
+    open_listener,
+    reset,
+    send_at_once,
+    target_text,
+)
 from harness.traffic import EchoServer
 from harness.waiting import patience, wait_until
 
@@ -63,8 +70,11 @@ class Outcome:
 class Stage:
     """Everything one test has started; `close()` ends it all and looks for what was left behind."""
 
-    def __init__(self, executable, contender):
+    def __init__(self, executable, contender, *, arguments=(), environment=None):
+        """`arguments` and `environment` are what every launch of the program gets."""
         self.executable = executable
+        self.arguments = list(arguments)
+        self.environment = environment or {}
         self.contender = contender
         self.is_ours = contender == "ours"
         self.directory = tempfile.mkdtemp(prefix="proxyd-")  # short: a UNIX path has 107 bytes
@@ -106,6 +116,12 @@ class Stage:
         self._servers.append(server)
         return server
 
+    def fill_backlog(self, backend):
+        """Let visitors take all the room before a target; returns them."""
+        visitors = fill_backlog(backend.listener.getsockname(), backend.listener.family)
+        self._clients += visitors
+        return visitors
+
     def notify_socket(self, path=None):
         """A NOTIFY_SOCKET, abstract without a `path`."""
         notify = NotifySocket(path)
@@ -115,17 +131,22 @@ class Stage:
     # The program
 
     def launch(self, *arguments, listeners=(), prefix=(), wait=True, **options):
-        """Start the program with `listeners` inherited; ours is waited for until READY=1."""
+        """Start the program with `listeners` inherited, and wait until it serves.
+
+        Ours says READY=1; of the others it is known when they wait for events.
+        """
         notify = options.pop("notify", None) or self.notify_socket()
-        proxy = Proxy(
-            [*prefix, self.executable, *arguments], inherit=listeners, notify=notify, **options
-        )
+        options["environment"] = self.environment | options.get("environment", {})
+        command = [*prefix, self.executable, *self.arguments, *arguments]
+        proxy = Proxy(command, inherit=listeners, notify=notify, **options)
         proxy.listeners = list(listeners)
         proxy.sockets_at_start = None
         self.proxies.append(proxy)
         if wait and self.is_ours:
             proxy.wait_until_ready()
             proxy.sockets_at_start = proxy.socket_count()
+        elif wait:
+            wait_until(lambda: proxy.has_ended() or proxy.waits_for_events(), "the program's start")
         return proxy
 
     def run(self, *arguments, listeners=(), prefix=(), timeout=None, **options):

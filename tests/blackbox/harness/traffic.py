@@ -1,10 +1,13 @@
 """Payloads that show every lost, doubled or moved byte, and the threads that carry them."""
 
 import hashlib
+import itertools
 import random
+import select
 import selectors
 import socket
 import threading
+import time
 
 from harness.sockets import read_to_end, send_at_once
 from harness.waiting import patience
@@ -125,6 +128,33 @@ def exchange(client, server, upward, downward, *, half_close):
 def expected(payload):
     """What `receive_digest` must return for `payload`."""
     return payload.size, payload.digest()
+
+
+def send_in_segments(connection, segment, seconds=1.2):
+    """Send segments of that many bytes until everything up to the reader is full.
+
+    A short pause after each segment lets the program take it by itself, as from a network; without
+    it the kernel joins them in one queue. Ends after `seconds` too. Returns what was sent.
+    """
+    pattern = Payload(1 << 16).bytes()
+    pieces = [pattern[i : i + segment] for i in range(0, len(pattern), segment)]
+    sent = bytearray()
+    deadline = time.monotonic() + seconds
+    connection.setblocking(False)
+    for piece in itertools.cycle(pieces):
+        try:
+            count = connection.send(piece)
+            sent += piece[:count]
+            if count < len(piece):
+                break  # the rest of it would be a smaller segment
+            time.sleep(0.00005)
+        except BlockingIOError:
+            if not select.select([], [connection], [], 0.15)[1]:
+                break
+        if time.monotonic() > deadline:
+            break
+    connection.settimeout(patience())
+    return bytes(sent)
 
 
 class EchoServer:
