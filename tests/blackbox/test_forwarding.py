@@ -5,7 +5,7 @@ import time
 import pytest
 from harness.differences import differs
 from harness.sockets import every_pair, main_pairs, read_exactly, read_to_end
-from harness.traffic import Payload, exchange, expected, in_background, receive_digest, send_payload
+from harness.traffic import Payload, exchange, expected, receive_digest, send_payload
 
 KIB = 1 << 10
 MIB = 1 << 20
@@ -98,17 +98,6 @@ def test_a_gigabyte_both_ways_at_once(stage, listen, target):
     """1 GiB each way at the same time, hashed at both ends."""
     client, server = stage.pair(listen, target)
     exchange(client, server, Payload(GIB, seed=1), Payload(GIB, seed=2), half_close=False)
-
-
-@main_pairs
-def test_many_small_messages(stage, listen, target):
-    """Fifty thousand messages of one byte, sent one by one, arrive in order."""
-    client, server = stage.pair(listen, target)
-    message = bytes(i % 251 for i in range(50_000))
-    reading = in_background(lambda: read_exactly(server, len(message)))
-    for index in range(len(message)):
-        client.send(message[index : index + 1])
-    assert reading.result() == message
 
 
 @differs(

@@ -10,10 +10,7 @@ from harness.sockets import (
     every_pair,
     is_quiet,
     main_pairs,
-    read_exactly,
     read_to_end,
-    send_until_stuck,
-    stuck_bytes,
     write_fails,
 )
 from harness.traffic import Payload, exchange, expected, receive_digest, send_payload
@@ -24,19 +21,6 @@ MIB = 1 << 20
 drops_the_rest = differs(
     "original", reason="the end of one direction ends the connection: the other direction is lost"
 )
-
-
-@drops_the_rest
-@every_pair
-def test_answer_after_the_clients_end(stage, listen, target):
-    """A client sends its request and half-closes; the answer comes afterwards and is delivered."""
-    client, server = stage.pair(listen, target)
-    client.sendall(b"request")
-    client.shutdown(socket.SHUT_WR)
-    assert read_to_end(server) == (b"request", "eof")
-    server.sendall(b"the answer")
-    server.close()
-    assert read_to_end(client) == (b"the answer", "eof")
 
 
 @drops_the_rest
@@ -85,20 +69,6 @@ def test_upload_then_large_answer(stage, listen, target):
     assert answer_at_client.result() == expected(answer)
 
 
-@every_pair
-@pytest.mark.parametrize("how", ["half-close", "close"])
-def test_end_while_bytes_are_still_inside(stage, listen, target, how):
-    """The client fills everything up to a server that does not read, then ends its stream.
-
-    The server then reads: every byte comes, and the end after the last.
-    """
-    client, server = stage.pair(listen, target, target_buffer=16384)
-    segment = Payload(MIB).bytes()
-    size = send_until_stuck(client, segment, still=0.1)
-    client.shutdown(socket.SHUT_WR) if how == "half-close" else client.close()
-    assert read_to_end(server) == (stuck_bytes(segment, size), "eof")
-
-
 @drops_the_rest
 @main_pairs
 def test_both_ends_at_the_same_time(stage, listen, target):
@@ -109,30 +79,6 @@ def test_both_ends_at_the_same_time(stage, listen, target):
         side.shutdown(socket.SHUT_WR)
     assert read_to_end(client) == (b"from the server", "eof")
     assert read_to_end(server) == (b"from the client", "eof")
-
-
-@drops_the_rest
-@main_pairs
-def test_half_closed_peer_that_never_finishes(stage, listen, target):
-    """After the client's end the server may talk as long as it likes, with pauses."""
-    client, server = stage.pair(listen, target)
-    client.shutdown(socket.SHUT_WR)
-    assert read_to_end(server) == (b"", "eof")
-    for number in range(3):
-        never_within(0.15, lambda: not is_quiet(client), "an end at the client")
-        server.sendall(b"word %d" % number)
-        assert read_exactly(client, 6) == b"word %d" % number
-
-
-@drops_the_rest
-@main_pairs
-def test_half_closed_connection_costs_nothing(stage, listen, target):
-    """A half-closed connection on which nothing moves uses no CPU and stays open."""
-    client, server = stage.pair(listen, target)
-    client.shutdown(socket.SHUT_WR)
-    assert read_to_end(server) == (b"", "eof")
-    assert stage.proxy.cpu_share() < 0.2
-    assert is_quiet(client)
 
 
 @drops_the_rest

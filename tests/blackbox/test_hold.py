@@ -90,19 +90,6 @@ def test_abstract_name_that_appears_later(stage):
             talk(client, server)
 
 
-def test_full_unix_backlog(stage):
-    """A UNIX target whose backlog is full is tried again until there is room."""
-    backend = stage.backend("unix", backlog=0)
-    waiting = fill_backlog(backend.listener.getsockname(), socket.AF_UNIX)
-    stage.launch(backend.target, listeners=[stage.listener()])
-    client = stage.connect()
-    stays_held(client)
-    for visitor in waiting:
-        backend.accept()
-        visitor.close()
-    talk(client, backend.accept())
-
-
 def test_target_that_drops_packets(stage):
     """A TCP target that answers neither way is given up after --connect-timeout=, in one line."""
     backend = stage.backend("tcp4", backlog=0)
@@ -152,32 +139,6 @@ def stays_held_after_half_close(client):
     client.settimeout(HOLD)
     with pytest.raises(TimeoutError):
         client.recv(1)
-
-
-@pytest.mark.parametrize("listen", ["tcp4", "unix"])
-def test_client_that_is_gone_frees_its_slot(stage, listen):
-    """A held client that resets (UNIX: hangs up) is dropped, and never shows at the target."""
-    backend = stage.absent()
-    stage.launch("-c1", backend.target, listeners=[stage.listener(listen)])
-    gone = stage.connect()
-    gone.sendall(b"gone")
-    stays_held(gone, seconds=0.2)
-    reset(gone)
-
-    def next_one():
-        client = stage.connect()
-        try:
-            never_within(0.1, lambda: not is_quiet(client), "refused")
-        except AssertionError:
-            return None
-        return client
-
-    client = wait_until(next_one, "a free slot")
-    backend.start_listening()
-    talk(client, backend.accept())
-    backend.listener.settimeout(0.3)
-    with pytest.raises(TimeoutError):
-        backend.listener.accept()
 
 
 def test_held_clients_count(stage):
@@ -464,28 +425,6 @@ def test_network_that_comes_up_later(stage):
         listener.settimeout(10)
         with listener.accept()[0] as server:
             talk(client, server)
-
-
-def test_out_of_local_ports(stage):
-    """With no local port left a client is held until another connection has freed one."""
-    prefix = namespace_prefix(
-        'ip link set lo up && echo "50001 50001" >/proc/sys/net/ipv4/ip_local_port_range'
-    )
-    notify = stage.notify_socket(stage.path("notify"))
-    stage.launch("127.0.0.1:4000", listeners=[stage.listener()], prefix=prefix, notify=notify)
-    listener = in_network_namespace_of(stage.proxy.pid, lambda: socket.create_server(("", 4000)))
-    with listener:
-        listener.settimeout(10)
-        first = stage.connect()
-        with listener.accept()[0] as server:
-            talk(first, server)
-            second = stage.connect()
-            stays_held(second)
-            reset(server)
-        read_to_end(first)
-        first.close()
-        with listener.accept()[0] as server:
-            talk(second, server)
 
 
 def test_listener_of_another_host_address(stage):

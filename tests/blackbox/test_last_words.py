@@ -30,22 +30,6 @@ lost_with_the_request = differs(
 
 @lost_with_the_request
 @every_pair
-def test_server_rejects_without_reading(stage, listen, target):
-    """The server answers and closes while the request lies unread in its buffer.
-
-    That close is a reset on TCP. The client, which has more to send, gets the whole answer.
-    """
-    client, server = stage.pair(listen, target, target_buffer=65536)
-    send_until_stuck(client, b"r" * 65536, most=8 * MIB, still=0.1)
-    wait_unread(server, 1)
-    server.sendall(REJECTION)
-    server.close()
-    received, _ = read_to_end(client)
-    assert received == REJECTION
-
-
-@lost_with_the_request
-@every_pair
 def test_server_rejects_after_the_head(stage, listen, target):
     """The server reads the head of the request only, answers, half-closes and then closes."""
     client, server = stage.pair(listen, target, target_buffer=65536)
@@ -90,19 +74,6 @@ def test_answer_is_there_after_a_failed_write(stage, listen, target):
     wait_unread(client, len(REJECTION))
     wait_until(lambda: write_fails(client), "writes of the client fail")
     assert read_exactly(client, len(REJECTION)) == REJECTION
-
-
-@every_pair
-def test_client_that_leaves_without_reading(stage, listen, target):
-    """What a client said before it closed with unread input reaches the server."""
-    client, server = stage.pair(listen, target)
-    server.sendall(b"a greeting that nobody reads")
-    wait_unread(client, 28)
-    client.sendall(b"my last words")
-    wait_unread(server, 13)
-    client.close()
-    assert read_to_end(server)[0] == b"my last words"
-    wait_until(lambda: write_fails(server), "writes of the server fail")
 
 
 @differs(

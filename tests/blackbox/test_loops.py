@@ -3,11 +3,10 @@
 import os
 import socket
 
-import pytest
 from harness.differences import differs
 from harness.kernel import in_network_namespace_of
 from harness.privileges import namespace_prefix, need_root
-from harness.sockets import FAMILIES, read_exactly, read_to_end, target_text
+from harness.sockets import read_exactly, read_to_end, target_text
 from harness.waiting import wait_until
 
 
@@ -21,22 +20,6 @@ def is_let_go(stage, listener=None):
 
 
 storms = differs("original", reason="connects to itself until its limit is reached", run=False)
-
-
-@storms
-@pytest.mark.parametrize("family", FAMILIES)
-def test_target_is_its_own_listener(stage, family):
-    """Every client is let go, one line tells why, and the program is at rest afterwards."""
-    listener = stage.listener(family)
-    target = target_text(listener.getsockname(), listener.family)
-    stage.launch(target, listeners=[listener])
-    for _ in range(5):
-        assert is_let_go(stage)
-    wait_until(stage.proxy.log_lines, "a line about the loop")
-    assert stage.proxy.cpu_share() < 0.2
-    assert len(stage.proxy.log_lines()) <= 2
-    assert f"target {target} leads back" in stage.proxy.log()
-    wait_until(lambda: stage.proxy.socket_count() <= stage.proxy.sockets_at_start, "all is closed")
 
 
 @storms
@@ -134,22 +117,3 @@ def test_same_path_in_another_mount_namespace(stage):
             client.sendall(b"hello")
             with inside.accept()[0] as server:
                 assert read_exactly(server, 5) == b"hello"
-
-
-@differs("original", reason="takes its own bytes for the target's answer", run=False)
-def test_self_connect(stage):
-    """With one free port left, a connection to a dead local port can reach itself: refused.
-
-    The kernel then joins the socket with itself, and every byte would come back.
-    """
-    prefix = namespace_prefix(
-        'ip link set lo up && echo "50001 50001" >/proc/sys/net/ipv4/ip_local_port_range'
-    )
-    arguments = ["--connect-timeout=300ms", "127.0.0.1:50001"]
-    notify = stage.notify_socket(stage.path("notify"))  # abstract names end at the namespace
-    stage.launch(*arguments, listeners=[stage.listener()], prefix=prefix, notify=notify)
-    for _ in range(5):
-        client = stage.connect()
-        client.sendall(b"is there an echo?")
-        assert read_to_end(client)[0] == b""
-    assert 1 <= len(stage.proxy.log_lines()) <= 5

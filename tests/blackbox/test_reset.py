@@ -4,8 +4,6 @@ A UNIX socket has no reset: towards it the same event is the end of the stream, 
 write.
 """
 
-import socket
-
 import pytest
 from harness.differences import differs
 from harness.sockets import (
@@ -21,7 +19,7 @@ from harness.sockets import (
     wait_unread,
     write_fails,
 )
-from harness.traffic import Payload, in_background, receive_all, send_payload
+from harness.traffic import Payload
 from harness.waiting import wait_until
 
 MIB = 1 << 20
@@ -74,56 +72,6 @@ def test_server_resets(stage, listen, target):
 
 @reset_becomes_end
 @from_tcp
-def test_reset_right_after_data(stage, listen, target):
-    """What had reached the program before the reset is delivered first."""
-    client, server = stage.pair(listen, target)
-    client.sendall(b"x" * 5000)
-    wait_unread(server, 5000)
-    client.sendall(b"y" * 5000)
-    wait_unread(server, 10000)
-    reset(client)
-    assert read_to_end(server) == (b"x" * 5000 + b"y" * 5000, end_of_reset(target))
-
-
-@reset_becomes_end
-@to_tcp
-def test_answer_then_reset(stage, listen, target):
-    """A server that answers and resets: the client gets the answer, then the reset."""
-    client, server = stage.pair(listen, target)
-    client.sendall(b"request")
-    assert read_exactly(server, 7) == b"request"
-    server.sendall(b"a" * 20_000)
-    wait_unread(client, 20_000)
-    reset(server)
-    assert read_to_end(client) == (b"a" * 20_000, end_of_reset(listen))
-
-
-@reset_becomes_end
-@from_tcp
-def test_reset_in_the_middle_of_a_stream(stage, listen, target):
-    """A stream cut by a reset arrives as a beginning of itself and never ends cleanly."""
-    client, server = stage.pair(listen, target)
-    payload = Payload(64 * MIB)
-    reading = receive_all(server)
-
-    def send_and_reset():
-        sent = 0
-        for block in payload.blocks():
-            client.sendall(block)
-            sent += len(block)
-            if sent > 6 * MIB:
-                break
-        reset(client)
-
-    in_background(send_and_reset).result()
-    received, end = reading.result()
-    assert end == end_of_reset(target)
-    whole = b"".join(block for block, _ in zip(payload.blocks(), range(40), strict=False))
-    assert whole.startswith(received)
-
-
-@reset_becomes_end
-@from_tcp
 def test_reset_waits_for_what_was_read_before(stage, listen, target):
     """Bytes inside the program when the reset comes are delivered to a reader that is only slow.
 
@@ -141,20 +89,6 @@ def test_reset_waits_for_what_was_read_before(stage, listen, target):
     assert end == end_of_reset(target)
     assert stuck_bytes(segment, sent).startswith(received)
     assert len(received) >= min(inside, 65536)
-
-
-@differs("original", reason="the connection ends with the first end", when={"listen": TCP})
-@from_tcp
-def test_reset_after_a_clean_end(stage, listen, target):
-    """A client half-closes, waits, and resets instead of reading on: the server learns of it."""
-    client, server = stage.pair(listen, target)
-    client.sendall(b"request")
-    client.shutdown(socket.SHUT_WR)
-    assert read_to_end(server) == (b"request", "eof")
-    assert not write_fails(server)
-    assert read_exactly(client, 1) == b"?"
-    reset(client)
-    wait_until(lambda: write_fails(server), "writes of the server fail")
 
 
 @differs("original", reason="nothing is noticed while a pipe is full, at 100 % CPU", run=False)
@@ -215,16 +149,3 @@ def test_connect_and_reset_at_once(stage, listen, target):
     client = stage.connect()
     client.sendall(b"hello")
     assert read_exactly(client, 5) == b"hello"
-
-
-@differs("original", reason="a reset arrives as a clean end", when={"listen": TCP}, always=False)
-@to_tcp
-def test_large_answer_cut_by_the_servers_reset(stage, listen, target):
-    """A download cut by the server's reset is never taken for a complete one."""
-    client, server = stage.pair(listen, target)
-    reading = receive_all(client)
-    send_payload(server, Payload(4 * MIB), half_close=False).result()
-    reset(server)
-    received, end = reading.result()
-    assert end == end_of_reset(listen)
-    assert Payload(4 * MIB).bytes().startswith(received)

@@ -4,7 +4,7 @@ import socket
 
 import pytest
 from harness.differences import differs
-from harness.sockets import TCP, UNIX, read_exactly, read_to_end, send_until_stuck, stuck_bytes
+from harness.sockets import TCP, read_exactly, read_to_end, send_until_stuck, stuck_bytes
 from harness.traffic import Payload
 
 pytestmark = differs(
@@ -14,28 +14,6 @@ pytestmark = differs(
 from_tcp = pytest.mark.parametrize(
     ("listen", "target"), [(a, b) for a in TCP for b in ("tcp4", "unix")]
 )
-
-
-@from_tcp
-def test_urgent_byte_in_the_middle(stage, listen, target):
-    """Bytes before and after the urgent one keep their places around it."""
-    client, server = stage.pair(listen, target)
-    client.sendall(b"before")
-    client.send(b"!", socket.MSG_OOB)
-    client.sendall(b"after")
-    assert read_exactly(server, 12) == b"before!after"
-    server.sendall(b"understood")
-    assert read_exactly(client, 10) == b"understood"
-
-
-@pytest.mark.parametrize("listen", [*TCP, *UNIX])
-def test_urgent_byte_from_the_server(stage, listen):
-    """The same in the other direction, as an FTP or telnet server would use it."""
-    client, server = stage.pair(listen, "tcp4")
-    server.sendall(b"before")
-    server.send(b"!", socket.MSG_OOB)
-    server.sendall(b"after")
-    assert read_exactly(client, 12) == b"before!after"
 
 
 @from_tcp
@@ -109,19 +87,3 @@ def test_urgent_byte_behind_a_stalled_reader(stage, listen, target):
     if not urgent:
         client.send(b"!", socket.MSG_OOB)
     assert read_exactly(server, 1) == b"!"
-
-
-@pytest.mark.parametrize("target", ["tcp4", "unix"])
-def test_urgent_byte_of_a_unix_client(stage, target):
-    """UNIX sockets know an urgent byte too since Linux 5.15, where the kernel has it."""
-    left, right = socket.socketpair()
-    with left, right:
-        try:
-            left.send(b"!", socket.MSG_OOB)
-        except OSError:
-            pytest.skip("this kernel has no urgent bytes on UNIX sockets")
-    client, server = stage.pair("unix", target)
-    client.sendall(b"before")
-    client.send(b"!", socket.MSG_OOB)
-    client.sendall(b"after")
-    assert read_exactly(server, 12) == b"before!after"

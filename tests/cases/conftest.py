@@ -1,0 +1,81 @@
+"""The twenty-five cases that every relay must survive, seen from outside.
+
+    pytest tests/cases --executable=/lib/systemd/systemd-socket-proxyd --contender=original-252
+    pytest tests/cases --no-splice --arguments=--threads=2
+
+Each test is named after its case. Its docstring has the case's words, a colon, and what must come
+of it: what a direct connection between the client and the server would have delivered. Any program
+that is started like this one can be put to the test; `contenders/` makes HAProxy and nginx such
+programs, and --contender=direct is no program at all. `ci/cases` does all of them and writes the
+table.
+"""
+
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "blackbox"))  # for `harness`
+sys.path.insert(0, str(Path(__file__).parent))  # for `casekit`
+
+from casekit.direct import DirectStage
+from casekit.faults import Faults, Interposer, no_splice
+from casekit.lan import Lan
+from casekit.record import Recorder, describe
+from harness.stage import Stage
+
+
+def pytest_addoption(parser, pluginmanager):
+    pluginmanager.import_plugin("harness.suite")  # once, whoever else asks for it
+    group = parser.getgroup("cases")
+    group.addoption("--no-splice", action="store_true", help="splice is refused: all is copied")
+    group.addoption("--record", help="write what was seen to this file, as JSON")
+
+
+def pytest_configure(config):
+    path = config.getoption("--record", default=None)
+    if path and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Recorder(path))
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    outcome = yield
+    describe(item, outcome.get_result(), call.excinfo.value if call.excinfo else None)
+
+
+@pytest.fixture(scope="session")
+def interposer():
+    """The library that makes calls fail."""
+    interposer = Interposer()
+    yield interposer
+    interposer.close()
+
+
+@pytest.fixture
+def new_stage(request, executable, contender):
+    """As for the black-box tests; splice may be forbidden, or there may be no program."""
+    arguments = shlex.split(request.config.getoption("--arguments", default=""))
+    kind = DirectStage if contender == "direct" else Stage
+    stage = kind(executable, contender, arguments=arguments)
+    stage.environment["CONTENDER_FOLDER"] = stage.directory
+    if request.config.getoption("--no-splice", default=False):
+        stage.environment |= no_splice(request.getfixturevalue("interposer"))
+    return stage
+
+
+@pytest.fixture
+def faults(interposer, stage):
+    """Makes calls of the program fail while it runs."""
+    faults = Faults(interposer, stage.directory)
+    stage.environment |= faults.environment
+    return faults
+
+
+@pytest.fixture
+def lan():
+    """Two hosts and a cable."""
+    lan = Lan()
+    yield lan
+    lan.close()
