@@ -73,7 +73,7 @@ def take_all_fds():
 
 
 def threads_now():
-    """Their ids. /proc may still show one for a moment that was joined, so a number tells nothing."""
+    """Their ids; for a moment /proc may still show one that was joined."""
     return set(os.listdir("/proc/self/task"))
 
 
