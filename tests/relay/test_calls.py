@@ -221,7 +221,10 @@ def test_one_wait_for_many_messages(calls, pair):
 def test_a_stream_needs_nothing_but_to_be_moved(calls, pair):
     """Once it runs: no epoll_ctl, no pipe made or closed. Waits, and bytes."""
     turns = calls("stream", pair)
-    found = [call for turn in turns[len(turns) // 2 :] for call in turn]
+    runs = "splice" if pair != ("unix", "tcp4") else "recvmsg"
+    begins = next(number for number, turn in enumerate(turns) if runs in names(turn))
+    # One more turn, in which the destination may be full for the first time.
+    found = list(itertools.chain(*turns[begins + 2 :]))
     assert set(names(found)) <= {"epoll_wait", "splice", "recvmsg", "recvfrom", "sendto"}
     moved = sum(max(call.result, 0) for call in found if call.name != "epoll_wait")
     assert moved > STREAM // 16
