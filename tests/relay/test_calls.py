@@ -24,7 +24,7 @@ from relaykit.sockets import accept, close, open_client
 from proxyd._relay import CHECK_TCP, Gate
 
 BEGIN, END = "/begin", "/end"
-STREAM = 4 << 20
+STREAM = 16 << 20
 
 
 # ── the scenarios, in the program that is traced ─────────────────────────────────────────────────
