@@ -13,7 +13,7 @@ SUITE = "bookworm"
 
 PACKAGES = """
     build-essential file rpm rpmlint cpio cython3 python3-dev python3-build python3-installer
-    python3-setuptools python3-wheel python3-pytest python3-pytest-xdist python3-hypothesis
+    python3-setuptools python3-wheel python3-pytest python3-pytest-xdist
 """
 
 
