@@ -334,8 +334,9 @@ def test_stop_while_clients_are_held(stage):
 def test_a_held_client_is_no_idleness(stage):
     """--exit-idle-time= does not end a program that holds a client."""
     backend = stage.absent()
-    stage.launch("--exit-idle-time=100ms", backend.target, listeners=[stage.listener()])
-    client = stage.connect()
+    listener = stage.listener()
+    client = stage.connect(listener)  # before the program: without a client it may end at once
+    stage.launch("--exit-idle-time=100ms", backend.target, listeners=[listener])
     never_within(0.6, stage.proxy.has_ended, "the exit while a client is held")
     backend.start_listening()
     talk(client, backend.accept())

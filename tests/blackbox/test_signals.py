@@ -32,9 +32,7 @@ def test_clean_end(stage, number):
     greet(stage.connect())
     stage.proxy.send_signal(number)
     assert stage.proxy.wait() == 0
-    assert (
-        stage.proxy.notify.lines()[-1] == "STOPPING=1" or "STOPPING=1" in stage.proxy.notify.lines()
-    )
+    stage.proxy.notify.wait_for("STOPPING=1")
 
 
 @killed
