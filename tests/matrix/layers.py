@@ -69,6 +69,6 @@ sed 's/^deb /deb-src /' /etc/apt/sources.list >/etc/apt/sources.list.d/source.li
 apt-get update
 mkdir -p /src/download /src/$1
 cd /src/download
-apt-get source --download-only "$1"
+apt-get source --download-only --tar-only "$1"
 tar -C /src/$1 --strip-components=1 -xf "$1"_*.orig.tar.*z
 """
