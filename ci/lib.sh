@@ -164,7 +164,8 @@ make_tools() {
 # it is started in, and a stray file must neither help nor spoil the build.
 make_wheel() {
     local copy=$CACHE/source
-    rm -rf "$copy" "$ROOT/dist"
+    rm -rf "$copy"
+    rm -f "$ROOT"/dist/*.whl "$ROOT"/dist/*.tar.gz # not dist/packages
     mkdir -p "$copy" "$ROOT/dist"
     source_files | tar -C "$ROOT" --null -T - -cf - | tar -C "$copy" -xf -
     # Without --sdist and --wheel, build makes the sdist and then the wheel from that sdist.
