@@ -1,0 +1,114 @@
+"""For pytest in an instrumented build (`-p sanitize_plugin`).
+
+A report of a sanitizer fails the test during which it was written, whoever wrote it and whatever
+became of its exit status.
+
+Reports go to files (log_path): a program whose stderr nobody reads, or whose end nobody waits for,
+hides nothing. Each worker of pytest-xdist has a folder of its own, which the programs that its
+tests start inherit; a program with a bare environment writes to the common one, and `ci/sanitize`
+looks there after the run.
+
+Lost memory is looked for when a program of the tests ends, and here at the end of the session,
+while the interpreter is still whole. Not in forked children that end with os._exit():
+LeakSanitizer looks for their threads by the numbers that those have in the mother.
+"""
+
+import ctypes
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+VARIABLES = ("ASAN_OPTIONS", "UBSAN_OPTIONS", "TSAN_OPTIONS")
+"""Each runtime reads one of them."""
+
+REPORTS = Path(os.environ["SANITIZE_REPORTS"])
+
+NO_LEAK_CHECK = {
+    "test_calls": "its programs run under strace, and LeakSanitizer needs ptrace(2) for itself",
+    "test_exit_does_not_wait_for_a_look_up": (
+        "its program does without the extension, and so without the look in address.h that knows"
+        " the frames of threads"
+    ),
+    "test_few_tasks": "its program may have no task more, and LeakSanitizer needs one",
+}
+"""Modules of tests, and tests, whose programs are not searched for leaks, and why."""
+
+NO_REPORT = re.compile(r"(==\d+==WARNING: AddressSanitizer failed to allocate .*\n)*")
+"""A malloc of too much has returned NULL, as `ci/sanitize` has asked."""
+
+
+def of_the_build(name):
+    """A C function that the build has added to the extension, or None."""
+    import proxyd._relay as relay
+
+    return getattr(ctypes.PyDLL(relay.__file__), name, None)
+
+
+def new_reports(folder):
+    """The text of each report, which is then moved away: it fails one test."""
+    texts = []
+    for file in sorted(folder.glob("report.*")):
+        text = file.read_text(errors="replace")
+        if not NO_REPORT.fullmatch(text):
+            texts.append(text)
+        file.rename(file.with_name(f"seen-{file.name}-{os.urandom(4).hex()}"))
+    return texts
+
+
+class Reports:
+    """Fails what has a report."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def tell(self, extra):
+        """The sanitizer's options for programs that are started from now on."""
+        for name in VARIABLES:
+            os.environ[name] = f"log_path={self.folder}/report{extra}"
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item):
+        without = not NO_LEAK_CHECK.keys().isdisjoint({item.path.stem, item.originalname})
+        self.tell(":detect_leaks=0" if without else "")
+        return (yield)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_teardown(self, item):
+        result = yield
+        reports = new_reports(self.folder)
+        if reports:
+            pytest.fail("\n".join(reports), pytrace=False)
+        return result
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_sessionfinish(self, session):
+        result = yield
+        look = of_the_build("proxyd_leaks")
+        if look is not None:
+            look()  # ci/sanitize finds the report
+        return result
+
+
+def children_write_their_coverage():
+    """os._exit() in a forked child skips what a program does at its end, gcov's part included."""
+    dump = of_the_build("proxyd_coverage_dump")
+    if dump is None:
+        return
+    mother, leave = os.getpid(), os._exit
+
+    def dump_and_leave(status):
+        if os.getpid() != mother:
+            dump()
+        leave(status)
+
+    os._exit = dump_and_leave
+
+
+def pytest_configure(config):
+    children_write_their_coverage()
+    folder = REPORTS / os.environ.get("PYTEST_XDIST_WORKER", "main")
+    folder.mkdir(parents=True, exist_ok=True)
+    folder.chmod(0o777)  # some programs of the tests run as another user
+    config.pluginmanager.register(Reports(folder))
