@@ -351,6 +351,8 @@ cdef inline bint linger_over(Relaying *relay, Connection *c) noexcept nogil:
             return True
         if c.drained < DRAIN_BYTES and relay.engine.now_ms - c.linger_ms < DRAIN_MS:
             return False
+    else:
+        endpoint_drain(relay, c, c.last)  # it may have all of that to say before it reads
     queue = endpoint_queue(c.last)
     return queue == 0 or connection_stuck(relay, c, <uint64_t>queue)
 

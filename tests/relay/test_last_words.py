@@ -1,10 +1,15 @@
 """Promise: when a side cannot be written any more, what it had already sent is still delivered."""
 
+import pytest
 from relaykit.rig import payload
 from relaykit.sockets import (
+    RELUCTANT,
+    Outgoing,
     close,
     half_close,
+    reset,
     send_once,
+    unacknowledged,
     unread,
     write_error,
 )
@@ -88,6 +93,22 @@ def test_last_words_both_ways(rigs, pair, way):
     assert rig.read_to_end(link.target) == (b"from the client", "eof")
     assert rig.read_to_end(link.client) == (b"from the target", "eof")
     assert rig.until_ended(link.id) == ("ended", 15, 15)
+
+
+@pytest.mark.parametrize("size", [50_000, 500_000])
+def test_client_that_reads_only_after_its_upload(rigs, way, size):
+    """The answer and the reset behind it wait for such a client; its upload is taken meanwhile."""
+    buffers = {"receive_buffer": RELUCTANT, "send_buffer": 16384}
+    rig = rigs("tcp4", "tcp4", **way, client_buffers=buffers)
+    link = rig.link()
+    answer = payload(size)
+    rig.send(link.target, answer)
+    rig.until(lambda: not unacknowledged(link.target.fileno()), "all of it with the relay")
+    reset(link.target)
+    rig.settle()
+    rig.run(Outgoing(link.client, b"x" * 500_000), what="the upload")
+    assert rig.read_to_end(link.client) == (answer, "reset")
+    assert rig.until_ended(link.id)[0] == "reset"
 
 
 def test_drained_side_is_not_reset_while_it_goes_on_sending(rigs, way):
