@@ -47,6 +47,9 @@ EXAMPLES = int(os.environ.get("RELAY_EXAMPLES", "2000"))
 STEPS = 30
 SHRINK = os.environ.get("RELAY_SHRINK", "1") != "0"
 
+SWALLOWED = 900_000
+"""Bytes sent to a side that is gone that the relay surely takes: less than DRAIN_BYTES."""
+
 MOST_CONNECTIONS = 4
 TEXT = payload(1 << 20) * 2
 """What all streams are cut from, each from a place of its own."""
@@ -59,6 +62,7 @@ sizes = st.one_of(
     st.integers(1, 400_000),
     st.just(1_000_000),  # a stream, as far as it fits
 )
+uploads = st.integers(100_000, 700_000)
 some_turns = st.integers(0, 2)
 which = st.integers(0, MOST_CONNECTIONS - 1)
 side_names = st.sampled_from(["client", "target"])
@@ -78,6 +82,8 @@ class Side:
         self.surely = 0
         """Bytes that had reached the relay's socket when this side reset."""
         self.received = 0
+        self.owes = 0
+        """Bytes that it insists on sending before it reads on."""
         self.state = "open"
         """open, half-closed, closed or reset: by its own doing."""
         self.half_closed = False
@@ -250,7 +256,7 @@ class Conversations(RuleBasedStateMachine):
     def write(self, number, name, size, kind, turns):
         """Send what fits, and give the relay some turns or none."""
         talk, side = self.side(number, name, "open")
-        if not side:
+        if not side or side.owes:
             return
         if kind == "oob":
             error = side.send(1, socket.MSG_OOB)
@@ -263,6 +269,26 @@ class Conversations(RuleBasedStateMachine):
         )
         self.turn(turns)
 
+    @rule(number=which, name=side_names, size=uploads)
+    def insist(self, number, name, size):
+        """Read no more before so much has been sent, as a client that uploads, and only then looks.
+
+        Not both sides: they would wait for each other. And not more than the relay takes in the
+        name of a side that is gone.
+        """
+        talk, side = self.side(number, name, "open")
+        if side and not talk.other(side).owes:
+            untaken = side.sent - talk.other(side).received
+            side.owes = max(0, min(size, SWALLOWED - untaken))
+
+    def pay(self, side):
+        """Send what it insists on, as far as it goes now; True if anything has moved."""
+        before = side.sent
+        error = side.state != "open" or side.send(side.owes)
+        all_said = not side.text(side.sent, 1)
+        side.owes = 0 if error or all_said else side.owes - (side.sent - before)
+        return bool(error) or all_said or side.sent > before
+
     @rule(number=which, name=side_names, size=sizes, turns=some_turns)
     def read(self, number, name, size, turns):
         talk, side = self.side(number, name, "open", "half-closed")
@@ -272,7 +298,7 @@ class Conversations(RuleBasedStateMachine):
 
     def receive(self, talk, side, size):
         """Read up to `size` bytes, and compare; True if there was anything."""
-        if side.end:
+        if side.end or side.owes:
             return False
         other = talk.other(side)
         try:
@@ -290,7 +316,23 @@ class Conversations(RuleBasedStateMachine):
         assert side.received + len(chunk) <= other.sent, "more than was sent"
         assert chunk == other.text(side.received, len(chunk)), "not what was sent"
         side.received += len(chunk)
+        talk.established = True
         return True
+
+    @rule(
+        number=which,
+        name=side_names,
+        size=sizes,
+        turns=some_turns,
+        end=st.sampled_from(["half_close", "close", "reset"]),
+        upload=st.one_of(st.just(0), uploads),
+    )
+    def last_words(self, number, name, size, turns, end, upload):
+        """Speak and go: the words may be anywhere on their way, and not wanted yet."""
+        if upload:
+            self.insist(number, "client" if name == "target" else "target", upload)
+        self.write(number, name, size, "", turns)
+        getattr(self, end)(number, name)
 
     @rule(number=which, name=side_names)
     def half_close(self, number, name):
@@ -391,6 +433,7 @@ class Conversations(RuleBasedStateMachine):
         for talk in self.talks:
             for side in talk.sides():
                 if side.socket is not None and side.alive:
+                    found |= side.owes > 0 and self.pay(side)
                     found |= self.receive(talk, side, 1 << 20)
         return found
 
