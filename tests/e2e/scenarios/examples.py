@@ -25,6 +25,11 @@ def install_nginx(m: Machine, folder: str, service: str) -> None:
     m.write("/var/www/html/page", "the page\n")
 
 
+def wait_until_ready(m: Machine, unit: str) -> None:
+    """The examples are Type=notify: they serve earlier, but are not active before READY=1."""
+    m.wait_for(f"{unit} is active", lambda: m.is_active(unit), 5)
+
+
 @scenario(original="252 never says that it is ready", until=252)
 def example_nginx(m: Machine) -> None:
     """examples/nginx"""
@@ -32,6 +37,7 @@ def example_nginx(m: Machine) -> None:
     install(m, "nginx")
     m.start("proxy-to-nginx.socket")
     same("page", m.sh(f"{CURL} http://localhost/page"), "the page\n")
+    wait_until_ready(m, "proxy-to-nginx.service")
 
 
 @scenario(original="252 never says that it is ready", until=252)
@@ -41,6 +47,7 @@ def example_nginx_namespace(m: Machine) -> None:
     install(m, "nginx-namespace")
     m.start("proxy-to-nginx.socket")
     same("page", m.sh(f"{CURL} http://localhost/page"), "the page\n")
+    wait_until_ready(m, "proxy-to-nginx.service")
     same("curl's status", m.run(f"{CURL} http://127.0.0.1:8080/page").returncode, 7)
 
 
@@ -83,6 +90,7 @@ def example_network_namespace(m: Machine) -> None:
         install(m, "network-namespace")
         m.start("inner.service", "blue-web.socket")
         same("answer", m.sh(f"{CURL} http://127.0.0.1:8080/"), "inner\n")
+        wait_until_ready(m, "blue-web.service")
         m.stop("blue-web.socket", "blue-web.service", "inner.service")
     finally:
         m.sh("ip netns del blue")
