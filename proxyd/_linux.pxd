@@ -135,7 +135,6 @@ cdef extern from "signal.h" nogil:
     int sigemptyset(sigset_t *mask)
     int sigaddset(sigset_t *mask, int number)
     int sigprocmask(int how, const sigset_t *mask, sigset_t *old)
-
     int pthread_sigmask(int how, const sigset_t *mask, sigset_t *old)
     int sigfillset(sigset_t *mask)
 

@@ -8,7 +8,7 @@ import pytest
 from harness.differences import differs
 from harness.privileges import as_unprivileged_user
 from harness.sockets import every_pair, is_quiet, main_pairs, read_exactly, read_to_end, reset
-from harness.traffic import Payload, expected, receive_digest, send_payload
+from harness.traffic import Payload, expected, is_served, receive_digest, send_payload
 from harness.waiting import wait_until
 
 MIB = 1 << 20
@@ -28,15 +28,6 @@ def greet(client):
     """One round trip through an echo."""
     client.sendall(b"hello")
     assert read_exactly(client, 5) == b"hello"
-
-
-def is_served(client):
-    """True if an echo answers, False if the connection is closed instead."""
-    try:
-        client.sendall(b"hello")
-        return read_exactly(client, 5) == b"hello"
-    except (AssertionError, BrokenPipeError, ConnectionResetError):
-        return False
 
 
 def served_client(stage):

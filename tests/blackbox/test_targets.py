@@ -7,6 +7,7 @@ import pytest
 from harness.differences import differs
 from harness.privileges import with_hosts, with_name_server
 from harness.sockets import TCP, UNIX, read_exactly, read_to_end
+from harness.traffic import is_served
 from harness.waiting import wait_until
 
 
@@ -113,15 +114,6 @@ def test_service_goes_on_after_a_failed_look_up(stage):
     with open(stage.path("hosts"), "a") as hosts:
         hosts.write("127.0.0.1 later.test\n")
     wait_until(lambda: is_served(stage.connect()), "a served client")
-
-
-def is_served(client):
-    """True if an echo answers, False if the connection is closed instead."""
-    try:
-        client.sendall(b"hello")
-        return client.recv(5) == b"hello"
-    except (BrokenPipeError, ConnectionResetError):
-        return False
 
 
 @pytest.mark.parametrize("family", ["tcp4", "unix"])

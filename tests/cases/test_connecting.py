@@ -31,7 +31,7 @@ from harness.sockets import (
     reset,
     target_text,
 )
-from harness.traffic import Payload
+from harness.traffic import Payload, is_served
 from harness.waiting import never_within, wait_until
 
 LEFT_AWAY_S = 0.4
@@ -48,15 +48,6 @@ def talk(client, server):
     assert_same(read_exactly(server, 8), b"question", "the question")
     say(server, b"answer")
     assert_same(read_exactly(client, 6), b"answer", "the answer")
-
-
-def is_served(client):
-    """One round trip through an echo; False where the client is let go instead."""
-    try:
-        client.sendall(b"hello")
-        return read_exactly(client, 5) == b"hello"
-    except (AssertionError, BrokenPipeError, ConnectionResetError):
-        return False
 
 
 def first_words(side):

@@ -9,7 +9,7 @@ import socket
 import threading
 import time
 
-from harness.sockets import read_to_end, send_at_once
+from harness.sockets import read_exactly, read_to_end, send_at_once
 from harness.waiting import patience
 
 BLOCK = 1 << 18
@@ -213,3 +213,12 @@ class EchoServer:
             self._stop.send(b"x")
             self._thread.join(patience())
         self._stop.close()
+
+
+def is_served(client):
+    """One round trip through an echo; False where the client is let go instead."""
+    try:
+        client.sendall(b"hello")
+        return read_exactly(client, 5) == b"hello"
+    except (AssertionError, BrokenPipeError, ConnectionResetError):
+        return False
