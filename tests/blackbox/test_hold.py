@@ -396,9 +396,11 @@ def test_last_good_answer_serves_when_names_fail(stage):
 
 def test_dead_first_address_does_not_hold_the_second(stage):
     """An address that drops packets is passed by for the next one, long before any time-out."""
-    dead = stage.backend("tcp4", backlog=0)
+    dead, live = stage.on_one_port(
+        lambda: stage.backend(backlog=0),
+        lambda port: stage.backend(host="127.0.0.2", port=port),
+    )
     waiting = fill_backlog(dead.listener.getsockname(), socket.AF_INET)
-    live = stage.backend(host="127.0.0.2", port=dead.port())
     prefix = with_hosts(stage.directory, ["127.0.0.1 two.test", "127.0.0.2 two.test"])
     stage.launch(
         "--connect-timeout=1h",

@@ -113,20 +113,26 @@ def test_connected_socket_by_its_name(stage):
     assert read_exactly(backend.accept(), 5) == b"hello"
 
 
+def backend_and_listener(stage):
+    """A target at 127.0.0.2, and a listener on the same port."""
+    return stage.on_one_port(
+        lambda: stage.backend(host="127.0.0.2"), lambda port: stage.listener(port=port)
+    )
+
+
 def test_port_that_the_client_connected_to(stage):
     """`HOST:*`: one service for several ports, each led to the same port of the target."""
-    backends = [stage.backend(host="127.0.0.2") for _ in range(3)]
-    listeners = [stage.listener(port=backend.port()) for backend in backends]
-    stage.launch("127.0.0.2:*", listeners=listeners)
-    for listener, backend in zip(listeners, backends, strict=True):
+    pairs = [backend_and_listener(stage) for _ in range(3)]
+    stage.launch("127.0.0.2:*", listeners=[listener for _, listener in pairs])
+    for backend, listener in pairs:
         assert leads_to(stage, listener, backend)
 
 
 def test_port_of_the_client_in_a_pair(stage):
     """`NAME=HOST:*` for some listeners, another target for the rest."""
-    backend = stage.backend(host="127.0.0.2")
+    backend, listener = backend_and_listener(stage)
     fixed = stage.backend("unix")
-    listeners = [stage.listener(port=backend.port()), stage.listener("unix")]
+    listeners = [listener, stage.listener("unix")]
     pairs = ["ports=127.0.0.2:*", f"rest={fixed.target}"]
     stage.launch(*pairs, listeners=listeners, names="ports:rest")
     assert leads_to(stage, listeners[0], backend)

@@ -1,5 +1,6 @@
 """One test's cast: listeners, the program, targets behind it, and clients in front of it."""
 
+import errno
 import os
 import shutil
 import tempfile
@@ -121,6 +122,18 @@ class Stage:
         visitors = fill_backlog(backend.listener.getsockname(), backend.listener.family)
         self._clients += visitors
         return visitors
+
+    def on_one_port(self, make, other):
+        """The backend that `make()` makes, and what `other(port)` makes at another address: on a
+        port that is free on both."""
+        while True:
+            backend = make()
+            try:
+                return backend, other(backend.port())
+            except OSError as error:
+                backend.close()
+                if error.errno != errno.EADDRINUSE:
+                    raise
 
     def notify_socket(self, path=None):
         """A NOTIFY_SOCKET, abstract without a `path`."""
