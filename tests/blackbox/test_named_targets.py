@@ -151,9 +151,10 @@ def test_listen_with_a_name(stage, form):
     """--listen=NAME=ADDRESS gives a listener of its own the name that a pair refers to."""
     first, second = stage.backend(), stage.backend()
     one = stage.path("one")
-    with socket.create_server(("127.0.0.1", 0)) as probe:
+    # Nobody else listens or calls from there, so that the port stays free.
+    with socket.create_server(("127.0.0.3", 0)) as probe:
         port = probe.getsockname()[1]
-    two = stage.path("two") if form == "path" else f"127.0.0.1:{port}"
+    two = stage.path("two") if form == "path" else f"127.0.0.3:{port}"
     stage.launch(
         f"--listen=one={one}",
         f"--listen=two={two}",
@@ -166,7 +167,7 @@ def test_listen_with_a_name(stage, form):
     if form == "path":
         client = stage.connect_to(two, socket.AF_UNIX)
     else:
-        client = stage.connect_to(("127.0.0.1", port), socket.AF_INET)
+        client = stage.connect_to(("127.0.0.3", port), socket.AF_INET)
     client.sendall(b"2")
     assert read_exactly(second.accept(), 1) == b"2"
 

@@ -24,7 +24,7 @@ def from_gcov(root, report):
     found = {}
     for file in report["files"]:
         name = file["file"]
-        if not name.startswith("proxyd/"):
+        if not name.startswith("proxyd/") or not name.endswith((".pyx", ".pxd")):
             continue
         source = (root / name).read_text().splitlines()
         counts = found.setdefault(name, {})

@@ -1,9 +1,9 @@
 /* Stands in for bin/python in the environment of an instrumented build: starts PYTHON with the
    sanitizer's runtime, which must be loaded before everything else.
 
-   Many tests start the interpreter or the command with an environment of their own, so nothing is
-   taken from the caller's; and nothing is left to the shells and mounts that the interpreter starts
-   in turn: launcher.pth removes the two variables again. */
+   Many tests start the interpreter or the command with an environment of their own, so nothing need
+   come from the caller; and nothing is left to the shells and mounts that the interpreter starts in
+   turn: launcher.pth removes the two variables again. */
 
 #define _GNU_SOURCE
 #include <stdio.h>
@@ -12,22 +12,36 @@
 #include <sys/personality.h>
 #include <unistd.h>
 
-/* OPTIONS, and then the caller's: the last word counts. */
+/* Put `first` and `second` into a variable; one of them is the caller's. */
+static void join(const char *name, const char *first, const char *second)
+{
+    size_t size = strlen(first) + strlen(second) + 2;
+    char *both = malloc(size);
+    if (!both)
+        abort();
+    snprintf(both, size, "%s:%s", first, second);
+    setenv(name, both, 1);
+}
+
+static const char *callers(const char *name)
+{
+    return getenv(name) ? getenv(name) : "";
+}
+
+/* Of two words for one option the last one counts. */
 static void add_options(const char *name)
 {
-    const char *more = getenv(name);
-    size_t size = sizeof(OPTIONS) + (more ? strlen(more) : 0) + 1;
-    char *all = malloc(size);
-    if (!all)
-        abort();
-    snprintf(all, size, "%s:%s", OPTIONS, more ? more : "");
-    setenv(name, all, 1);
+    join(name, OPTIONS, callers(name));
 }
 
 int main(int argc, char **argv)
 {
     (void)argc;
-    setenv("LD_PRELOAD", PRELOAD, 1);
+    /* What makes calls fail (tests/faults) must see them before the sanitizer does. */
+    if (*callers("LD_PRELOAD"))
+        join("LD_PRELOAD", callers("LD_PRELOAD"), PRELOAD);
+    else
+        setenv("LD_PRELOAD", PRELOAD, 1);
     /* What pymalloc keeps in its arenas no leak detector can see. */
     setenv("PYTHONMALLOC", "malloc", 1);
     /* Each runtime reads its own, and passes over what it does not know. */

@@ -1,5 +1,6 @@
 """Processes that live lives: one may crash or hang, and the walk goes on with another."""
 
+import contextlib
 import json
 import os
 import select
@@ -18,6 +19,9 @@ WORKER = Path(__file__).resolve().parent.parent / "worker.py"
 LONGEST_S = 60.0
 """An answer that takes longer does not come: the extension itself is caught in a loop."""
 
+LAST_S = 20.0
+"""What a process may still do at its end: an instrumented one writes down what it has seen."""
+
 
 class Worker:
     """One process under the interposer, started when it is needed, and again after a crash."""
@@ -27,6 +31,7 @@ class Worker:
         self._process = None
         self._folder = None
         self._ended = False
+        self._is_busy = False
 
     def record(self, scenario):
         """Let a scenario live undisturbed; its Outcome."""
@@ -41,12 +46,14 @@ class Worker:
             raise EOFError
         if self._process is None:
             self._start()
+        self._is_busy = True
         try:
             self._process.stdin.write(json.dumps(job).encode() + b"\n")
             self._process.stdin.flush()
             line = self._answer()
         except BrokenPipeError:
             line = b""
+        self._is_busy = False
         if line:
             answer = json.loads(line)
             answer["calls"] = {(scope, call): n for scope, call, n in answer["calls"]}
@@ -87,8 +94,12 @@ class Worker:
         )
 
     def end(self):
-        """Be gone, whatever it does. Nothing is done afterwards."""
+        """Be gone, in the middle of a life if need be. Nothing is done afterwards."""
         self._ended = True
+        if self._process is not None and not self._is_busy:
+            self._process.stdin.close()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(LAST_S)
         self._stop()
 
     def _stop(self):
