@@ -49,7 +49,8 @@ def spawn(command, *, inherit, environment, stdout, stderr, listen_pid, sigpipe_
             command,
             environment,
             file_actions=actions,
-            setsigdef=[signal.SIGINT, signal.SIGHUP] + ([] if sigpipe_ignored else [signal.SIGPIPE]),
+            setsigdef=[signal.SIGINT, signal.SIGHUP]
+            + ([] if sigpipe_ignored else [signal.SIGPIPE]),
             setsigmask=[],
         )
     finally:
