@@ -100,6 +100,13 @@ void *__libc_calloc(size_t, size_t);
 void *__libc_realloc(void *, size_t);
 void __libc_free(void *);
 
+/* In an instrumented program (ci/sanitize) AddressSanitizer's come next. */
+__attribute__((weak)) void *__interceptor_malloc(size_t);
+__attribute__((weak)) void *__interceptor_calloc(size_t, size_t);
+__attribute__((weak)) void *__interceptor_realloc(void *, size_t);
+__attribute__((weak)) void __interceptor_free(void *);
+#define NEXT(name) (__interceptor_##name ? __interceptor_##name : __libc_##name)
+
 static void *found(void **cache, const char *name) {
     if (*cache == NULL)
         *cache = dlsym(RTLD_NEXT, name);
@@ -210,38 +217,45 @@ static void follow_up(int fd) {
 
 /* ── memory: only the extension's, Python would die by its own rules ─────────────────────────── */
 
+/* AddressSanitizer keeps an account of its own, and without pymalloc, as it needs Python, blocks of
+   Python's would be taken for the extension's: PyMem_Free() jumps to free(). */
+static void count_block(int64_t by) {
+    if (!__interceptor_malloc)
+        __atomic_add_fetch(&control->live, by, __ATOMIC_SEQ_CST);
+}
+
 void *malloc(size_t size) {
     if (control == NULL || !from_relay(CALLER))
-        return __libc_malloc(size);
+        return NEXT(malloc)(size);
     if (strike(P_malloc, CALLER, -1))
         return NULL;
-    __atomic_add_fetch(&control->live, 1, __ATOMIC_SEQ_CST);
-    return __libc_malloc(size);
+    count_block(1);
+    return NEXT(malloc)(size);
 }
 
 void *calloc(size_t count, size_t size) {
     if (control == NULL || !from_relay(CALLER))
-        return __libc_calloc(count, size);
+        return NEXT(calloc)(count, size);
     if (strike(P_calloc, CALLER, -1))
         return NULL;
-    __atomic_add_fetch(&control->live, 1, __ATOMIC_SEQ_CST);
-    return __libc_calloc(count, size);
+    count_block(1);
+    return NEXT(calloc)(count, size);
 }
 
 void *realloc(void *memory, size_t size) {
     if (control == NULL || !from_relay(CALLER))
-        return __libc_realloc(memory, size);
+        return NEXT(realloc)(memory, size);
     if (strike(P_realloc, CALLER, -1))
         return NULL;
     if (memory == NULL)
-        __atomic_add_fetch(&control->live, 1, __ATOMIC_SEQ_CST);
-    return __libc_realloc(memory, size);
+        count_block(1);
+    return NEXT(realloc)(memory, size);
 }
 
 void free(void *memory) {
     if (control != NULL && memory != NULL && from_relay(CALLER))
-        __atomic_sub_fetch(&control->live, 1, __ATOMIC_SEQ_CST);
-    __libc_free(memory);
+        count_block(-1);
+    NEXT(free)(memory);
 }
 
 /* ── time ────────────────────────────────────────────────────────────────────────────────────── */
