@@ -185,6 +185,7 @@ def idle_connection_is_closed(rigs, client, target):
     """idle_ms counts from the last byte in either direction; an idle one ends cleanly."""
     rig = patient(rigs, client, target)
     rig.relay.idle_ms = 2000
+    assert rig.relay.idle_ms == 2000
     talking, silent = rig.link(), rig.link()
     clock = Clock()
     while clock() < STUCK_S:

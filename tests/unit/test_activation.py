@@ -1,6 +1,7 @@
 """LISTEN_ variables and the sockets they announce."""
 
 import contextlib
+import errno
 import os
 import socket
 import struct
@@ -155,6 +156,15 @@ def test_not_a_socket(passed, tmp_path):
         inherited(passed((tmp_path / "f").open("w")))
 
 
+def test_a_stream_socket_of_another_family(passed, monkeypatch):
+    def refuse(family, name):
+        raise ValueError(f"address family {family} is not supported")
+
+    monkeypatch.setattr(activation.sockaddr, "from_socket_name", refuse)
+    with pytest.raises(UsageError, match=f"fd {START} .'unknown'.: address family 2 is not"):
+        inherited(passed(tcp()))
+
+
 def test_not_there(passed):
     environ = passed(tcp()) | {"LISTEN_FDS": str(2**64 - 1)}
     with pytest.raises(UsageError, match=f"fd {START + 1} .'unknown'.: Bad file descriptor"):
@@ -209,6 +219,16 @@ def test_pidfdid_garbage(passed):
     pidfd_inode()
     with pytest.raises(UsageError, match="LISTEN_PIDFDID=x"):
         inherited(environ | {"LISTEN_PIDFDID": "x"})
+
+
+def test_no_pidfd_to_be_had(monkeypatch):
+    """By a filter of system calls, say: the process id has to do."""
+
+    def refused(pid):
+        raise PermissionError(errno.EPERM, "")
+
+    monkeypatch.setattr(activation.os, "pidfd_open", refused)
+    assert activation._pidfd_inode(os.getpid()) is None
 
 
 def test_pidfd_inode_leaks_no_fd():

@@ -80,6 +80,7 @@ def test_undecodable_paths_survive():
         (address.pack_vsock(2, 80), "vsock:2:80"),
         (address.pack_vsock(address.VMADDR_CID_ANY, 80), "vsock::80"),
         (b"\1\0" if os.sys.byteorder == "little" else b"\0\1", "unix client"),
+        (b"\x63\0" if os.sys.byteorder == "little" else b"\0\x63", "address family 99"),
     ],
 )
 def test_text(packed, text):
@@ -122,6 +123,12 @@ def test_what_the_kernel_says_packs_to_what_was_bound(tmp_path):
 def test_a_path_that_fills_sun_path_is_read():
     packed = address.from_socket_name(socket.AF_UNIX, "/" + "a" * 107)
     assert address.text(packed) == "/" + "a" * 107
+
+
+def test_a_vsock_name_is_packed_and_back():
+    packed = address.from_socket_name(socket.AF_VSOCK, (2, 80))
+    assert packed == address.pack_vsock(2, 80)
+    assert address.to_socket_name(packed) == (2, 80)
 
 
 def test_other_families_are_refused():

@@ -380,6 +380,22 @@ def test_a_listener_without_a_pair_is_an_error(served, capfd):
     assert line == f"No target for listener 'c' ({UNUSED})."
 
 
+def test_the_trace_of_our_own_faults_is_for_debugging(served, monkeypatch, capfd):
+    monkeypatch.setattr(sys.modules["proxyd.server"], "run", lambda *_: {}["x"])
+    monkeypatch.setenv("SYSTEMD_LOG_LEVEL", "debug")
+    assert cli.main([PROG, f"--listen={UNUSED}", "/t"]) == 1
+    lines = capfd.readouterr().err.splitlines()
+    (at,) = [n for n, line in enumerate(lines) if line.startswith("Internal error in <lambda>")]
+    assert lines[at + 1] == "Traceback (most recent call last):"
+    assert lines[-1] == "KeyError: 'x'"
+
+
+def test_the_package_can_be_run():
+    command = [sys.executable, "-m", "proxyd", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("systemd-socket-proxyd ")
+
+
 @pytest.mark.parametrize(
     ("error", "line"),
     [

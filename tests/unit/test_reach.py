@@ -551,6 +551,16 @@ def test_a_probe_under_way_at_the_deadline_is_given_up(world):
     assert one.relay.dialled == {}
 
 
+def test_the_reason_at_the_deadline_is_what_an_address_has_said(world, capfd):
+    """One refuses, the other does not answer: that it was refused is the better word."""
+    plan = {inet(1): errno.ECONNREFUSED, inet(2): LATER}
+    one = world(NAME, plan=plan, answer=([inet(1, 0), inet(2, 0)], None), timeout_ms=1000)
+    fd = one.come()
+    one.run(1000)
+    assert one.gone(fd)
+    assert "Connection refused" in capfd.readouterr().err
+
+
 def test_no_deadline(world):
     one = world(plan=up_at(600_000), timeout_ms=None)
     fd = one.come()
@@ -672,6 +682,21 @@ def test_a_client_that_goes_when_its_race_was_won_in_the_same_batch(world):
     one.tick()
     assert one.gone(fd)
     assert one.served == []
+
+
+def test_a_client_that_goes_when_its_race_was_won_while_another_is_held(world):
+    one = world(plan=errno.ECONNREFUSED)
+    first, second = one.come(), one.come()
+    one.relay.plan[one.address] = LATER
+    one.run(10)
+    (dialled,) = one.relay.dialled
+    one.relay.dialled[dialled] = 0
+    one.loop.handlers[dialled](4)
+    one.loop.handlers[first](EPOLLHUP)
+    one.tick()
+    assert one.gone(first)
+    assert one.served == []
+    assert list(one.reach.held) == [second]
 
 
 def test_drop_all(world):

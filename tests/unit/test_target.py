@@ -94,6 +94,7 @@ def test_targets_without_a_port_do_not_look_like_any_port(text):
         ("\udcff:80", "is not a host name"),
         ("\u0665\u200b..:80", "is not a host name"),
         ("a" * 256, "is not a host name"),
+        ("\u00fc" * 64, "is not a host name"),
         ("@", "empty path"),
         ("/" + "a" * 107, "doesn't fit in an AF_UNIX address"),
         ("vsock::80", "expected vsock:CID:PORT"),
