@@ -342,6 +342,25 @@ def test_a_relay_that_goes_with_its_crew_at_work(rigs, tmp_path):
     assert len(links) == 5
 
 
+def test_a_failed_connect_that_nobody_has_fetched_goes_with_the_relay(rigs):
+    before = open_fds()
+    rig = rigs("tcp4", "tcp4")
+    Crewed(rig)
+    rig.link()
+    rig.backend.close()
+    client, fd = rig.knock()
+    known = open_fds()
+    rig.connect(fd)
+    wait_for(lambda: open_fds() == known)  # the socket to the target has been and gone
+    rig.gate.shut()
+    del rig.relay, rig.gate
+    assert client.recv(1) == b""
+    rigs.made.remove(rig)
+    for each in rig.sockets:
+        each.close()
+    assert open_fds() == before
+
+
 def test_a_new_crew_after_the_last_one_has_ended(crews):
     crew = crews()
     crew.rig.link()

@@ -5,11 +5,15 @@ A scenario is a generator: what it does, and a `yield` wherever the program is t
 
 import os
 import signal
+import socket
 
 from faultkit.world import CUT, REFUSED, half_close, reset_client, reset_far
 
 BULK = 1536 * 1024
 """Bytes: more than the sockets and a pipe hold."""
+
+SO_RCVBUFFORCE = 33
+"""As SO_RCVBUF, beyond net.core.rmem_max; socket(7)."""
 
 SCENARIOS = {}
 
@@ -109,6 +113,13 @@ def stuck_target(world):
     yield from until_stuck(world, conn)
     if conn.far is not None:
         conn.far.reads = True
+
+
+@scenario(client="tcp4", target="tcp4", quick=False)
+def full_pipe(world):
+    """As stuck_target, with more in the pipe than one read takes out."""
+    world.door.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 2 * BULK)
+    yield from stuck_target(world)
 
 
 @scenario(pairs=[("tcp4", "tcp4"), ("tcp4", "unix"), ("unix", "tcp4")])
