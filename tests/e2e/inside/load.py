@@ -52,6 +52,7 @@ async def get(port: int, path: str, together: Together) -> bytes:
         answer += await reader.read(-1)
     finally:
         writer.close()
+        await writer.wait_closed()  # else the next connect may come before the close
     _, separator, body = answer.partition(b"\r\n\r\n")
     if not separator:
         raise Wrong("no head" if answer else "nothing")
