@@ -17,7 +17,7 @@ DEBIAN = Path(__file__).resolve().parent / "debian"
 # A suite's package is older than the next suite's: they differ, and an upgrade must replace it.
 SUFFIX = {"bookworm": "~deb12", "trixie": "~deb13", "unstable": ""}
 
-CHECK_TOOLS = "systemd man-db lintian devscripts blhc autopkgtest"
+CHECK_TOOLS = "systemd man-db bash-completion zsh fish lintian devscripts blhc autopkgtest"
 
 
 def make(suite: str, folder: Path) -> Path:
@@ -55,6 +55,9 @@ def check(suite: str, log: Path, deb: Path, upload: list[Path], older: Path) -> 
     with test_room(suite, log) as room:
         room.add(deb, older)
         room.run("install-deb", deb.name, older.name)
+    with test_room(suite, log) as room:
+        room.add(deb)
+        room.run("complete-deb", deb.name)
     with test_room(suite, log) as room:
         room.add(*upload)
         room.run("autopkgtest-deb", deb.name)

@@ -7,10 +7,13 @@ import re
 import sys
 from pathlib import Path
 
-MODULES = {
+COMMON = {
     # Private in the DEB; where Python looks anyway in the RPM, as Fedora has it.
     "/usr/lib/systemd-socket-proxyd/proxyd/": "modules/",
     "/usr/lib/python3/dist-packages/proxyd/": "modules/",
+    # Where the zsh of each looks.
+    "/usr/share/zsh/vendor-completions/": "zsh/",
+    "/usr/share/zsh/site-functions/": "zsh/",
 }
 
 ONLY_DEB = {
@@ -34,7 +37,7 @@ def files(listing: str) -> set[str]:
     for line in listing.splitlines():
         if not line.endswith("/"):
             name = line.removesuffix(".gz")
-            for where, common in MODULES.items():
+            for where, common in COMMON.items():
                 name = name.replace(where, common)
             found.add(name)
     return found
