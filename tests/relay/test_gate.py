@@ -346,20 +346,32 @@ def test_strangers_are_not_taken_for_ourselves(rigs, gates):
     rig.relay.hang_up(target)
 
 
+def bound_to_a_port_of_the_past(rig, loop, address):
+    """A socket with the port that one of our own had; another one where that is taken already."""
+    while True:
+        target = rig.relay.dial(address)
+        name = socket_names(target)[1]
+        accepted, _ = loop.accept()
+        reset(accepted)
+        rig.until(lambda target=target: state_of(target) & 16, "the hang-up")
+        rig.relay.hang_up(target)
+        stranger = rig.keep(socket.socket())
+        stranger.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            stranger.bind(("127.0.0.1", int.from_bytes(name[2:4], "big")))
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+        else:
+            return stranger
+
+
 def test_addresses_are_forgotten_with_their_sockets(rigs, gates):
     """A stranger that is given the port of one of our sockets of the past."""
     rig = rigs()
     loop, address = looping(rig, "127.0.0.1", "127.0.0.1")
-    target = rig.relay.dial(address)
-    name = socket_names(target)[1]
-    accepted, _ = loop.accept()
-    reset(accepted)
-    rig.until(lambda: state_of(target) & 16, "the hang-up")
-    rig.relay.hang_up(target)
+    stranger = bound_to_a_port_of_the_past(rig, loop, address)
     gates(rig, loop, CHECK_TCP)
-    stranger = rig.keep(socket.socket())
-    stranger.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    stranger.bind(("127.0.0.1", int.from_bytes(name[2:4], "big")))
     stranger.connect(loop.getsockname())
     rig.until(lambda: rig.of_kind(ACCEPTED), "the stranger")
 
