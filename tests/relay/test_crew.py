@@ -334,9 +334,7 @@ def test_a_relay_that_goes_with_its_crew_at_work(rigs, tmp_path):
     links = [rig.link() for _ in range(5)]
     rig.gate.shut()
     del rig.relay, rig.gate
-    rigs.made.remove(rig)
-    for each in rig.sockets:
-        each.close()
+    rigs.forget(rig)
     wait_for(lambda: threads_now() <= threads)
     assert open_fds() == before
     assert len(links) == 5
@@ -355,9 +353,7 @@ def test_a_failed_connect_that_nobody_has_fetched_goes_with_the_relay(rigs):
     rig.gate.shut()
     del rig.relay, rig.gate
     assert client.recv(1) == b""
-    rigs.made.remove(rig)
-    for each in rig.sockets:
-        each.close()
+    rigs.forget(rig)
     assert open_fds() == before
 
 

@@ -246,9 +246,7 @@ def test_relay_that_goes_with_live_connections(rigs, pair, way, tmp_path):
         assert link.target.recv(10) == b""
     os.close(rd)
     os.close(wr)
-    rigs.made.remove(rig)
-    for each in rig.sockets:
-        each.close()
+    rigs.forget(rig)
 
 
 def test_many_short_connections_leave_nothing(rigs, pair):
