@@ -129,7 +129,7 @@ cdef class Relay:
     cdef public int wake_at            # run() returns where no more connections are open; -1: never
     cdef public bint wake_first        # … and when the first one comes
 
-    def __cinit__(self, size_t stream_unit=512 * 1024, size_t pipe_size=1024 * 1024,
+    def __cinit__(self, size_t stream_unit=256 * 1024, size_t pipe_size=1024 * 1024,
                   bint may_splice=True):
         cdef Relaying *relay = &self.relaying
         cdef int failure

@@ -30,7 +30,7 @@ FIRST_MOST = 16 * KIB
 """What is taken from a client before it is known whether its target is there (FIRST_UNIT in
 _half.pxd), and waits with it if not."""
 
-SPILL_MOST = 512 * KIB
+SPILL_MOST = 256 * KIB
 """What the code lets a connection hold in the program's own memory, per direction: one read of a
 stream that the other side did not take (stream_unit in _relay.pyx)."""
 
