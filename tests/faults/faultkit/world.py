@@ -36,6 +36,11 @@ def half_close(connection):
         connection.shutdown(socket.SHUT_WR)
 
 
+def tcp_ports(own, peer):
+    """(own, peer's) ports of a socket of the program's with these names; None for a UNIX socket."""
+    return (own[1], peer[1]) if isinstance(own, tuple) else None
+
+
 class Conn:
     """One client, what it says and hears, and the backend's end once that is known."""
 
@@ -44,7 +49,7 @@ class Conn:
         self.up = self.name + up
         self.down = down
         self.client = client
-        self.port = client.getsockname()[1] if not is_unix(client) else 0
+        self.ports = tcp_ports(client.getpeername(), client.getsockname())
         self.sending = Outgoing(client, self.up, then)
         self.hearing = Incoming(client)
         self.reads = True
@@ -68,10 +73,13 @@ class Conn:
         elif self.reads:
             self.hearing.step()
 
-    @property
-    def ports(self):
-        """The TCP ports of its two far ends."""
-        return {self.port, self.far.port if self.far else 0} - {0}
+    def has(self, ports):
+        """Whether these are the TCP ports (own, peer's) of one of the program's two sockets for it.
+
+        Of both: the kernel may give one port to a client and to a socket of the program's, for
+        they connect to different ones.
+        """
+        return ports in (self.ports, self.far.ports if self.far else None)
 
     @property
     def over(self):
@@ -86,7 +94,7 @@ class Far:
 
     def __init__(self, connection, name, world):
         self.connection = connection
-        self.port = name[1] if isinstance(name, tuple) else 0
+        self.ports = tcp_ports(name, connection.getsockname())
         self.hearing = Incoming(connection)
         self.sending = None
         self.conn = None
