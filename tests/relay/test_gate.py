@@ -328,26 +328,45 @@ def test_own_tcp_connection_is_recognised(rigs, gates, listen, host, how):
         os.close(fd)
 
 
+def bound_to_port_of(rig, name):
+    """A new socket with the port of a packed address; None where another process has that too."""
+    stranger = rig.keep(socket.socket())
+    stranger.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        stranger.bind(("127.0.0.1", int.from_bytes(name[2:4], "big")))
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise
+        return None
+    return stranger
+
+
+def stranger_beside_a_target(rig):
+    """(a socket, one of our own with the same port towards another place)."""
+    while True:
+        target = rig.relay.dial(rig.address)
+        with socket.socket(fileno=os.dup(target)) as ours:
+            ours.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        stranger = bound_to_port_of(rig, socket_names(target)[1])
+        if stranger is not None:
+            return stranger, target
+        rig.relay.hang_up(target)
+
+
 def test_strangers_are_not_taken_for_ourselves(rigs, gates):
     """Neither one from elsewhere, nor one whose port one of ours has towards another place."""
     rig = rigs()
     loop, _ = looping(rig, "127.0.0.1", "127.0.0.1")
     gates(rig, loop, CHECK_TCP)
-    target = rig.relay.dial(rig.address)
-    ours = socket.socket(fileno=os.dup(target))
-    stranger = rig.keep(socket.socket())
-    stranger.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    ours.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    stranger.bind(ours.getsockname())
+    stranger, target = stranger_beside_a_target(rig)
     stranger.connect(loop.getsockname())
-    ours.close()
     rig.until(lambda: rig.of_kind(ACCEPTED), "the stranger")
     assert not rig.of_kind(NOBODY)
     rig.relay.hang_up(target)
 
 
-def bound_to_a_port_of_the_past(rig, loop, address):
-    """A socket with the port that one of our own had; another one where that is taken already."""
+def stranger_after_a_target(rig, loop, address):
+    """A socket with the port that one of our own has had."""
     while True:
         target = rig.relay.dial(address)
         name = socket_names(target)[1]
@@ -355,14 +374,8 @@ def bound_to_a_port_of_the_past(rig, loop, address):
         reset(accepted)
         rig.until(lambda target=target: state_of(target) & 16, "the hang-up")
         rig.relay.hang_up(target)
-        stranger = rig.keep(socket.socket())
-        stranger.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            stranger.bind(("127.0.0.1", int.from_bytes(name[2:4], "big")))
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE:
-                raise
-        else:
+        stranger = bound_to_port_of(rig, name)
+        if stranger is not None:
             return stranger
 
 
@@ -370,7 +383,7 @@ def test_addresses_are_forgotten_with_their_sockets(rigs, gates):
     """A stranger that is given the port of one of our sockets of the past."""
     rig = rigs()
     loop, address = looping(rig, "127.0.0.1", "127.0.0.1")
-    stranger = bound_to_a_port_of_the_past(rig, loop, address)
+    stranger = stranger_after_a_target(rig, loop, address)
     gates(rig, loop, CHECK_TCP)
     stranger.connect(loop.getsockname())
     rig.until(lambda: rig.of_kind(ACCEPTED), "the stranger")
