@@ -5,6 +5,7 @@ in a line or two, with status 1, or serve on: two clients, the counters on SIGUS
 status 0 on SIGTERM.
 """
 
+import contextlib
 import signal
 import socket
 import tempfile
@@ -16,6 +17,7 @@ from harness.waiting import patience, set_patience, wait_until
 from faultkit.control import NO_STRIKE, Control
 from faultkit.life import LINES_MOST, ONE_WAS_HIT, REFUSED_TO_START, SERVED_ON, Outcome
 from faultkit.points import strike
+from faultkit.world import half_close
 
 PATIENCE_S = 20.0
 """So long may a state take that must come."""
@@ -131,8 +133,9 @@ class Births:
         if proxy.has_ended():
             return False
         client = stage.connect_to(*self._door)
-        client.sendall(b"x" * 1000)
-        client.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(ConnectionError):  # refused already
+            client.sendall(b"x" * 1000)
+            half_close(client)
         wait_until(lambda: proxy.has_ended() or not is_quiet(client), "an answer or an end")
         if is_quiet(client):
             return False

@@ -113,9 +113,12 @@ class Worker:
 
 
 def for_each(things, makers, do):
-    """Have `do(worker, thing)` done for each, by as many workers; yields (thing, result)."""
+    """Have `do(worker, thing)` done for each, by as many workers; yields (thing, result).
+
+    What `do` raises is raised here in the end, once what is done by then was yielded.
+    """
     rest = iter(list(things))
-    results = []
+    results, errors = [], []
     ready = threading.Condition()
     running = len(makers)
 
@@ -130,6 +133,10 @@ def for_each(things, makers, do):
                 try:
                     result = do(worker, thing)
                 except EOFError:  # the walk was interrupted
+                    return
+                except Exception as error:
+                    error.add_note(f"at {thing}")
+                    errors.append(error)
                     return
                 with ready:
                     results.append((thing, result))
@@ -146,6 +153,8 @@ def for_each(things, makers, do):
             while not results and running:
                 ready.wait()
             if not results:
-                return
+                break
             batch, results[:] = list(results), []
         yield from batch
+    if errors:
+        raise errors[0]
