@@ -361,7 +361,8 @@ class Life:
         if len(troubled) > hits:
             told = "; ".join(f"{conn}: {self.world.state(conn)}" for conn in troubled)
             self.faults.append(f"{hits} calls failed, but in trouble are: {told}")
-        hit = [conn for conn in self.world.conns if conn.has(self.control.hit_ports())]
+        ports = self.control.hit_ports()
+        hit = [conn for conn in self.world.conns if conn.has(ports)]
         if hits == 1 and hit and set(troubled) - set(hit):
             self.faults.append(f"{troubled[0]} is in trouble, but {hit[0]} was hit")
 
