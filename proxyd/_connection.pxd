@@ -14,6 +14,7 @@
 # A lingering connection has only Y left, X is closed. Nothing is freed while a batch of events is
 # worked on, since a later event of the batch may still point to it: the dead go last.
 
+from proxyd._busy cimport Busy
 from proxyd._half cimport (
     DEAD, DRAINING, Endpoint, Engine, FLOWING, Half, SHUT, STAT_TO_CLIENT, STAT_TO_TARGET,
     endpoint_failed, endpoint_interest, endpoint_lost, endpoint_recv, half_abandon, half_drop,
@@ -43,7 +44,7 @@ cdef enum:
 
 # what run() tells the policy
 cdef enum:
-    NOTE_READY, NOTE_ACCEPTED, NOTE_NOBODY, NOTE_REFUSED, NOTE_FAILED, NOTE_ENDED
+    NOTE_READY, NOTE_ACCEPTED, NOTE_NOBODY, NOTE_REFUSED, NOTE_FAILED, NOTE_ENDED, NOTE_BUSY
 
 cdef enum:
     EVENTS_MOST = 256          # per epoll_wait
@@ -52,6 +53,9 @@ cdef enum:
 # how a connection ended
 cdef enum:
     HOW_ENDED, HOW_RESET, HOW_IDLE, HOW_CUT, HOW_GONE, HOW_COUNT
+
+cdef enum:
+    SPARE_FOR_NEW = 75         # per cent of a CPU: a hand-over costs as much as what is handed over
 
 cdef enum:
     DRAIN_MS = 1000            # a side that was sent a clean end may go on sending so long …
@@ -84,6 +88,7 @@ ctypedef struct Connection:
     int pause_ms               # until the next look
     size_t drained             # bytes thrown away, since nobody is there to take them
     Endpoint *last             # the side that lingers
+    bint begun                 # a relay has it, or had it and has given it to another
     bint drains                # it was sent a clean end, and may go on sending for a while
     bint reset                 # it is to be reset at the end
 
@@ -99,6 +104,10 @@ ctypedef struct Crew:
     Relaying **relays
     int count
     int size                   # of `relays`
+    bint shares                # it is handed only what is too much for one relay
+    int window_ms              # … of so long
+    bint asked_for             # the boss has told the policy that it could need one
+    int stat                   # fd of /proc/stat; -1: not to be had
     int asked                  # how often they were asked whether they are alive
 
 ctypedef struct Relaying:
@@ -109,6 +118,8 @@ ctypedef struct Relaying:
     Relaying *boss             # the relay that accepts and hands over; NULL: this is the one
     Crew crew                  # the boss's: those it hands over to
     pthread_t thread           # a crew's relay: where it runs
+    Busy busy
+    int asleep                 # it waits for events
     bint stopping              # a crew's relay: it was told to end
     int answered               # a crew's relay: up to which of the boss's questions
     Link live
@@ -125,6 +136,7 @@ ctypedef struct Relaying:
     int64_t room_ms            # until when they do; 0: none does
     int64_t idle_ms            # close what has not moved a byte for so long; 0: never
     long long last_id
+    uint64_t handed_over       # connections that others have from here
     uint64_t accepted
     uint64_t refused           # of them, closed at once: over the limit, or ourselves
     int64_t turns              # epoll_wait calls
@@ -597,6 +609,7 @@ cdef inline void connection_first_pump(Relaying *relay, Connection *c) noexcept 
 cdef inline void connection_begin(Relaying *relay, Connection *c) noexcept nogil:
     """Pump for the first time, and only then ask epoll: most short exchanges have by then been
     heard, and need no event to say so."""
+    c.begun = True
     c.active_ms = relay.engine.now_ms
     list_append(&relay.live, &c.live)
     if c.client.family == AF_UNIX:
@@ -629,9 +642,16 @@ cdef inline Relaying *relay_with_least(Relaying *boss) noexcept nogil:
     return least
 
 
+cdef inline Relaying *relay_for_new(Relaying *boss) noexcept nogil:
+    """Where a new connection is to begin: with the boss, unless that is too much for it."""
+    if boss.crew.shares and boss.busy.spare < SPARE_FOR_NEW:
+        return boss
+    return relay_with_least(boss)
+
+
 cdef inline void connection_place(Relaying *boss, Connection *c, bint connecting) noexcept nogil:
-    """Count a new connection, and have it begin in the least-loaded relay."""
-    cdef Relaying *relay = relay_with_least(boss)
+    """Count a new connection, and have it begin."""
+    cdef Relaying *relay = relay_for_new(boss)
     c.opened_ms = boss.engine.now_ms
     c.state = CONNECTING if connecting else CONNECTED
     tally_join(boss.tally)
@@ -639,6 +659,7 @@ cdef inline void connection_place(Relaying *boss, Connection *c, bint connecting
     if relay == boss:
         connection_begin(boss, c)
     else:
+        counter_add(&boss.handed_over, 1)
         inbox_put(&relay.inbox, &relay.inbox.begin, &c.live)
 
 

@@ -114,6 +114,7 @@ cdef inline int crew_hire(Relaying *boss) noexcept nogil:
         return -ENOMEM
     relay_init(relay, boss.tally, boss.own)
     relay.boss = boss
+    relay.answered = boss.crew.asked  # it has not been there to be asked
     failure = crew_open(relay, boss)
     if failure == 0:
         failure = crew_start(relay)
@@ -152,6 +153,7 @@ cdef inline void relay_inherit(Relaying *boss, Relaying *relay) noexcept nogil:
         counter_add(&boss.ends[i], relay.ends[i])
     for i in range(2):
         counter_add(&boss.engine.counters.forwarded[i], relay.engine.counters.forwarded[i])
+    counter_add(&boss.handed_over, relay.handed_over)
     counter_add(&boss.engine.counters.spliced, relay.engine.counters.spliced)
     counter_add(&boss.engine.counters.copied, relay.engine.counters.copied)
     list_move_all(&boss.failed, &relay.failed)
@@ -163,9 +165,10 @@ cdef inline int crew_dismiss(Relaying *boss, bint reset) noexcept nogil:
     cdef Relaying *relay
     cdef int i, count = 0
     crew_order(boss, ORDER_STOP)
+    for i in range(boss.crew.count):  # all, before any is freed to which another may still give
+        pthread_join(boss.crew.relays[i].thread, NULL)
     for i in range(boss.crew.count):
         relay = boss.crew.relays[i]
-        pthread_join(relay.thread, NULL)
         relay_read_inbox(relay)  # what a thread has left that could not go on
         count += relay_cut(relay, reset)
         relay_inherit(boss, relay)

@@ -19,6 +19,7 @@ cdef extern from "stdlib.h" nogil:
     void *calloc(size_t count, size_t size)
     void *realloc(void *memory, size_t size)
     void free(void *memory)
+    unsigned long long strtoull(const char *text, char **end, int base)
 
 cdef extern from "string.h" nogil:
     void *memcpy(void *to, const void *source, size_t size)
@@ -30,13 +31,16 @@ cdef extern from "time.h" nogil:
     struct timespec:
         long tv_sec
         long tv_nsec
-    int CLOCK_MONOTONIC
+    int CLOCK_MONOTONIC, CLOCK_THREAD_CPUTIME_ID
     int clock_gettime(clockid_t clock, timespec *now)
 
 cdef extern from "unistd.h" nogil:
     int close(int fd)
     ssize_t read(int fd, void *buffer, size_t size)
+    ssize_t pread(int fd, void *buffer, size_t size, long offset)
     int getpid()
+    int _SC_CLK_TCK
+    long sysconf(int name)
 
 cdef extern from "fcntl.h" nogil:
     int O_CLOEXEC, O_NONBLOCK
@@ -178,6 +182,8 @@ cdef extern from * nogil:
     #define shared_add(place, by) __atomic_add_fetch((place), (by), __ATOMIC_SEQ_CST)
     #define shared_get(place) __atomic_load_n((place), __ATOMIC_SEQ_CST)
     #define shared_set(place, to) __atomic_store_n((place), (to), __ATOMIC_SEQ_CST)
+    #define hint_get(place) __atomic_load_n((place), __ATOMIC_RELAXED)
+    #define hint_set(place, to) __atomic_store_n((place), (to), __ATOMIC_RELAXED)
     #define moment_get(place) __atomic_load_n((place), __ATOMIC_RELAXED)
     #define moment_set(place, to) __atomic_store_n((place), (to), __ATOMIC_RELAXED)
     """
@@ -186,5 +192,7 @@ cdef extern from * nogil:
     int shared_add(int *place, int by)
     int shared_get(int *place)
     void shared_set(int *place, int to)
+    int hint_get(const int *place)
+    void hint_set(int *place, int to)
     int64_t moment_get(int64_t *place)
     void moment_set(int64_t *place, int64_t to)

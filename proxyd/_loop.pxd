@@ -13,12 +13,13 @@ from proxyd._half cimport COPY_UNIT, Endpoint, FIRST_UNIT, half_held
 from proxyd._inbox cimport ORDER_ANSWER, ORDER_STOP, ORDER_TRIM, inbox_take
 from proxyd._linux cimport (
     CLOCK_MONOTONIC, EINTR, ENOMEM, EPOLL_CLOEXEC, clock_gettime, close, epoll_create1,
-    epoll_event, epoll_wait, errno, free, int64_t, malloc, shared_get, shared_set, timespec,
-    uint32_t,
+    epoll_event, epoll_wait, errno, free, hint_set, int64_t, malloc, shared_get, shared_set,
+    timespec, uint32_t,
 )
 from proxyd._list cimport Link, link_init, list_append, list_empty, list_remove
 from proxyd._own cimport OwnTable
 from proxyd._pipe cimport PIPE_LEAST, pool_clear
+from proxyd._share cimport connection_resume, relay_overflows, relay_share
 from proxyd._tally cimport Tally
 
 cdef enum:
@@ -44,6 +45,8 @@ cdef inline void relay_init(Relaying *relay, Tally *tally, OwnTable *own) noexce
     relay.engine.epoll = -1
     relay.engine.now_ms = clock_ms()
     relay.inbox.bell = -1
+    relay.crew.stat = -1
+    relay.busy.idle_ns = -1
     link_init(&relay.live, NULL)
     link_init(&relay.timed, NULL)
     link_init(&relay.again, NULL)
@@ -99,14 +102,15 @@ cdef inline void relay_free(Relaying *relay) noexcept nogil:
 cdef inline int relay_turn(Relaying *relay, int64_t deadline_ms) noexcept nogil:
     """Wait until `deadline_ms` at most (-1: for ever), then work on what has come; 0 or -errno."""
     cdef int i
-    cdef int count = epoll_wait(
-        relay.engine.epoll, relay.events, EVENTS_MOST, relay_timeout(relay, deadline_ms))
+    cdef int count = relay_wait(relay, relay_timeout(relay, deadline_ms))
+    cdef bint overflows
     if count < 0:
         if errno != EINTR:
             return -errno
         count = 0
     relay.engine.now_ms = clock_ms()
     relay.turns += 1
+    overflows = relay_overflows(relay)
     for i in range(count):
         relay_dispatch(relay, &relay.events[i])
     relay_pump_again(relay)
@@ -118,7 +122,18 @@ cdef inline int relay_turn(Relaying *relay, int64_t deadline_ms) noexcept nogil:
     if relay.idle_ms > 0:
         relay_close_idle(relay)
     connections_free(&relay.dead)
+    if overflows:
+        relay_share(relay)
     return 0
+
+
+cdef inline int relay_wait(Relaying *relay, int timeout_ms) noexcept nogil:
+    """As epoll_wait(2). Others see that it waits, and may give it something to do."""
+    cdef int count
+    hint_set(&relay.asleep, 1)
+    count = epoll_wait(relay.engine.epoll, relay.events, EVENTS_MOST, timeout_ms)
+    hint_set(&relay.asleep, 0)
+    return count
 
 
 cdef inline void relay_dispatch(Relaying *relay, epoll_event *event) noexcept nogil:
@@ -141,7 +156,10 @@ cdef inline void relay_read_inbox(Relaying *relay) noexcept nogil:
     while not list_empty(&begin):
         c = <Connection *>begin.next.owner
         list_remove(&c.live)
-        connection_begin(relay, c)
+        if c.begun:
+            connection_resume(relay, c)
+        else:
+            connection_begin(relay, c)
     if orders & ORDER_TRIM:
         pool_clear(&relay.engine.pool)
     if orders & ORDER_ANSWER:

@@ -14,7 +14,7 @@ _half.pxd (the pump), _pipe.pxd (pipes); and _crew.pxd for the same in several t
 
 from proxyd._connection cimport (
     Connection, HOW_COUNT, KIND_GATE, KIND_WATCH, NOTE_ACCEPTED, NOTE_ENDED, NOTE_FAILED,
-    NOTE_NOBODY, NOTE_READY, NOTE_REFUSED, Note, Relaying, connection_free, connection_new,
+    NOTE_BUSY, NOTE_NOBODY, NOTE_READY, NOTE_REFUSED, Note, Relaying, connection_free, connection_new,
     connection_open, connection_place, connections_fewer, socket_connect, socket_error,
     socket_met_itself, socket_tune,
 )
@@ -47,6 +47,7 @@ NOBODY = NOTE_NOBODY
 REFUSED = NOTE_REFUSED
 FAILED = NOTE_FAILED
 ENDED = NOTE_ENDED
+BUSY = NOTE_BUSY
 
 # what a Gate is to look for
 CHECK_TCP = GATE_CHECK_TCP
@@ -152,6 +153,8 @@ cdef class Relay:
             return  # __cinit__ has not even begun: its arguments were no good
         crew_dismiss(&self.relaying, False)
         free(self.relaying.crew.relays)
+        if self.relaying.crew.stat >= 0:
+            close(self.relaying.crew.stat)
         inbox_close(&self.relaying.inbox)
         for fd in range(self.watches_size):
             self.unwatch(fd)
@@ -236,10 +239,36 @@ cdef class Relay:
 
     # ── threads ──────────────────────────────────────────────────────────────────────────────
 
+    @property
+    def threads(self):
+        """How many forward, the one that calls run() included."""
+        return 1 + self.relaying.crew.count
+
+    @property
+    def handed_over(self):
+        """How often a connection went from one thread to another."""
+        return self.sum_of(&self.relaying.handed_over)
+
+    def share(self, int stat, int window_ms=100):
+        """Hand over only what is too much for one thread, and while a CPU is idle: see _busy.pxd. That
+        is looked at every `window_ms`. Without share() every new connection goes to the thread
+        that has the fewest.
+
+        `stat` is an fd of /proc/stat, the relay's from now on; -1 where it cannot be had: then a
+        CPU is taken to be idle always. Where there is no further thread yet when one could help,
+        run() returns (BUSY,), once.
+        """
+        if self.relaying.crew.stat >= 0:
+            close(self.relaying.crew.stat)
+        self.relaying.crew.shares = True
+        self.relaying.crew.stat = stat
+        self.relaying.crew.window_ms = window_ms
+
     def hire(self):
         """Start one more thread, to which connections are handed over. Raises OSError.
 
-        idle_ms, report_ends and shared must be set before: a new thread takes them as they are.
+        share() must have been called, and idle_ms, report_ends and shared set, before: a new thread
+        takes them as they are. All threads must be there before one of them is handed anything.
         """
         cdef int failure = crew_hire(&self.relaying)
         if failure < 0:
@@ -390,7 +419,8 @@ cdef class Relay:
         that were hired end with it."""
         cdef int count
         with nogil:
-            count = crew_dismiss(&self.relaying, True) + relay_cut(&self.relaying, True)
+            count = crew_dismiss(&self.relaying, True)  # may leave some to the boss
+            count += relay_cut(&self.relaying, True)
         return count
 
     # ── the loop ─────────────────────────────────────────────────────────────────────────────
@@ -402,6 +432,7 @@ cdef class Relay:
         (ACCEPTED, client, index)                     the caller's now; see Gate
         (NOBODY, errno, index)                        accept failed
         (REFUSED, index)                              a client over the limit was closed
+        (BUSY,)                                       see share()
         (FAILED, client, errno, cookie, …)            see connect(); the cookie is a gate's index
         (ENDED, id, how, up, down, ms, errnos)        with report_ends: bytes each way, duration,
                                                       (client's errno, target's errno)
@@ -483,6 +514,8 @@ cdef tuple note_tuple(const Note *note, int64_t now_ms):
         return NOBODY, note.value, note.index
     if note.kind == NOTE_REFUSED:
         return REFUSED, note.index
+    if note.kind == NOTE_BUSY:
+        return (BUSY,)
     return FAILED, note.fd, note.value, note.index, b"", now_ms, 0
 
 

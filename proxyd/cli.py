@@ -27,6 +27,7 @@ class Options:
     """
 
     __slots__ = (
+        "always_hand_over",
         "buffer_size",
         "connect_timeout",
         "connections_max",
@@ -40,6 +41,8 @@ class Options:
     )
 
     def __init__(self) -> None:
+        self.always_hand_over = False
+        """Whether every new connection goes to the thread that has the fewest."""
         self.buffer_size = 0
         """Bytes that a pipe may hold per direction; 0 = automatic."""
         self.connect_timeout: int | None = 10_000_000
@@ -324,6 +327,12 @@ def _set_threads(options: Options, text: str) -> None:
         raise ValueError(text)
 
 
+def _set_hand_over(options: Options, text: str) -> None:
+    if text not in ("busy", "always"):
+        raise ValueError(text)
+    options.always_hand_over = text == "always"
+
+
 def _set_buffer_size(options: Options, text: str) -> None:
     if text == "auto":
         options.buffer_size = 0
@@ -411,9 +420,15 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option(
         "threads",
-        "Forward in this many threads (1), or auto: one\nfor each CPU",
+        "Forward in up to this many threads (1), or auto:\none for each CPU",
         _set_threads,
         "N",
+    ),
+    Option(
+        "hand-over",
+        "Hand connections to other threads when one is busy,\nor always (busy)",
+        _set_hand_over,
+        "busy|always",
     ),
     Option(
         "buffer-size",

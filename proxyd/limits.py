@@ -13,6 +13,9 @@ _LOOKUPS = 8
 _PER_THREAD = 2
 """Of each further thread: its epoll and the bell of its inbox; the first has such a bell then."""
 
+_STAT = 1
+"""With several threads /proc/stat is kept open."""
+
 _PER_CONNECTION = 2
 """Client and target. Pipes are had only while they can be."""
 
@@ -28,7 +31,7 @@ def fit_connections(wanted: int, listeners: int, threads: int, *, lookups: bool)
     """
     base = _BASE + listeners + (_LOOKUPS if lookups else 0)
     if threads > 1:
-        base += 1 + _PER_THREAD * (threads - 1)
+        base += 1 + _STAT + _PER_THREAD * (threads - 1)
     limit = raise_fd_limit(base + _WITH_PIPES * wanted)
     fitting = max((limit - base) // _PER_CONNECTION, 1)
     if fitting >= wanted:

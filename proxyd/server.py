@@ -11,7 +11,7 @@ import sys
 from _collections_abc import MutableMapping
 
 from proxyd import address, log
-from proxyd._relay import ENDED, FAILED, signal_fd
+from proxyd._relay import BUSY, ENDED, FAILED, signal_fd
 from proxyd.errors import reason
 from proxyd.intake import Door, Intake
 from proxyd.limits import fit_connections
@@ -63,8 +63,8 @@ class Server:
             options.proxy_protocol,
         )
         single = len(listeners) == 1 and listeners[0].connected
-        if not single:
-            self._hire(options.threads)
+        if options.threads > 1 and not single:
+            self._use_threads()
         self.manager = Manager(Notifier(environ), self._status, self.relay)
         self.relay.wake_first = self.manager.wanted
         if self.loop.notes is not None:
@@ -101,6 +101,8 @@ class Server:
             door.way.take_back(door.listener, event)
         elif event[0] == ENDED:
             self._log_end(event)
+        elif event[0] == BUSY:
+            self._hire()
         else:
             self.intake.event(event)
 
@@ -196,17 +198,19 @@ class Server:
 
     # ── parts ────────────────────────────────────────────────────────────────────────────────
 
-    def _hire(self, threads: int) -> None:
-        """Start the further relay threads; fewer where the system refuses them."""
-        for number in range(1, threads):
-            try:
-                self.relay.hire()
-            except OSError as error:
-                log.warning(
-                    f"Failed to start a relay thread: {os.strerror(error.errno or 0)}. "
-                    f"Going on with {number} of {threads}."
-                )
-                return
+    def _use_threads(self) -> None:
+        """Let relay threads help, at once or when they are needed."""
+        from proxyd import threads
+
+        if self.options.always_hand_over:
+            threads.hire(self.relay, self.options.threads)
+        else:
+            threads.share(self.relay)
+
+    def _hire(self) -> None:
+        from proxyd import threads
+
+        threads.hire(self.relay, self.options.threads)
 
     def _make_resolver(self, hosts: list[bytes]) -> "Resolver":
         from proxyd.resolver import Resolver

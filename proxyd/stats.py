@@ -35,7 +35,7 @@ def status(relay: Relay, reaches: list[Reach]) -> str:
 
 
 def summary(intake: Intake, relay: Relay, reaches: list[Reach]) -> list[str]:
-    """Everything since the start: one line, and one for each target."""
+    """Everything since the start: one line, one for each target, and one if there are threads."""
     accepted, refused, to_targets, to_clients, spliced, copied, ends = relay.counters()
     held = sum(len(reach.held) for reach in reaches)
     failed = sum(reach.failed for reach in reaches)
@@ -46,11 +46,14 @@ def summary(intake: Intake, relay: Relay, reaches: list[Reach]) -> list[str]:
         f"{to_targets} bytes to targets, {to_clients} bytes to clients, "
         f"{spliced} spliced, {copied} copied; {', '.join(endings) or 'none ended'}"
     )
-    return [line] + [
+    lines = [line] + [
         f"{reach.text}: {_served(intake, reach)} served, {len(reach.held)} waiting, "
         f"{reach.failed} failed"
         for reach in reaches
     ]
+    if relay.threads > 1:
+        lines.append(f"{relay.threads} threads, {relay.handed_over} connections handed over")
+    return lines
 
 
 def ending(note: str, event: "Event") -> str:

@@ -10,40 +10,14 @@ import time
 
 import pytest
 from relaykit.child import in_child
-from relaykit.rig import HOW, PATIENCE_S, Incoming, Outgoing, epoll_fds, open_fds, payload
+from relaykit.crew import Crewed
+from relaykit.rig import HOW, PATIENCE_S, Incoming, Outgoing, open_fds, payload
 from relaykit.sockets import close, half_close, open_client, reset
 
 from proxyd._relay import CHECK_TCP, CHECK_UNIX, ENDED, NOBODY, REFUSED, Gate, tune
 
 FDS_OF_A_THREAD = 2
 """Its epoll instance and its bell; the boss has a bell as well then."""
-
-
-class Crewed:
-    """A rig whose relay has hired `threads` more."""
-
-    def __init__(self, rig, threads=1):
-        self.rig = rig
-        before = epoll_fds()
-        for _ in range(threads):
-            rig.relay.hire()
-        self.epolls = sorted(epoll_fds() - before)
-
-    def place_of(self, fd):
-        """Where a socket is registered: 0 for the boss, 1 … for its crew, None for nowhere yet."""
-        for place, epoll in enumerate([self.rig.epoll, *self.epolls]):
-            with open(f"/proc/self/fdinfo/{epoll}") as info:
-                if f"tfd: {fd:8}" in info.read():
-                    return place
-        return None
-
-    def link(self, place):
-        """A connection that is forwarded there: others are made first where those are due."""
-        while True:
-            link = self.rig.link()
-            self.rig.until(lambda link=link: self.place_of(link.client_fd) is not None, "a place")
-            if self.place_of(link.client_fd) == place:
-                return link
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
-"""Stress of a relay with several threads: connections handed over by the hundred, ended from both
-sides in every way, while the policy counts, asks, trims, cuts and tears down.
+"""Stress of a relay with several threads: connections handed over by the hundred, new ones and those
+in the middle of a stream, ended from both sides in every way, while the policy counts, asks, trims,
+cuts and tears down.
 
 What is asserted is what must hold in every interleaving; what else may go wrong between threads a
 thread sanitizer sees (`ci/sanitize thread`). RELAY_CONNECTIONS= makes it longer.
@@ -131,11 +132,13 @@ class Server(Peer):
 class Fair:
     """A relay with threads of its own, between a door and a backend, and many visits."""
 
-    def __init__(self, directory, pair, *, idle_ms=0, is_open=True, **options):
+    def __init__(self, directory, pair, *, shares=False, idle_ms=0, is_open=True, **options):
         client, target = pair
         self.relay = Relay(**options)
         self.relay.report_ends = True
         self.relay.idle_ms = idle_ms
+        if shares:
+            self.relay.share(-1, 0)  # whenever one does not sleep, and another does
         for _ in range(THREADS):
             self.relay.hire()
         self.door = open_listener(client, directory, backlog=512)
@@ -212,13 +215,13 @@ class Fair:
             server.socket.close()
 
 
-@pytest.fixture
-def fair(tmp_path, rigs):
+@pytest.fixture(params=["always", "busy"])
+def fair(request, tmp_path, rigs):
     """Makes fairs, and closes them; `rigs` looks for fds that are left."""
     fairs = []
 
     def make(*args, **options):
-        fairs.append(Fair(str(tmp_path), *args, **options))
+        fairs.append(Fair(str(tmp_path), *args, shares=request.param == "busy", **options))
         return fairs[-1]
 
     yield make
@@ -240,6 +243,7 @@ def test_all_are_served_and_counted(fair, pair, way):
     assert sum(visit.polite for visit in here.gone) > CONNECTIONS / 6
     assert all(visit.is_well for visit in here.gone)
     assert here.relay.counters()[0] == len(here.gone)
+    assert here.relay.handed_over > 0
     here.assert_all_counted()
 
 

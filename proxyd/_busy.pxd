@@ -1,0 +1,70 @@
+# How busy a relay is, and whether another thread could help it.
+#
+# A thread helps where one has more to do than a CPU can, and another CPU is idle. Otherwise it takes
+# the CPU from somebody who needs it as much, the peers among them; and the first further thread costs
+# the program 2 to 6 % of each small message, since the kernel then counts the users of every fd.
+#
+# So time is looked at in windows, each as long as the policy says or somewhat longer. After one in
+# which the thread was on a CPU nearly all of the time the kernel is asked how long the CPUs were idle
+# meanwhile. (Not how many tasks want to run: a relay looks when it has just woken its peers.)
+
+from proxyd._linux cimport (
+    CLOCK_MONOTONIC, CLOCK_THREAD_CPUTIME_ID, _SC_CLK_TCK, clock_gettime, clockid_t, int64_t, pread,
+    strtoull, sysconf, timespec,
+)
+
+cdef enum:
+    FULL_PERCENT = 90          # of a window on a CPU: this relay has more to do than it can
+    SPARE_MOST = 100           # where nobody knows
+
+ctypedef struct Busy:
+    int64_t since_ns           # when this window began, on CLOCK_MONOTONIC
+    int64_t used_ns            # CPU time of the thread until then
+    int64_t idle_ns            # idle time of all CPUs until then; -1: was not asked
+    int spare                  # per cent of one CPU that were idle in the last window; 0: not full
+
+
+cdef inline int64_t clock_ns(clockid_t clock) noexcept nogil:
+    cdef timespec now
+    clock_gettime(clock, &now)
+    return <int64_t>now.tv_sec * 1000000000 + now.tv_nsec
+
+
+cdef inline int64_t machine_idle_ns(int stat) noexcept nogil:
+    """How long all CPUs together were idle since the machine was started, or -1.
+
+    proc_stat(5): the first line is "cpu" and the times of user, nice, system, idle and iowait, in
+    ticks; a CPU that waits for a disk is idle.
+    """
+    cdef char text[256]
+    cdef char *at = text + 3
+    cdef ssize_t size = pread(stat, text, sizeof(text) - 1, 0)
+    cdef int64_t ticks = 0
+    cdef int field
+    if size < 4:
+        return -1
+    text[size] = 0
+    for field in range(5):
+        if field >= 3:
+            ticks += <int64_t>strtoull(at, &at, 10)
+        else:
+            strtoull(at, &at, 10)
+    return ticks * (1000000000 // sysconf(_SC_CLK_TCK))
+
+
+cdef inline void busy_window(Busy *busy, int stat) noexcept nogil:
+    """End a window and begin the next. `stat` is an fd of /proc/stat; where nothing can be read
+    there, a CPU is taken to be idle: more threads than one were asked for."""
+    cdef int64_t now_ns = clock_ns(CLOCK_MONOTONIC)
+    cdef int64_t used_ns = clock_ns(CLOCK_THREAD_CPUTIME_ID)
+    cdef int64_t length_ns = max(now_ns - busy.since_ns, 1)
+    cdef bint full = (used_ns - busy.used_ns) * 100 >= length_ns * FULL_PERCENT
+    cdef int64_t idle_ns = machine_idle_ns(stat) if full else -1
+    busy.spare = 0
+    if full and idle_ns < 0:
+        busy.spare = SPARE_MOST
+    elif full and busy.idle_ns >= 0:
+        busy.spare = <int>min((idle_ns - busy.idle_ns) * 100 // length_ns, <int64_t>SPARE_MOST)
+    busy.idle_ns = idle_ns
+    busy.since_ns = now_ns
+    busy.used_ns = used_ns

@@ -1,0 +1,107 @@
+# What a relay does that has more to do than one CPU can, while another is free (_busy.pxd): it gives
+# half of its work to a relay that sleeps. The boss asks for such relays first, if there are none yet.
+#
+# Nothing is ever taken back: the connections that come later begin with the boss again.
+
+from proxyd._busy cimport busy_window
+from proxyd._connection cimport (
+    CONNECTED, Connection, HOW_RESET, NOTE_BUSY, Relaying, connection_close, endpoint_register,
+    note_add, relay_left,
+)
+from proxyd._half cimport Endpoint
+from proxyd._inbox cimport inbox_put
+from proxyd._linux cimport (
+    EPOLL_CTL_DEL, counter_add, epoll_ctl, hint_get, int64_t, shared_add, shared_get,
+)
+from proxyd._list cimport Link, list_append, list_remove
+
+cdef enum:
+    SPARE_LEAST = 40           # per cent of a CPU: with less, the peers lose what is gained
+    GIVE_MOST = 32             # connections at a time: each costs four epoll_ctl
+
+
+cdef inline bint relay_overflows(Relaying *relay) noexcept nogil:
+    """Whether a window has ended after which the relay is to give work away."""
+    cdef Relaying *boss = relay if relay.boss == NULL else relay.boss
+    if not boss.crew.shares:
+        return False
+    if relay.engine.now_ms - relay.busy.since_ns // 1000000 < boss.crew.window_ms:
+        return False
+    busy_window(&relay.busy, boss.crew.stat)
+    return relay.busy.spare >= SPARE_LEAST
+
+
+cdef inline void relay_share(Relaying *relay) noexcept nogil:
+    """Give every second connection that has just moved bytes to a relay that sleeps.
+
+    Only at the end of a turn: an event that is yet to be worked on may point to one of them.
+    """
+    cdef Relaying *boss = relay if relay.boss == NULL else relay.boss
+    cdef Relaying *other
+    cdef Link *link = relay.live.prev
+    cdef Link *before
+    cdef int count = 0
+    if boss.crew.count == 0:
+        relay_ask_for_crew(boss)
+        return
+    other = crew_sleeper(boss)
+    while other != NULL and link != &relay.live and count < 2 * GIVE_MOST:
+        before = link.prev
+        if (<Connection *>link.owner).active_ms < relay.engine.now_ms - boss.crew.window_ms:
+            return  # nor has any that is further ahead in the list
+        if connection_can_move(<Connection *>link.owner):
+            if count % 2 == 1:
+                connection_give(relay, other, <Connection *>link.owner)
+            count += 1
+        link = before
+
+
+cdef inline void relay_ask_for_crew(Relaying *boss) noexcept nogil:
+    """Once: the policy may find that there can be none."""
+    if not boss.crew.asked_for:
+        boss.crew.asked_for = True
+        note_add(boss, NOTE_BUSY, -1, 0, 0)
+
+
+cdef inline Relaying *crew_sleeper(Relaying *boss) noexcept nogil:
+    """Of the relays that wait for events, the one with the fewest connections; NULL: none does."""
+    cdef Relaying *found = boss if hint_get(&boss.asleep) else NULL
+    cdef Relaying *relay
+    cdef int i
+    for i in range(boss.crew.count):
+        relay = boss.crew.relays[i]
+        if hint_get(&relay.asleep) and (
+                found == NULL or shared_get(&relay.open) < shared_get(&found.open)):
+            found = relay
+    return found
+
+
+cdef inline bint connection_can_move(const Connection *c) noexcept nogil:
+    """While it has a time limit, or is about to end, its relay's list of those has it."""
+    return c.state == CONNECTED and c.wake_ms == 0
+
+
+cdef inline void endpoint_unregister(Relaying *relay, Endpoint *end) noexcept nogil:
+    epoll_ctl(relay.engine.epoll, EPOLL_CTL_DEL, end.fd, NULL)
+    end.registered = False
+
+
+cdef inline void connection_give(Relaying *relay, Relaying *other, Connection *c) noexcept nogil:
+    endpoint_unregister(relay, &c.client)
+    endpoint_unregister(relay, &c.target)
+    list_remove(&c.again)
+    relay_left(relay)
+    shared_add(&other.open, 1)
+    counter_add(&relay.handed_over, 1)
+    inbox_put(&other.inbox, &other.inbox.begin, &c.live)
+
+
+cdef inline void connection_resume(Relaying *relay, Connection *c) noexcept nogil:
+    """Go on with one that another relay has given. epoll announces what has come meanwhile, but
+    knows nothing of bytes that the connection holds."""
+    c.active_ms = relay.engine.now_ms
+    list_append(&relay.live, &c.live)
+    list_append(&relay.again, &c.again)
+    if not endpoint_register(&relay.engine, &c.client) or (
+            not endpoint_register(&relay.engine, &c.target)):
+        connection_close(relay, c, HOW_RESET, True)

@@ -1,0 +1,292 @@
+"""What a relay with more to do than a CPU can gives away, and when it keeps everything.
+
+The boss is stepped by the test without a pause, and so is as busy as a relay can be; whether a CPU is
+idle says a file in the place of /proc/stat.
+"""
+
+import os
+import time
+
+import pytest
+from relaykit.crew import Crewed
+from relaykit.rig import PATIENCE_S, Incoming, Outgoing, payload
+from relaykit.sockets import close, half_close, reset
+
+from proxyd._relay import BUSY
+
+NOBODY_KNOWS = -1
+"""The fd of a /proc/stat that cannot be had: a CPU is idle then."""
+
+HZ = os.sysconf("SC_CLK_TCK")
+
+
+class Machine:
+    """A /proc/stat whose CPUs were idle for as long as the test says."""
+
+    FIELDS = ("user", "nice", "system", "idle", "iowait", "irq", "softirq")
+
+    def __init__(self, path):
+        self.ticks = dict.fromkeys(self.FIELDS, 12345)
+        self.file = path.open("wb")
+        self.write()
+
+    def open(self):
+        """An fd, which is for a relay to own."""
+        return os.open(self.file.name, os.O_RDONLY)
+
+    def write(self):
+        words = " ".join(str(self.ticks[field]) for field in self.FIELDS)
+        text = f"cpu  {words} 0 0 0\ncpu0 {words} 0 0 0\nintr 1 2 3\n"
+        os.pwrite(self.file.fileno(), text.encode(), 0)
+
+    def set(self, field, seconds):
+        """Let the CPUs have spent so many seconds more than at the start."""
+        ticks = 20000 + int(seconds * HZ)
+        if ticks != self.ticks[field]:
+            self.ticks[field] = ticks
+            self.write()
+
+
+@pytest.fixture
+def machine(tmp_path):
+    machine = Machine(tmp_path / "stat")
+    yield machine
+    machine.file.close()
+
+
+@pytest.fixture
+def sharing(rigs):
+    def make(*pair, stat=NOBODY_KNOWS, threads=1, window_ms=1, **options):
+        rig = rigs(*pair, **options)
+        rig.relay.share(stat, window_ms)
+        rig.pace_ms = 0
+        return Crewed(rig, threads)
+
+    return make
+
+
+def keep_busy(crew, links, *, turns=None, each=lambda: None):
+    """Echo a byte on every link, again and again: until one was handed over, or for some turns."""
+    count = 0
+    before = crew.rig.relay.handed_over
+    deadline = time.monotonic() + PATIENCE_S
+    for link in links:
+        link.client.send(b"x")
+    while (crew.rig.relay.handed_over == before) if turns is None else count < turns:
+        assert time.monotonic() < deadline, "nothing was handed over"
+        for link in links:
+            for one in (link.client, link.target):
+                try:
+                    one.send(one.recv(9))
+                except BlockingIOError:
+                    pass
+        each()
+        crew.rig.turn()
+        count += 1
+
+
+def fall_silent(crew, links):
+    """Read what keep_busy() has left on its way."""
+    for link in links:
+        link.client.send(b".")
+        while crew.rig.read(link.target, 1) != b".":
+            pass
+        link.target.send(b".")
+        while crew.rig.read(link.client, 1) != b".":
+            pass
+
+
+def quiet_link(crew):
+    """A connection over which something was said, while the relay had little to do."""
+    crew.rig.pace_ms = 5
+    link = crew.rig.link()
+    link.client.send(b"word")
+    assert crew.rig.read(link.target, 4) == b"word"
+    crew.rig.pass_time(0.05)
+    crew.rig.pace_ms = 0
+    return link
+
+
+def windows_of(crew, links, seconds):
+    """Keep the relay busy for so long."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        keep_busy(crew, links, turns=20)
+
+
+# ── what is given away ───────────────────────────────────────────────────────────────────────────
+
+
+def test_half_of_the_work_is_given_away(sharing):
+    crew = sharing(window_ms=20)
+    links = [quiet_link(crew) for _ in range(8)]
+    keep_busy(crew, links)
+    assert 1 <= crew.rig.relay.handed_over <= 4
+    crew.rig.until(
+        lambda: None not in [crew.place_of(link.client_fd) for link in links], "their places"
+    )
+    assert {crew.place_of(link.client_fd) for link in links} == {0, 1}
+
+
+def test_bytes_and_ends_survive_it(sharing, pair, mode):
+    """Streams both ways, some of which end while others go on, whatever is held at the moment."""
+    crew = sharing(*pair, **mode)
+    up, down = payload(1_500_000), payload(1_000_000, 2)
+    rounds = 0
+    while crew.rig.relay.handed_over == 0 or rounds < 2:
+        links = [crew.rig.link() for _ in range(4)]
+        there = [Incoming(link.target) for link in links]
+        back = [Incoming(link.client) for link in links]
+        crew.rig.run(
+            *[Outgoing(link.client, up, half_close) for link in links],
+            *[Outgoing(link.target, down, half_close) for link in links],
+            *there,
+            *back,
+        )
+        assert [(flow.data == up, flow.end) for flow in there] == [(True, "eof")] * 4
+        assert [(flow.data == down, flow.end) for flow in back] == [(True, "eof")] * 4
+        for link in links:
+            assert crew.rig.until_ended(link.id) == ("ended", len(up), len(down))
+        rounds += 1
+        assert rounds < 100, "nothing was handed over"
+    assert crew.rig.relay.open == 0
+
+
+def test_what_it_holds_goes_along(sharing, pair, mode):
+    """A connection whose target does not read is given away with the bytes that wait in it."""
+    crew = sharing(*pair, window_ms=10, **mode)
+    stalled = crew.rig.link()
+    others = []
+    sent = 0
+    while crew.place_of(stalled.client_fd) in (0, None):
+        assert len(others) < 200, "it was not given away"
+        others.append(crew.rig.link())
+        sent += crew.rig.stuff(stalled.client)
+        keep_busy(crew, others[-3:], turns=50)
+        crew.rig.read(stalled.target, 100_000)
+        sent -= 100_000
+    data = b"\xa5" * sent
+    assert crew.rig.read(stalled.target, sent) == data
+    stalled.target.send(b"answer")
+    assert crew.rig.read(stalled.client, 6) == b"answer"
+
+
+def test_ends_are_passed_on_by_the_other(sharing, pair):
+    crew = sharing(*pair)
+    links = [crew.rig.link() for _ in range(4)]
+    keep_busy(crew, links)
+    moved = [link for link in links if crew.place_of(link.client_fd) != 0]
+    assert moved
+    fall_silent(crew, links)
+    for link, end in zip(moved, (close, reset, half_close), strict=False):
+        end(link.client)
+        how = "reset" if end is reset and "unix" not in pair else "eof"
+        assert crew.rig.read_to_end(link.target) == (b"", how)
+        close(link.target)
+        crew.rig.until_ended(link.id)
+
+
+def test_new_connections_go_elsewhere_meanwhile(sharing):
+    crew = sharing()
+    busy = [crew.rig.link() for _ in range(2)]
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        assert time.monotonic() < deadline
+        keep_busy(crew, busy, turns=5)
+        link = crew.rig.link()
+        crew.rig.until(lambda link=link: crew.place_of(link.client_fd) is not None, "a place")
+        if crew.place_of(link.client_fd) == 1:
+            return
+
+
+def test_a_crew_is_asked_for_once(sharing):
+    crew = sharing(threads=0)
+    links = [crew.rig.link() for _ in range(4)]
+    crew.rig.until(
+        lambda: keep_busy(crew, links, turns=5) or crew.rig.of_kind(BUSY), "the call for help"
+    )
+    windows_of(crew, links, 0.1)
+    assert crew.rig.of_kind(BUSY) == [(BUSY,)]
+    assert crew.rig.relay.threads == 1
+    crew.hire(1)
+    assert crew.rig.relay.threads == 2
+    keep_busy(crew, links)
+    assert crew.rig.of_kind(BUSY) == [(BUSY,)]
+
+
+@pytest.mark.parametrize("field", ["idle", "iowait"])
+def test_idle_time_is_read(sharing, machine, field):
+    crew = sharing(stat=machine.open(), window_ms=20)
+    links = [crew.rig.link() for _ in range(4)]
+    began = time.monotonic()
+    keep_busy(crew, links, each=lambda: machine.set(field, time.monotonic() - began))
+
+
+# ── what is not ──────────────────────────────────────────────────────────────────────────────────
+
+
+def test_everything_stays_while_one_is_enough(sharing):
+    """A boss that sleeps between two messages keeps what it has, and who comes new."""
+    crew = sharing(window_ms=20)
+    links = [quiet_link(crew) for _ in range(10)]
+    assert [crew.place_of(link.client_fd) for link in links] == [0] * 10
+    assert crew.rig.relay.handed_over == 0
+    assert not crew.rig.of_kind(BUSY)
+
+
+@pytest.mark.parametrize("field", [None, "user", "nice", "system", "irq", "softirq"])
+def test_everything_stays_without_an_idle_cpu(sharing, machine, field):
+    crew = sharing(stat=machine.open(), window_ms=20)
+    links = [crew.rig.link() for _ in range(4)]
+    began = time.monotonic()
+
+    def spend():
+        if field is not None:
+            machine.set(field, time.monotonic() - began)
+
+    while time.monotonic() < began + 0.3:
+        keep_busy(crew, links, turns=20, each=spend)
+    links.append(crew.rig.link())
+    assert [crew.place_of(link.client_fd) for link in links] == [0] * 5
+    assert crew.rig.relay.handed_over == 0
+
+
+def test_a_little_idle_time_is_not_enough(sharing, machine):
+    """A quarter of a CPU."""
+    crew = sharing(stat=machine.open(), window_ms=100)
+    links = [crew.rig.link() for _ in range(4)]
+    began = time.monotonic()
+
+    def rest():
+        machine.set("idle", (time.monotonic() - began) / 4)
+
+    while time.monotonic() < began + 0.5:
+        keep_busy(crew, links, turns=20, each=rest)
+    assert crew.rig.relay.handed_over == 0
+
+
+def test_a_single_connection_stays(sharing):
+    """Nothing would be gained; nor by giving one of them that does nothing."""
+    crew = sharing(window_ms=20)
+    links = [quiet_link(crew) for _ in range(5)]
+    began = time.monotonic()
+    while time.monotonic() < began + 0.1:
+        keep_busy(crew, links[-1:], turns=20)
+    assert [crew.place_of(link.client_fd) for link in links] == [0] * 5
+
+
+def test_whoever_is_about_to_end_stays(sharing):
+    """A lingering connection has a time limit, which its relay keeps, and only one side left."""
+    crew = sharing("tcp4", "tcp4", window_ms=50, client_buffers={"receive_buffer": 4096})
+    links = [crew.rig.link() for _ in range(2)]
+    ending = [crew.rig.link() for _ in range(6)]
+    last_words = payload(200_000)
+    for link in ending:
+        crew.rig.send(link.target, last_words)
+        crew.rig.settle()
+        reset(link.target)
+    keep_busy(crew, links)
+    assert [crew.place_of(link.client_fd) for link in ending] == [0] * 6
+    for link in ending:
+        assert crew.rig.read_to_end(link.client) == (last_words, "reset")
+        assert crew.rig.until_ended(link.id) == ("reset", 0, len(last_words))
