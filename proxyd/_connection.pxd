@@ -88,7 +88,6 @@ ctypedef struct Connection:
     int pause_ms               # until the next look
     size_t drained             # bytes thrown away, since nobody is there to take them
     Endpoint *last             # the side that lingers
-    bint begun                 # a relay has it, or had it and has given it to another
     bint drains                # it was sent a clean end, and may go on sending for a while
     bint reset                 # it is to be reset at the end
 
@@ -607,9 +606,8 @@ cdef inline void connection_first_pump(Relaying *relay, Connection *c) noexcept 
 
 
 cdef inline void connection_begin(Relaying *relay, Connection *c) noexcept nogil:
-    """Pump for the first time, and only then ask epoll: most short exchanges have by then been
-    heard, and need no event to say so."""
-    c.begun = True
+    """Pump for the first time in this relay, and only then ask epoll: most short exchanges have by
+    then been heard, and need no event to say so."""
     c.active_ms = relay.engine.now_ms
     list_append(&relay.live, &c.live)
     if c.client.family == AF_UNIX:

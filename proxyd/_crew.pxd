@@ -174,6 +174,7 @@ cdef inline int crew_dismiss(Relaying *boss, bint reset) noexcept nogil:
         relay_inherit(boss, relay)
         crew_free(relay)
     boss.crew.count = 0
+    boss.crew.shares = False  # and no other crew is asked for
     if boss.inbox.bell >= 0:
         relay_read_inbox(boss)
     return count

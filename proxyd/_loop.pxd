@@ -19,7 +19,7 @@ from proxyd._linux cimport (
 from proxyd._list cimport Link, link_init, list_append, list_empty, list_remove
 from proxyd._own cimport OwnTable
 from proxyd._pipe cimport PIPE_LEAST, pool_clear
-from proxyd._share cimport connection_resume, relay_overflows, relay_share
+from proxyd._share cimport relay_overflows, relay_share
 from proxyd._tally cimport Tally
 
 cdef enum:
@@ -156,10 +156,7 @@ cdef inline void relay_read_inbox(Relaying *relay) noexcept nogil:
     while not list_empty(&begin):
         c = <Connection *>begin.next.owner
         list_remove(&c.live)
-        if c.begun:
-            connection_resume(relay, c)
-        else:
-            connection_begin(relay, c)
+        connection_begin(relay, c)
     if orders & ORDER_TRIM:
         pool_clear(&relay.engine.pool)
     if orders & ORDER_ANSWER:

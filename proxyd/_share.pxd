@@ -4,16 +4,13 @@
 # Nothing is ever taken back: the connections that come later begin with the boss again.
 
 from proxyd._busy cimport busy_window
-from proxyd._connection cimport (
-    CONNECTED, Connection, HOW_RESET, NOTE_BUSY, Relaying, connection_close, endpoint_register,
-    note_add, relay_left,
-)
+from proxyd._connection cimport CONNECTED, Connection, NOTE_BUSY, Relaying, note_add, relay_left
 from proxyd._half cimport Endpoint
 from proxyd._inbox cimport inbox_put
 from proxyd._linux cimport (
-    EPOLL_CTL_DEL, counter_add, epoll_ctl, hint_get, int64_t, shared_add, shared_get,
+    EPOLL_CTL_DEL, counter_add, epoll_ctl, hint_get, shared_add, shared_get,
 )
-from proxyd._list cimport Link, list_append, list_remove
+from proxyd._list cimport Link, list_remove
 
 cdef enum:
     SPARE_LEAST = 40           # per cent of a CPU: with less, the peers lose what is gained
@@ -87,6 +84,7 @@ cdef inline void endpoint_unregister(Relaying *relay, Endpoint *end) noexcept no
 
 
 cdef inline void connection_give(Relaying *relay, Relaying *other, Connection *c) noexcept nogil:
+    """With all it holds. It begins there as new ones do, with a pump, and then asks that epoll."""
     endpoint_unregister(relay, &c.client)
     endpoint_unregister(relay, &c.target)
     list_remove(&c.again)
@@ -94,14 +92,3 @@ cdef inline void connection_give(Relaying *relay, Relaying *other, Connection *c
     shared_add(&other.open, 1)
     counter_add(&relay.handed_over, 1)
     inbox_put(&other.inbox, &other.inbox.begin, &c.live)
-
-
-cdef inline void connection_resume(Relaying *relay, Connection *c) noexcept nogil:
-    """Go on with one that another relay has given. epoll announces what has come meanwhile, but
-    knows nothing of bytes that the connection holds."""
-    c.active_ms = relay.engine.now_ms
-    list_append(&relay.live, &c.live)
-    list_append(&relay.again, &c.again)
-    if not endpoint_register(&relay.engine, &c.client) or (
-            not endpoint_register(&relay.engine, &c.target)):
-        connection_close(relay, c, HOW_RESET, True)

@@ -170,7 +170,7 @@ end
 # --listen= has given.
 function __fish_systemd_socket_proxyd_said
     set -l with_value -c --connections-max --exit-idle-time --proxy-protocol --connect-timeout \
-        --idle-timeout --drain-timeout --listen --threads --buffer-size
+        --idle-timeout --drain-timeout --listen --threads --hand-over --buffer-size
     set -l option
     set -l ended
     for word in (commandline -opc)[2..]
@@ -233,6 +233,8 @@ complete -c systemd-socket-proxyd -l drain-timeout -x -k -a "$spans" \
 complete -c systemd-socket-proxyd -l listen -x -a '(__fish_systemd_socket_proxyd_listen)' \
     -d 'Listen here as well'
 complete -c systemd-socket-proxyd -l threads -x -k -a 'auto 1 2 4' -d 'Number of relay threads'
+complete -c systemd-socket-proxyd -l hand-over -x -k -a 'busy always' \
+    -d 'When other threads get connections'
 complete -c systemd-socket-proxyd -l buffer-size -x -k -a 'auto 64K 256K 1M' \
     -d 'Bytes to hold per direction'
 complete -c systemd-socket-proxyd -s h -l help -d 'Show help'

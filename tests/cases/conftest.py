@@ -1,7 +1,7 @@
 """The twenty-five cases that every relay must survive, seen from outside.
 
     pytest tests/cases --executable=/lib/systemd/systemd-socket-proxyd --contender=original-252
-    pytest tests/cases --no-splice --arguments=--threads=2
+    pytest tests/cases --no-splice --arguments='--threads=2 --hand-over=always'
 
 Each test is named after its case. Its docstring has the case's words, a colon, and what must come
 of it: what a direct connection between the client and the server would have delivered. Any program

@@ -35,6 +35,7 @@ def test_the_options_are_those_of_help(shell):
         ("--idle-timeout=inf", "--idle-timeout=infinity "),
         ("--drain-timeout 1h", "--drain-timeout 1h "),
         ("--threads=a", "--threads=auto "),
+        ("--hand-over b", "--hand-over busy "),
         ("--buffer-size=a", "--buffer-size=auto "),
         ("--buffer-size 256", "--buffer-size 256K "),
         ("-c 40", "-c 4096 "),

@@ -47,6 +47,7 @@ def live(executable, trace):
         door = stage.path("door")
         proxy = stage.launch(
             "--threads=2",
+            "--hand-over=always",
             "--proxy-protocol=v1",
             f"--listen={door}",
             target,

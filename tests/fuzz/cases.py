@@ -55,6 +55,7 @@ OPTIONS = {
     b"--idle-timeout": SPANS,
     b"--drain-timeout": SPANS,
     b"--threads": (*NUMBERS[:6], b"auto", b"2", b"3"),
+    b"--hand-over": (b"busy", b"always", b"", b"Always", b"always "),
     b"--buffer-size": SIZES,
     b"--listen": None,
     b"--help": (),

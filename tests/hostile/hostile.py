@@ -65,7 +65,8 @@ class Scene:
         pairs = self._targets("targets", "", 701) | self._targets("foes", "-foes", 702)
         pairs |= {"tcp-to-nobody": "127.0.0.1:704", "tcp-to-full": self._full_target()}
         listeners = {name: self._listener(name) for name in pairs}
-        threads = [f"--threads={chosen.threads}"] if chosen.threads else []
+        always = "--hand-over=always"
+        threads = [f"--threads={chosen.threads}", always] if chosen.threads else []
         self.proxy = Proxy(
             [*WITH_PARENT, chosen.executable, "--connections-max=4096", *threads, *options,
              *(f"{name}={target}" for name, target in pairs.items())],

@@ -5,6 +5,7 @@ idle says a file in the place of /proc/stat.
 """
 
 import os
+import socket
 import time
 
 import pytest
@@ -171,6 +172,27 @@ def test_what_it_holds_goes_along(sharing, pair, mode):
     assert crew.rig.read(stalled.client, 6) == b"answer"
 
 
+def test_more_than_one_turn_can_do_goes_along(sharing, way):
+    """A connection that has spent the budget of its turn, and would go on without an event."""
+    crew = sharing("tcp4", "tcp4", window_ms=0, **way)
+    data = payload(6_000_000)
+    while crew.rig.relay.handed_over < 40:
+        links = [crew.rig.adopted(send_buffer=4_000_000) for _ in range(4)]
+        for link in links:
+            link.target.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_000_000)
+        flows = [Outgoing(link.client, data, half_close) for link in links]
+        heard = [Incoming(link.target) for link in links]
+        for _ in range(3):
+            for flow in flows:  # as much as the sockets hold
+                flow.step()
+            crew.rig.turn()
+        crew.rig.run(*flows, *heard)
+        assert [(flow.data == data, flow.end) for flow in heard] == [(True, "eof")] * 4
+        for link in links:
+            close(link.target)
+            assert crew.rig.until_ended(link.id) == ("ended", len(data), 0)
+
+
 def test_ends_are_passed_on_by_the_other(sharing, pair):
     crew = sharing(*pair)
     links = [crew.rig.link() for _ in range(4)]
@@ -197,6 +219,26 @@ def test_new_connections_go_elsewhere_meanwhile(sharing):
         crew.rig.until(lambda link=link: crew.place_of(link.client_fd) is not None, "a place")
         if crew.place_of(link.client_fd) == 1:
             return
+
+
+def test_counts_go_along(sharing):
+    """New ones go where the fewest are, those counted that were given away."""
+    crew = sharing(window_ms=20)
+    links = [quiet_link(crew) for _ in range(8)]
+    keep_busy(crew, links)
+    crew.rig.relay.share(NOBODY_KNOWS, 1 << 30)  # as busy as it was, for ever
+    links += [crew.rig.link() for _ in range(8)]
+    crew.rig.until(
+        lambda: None not in [crew.place_of(link.client_fd) for link in links], "their places"
+    )
+    places = [crew.place_of(link.client_fd) for link in links]
+    assert abs(places.count(0) - places.count(1)) <= 1
+    for link in [link for link, place in zip(links, places, strict=True) if place == 1]:
+        reset(link.client)
+        crew.rig.until_ended(link.id)
+    link = crew.rig.link()
+    crew.rig.until(lambda: crew.place_of(link.client_fd) is not None, "its place")
+    assert crew.place_of(link.client_fd) == 1
 
 
 def test_a_crew_is_asked_for_once(sharing):
@@ -290,3 +332,23 @@ def test_whoever_is_about_to_end_stays(sharing):
     for link in ending:
         assert crew.rig.read_to_end(link.client) == (last_words, "reset")
         assert crew.rig.until_ended(link.id) == ("reset", 0, len(last_words))
+
+
+def test_whoever_is_watched_stays(sharing, way):
+    """Where a side has failed, and the other reads its last words slowly."""
+    crew = sharing("unix", "tcp4", window_ms=1 << 30, **way)
+    links = [crew.rig.link() for _ in range(4)]
+    sent = [crew.rig.stuff(link.target) for link in links]
+    for link in links:
+        reset(link.target)
+    crew.rig.settle()
+    crew.rig.relay.share(NOBODY_KNOWS, 0)
+    words = [Incoming(link.client, most=200_000) for link in links]
+    while not all(one.end for one in words):
+        for one in words:
+            one.step()
+            one.most += 200_000
+        crew.rig.turn()
+    assert [one.end for one in words] == ["eof"] * 4  # AF_UNIX has no reset
+    assert all(0 < len(one.data) <= size for one, size in zip(words, sent, strict=True))
+    assert crew.rig.relay.handed_over == 0

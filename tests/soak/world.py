@@ -122,7 +122,7 @@ class World:
         self.shaky = shaky
         pairs = [(a, b) for a in ("tcp", "unix") for b in ("tcp", "unix")]
         main_pairs = pairs + ([("tcp6", "tcp6")] if self.ipv6 else [])
-        threads = [f"--threads={self.threads}"] if self.threads else []
+        threads = [f"--threads={self.threads}", "--hand-over=always"] if self.threads else []
         last = {
             ("tcp", "tcp"): ["stream", "drip", "ping"],
             ("unix", "unix"): ["drip", "ping"],

@@ -67,6 +67,7 @@ def test_defaults():
     assert options.proxy_protocol == 0
     assert options.listen == []
     assert options.threads == 1
+    assert options.always_hand_over is False
     assert [(name, target.text) for name, target in options.targets] == [(None, "host:8080")]
 
 
@@ -190,6 +191,15 @@ def test_threads():
     for text in ("0", "1025", "x"):
         with pytest.raises(ValueError, match="."):
             cli._set_threads(options, text)
+
+
+def test_hand_over():
+    assert parse("--hand-over=always", "x:1").always_hand_over is True
+    assert parse("--hand-over=always", "--hand-over=busy", "x:1").always_hand_over is False
+    for text in ("", "Always", "never"):
+        assert message(f"--hand-over={text}", "x:1") == (
+            f"Failed to parse --hand-over= argument: {text}"
+        )
 
 
 @pytest.mark.parametrize(

@@ -78,8 +78,8 @@ def test_listeners_and_look_ups_need_fds_too():
 
 def test_threads_need_fds_too():
     base, _, _ = fit(64, 64, 256)
-    assert fit(64, 64, 256, threads=3)[0] == base - 2  # five fds
-    assert fit(64, 64, 256, threads=11)[0] == base - 10  # twenty more
+    assert fit(64, 64, 256, threads=3)[0] == base - 3  # six fds
+    assert fit(64, 64, 256, threads=11)[0] == base - 11  # sixteen more
 
 
 def test_the_largest_cap():

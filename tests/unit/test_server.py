@@ -11,9 +11,9 @@ import pytest
 
 from proxyd import address as sockaddr
 from proxyd import intake as intake_module
-from proxyd import log
+from proxyd import log, threads
 from proxyd import server as server_module
-from proxyd._relay import ENDED, FAILED, NOBODY, READY
+from proxyd._relay import BUSY, ENDED, FAILED, NOBODY, READY
 from proxyd.cli import Options
 from proxyd.intake import PAUSE_MS
 from proxyd.listen import Listener
@@ -72,6 +72,10 @@ class Relay:
         self.accepted = 0
         self.ended = []
         self.spins = 0
+        self.threads = 1
+        self.threads_most = 100
+        self.handed_over = 0
+        self.shares = []
 
     # what the server uses
 
@@ -129,6 +133,14 @@ class Relay:
 
     def trim(self):
         pass
+
+    def share(self, stat):
+        self.shares.append(stat)
+
+    def hire(self):
+        if self.threads == self.threads_most:
+            raise OSError(errno.EAGAIN, "")
+        self.threads += 1
 
     def connect(self, client, family, address, preamble=None, cookie=0, timeout_ms=0):
         os.close(client)
@@ -672,3 +684,68 @@ def test_a_real_connection(monkeypatch, tmp_path):
         assert b"".join(got) == b"request"
     os.close(quiet)
     os.close(told)
+
+
+# ── threads ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_threads_start_when_the_relay_asks_for_them(world):
+    """And read how idle the machine is from what /proc/stat says."""
+    world.options.threads = 4
+    world.options.exit_idle_time = 5_000_000
+    server = world.make()
+    seen = []
+    (stat,) = world.relay.shares
+    assert os.readlink(f"/proc/self/fd/{stat}") == "/proc/stat"
+    os.close(stat)
+    assert world.relay.threads == 1
+    world.relay.at(1000, lambda: [(BUSY,)])
+    world.relay.at(2000, lambda: seen.append(world.relay.threads))
+    assert server.serve() == 0
+    assert seen == [4]
+
+
+def test_threads_start_at_once_with_hand_over_always(world):
+    world.options.threads = 4
+    world.options.always_hand_over = True
+    world.make()
+    assert world.relay.threads == 4
+    assert world.relay.shares == []
+
+
+def test_one_thread_needs_no_rule(world):
+    world.options.always_hand_over = True
+    world.make()
+    assert world.relay.threads == 1
+    assert world.relay.shares == []
+
+
+def test_a_single_connection_needs_one_thread(world):
+    world.options.threads = 4
+    world.options.always_hand_over = True
+    world.listen("/run/backend", connected=True, fd=os.open("/dev/null", os.O_RDONLY))
+    world.make()
+    assert world.relay.threads == 1
+
+
+def test_fewer_threads_where_they_are_refused(world, capfd):
+    world.options.threads = 4
+    world.options.exit_idle_time = 5_000_000
+    world.relay.threads_most = 3
+    world.relay.at(1000, lambda: [(BUSY,)])
+    assert world.serve() == 0
+    os.close(*world.relay.shares)
+    assert world.relay.threads == 3
+    assert capfd.readouterr().err == (
+        "Failed to start a relay thread: Resource temporarily unavailable. Going on with 3 of 4.\n"
+    )
+
+
+def test_a_machine_that_does_not_say_how_idle_it_is(world, monkeypatch):
+    def refuse(path, flags):
+        raise FileNotFoundError(errno.ENOENT, "", path)
+
+    monkeypatch.setattr(threads.os, "open", refuse)
+    world.options.threads = 2
+    world.make()
+    assert world.relay.shares == [-1]

@@ -50,7 +50,12 @@ def relay(opened=0, up=0, down=0, **more):
         more.get("copied", 0),
         more.get("ends", (0, 0, 0, 0, 0)),
     )
-    return SimpleNamespace(open=opened, counters=lambda: counters)
+    return SimpleNamespace(
+        open=opened,
+        counters=lambda: counters,
+        threads=more.get("threads", 1),
+        handed_over=more.get("handed_over", 0),
+    )
 
 
 def reach(text, held=0, served=0, failed=0, returned=0):
@@ -97,6 +102,14 @@ def test_summary():
     assert lines[1:] == [
         "a:1: 13 served, 2 waiting, 1 failed",
         "b:2: 6 served, 0 waiting, 4 failed",
+    ]
+
+
+def test_summary_with_threads():
+    lines = summary(intake(), relay(threads=3, handed_over=70), [reach("a:1")])
+    assert lines[1:] == [
+        "a:1: 0 served, 0 waiting, 0 failed",
+        "3 threads, 70 connections handed over",
     ]
 
 

@@ -28,7 +28,7 @@ KINDS = {
     "start-options": (
         "tcp4",
         "tcp4",
-        ("--threads=2", "--exit-idle-time=1h", "--proxy-protocol=v1"),
+        ("--threads=2", "--hand-over=always", "--exit-idle-time=1h", "--proxy-protocol=v1"),
     ),
     "start-name": ("tcp4", "tcp4", ()),
     "start-listen": (None, "tcp4", ()),

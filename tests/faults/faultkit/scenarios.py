@@ -264,19 +264,19 @@ def opened(world):
     yield from world.exchange()
 
 
-@scenario(options=["--threads=3"])
+@scenario(options=["--threads=3", "--hand-over=always"])
 def threads(world):
     """As several, in three relay threads."""
     yield from several(world)
 
 
-@scenario(options=["--threads=2"], listens=False, early=True, quick=False)
+@scenario(options=["--threads=2", "--hand-over=always"], listens=False, early=True, quick=False)
 def threads_hold(world):
     """Clients that are held, with two relay threads."""
     yield from hold(world)
 
 
-@scenario(options=["--threads=2", "--buffer-size=128K", "--drain-timeout=60s"], ends=True)
+@scenario(options=["--threads=2", "--hand-over=always", "--buffer-size=128K", "--drain-timeout=60s"], ends=True)
 def threads_drain(world):
     """SIGTERM in the middle of two streams in two threads, which may finish."""
     conns = [world.connect(BULK, BULK) for _ in range(2)]

@@ -1,0 +1,161 @@
+"""--threads=: when further threads start, and what they change."""
+
+import os
+import signal
+import socket
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from harness.differences import differs
+from harness.privileges import as_unprivileged_user, need_root
+from harness.sockets import read_exactly
+from harness.traffic import Payload, expected, in_background, receive_digest, send_payload
+from harness.waiting import patience, wait_until
+
+pytestmark = differs("original", reason="has no --threads=", run=False)
+
+STREAMS = 8
+MIB = 1 << 20
+THREE = ("--threads=3", "--hand-over=busy")
+SLOW = "--buffer-size=4096"
+"""The program has more to do with each byte than its peers."""
+
+
+def tasks(proxy):
+    """How many threads it has."""
+    return len(os.listdir(f"/proc/{proxy.worker}/task"))
+
+
+def summary(proxy):
+    """The lines that it logs on SIGUSR1: what comes before those of a second one."""
+    first = len(proxy.log_lines())
+    for count in (1, 2):
+        proxy.send_signal(signal.SIGUSR1)
+        wait_until(lambda count=count: len(proxy.log_lines(" accepted, ")) == count, "counters")
+    lines = proxy.log_lines()[first:]
+    second = [number for number, line in enumerate(lines) if " accepted, " in line][1]
+    return lines[:second]
+
+
+def before_all_others(stage, stat):
+    """A prefix that lets the program have a CPU whatever else runs here, and reads `stat` as what
+    /proc/stat says of the machine."""
+    need_root("for a private /proc/stat and a real-time priority")
+    file = Path(stage.path("stat"))
+    file.write_text(stat)
+    script = f'mount --bind {file} /proc/stat && exec "$@"'
+    prefix = ["chrt", "--fifo", "1", "unshare", "--mount", "sh", "-c", script, "sh"]
+    probe = subprocess.run([*prefix, "true"], capture_output=True, text=True, check=False)
+    if probe.returncode != 0:
+        pytest.skip(f"no private /proc/stat, or no real-time priority: {probe.stderr.strip()}")
+    return prefix
+
+
+class Flow:
+    """Bytes through one connection, as many as go, until it is told to stop; they are thrown away
+    without being looked at, so that the program has more to do than its peers."""
+
+    def __init__(self, client, server):
+        self.client, self.server = client, server
+        self.stopped = threading.Event()
+        self.sent = in_background(self._send)
+        self.received = in_background(self._receive)
+
+    def _send(self):
+        block, count = bytes(MIB), 0
+        while not self.stopped.is_set():
+            self.client.sendall(block)
+            count += len(block)
+        self.client.shutdown(socket.SHUT_WR)
+        return count
+
+    def _receive(self):
+        count = 0
+        while got := self.server.recv(MIB, socket.MSG_TRUNC):  # a number of zeros, not those
+            count += len(got)
+        return count
+
+    def stop(self):
+        """End it. Everything has arrived, and an answer still comes back."""
+        self.stopped.set()
+        assert self.sent.result() == self.received.result()
+        self.server.sendall(b"hello")
+        assert read_exactly(self.client, 5) == b"hello"
+
+
+def keep_busy(stage, backend, until):
+    """Let bytes flow until it is so, and others beside them that are looked at."""
+    flows = [Flow(stage.connect(), backend.accept()) for _ in range(STREAMS)]
+    try:
+        number = 0
+        client, server = stage.connect(), backend.accept()
+        deadline = time.monotonic() + patience()
+        while not until():
+            assert time.monotonic() < deadline
+            payload = Payload(MIB, seed=number)
+            sending = send_payload(client, payload, half_close=False)
+            assert receive_digest(server, MIB).result() == expected(payload)
+            sending.result()
+            number += 1
+    finally:
+        for flow in flows:
+            flow.stopped.set()
+    for flow in flows:
+        flow.stop()
+
+
+def test_threads_start_when_one_is_too_busy(stage):
+    """And what is under way then goes on, in one thread or another."""
+    prefix = before_all_others(stage, "")  # says nothing: a CPU is taken to be idle
+    backend = stage.forward("tcp4", "tcp4", *THREE, SLOW, prefix=prefix)
+    before = tasks(stage.proxy)
+    keep_busy(stage, backend, lambda: tasks(stage.proxy) == before + 2)
+    threads, handed_over = summary(stage.proxy)[-1].split(" threads, ")
+    assert threads.endswith("3")
+    assert 1 <= int(handed_over.removesuffix(" connections handed over"))
+
+
+def test_one_thread_stays_where_no_cpu_is_idle(stage):
+    prefix = before_all_others(stage, "cpu  1 1 1 1000 1000 1 1 0 0 0\n")
+    backend = stage.forward("tcp4", "tcp4", *THREE, SLOW, prefix=prefix)
+    before = tasks(stage.proxy)
+    keep_busy(stage, backend, lambda: stage.proxy.cpu_seconds() > 0.5)
+    assert tasks(stage.proxy) == before
+    assert not any(" threads, " in line for line in summary(stage.proxy))
+
+
+def test_all_threads_start_at_once(stage):
+    stage.launch(
+        "--threads=3", "--hand-over=always", stage.echo(), listeners=[stage.listener()]
+    )
+    assert tasks(stage.proxy) >= 3
+    for _ in range(6):
+        client = stage.connect()
+        client.sendall(b"hello")
+        assert read_exactly(client, 5) == b"hello"
+    assert summary(stage.proxy)[-1].endswith("3 threads, 4 connections handed over")
+
+
+@pytest.mark.parametrize("threads", [2, 8])
+def test_threads_that_may_not_start(stage, threads):
+    """As with TasksMax=1: one warning, and one thread."""
+    prefix = ["prlimit", "--nproc=1", *as_unprivileged_user(stage.executable)]
+    stage.launch(
+        f"--threads={threads}",
+        "--hand-over=always",
+        stage.echo(),
+        listeners=[stage.listener()],
+        prefix=prefix,
+    )
+    (warning,) = stage.proxy.log_lines()
+    assert warning.endswith(
+        "Failed to start a relay thread: Resource temporarily unavailable. "
+        f"Going on with 1 of {threads}."
+    )
+    for _ in range(5):
+        client = stage.connect()
+        client.sendall(b"hello")
+        assert read_exactly(client, 5) == b"hello"
