@@ -5,8 +5,8 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from bench import sockets
@@ -125,17 +125,20 @@ def children(pid: int) -> list[int]:
     return found
 
 
-def find(executable: Path) -> dict[str, Contender]:
-    """All contenders that this machine has, by name, in the order of the report."""
+def find(executable: Path, options: Sequence[str] = ()) -> dict[str, Contender]:
+    """All contenders that this machine has, by name, in the order of the report.
+
+    ``options`` are for the program of this repository.
+    """
     originals = [found for found in (distro_original(), newest_original()) if found]
     originals.sort(key=lambda contender: contender.name)
     candidates = [
-        ours(executable),
+        ours(executable, options),
         *originals,
         haproxy(),
         nginx(),
         direct(),
-        two_threads(executable),
+        two_threads(executable, options),
     ]
     return {contender.name: contender for contender in candidates if contender}
 
@@ -145,20 +148,18 @@ def direct() -> Contender:
     return Contender("direct", "no proxy", None)
 
 
-def ours(executable: Path) -> Contender | None:
+def ours(executable: Path, options: Sequence[str]) -> Contender | None:
     """The program of this repository."""
     if not executable.exists():
         return None
     version = first_line([str(executable), "--version"])
-    return Contender("ours", version, forwarder([str(executable)]))
+    return Contender("ours", " ".join([version, *options]), forwarder([str(executable), *options]))
 
 
-def two_threads(executable: Path) -> Contender | None:
+def two_threads(executable: Path, options: Sequence[str]) -> Contender | None:
     """The program of this repository with two relay threads."""
-    one = ours(executable)
-    if one is None:
-        return None
-    return Contender("ours-2", one.version, forwarder([str(executable), "--threads=2"]))
+    one = ours(executable, ["--threads=2", *options])
+    return one and replace(one, name="ours-2")
 
 
 def forwarder(program: list[str]) -> Callable[[str, str, Path], list[str]]:

@@ -13,7 +13,7 @@ from proxyd._linux cimport (
 from proxyd._list cimport Link, list_remove
 
 cdef enum:
-    SPARE_LEAST = 40           # per cent of a CPU: with less, the peers lose what is gained
+    SPARE_LEAST = 25           # per cent of a CPU: with less, the peers lose what is gained
     GIVE_MOST = 32             # connections at a time: each costs four epoll_ctl
 
 

@@ -294,13 +294,13 @@ def test_everything_stays_without_an_idle_cpu(sharing, machine, field):
 
 
 def test_a_little_idle_time_is_not_enough(sharing, machine):
-    """A quarter of a CPU."""
+    """A tenth of a CPU."""
     crew = sharing(stat=machine.open(), window_ms=100)
     links = [crew.rig.link() for _ in range(4)]
     began = time.monotonic()
 
     def rest():
-        machine.set("idle", (time.monotonic() - began) / 4)
+        machine.set("idle", (time.monotonic() - began) / 10)
 
     while time.monotonic() < began + 0.5:
         keep_busy(crew, links, turns=20, each=rest)

@@ -81,6 +81,37 @@ def gigabyte_unix_unix(m: Machine) -> None:
     gigabyte_each_way(m, f"{m.folder}/listener", f"{m.folder}/socket")
 
 
+# In units of 4 KiB the proxy has the most to do of all, and its priority lets it: so one thread is too
+# few. Where it cannot see /proc/stat it believes that a CPU is idle.
+BUSY = """
+ProcSubset=pid
+CPUSchedulingPolicy=fifo
+CPUSchedulingPriority=1
+"""
+
+
+@scenario(needs="--threads --buffer-size")
+def gigabytes_in_threads(m: Machine) -> None:
+    """Six times 1 GiB down at once; a second and a third thread start in the middle"""
+    gigabyte(m)
+    m.sh(f"mkdir {m.folder}/files; ln {GIGABYTE_FILE} {m.folder}/files/down")
+    start_dav(m)
+    m.proxy(
+        "proxy",
+        "127.0.0.1:9000",
+        "127.0.0.1:8000",
+        options="--threads=3 --buffer-size=4K",
+        service=BUSY,
+    )
+    m.sh("curl -sS http://127.0.0.1:9000/ >/dev/null")
+    count_tasks = f"ls /proc/{m.main_pid('proxy.service')}/task | wc -l"
+    same("threads before", m.sh(count_tasks).strip(), "1")
+    get = f"curl -sS http://127.0.0.1:9000/down | cmp - {GIGABYTE_FILE} || echo differs"
+    m.sh(f"for i in 1 2 3 4 5 6; do ({get}) & done >{m.folder}/said; wait", timeout=120)
+    same("differences", m.sh(f"cat {m.folder}/said"), "")
+    same("threads then", m.sh(count_tasks).strip(), "3")
+
+
 # Mostly holes, so that it costs no disk; a mark at each 64 MiB tells the places apart.
 MAKE_LARGE = """
 truncate -s 4200M {path}
