@@ -1,12 +1,13 @@
 # How busy a relay is, and whether another thread could help it.
 #
-# A thread helps where one has more to do than a CPU can, and another CPU is idle. Otherwise it takes
-# the CPU from somebody who needs it as much, the peers among them; and the first further thread costs
-# the program 2 to 6 % of each small message, since the kernel then counts the users of every fd.
+# A thread helps where one has more to do than a CPU can, and another CPU is idle. Otherwise it
+# takes the CPU from somebody who needs it as much, the peers among them; and the first further
+# thread costs the program 2 to 6 % of each small message, since the kernel then counts the users
+# of every fd.
 #
 # So time is looked at in windows, each as long as the policy says or somewhat longer. After one in
-# which the thread was on a CPU nearly all of the time the kernel is asked how long the CPUs were idle
-# meanwhile. (Not how many tasks want to run: a relay looks when it has just woken its peers.)
+# which the thread was on a CPU nearly all of the time the kernel is asked how long the CPUs were
+# idle meanwhile. (Not how many tasks want to run: a relay looks when it has just woken its peers.)
 
 from proxyd._linux cimport (
     CLOCK_MONOTONIC, CLOCK_THREAD_CPUTIME_ID, _SC_CLK_TCK, clock_gettime, clockid_t, int64_t, pread,
@@ -58,7 +59,7 @@ cdef inline void busy_window(Busy *busy, int stat) noexcept nogil:
     cdef int64_t now_ns = clock_ns(CLOCK_MONOTONIC)
     cdef int64_t used_ns = clock_ns(CLOCK_THREAD_CPUTIME_ID)
     cdef int64_t length_ns = max(now_ns - busy.since_ns, 1)
-    cdef bint full = (used_ns - busy.used_ns) * 100 >= length_ns * FULL_PERCENT
+    cdef bint full = (used_ns - busy.used_ns) // FULL_PERCENT >= length_ns // 100
     cdef int64_t idle_ns = machine_idle_ns(stat) if full else -1
     busy.spare = 0
     if full and idle_ns < 0:

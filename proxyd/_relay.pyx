@@ -13,10 +13,10 @@ _half.pxd (the pump), _pipe.pxd (pipes); and _crew.pxd for the same in several t
 """
 
 from proxyd._connection cimport (
-    Connection, HOW_COUNT, KIND_GATE, KIND_WATCH, NOTE_ACCEPTED, NOTE_ENDED, NOTE_FAILED,
-    NOTE_BUSY, NOTE_NOBODY, NOTE_READY, NOTE_REFUSED, Note, Relaying, connection_free, connection_new,
-    connection_open, connection_place, connections_fewer, socket_connect, socket_error,
-    socket_met_itself, socket_tune,
+    Connection, HOW_COUNT, KIND_GATE, KIND_WATCH, NOTE_ACCEPTED, NOTE_BUSY, NOTE_ENDED,
+    NOTE_FAILED, NOTE_NOBODY, NOTE_READY, NOTE_REFUSED, Note, Relaying, connection_free,
+    connection_new, connection_open, connection_place, connections_fewer, socket_connect,
+    socket_error, socket_met_itself, socket_tune,
 )
 from proxyd._crew cimport crew_answered, crew_ask, crew_dismiss, crew_hire, crew_order
 from proxyd._gate cimport (
@@ -250,9 +250,9 @@ cdef class Relay:
         return self.sum_of(&self.relaying.handed_over)
 
     def share(self, int stat, int window_ms=100):
-        """Hand over only what is too much for one thread, and while a CPU is idle: see _busy.pxd. That
-        is looked at every `window_ms`. Without share() every new connection goes to the thread
-        that has the fewest.
+        """Hand over only what is too much for one thread, and while a CPU is idle: see _busy.pxd.
+        That is looked at every `window_ms`. Without share() every new connection goes to the
+        thread that has the fewest.
 
         `stat` is an fd of /proc/stat, the relay's from now on; -1 where it cannot be had: then a
         CPU is taken to be idle always. Where there is no further thread yet when one could help,

@@ -1,5 +1,5 @@
-# What a relay does that has more to do than one CPU can, while another is free (_busy.pxd): it gives
-# half of its work to a relay that sleeps. The boss asks for such relays first, if there are none yet.
+# What a relay does that has more to do than one CPU can, while another is idle (_busy.pxd): it
+# gives half of its work to a relay that sleeps. Where there is none yet, the boss asks for a crew.
 #
 # Nothing is ever taken back: the connections that come later begin with the boss again.
 

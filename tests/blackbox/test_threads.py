@@ -115,7 +115,7 @@ def test_threads_start_when_one_is_too_busy(stage):
     keep_busy(stage, backend, lambda: tasks(stage.proxy) == before + 2)
     threads, handed_over = summary(stage.proxy)[-1].split(" threads, ")
     assert threads.endswith("3")
-    assert 1 <= int(handed_over.removesuffix(" connections handed over"))
+    assert int(handed_over.removesuffix(" connections handed over")) >= 1
 
 
 def test_one_thread_stays_where_no_cpu_is_idle(stage):
@@ -128,9 +128,7 @@ def test_one_thread_stays_where_no_cpu_is_idle(stage):
 
 
 def test_all_threads_start_at_once(stage):
-    stage.launch(
-        "--threads=3", "--hand-over=always", stage.echo(), listeners=[stage.listener()]
-    )
+    stage.launch("--threads=3", "--hand-over=always", stage.echo(), listeners=[stage.listener()])
     assert tasks(stage.proxy) >= 3
     for _ in range(6):
         client = stage.connect()

@@ -268,7 +268,9 @@ def several_targets(proxy: Proxy) -> None:
 
 @path
 def threads(proxy: Proxy) -> None:
-    m = proxy.start("127.0.0.1:9000", "127.0.0.1:8000", "--threads=3 --hand-over=always --buffer-size=64K")
+    m = proxy.start(
+        "127.0.0.1:9000", "127.0.0.1:8000", "--threads=3 --hand-over=always --buffer-size=64K"
+    )
     load(m, 100, 5, 5)
     tasks = m.sh(f"ls /proc/{m.main_pid('proxy.service')}/task").split()
     check(len(tasks) >= 3, f"{len(tasks)} threads")

@@ -1,7 +1,7 @@
 """What a relay with more to do than a CPU can gives away, and when it keeps everything.
 
-The boss is stepped by the test without a pause, and so is as busy as a relay can be; whether a CPU is
-idle says a file in the place of /proc/stat.
+The boss is stepped by the test without a pause, and so is as busy as a relay can be; whether a CPU
+is idle says a file in the place of /proc/stat.
 """
 
 import os

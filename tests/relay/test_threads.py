@@ -1,5 +1,5 @@
-"""Stress of a relay with several threads: connections handed over by the hundred, new ones and those
-in the middle of a stream, ended from both sides in every way, while the policy counts, asks, trims,
+"""Stress of a relay with several threads: connections handed over by the hundred, new ones and
+those in the middle of a stream, ended from both sides in every way, while the policy counts, asks, trims,
 cuts and tears down.
 
 What is asserted is what must hold in every interleaving; what else may go wrong between threads a

@@ -276,7 +276,10 @@ def threads_hold(world):
     yield from hold(world)
 
 
-@scenario(options=["--threads=2", "--hand-over=always", "--buffer-size=128K", "--drain-timeout=60s"], ends=True)
+@scenario(
+    options=["--threads=2", "--hand-over=always", "--buffer-size=128K", "--drain-timeout=60s"],
+    ends=True,
+)
 def threads_drain(world):
     """SIGTERM in the middle of two streams in two threads, which may finish."""
     conns = [world.connect(BULK, BULK) for _ in range(2)]
