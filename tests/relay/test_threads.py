@@ -1,6 +1,6 @@
 """Stress of a relay with several threads: connections handed over by the hundred, new ones and
-those in the middle of a stream, ended from both sides in every way, while the policy counts, asks, trims,
-cuts and tears down.
+those in the middle of a stream, ended from both sides in every way, while the policy counts, asks,
+trims, cuts and tears down.
 
 What is asserted is what must hold in every interleaving; what else may go wrong between threads a
 thread sanitizer sees (`ci/sanitize thread`). RELAY_CONNECTIONS= makes it longer.
