@@ -73,9 +73,9 @@ class Flow:
         return count
 
     def _receive(self):
-        count = 0
-        while got := self.server.recv(MIB, socket.MSG_TRUNC):  # a number of zeros, not those
-            count += len(got)
+        count, nowhere = 0, bytearray(MIB)
+        while size := self.server.recv_into(nowhere, MIB, socket.MSG_TRUNC):
+            count += size
         return count
 
     def stop(self):

@@ -223,11 +223,10 @@ def test_new_connections_go_elsewhere_meanwhile(sharing):
 
 def test_counts_go_along(sharing):
     """New ones go where the fewest are, those counted that were given away."""
-    crew = sharing(window_ms=20)
+    crew = sharing(window_ms=1000)
     links = [quiet_link(crew) for _ in range(8)]
     keep_busy(crew, links)
-    crew.rig.relay.share(NOBODY_KNOWS, 1 << 30)  # as busy as it was, for ever
-    links += [crew.rig.link() for _ in range(8)]
+    links += [crew.rig.link() for _ in range(8)]  # before the next window ends
     crew.rig.until(
         lambda: None not in [crew.place_of(link.client_fd) for link in links], "their places"
     )
@@ -336,13 +335,14 @@ def test_whoever_is_about_to_end_stays(sharing):
 
 def test_whoever_is_watched_stays(sharing, way):
     """Where a side has failed, and the other reads its last words slowly."""
-    crew = sharing("unix", "tcp4", window_ms=1 << 30, **way)
+    crew = sharing("unix", "tcp4", threads=0, window_ms=1 << 30, **way)
     links = [crew.rig.link() for _ in range(4)]
     sent = [crew.rig.stuff(link.target) for link in links]
     for link in links:
         reset(link.target)
     crew.rig.settle()
     crew.rig.relay.share(NOBODY_KNOWS, 0)
+    crew.hire(1)
     words = [Incoming(link.client, most=200_000) for link in links]
     while not all(one.end for one in words):
         for one in words:

@@ -32,6 +32,7 @@ NO_LEAK_CHECK = {
         " the frames of threads"
     ),
     "test_few_tasks": "its program may have no task more, and LeakSanitizer needs one",
+    "test_threads_that_may_not_start": "likewise",
 }
 """Modules of tests, and tests, whose programs are not searched for leaks, and why."""
 
