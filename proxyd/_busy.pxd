@@ -18,6 +18,11 @@ cdef enum:
     FULL_PERCENT = 90          # of a window on a CPU: this relay has more to do than it can
     SPARE_MOST = 100           # where nobody knows
 
+# how much of another CPU must have been idle, in per cent
+cdef enum:
+    SPARE_LEAST = 25           # with less, the peers lose what is gained
+    SPARE_FOR_NEW = 75         # a short connection costs half as much again in another thread
+
 ctypedef struct Busy:
     int64_t since_ns           # when this window began, on CLOCK_MONOTONIC
     int64_t used_ns            # CPU time of the thread until then

@@ -14,7 +14,7 @@
 # A lingering connection has only Y left, X is closed. Nothing is freed while a batch of events is
 # worked on, since a later event of the batch may still point to it: the dead go last.
 
-from proxyd._busy cimport Busy
+from proxyd._busy cimport Busy, SPARE_FOR_NEW
 from proxyd._half cimport (
     DEAD, DRAINING, Endpoint, Engine, FLOWING, Half, SHUT, STAT_TO_CLIENT, STAT_TO_TARGET,
     endpoint_failed, endpoint_interest, endpoint_lost, endpoint_recv, half_abandon, half_drop,
@@ -53,9 +53,6 @@ cdef enum:
 # how a connection ended
 cdef enum:
     HOW_ENDED, HOW_RESET, HOW_IDLE, HOW_CUT, HOW_GONE, HOW_COUNT
-
-cdef enum:
-    SPARE_FOR_NEW = 75         # per cent of a CPU: a hand-over costs as much as what is handed over
 
 cdef enum:
     DRAIN_MS = 1000            # a side that was sent a clean end may go on sending so long …
@@ -104,9 +101,9 @@ ctypedef struct Crew:
     int count
     int size                   # of `relays`
     bint shares                # it is handed only what is too much for one relay
-    int window_ms              # … of so long
-    bint asked_for             # the boss has told the policy that it could need one
+    int window_ms              # how long that one must have been busy
     int stat                   # fd of /proc/stat; -1: not to be had
+    bint asked_for             # the boss has told the policy that it could need a crew
     int asked                  # how often they were asked whether they are alive
 
 ctypedef struct Relaying:

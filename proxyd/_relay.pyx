@@ -256,10 +256,8 @@ cdef class Relay:
 
         `stat` is an fd of /proc/stat, the relay's from now on; -1 where it cannot be had: then a
         CPU is taken to be idle always. Where there is no further thread yet when one could help,
-        run() returns (BUSY,), once.
+        run() returns (BUSY,), once. To be called once, before hire().
         """
-        if self.relaying.crew.stat >= 0:
-            close(self.relaying.crew.stat)
         self.relaying.crew.shares = True
         self.relaying.crew.stat = stat
         self.relaying.crew.window_ms = window_ms
@@ -267,8 +265,8 @@ cdef class Relay:
     def hire(self):
         """Start one more thread, to which connections are handed over. Raises OSError.
 
-        share() must have been called, and idle_ms, report_ends and shared set, before: a new thread
-        takes them as they are. All threads must be there before one of them is handed anything.
+        idle_ms, report_ends and shared must be set before: a new thread takes them as they are.
+        All threads must be there before one of them is handed anything.
         """
         cdef int failure = crew_hire(&self.relaying)
         if failure < 0:

@@ -3,7 +3,7 @@
 #
 # Nothing is ever taken back: the connections that come later begin with the boss again.
 
-from proxyd._busy cimport busy_window
+from proxyd._busy cimport SPARE_LEAST, busy_window
 from proxyd._connection cimport CONNECTED, Connection, NOTE_BUSY, Relaying, note_add, relay_left
 from proxyd._half cimport Endpoint
 from proxyd._inbox cimport inbox_put
@@ -13,7 +13,6 @@ from proxyd._linux cimport (
 from proxyd._list cimport Link, list_remove
 
 cdef enum:
-    SPARE_LEAST = 25           # per cent of a CPU: with less, the peers lose what is gained
     GIVE_MOST = 32             # connections at a time: each costs four epoll_ctl
 
 

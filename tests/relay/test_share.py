@@ -249,7 +249,9 @@ def test_a_crew_is_asked_for_once(sharing):
     windows_of(crew, links, 0.1)
     assert crew.rig.of_kind(BUSY) == [(BUSY,)]
     assert crew.rig.relay.threads == 1
+    crew.rig.relay.ask()
     crew.hire(1)
+    assert crew.rig.relay.answered  # it has not been there to be asked
     assert crew.rig.relay.threads == 2
     keep_busy(crew, links)
     assert crew.rig.of_kind(BUSY) == [(BUSY,)]
@@ -333,22 +335,22 @@ def test_whoever_is_about_to_end_stays(sharing):
         assert crew.rig.until_ended(link.id) == ("reset", 0, len(last_words))
 
 
-def test_whoever_is_watched_stays(sharing, way):
+def test_whoever_is_watched_stays(rigs, way):
     """Where a side has failed, and the other reads its last words slowly."""
-    crew = sharing("unix", "tcp4", threads=0, window_ms=1 << 30, **way)
-    links = [crew.rig.link() for _ in range(4)]
-    sent = [crew.rig.stuff(link.target) for link in links]
+    rig = rigs("unix", "tcp4", **way)
+    links = [rig.link() for _ in range(4)]
+    sent = [rig.stuff(link.target) for link in links]
     for link in links:
         reset(link.target)
-    crew.rig.settle()
-    crew.rig.relay.share(NOBODY_KNOWS, 0)
-    crew.hire(1)
+    rig.settle()
+    rig.relay.share(NOBODY_KNOWS, 0)
+    Crewed(rig)
     words = [Incoming(link.client, most=200_000) for link in links]
     while not all(one.end for one in words):
         for one in words:
             one.step()
             one.most += 200_000
-        crew.rig.turn()
+        rig.turn()
     assert [one.end for one in words] == ["eof"] * 4  # AF_UNIX has no reset
     assert all(0 < len(one.data) <= size for one, size in zip(words, sent, strict=True))
-    assert crew.rig.relay.handed_over == 0
+    assert rig.relay.handed_over == 0
