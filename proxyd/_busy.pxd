@@ -6,16 +6,15 @@
 # of every fd.
 #
 # So time is looked at in windows, each as long as the policy says or somewhat longer. After one in
-# which the thread was on a CPU nearly all of the time the kernel is asked how long the CPUs were
-# idle meanwhile. (Not how many tasks want to run: a relay looks when it has just woken its peers.)
+# which the relay has hardly slept the kernel is asked how long the CPUs were idle meanwhile. (Not
+# how many tasks want to run: a relay looks when it has just woken its peers.)
 
 from proxyd._linux cimport (
-    CLOCK_MONOTONIC, CLOCK_THREAD_CPUTIME_ID, _SC_CLK_TCK, clock_gettime, clockid_t, int64_t, pread,
-    strtoull, sysconf, timespec,
+    CLOCK_MONOTONIC, _SC_CLK_TCK, clock_gettime, int64_t, pread, strtoull, sysconf, timespec,
 )
 
 cdef enum:
-    FULL_PERCENT = 90          # of a window on a CPU: this relay has more to do than it can
+    ASLEEP_MOST = 10           # per cent of a window; with less a relay has all that it can do
     SPARE_MOST = 100           # where nobody knows
 
 # how much of another CPU must have been idle, in per cent
@@ -25,14 +24,14 @@ cdef enum:
 
 ctypedef struct Busy:
     int64_t since_ns           # when this window began, on CLOCK_MONOTONIC
-    int64_t used_ns            # CPU time of the thread until then
+    int64_t asleep_ns          # how much of it the relay has slept
     int64_t idle_ns            # idle time of all CPUs until then; -1: was not asked
-    int spare                  # per cent of one CPU that were idle in the last window; 0: not full
+    int spare                  # per cent of one CPU that were idle in the last window; 0: it slept
 
 
-cdef inline int64_t clock_ns(clockid_t clock) noexcept nogil:
+cdef inline int64_t clock_ns() noexcept nogil:
     cdef timespec now
-    clock_gettime(clock, &now)
+    clock_gettime(CLOCK_MONOTONIC, &now)
     return <int64_t>now.tv_sec * 1000000000 + now.tv_nsec
 
 
@@ -61,10 +60,9 @@ cdef inline int64_t machine_idle_ns(int stat) noexcept nogil:
 cdef inline void busy_window(Busy *busy, int stat) noexcept nogil:
     """End a window and begin the next. `stat` is an fd of /proc/stat; where nothing can be read
     there, a CPU is taken to be idle: more threads than one were asked for."""
-    cdef int64_t now_ns = clock_ns(CLOCK_MONOTONIC)
-    cdef int64_t used_ns = clock_ns(CLOCK_THREAD_CPUTIME_ID)
+    cdef int64_t now_ns = clock_ns()
     cdef int64_t length_ns = max(now_ns - busy.since_ns, 1)
-    cdef bint full = (used_ns - busy.used_ns) // FULL_PERCENT >= length_ns // 100
+    cdef bint full = busy.asleep_ns // ASLEEP_MOST <= length_ns // 100
     cdef int64_t idle_ns = machine_idle_ns(stat) if full else -1
     busy.spare = 0
     if full and idle_ns < 0:
@@ -73,4 +71,4 @@ cdef inline void busy_window(Busy *busy, int stat) noexcept nogil:
         busy.spare = <int>min((idle_ns - busy.idle_ns) * 100 // length_ns, <int64_t>SPARE_MOST)
     busy.idle_ns = idle_ns
     busy.since_ns = now_ns
-    busy.used_ns = used_ns
+    busy.asleep_ns = 0

@@ -100,8 +100,7 @@ ctypedef struct Crew:
     Relaying **relays
     int count
     int size                   # of `relays`
-    bint shares                # it is handed only what is too much for one relay
-    int window_ms              # how long that one must have been busy
+    int window_ms              # how long a relay must have been busy to hand work over
     int stat                   # fd of /proc/stat; -1: not to be had
     bint asked_for             # the boss has told the policy that it could need a crew
     int asked                  # how often they were asked whether they are alive
@@ -114,6 +113,7 @@ ctypedef struct Relaying:
     Relaying *boss             # the relay that accepts and hands over; NULL: this is the one
     Crew crew                  # the boss's: those it hands over to
     pthread_t thread           # a crew's relay: where it runs
+    bint shares                # it hands over only what is too much for it
     Busy busy
     int asleep                 # it waits for events
     bint stopping              # a crew's relay: it was told to end
@@ -639,7 +639,7 @@ cdef inline Relaying *relay_with_least(Relaying *boss) noexcept nogil:
 
 cdef inline Relaying *relay_for_new(Relaying *boss) noexcept nogil:
     """Where a new connection is to begin: with the boss, unless that is too much for it."""
-    if boss.crew.shares and boss.busy.spare < SPARE_FOR_NEW:
+    if boss.shares and boss.busy.spare < SPARE_FOR_NEW:
         return boss
     return relay_with_least(boss)
 

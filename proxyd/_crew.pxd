@@ -84,6 +84,7 @@ cdef inline int crew_open(Relaying *relay, const Relaying *boss) noexcept nogil:
     relay.idle_ms = boss.idle_ms
     relay.report_ends = boss.report_ends
     relay.shared = boss.shared
+    relay.shares = boss.shares
     return relay_open_inbox(relay) if failure == 0 else failure
 
 
@@ -174,7 +175,7 @@ cdef inline int crew_dismiss(Relaying *boss, bint reset) noexcept nogil:
         relay_inherit(boss, relay)
         crew_free(relay)
     boss.crew.count = 0
-    boss.crew.shares = False  # and no other crew is asked for
+    boss.shares = False  # and no other crew is asked for
     if boss.inbox.bell >= 0:
         relay_read_inbox(boss)
     return count

@@ -3,6 +3,7 @@
 # Every relay has one, the boss's and those of its crew. Only the boss has gates, watched fds and
 # notes for the policy.
 
+from proxyd._busy cimport clock_ns
 from proxyd._connection cimport (
     CONNECTED, Connection, EVENTS_MOST, HOW_CUT, HOW_IDLE, KIND_GATE, KIND_INBOX, KIND_WATCH,
     NOTE_READY, Relaying, connection_advance, connection_begin, connection_close,
@@ -46,6 +47,7 @@ cdef inline void relay_init(Relaying *relay, Tally *tally, OwnTable *own) noexce
     relay.engine.now_ms = clock_ms()
     relay.inbox.bell = -1
     relay.crew.stat = -1
+    relay.busy.since_ns = clock_ns()
     relay.busy.idle_ns = -1
     link_init(&relay.live, NULL)
     link_init(&relay.timed, NULL)
@@ -128,11 +130,16 @@ cdef inline int relay_turn(Relaying *relay, int64_t deadline_ms) noexcept nogil:
 
 
 cdef inline int relay_wait(Relaying *relay, int timeout_ms) noexcept nogil:
-    """As epoll_wait(2). Others see that it waits, and may give it something to do."""
+    """As epoll_wait(2). Where work is shared, others see that it waits, and may give it some."""
     cdef int count
+    cdef int64_t began_ns
+    if not relay.shares:
+        return epoll_wait(relay.engine.epoll, relay.events, EVENTS_MOST, timeout_ms)
+    began_ns = clock_ns()
     hint_set(&relay.asleep, 1)
     count = epoll_wait(relay.engine.epoll, relay.events, EVENTS_MOST, timeout_ms)
     hint_set(&relay.asleep, 0)
+    relay.busy.asleep_ns += clock_ns() - began_ns
     return count
 
 

@@ -258,7 +258,7 @@ cdef class Relay:
         CPU is taken to be idle always. Where there is no further thread yet when one could help,
         run() returns (BUSY,), once. To be called once, before hire().
         """
-        self.relaying.crew.shares = True
+        self.relaying.shares = True
         self.relaying.crew.stat = stat
         self.relaying.crew.window_ms = window_ms
 

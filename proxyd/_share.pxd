@@ -19,7 +19,7 @@ cdef enum:
 cdef inline bint relay_overflows(Relaying *relay) noexcept nogil:
     """Whether a window has ended after which the relay is to give work away."""
     cdef Relaying *boss = relay if relay.boss == NULL else relay.boss
-    if not boss.crew.shares:
+    if not relay.shares:
         return False
     if relay.engine.now_ms - relay.busy.since_ns // 1000000 < boss.crew.window_ms:
         return False

@@ -81,12 +81,11 @@ def gigabyte_unix_unix(m: Machine) -> None:
     gigabyte_each_way(m, f"{m.folder}/listener", f"{m.folder}/socket")
 
 
-# In units of 4 KiB the proxy has the most to do of all, and its priority lets it: so one thread is
-# too few. Where it cannot see /proc/stat it believes that a CPU is idle.
+# In units of 4 KiB the proxy has the most to do of all, and it comes last: so work piles up before
+# it. Where it cannot see /proc/stat it believes that a CPU is idle.
 BUSY = """
 ProcSubset=pid
-CPUSchedulingPolicy=fifo
-CPUSchedulingPriority=1
+Nice=19
 """
 
 
