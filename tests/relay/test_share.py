@@ -119,7 +119,7 @@ def windows_of(crew, links, seconds):
 
 
 def test_half_of_the_work_is_given_away(sharing):
-    crew = sharing(window_ms=20)
+    crew = sharing(window_ms=100)
     links = [quiet_link(crew) for _ in range(8)]
     keep_busy(crew, links)
     assert 1 <= crew.rig.relay.handed_over <= 4
@@ -270,7 +270,7 @@ def test_idle_time_is_read(sharing, machine, field):
 
 def test_everything_stays_while_one_is_enough(sharing):
     """A boss that sleeps between two messages keeps what it has, and who comes new."""
-    crew = sharing(window_ms=20)
+    crew = sharing(window_ms=100)
     links = [quiet_link(crew) for _ in range(10)]
     assert [crew.place_of(link.client_fd) for link in links] == [0] * 10
     assert crew.rig.relay.handed_over == 0
@@ -310,10 +310,10 @@ def test_a_little_idle_time_is_not_enough(sharing, machine):
 
 def test_a_single_connection_stays(sharing):
     """Nothing would be gained; nor by giving one of them that does nothing."""
-    crew = sharing(window_ms=20)
+    crew = sharing(window_ms=100)
     links = [quiet_link(crew) for _ in range(5)]
     began = time.monotonic()
-    while time.monotonic() < began + 0.1:
+    while time.monotonic() < began + 0.3:
         keep_busy(crew, links[-1:], turns=20)
     assert [crew.place_of(link.client_fd) for link in links] == [0] * 5
 
