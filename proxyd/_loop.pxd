@@ -13,9 +13,8 @@ from proxyd._gate cimport GateState, gate_event, gates_reopen
 from proxyd._half cimport COPY_UNIT, Endpoint, FIRST_UNIT, half_held
 from proxyd._inbox cimport ORDER_ANSWER, ORDER_STOP, ORDER_TRIM, inbox_take
 from proxyd._linux cimport (
-    CLOCK_MONOTONIC, EINTR, ENOMEM, EPOLL_CLOEXEC, clock_gettime, close, epoll_create1,
-    epoll_event, epoll_wait, errno, free, hint_set, int64_t, malloc, shared_get, shared_set,
-    timespec, uint32_t,
+    EINTR, ENOMEM, EPOLL_CLOEXEC, close, epoll_create1, epoll_event, epoll_wait, errno, free,
+    hint_set, int64_t, malloc, shared_get, shared_set, uint32_t,
 )
 from proxyd._list cimport Link, link_init, list_append, list_empty, list_remove
 from proxyd._own cimport OwnTable
@@ -32,9 +31,7 @@ ctypedef struct Watch:
 
 
 cdef inline int64_t clock_ms() noexcept nogil:
-    cdef timespec now
-    clock_gettime(CLOCK_MONOTONIC, &now)
-    return <int64_t>now.tv_sec * 1000 + now.tv_nsec // 1000000
+    return clock_ns() // 1000000
 
 
 # ── set-up ───────────────────────────────────────────────────────────────────────────────────

@@ -108,11 +108,11 @@ def quiet_link(crew):
     return link
 
 
-def windows_of(crew, links, seconds):
-    """Keep the relay busy for so long."""
+def stay_busy(crew, links, seconds, each=lambda: None):
+    """Keep the relay busy for so long, whether or not something is handed over."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        keep_busy(crew, links, turns=20)
+        keep_busy(crew, links, turns=20, each=each)
 
 
 # ── what is given away ───────────────────────────────────────────────────────────────────────────
@@ -246,7 +246,7 @@ def test_a_crew_is_asked_for_once(sharing):
     crew.rig.until(
         lambda: keep_busy(crew, links, turns=5) or crew.rig.of_kind(BUSY), "the call for help"
     )
-    windows_of(crew, links, 0.1)
+    stay_busy(crew, links, 0.1)
     assert crew.rig.of_kind(BUSY) == [(BUSY,)]
     assert crew.rig.relay.threads == 1
     crew.rig.relay.ask()
@@ -287,8 +287,7 @@ def test_everything_stays_without_an_idle_cpu(sharing, machine, field):
         if field is not None:
             machine.set(field, time.monotonic() - began)
 
-    while time.monotonic() < began + 0.3:
-        keep_busy(crew, links, turns=20, each=spend)
+    stay_busy(crew, links, 0.3, spend)
     links.append(crew.rig.link())
     assert [crew.place_of(link.client_fd) for link in links] == [0] * 5
     assert crew.rig.relay.handed_over == 0
@@ -303,8 +302,7 @@ def test_a_little_idle_time_is_not_enough(sharing, machine):
     def rest():
         machine.set("idle", (time.monotonic() - began) / 10)
 
-    while time.monotonic() < began + 0.5:
-        keep_busy(crew, links, turns=20, each=rest)
+    stay_busy(crew, links, 0.5, rest)
     assert crew.rig.relay.handed_over == 0
 
 
@@ -312,9 +310,7 @@ def test_a_single_connection_stays(sharing):
     """Nothing would be gained; nor by giving one of them that does nothing."""
     crew = sharing(window_ms=100)
     links = [quiet_link(crew) for _ in range(5)]
-    began = time.monotonic()
-    while time.monotonic() < began + 0.3:
-        keep_busy(crew, links[-1:], turns=20)
+    stay_busy(crew, links[-1:], 0.3)
     assert [crew.place_of(link.client_fd) for link in links] == [0] * 5
 
 
