@@ -16,7 +16,7 @@ from proxyd._connection cimport (
     Connection, HOW_COUNT, KIND_GATE, KIND_WATCH, NOTE_ACCEPTED, NOTE_BUSY, NOTE_ENDED,
     NOTE_FAILED, NOTE_NOBODY, NOTE_READY, NOTE_REFUSED, Note, Relaying, connection_free,
     connection_new, connection_open, connection_place, connections_fewer, socket_connect,
-    socket_error, socket_met_itself, socket_tune,
+    socket_error, socket_met_itself, socket_reset, socket_tune,
 )
 from proxyd._crew cimport crew_answered, crew_ask, crew_dismiss, crew_hire, crew_order
 from proxyd._gate cimport (
@@ -387,10 +387,14 @@ cdef class Relay:
         own_add(&self.own, &watch.own, fd, &target)
         return fd
 
-    def hang_up(self, int fd):
-        """Close a socket of dial()."""
+    def hang_up(self, int fd, bint reset=False):
+        """Close a client or a socket of dial(), watched or not; as a reset where it may have been
+        heard of and is not to look complete."""
         self.unwatch(fd)
-        close(fd)
+        if reset:
+            socket_reset(fd, socket_family(fd))
+        else:
+            close(fd)
 
     def adopt(self, int client, int client_family, int fd, bytes preamble=None, int error=0):
         """Forward between a client and a connected socket of dial(), both owned from now on; the

@@ -50,7 +50,7 @@ class Net:
         self.fds[address] = fd
         return fd
 
-    def hang_up(self, fd):
+    def hang_up(self, fd, reset=False):
         del self.states[fd]
         self.closed.append(fd)
 

@@ -82,7 +82,7 @@ class Relay:
     def connected(self, fd):
         return self.dialled[fd]
 
-    def hang_up(self, fd):
+    def hang_up(self, fd, reset=False):
         del self.dialled[fd]
 
     def adopt(self, client, family, fd, preamble=None, *_):
