@@ -43,6 +43,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, metavar="N", help="runs of each (3 short, 5 long)")
     parser.add_argument("--seconds", type=float, metavar="S", help="length of one run")
     parser.add_argument("--executable", type=Path, default=EXECUTABLE)
+    parser.add_argument("--before", type=Path, metavar="PATH", help="another build of ours")
     parser.add_argument("--options", default="", help="of this program, such as --buffer-size=4K")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured")
     parser.add_argument("--svg", type=Path, metavar="FILE", help="draw the chart")
@@ -76,10 +77,12 @@ def note(text: str) -> None:
 
 def choose(options: argparse.Namespace) -> list[Contender]:
     """The contenders asked for, as far as they are to be had, the reference first."""
-    found = contenders.find(options.executable, shlex.split(options.options))
+    found = contenders.find(options.executable, shlex.split(options.options), options.before)
     originals = [name for name in found if name.startswith("original-")]
     default = ["ours", *originals[-1:], "nginx"]
-    if options.two_cpus:
+    if options.before:
+        default = ["ours", "before"]
+    elif options.two_cpus:
         default = ["ours-2", "ours"]
     elif options.long:
         default = [name for name in found if name != "ours-2"]

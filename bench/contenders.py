@@ -125,15 +125,18 @@ def children(pid: int) -> list[int]:
     return found
 
 
-def find(executable: Path, options: Sequence[str] = ()) -> dict[str, Contender]:
+def find(
+    executable: Path, options: Sequence[str] = (), before: Path | None = None
+) -> dict[str, Contender]:
     """All contenders that this machine has, by name, in the order of the report.
 
-    ``options`` are for the program of this repository.
+    ``options`` are for the program of this repository; ``before`` is another build of it.
     """
     originals = [found for found in (distro_original(), newest_original()) if found]
     originals.sort(key=lambda contender: contender.name)
     candidates = [
         ours(executable, options),
+        earlier(before, options),
         *originals,
         haproxy(),
         nginx(),
@@ -154,6 +157,12 @@ def ours(executable: Path, options: Sequence[str]) -> Contender | None:
         return None
     version = first_line([str(executable), "--version"])
     return Contender("ours", " ".join([version, *options]), forwarder([str(executable), *options]))
+
+
+def earlier(executable: Path | None, options: Sequence[str]) -> Contender | None:
+    """The build that a change is compared with."""
+    one = ours(executable, options) if executable else None
+    return one and replace(one, name="before")
 
 
 def two_threads(executable: Path, options: Sequence[str]) -> Contender | None:
