@@ -105,7 +105,14 @@ def main(argv: list[str] | None = None) -> int:
     _open_standard_fds()
     log.setup(os.environ)
     try:
-        return _run(sys.argv if argv is None else argv)
+        return _run_or_say_why(sys.argv if argv is None else argv)
+    finally:
+        log.finish()
+
+
+def _run_or_say_why(argv: list[str]) -> int:
+    try:
+        return _run(argv)
     except UsageError as error:
         log.error(str(error))
     except OSError as error:

@@ -4,8 +4,9 @@ from proxyd import log
 from proxyd._relay import raise_fd_limit
 
 # What is open beside connections: stdio (3), epoll, signals, the service manager's socket, the
-# extension's eventfd, a client that is accepted only to be refused, and two to spare.
-_BASE = 10
+# extension's eventfd, a client that is accepted only to be refused, what writes to stderr (2, see
+# log.py), and two to spare.
+_BASE = 12
 
 # What up to four look-ups have open at once: nsswitch.conf, hosts, sockets to name servers.
 _LOOKUPS = 8
