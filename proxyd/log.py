@@ -1,12 +1,12 @@
 """One-line logging to stderr, aware of the journal.
 
 A line is one write of less than PIPE_BUF bytes, so that lines never interleave. No write waits: a
-reader of the log that has stopped costs lines, never a stalled proxy. Lines that stderr did not take
-are counted, and the count is told before the next line that it takes. Nothing here raises.
+reader of the log that has stopped costs lines, never a stalled proxy. Lines that stderr did not
+take are counted, and the count is told before the next line that it takes. Nothing here raises.
 
-poll(2) does not help: a terminal is writable while a single byte fits, and whoever shares a pipe may
-fill it after the poll. Nor does O_NONBLOCK on stderr itself, whose open file description belongs to
-whoever started us as well. So it depends on what stderr is:
+poll(2) does not help: a terminal is writable while a single byte fits, and whoever shares a pipe
+may fill it after the poll. Nor does O_NONBLOCK on stderr itself, for its open file description is
+shared with whoever started us. So it depends on what stderr is:
 
     a socket        send(2) with MSG_DONTWAIT; the journal's is one
     a regular file  write(2): no reader can stop it. A file system that stalls (NFS, FUSE) does stop

@@ -8,7 +8,7 @@ import time
 import pytest
 from harness.differences import differs
 from harness.sockets import FAMILIES, read_exactly, read_to_end
-from harness.waiting import never_within, wait_until
+from harness.waiting import never_within, patience, wait_until
 
 says_nothing = differs("original-252", reason="sends neither READY=1 nor STATUS=")
 
@@ -266,6 +266,26 @@ def test_notification_socket_that_is_full(stage):
         )
         for _ in range(20):
             greet(stage.connect())
+
+
+@differs("original", reason="252 does not send it, 262 serves nobody until it is sent", run=False)
+def test_ready_comes_once_there_is_room_for_it(stage):
+    """READY=1 finds the service manager's queue full: it is sent once that has been read."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as busy:
+        busy.bind(stage.path("busy"))
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as filler:
+            filler.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                while filler.sendto(b"x", stage.path("busy")):
+                    pass
+        environment = {"NOTIFY_SOCKET": stage.path("busy")}
+        stage.launch(
+            stage.echo(), listeners=[stage.listener()], environment=environment, wait=False
+        )
+        greet(stage.connect())  # it is up, and has tried
+        busy.settimeout(patience())
+        while not busy.recv(4096).startswith(b"READY=1"):
+            pass
 
 
 @differs("original", reason="writes to the journal's socket, or without a prefix")
