@@ -175,6 +175,9 @@ def split_host(target: str) -> tuple[str, str | None]:
 
     The split is at the last colon, so `::1:80` is port 80 of ::1. Raises ValueError.
     """
+    scheme, is_url, rest = target.partition("://")
+    if is_url:
+        raise ValueError(f"a URL is not an address; write {_without_url(scheme, rest)}")
     if target.startswith("["):
         host, bracket, rest = target[1:].rpartition("]")
         if not bracket or ":" not in host or (rest and rest[0] != ":"):
@@ -186,7 +189,7 @@ def split_host(target: str) -> tuple[str, str | None]:
 
 def parse_port(digits: str, minimum: int = 1) -> int:
     """Read a TCP port number. Raises ValueError."""
-    return parse_number(digits, minimum, 65535, "port")
+    return parse_number(digits, minimum, 65535, f"port number from {minimum} to 65535")
 
 
 def parse_number(digits: str, minimum: int, maximum: int, what: str) -> int:
@@ -196,16 +199,26 @@ def parse_number(digits: str, minimum: int, maximum: int, what: str) -> int:
         number = int(digits)
         if minimum <= number <= maximum:
             return number
-    raise ValueError(f"'{digits}' is not a {what} number")
+    raise ValueError(f"'{digits}' is not a {what}")
 
 
 def _parse_vsock(target: str) -> bytes:
     cid, _, number = target.partition(":")
     any_cid = VMADDR_CID_ANY
     return pack_vsock(
-        parse_number(cid, 0, any_cid, "CID") if cid else any_cid,
-        parse_number(number, 0, any_cid, "port"),
+        parse_number(cid, 0, any_cid, f"CID from 0 to {any_cid}") if cid else any_cid,
+        parse_number(number, 0, any_cid, f"VSOCK port number from 0 to {any_cid}"),
     )
+
+
+def _without_url(scheme: str, rest: str) -> str:
+    """Return the address that the URL SCHEME://REST leads to."""
+    host = rest.partition("/")[0].rpartition("@")[2]
+    if not host:
+        return "HOST:PORT"
+    port = {"http": 80, "https": 443}.get(scheme.lower(), "PORT")
+    has_port = host.rpartition("]")[2].rpartition(":")[2].isdigit()
+    return host if has_port else f"{host.rstrip(':')}:{port}"
 
 
 def _literal(kind: int, host: str) -> bytes:
@@ -217,7 +230,7 @@ def _literal(kind: int, host: str) -> bytes:
 
 def _scope_id(scope: str) -> int:
     if scope.isascii() and scope.isdigit():
-        return parse_number(scope, 0, 2**32 - 1, "scope")
+        return parse_number(scope, 0, 2**32 - 1, "scope number")
     try:
         return _socket.if_nametoindex(scope)
     except (OSError, ValueError):

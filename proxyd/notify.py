@@ -115,6 +115,6 @@ def _number(environ: Mapping[str, str], name: str) -> int:
     if text is None:
         return 0
     try:
-        return sockaddr.parse_number(text, 1, 2**64 - 2, "positive")
+        return sockaddr.parse_number(text, 1, 2**64 - 2, "positive number")
     except ValueError as error:
         raise ValueError(f"Ignoring {name}={text}: {error}.") from None

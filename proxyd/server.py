@@ -83,6 +83,7 @@ class Server:
     def serve(self) -> int:
         """Serve until there is a reason to end; the exit status."""
         self.intake.arm()
+        self._log_listening()
         self.manager.ready()
         self._tick()
         while not self._over():
@@ -232,6 +233,12 @@ class Server:
         return self.reaches[-1]
 
     # ── words ────────────────────────────────────────────────────────────────────────────────
+
+    def _log_listening(self) -> None:
+        """Tell where --listen= listens, with the port that the kernel has chosen for 0."""
+        inherited = len(self.intake.doors) - len(self.options.listen)
+        for door in self.intake.doors[inherited:]:
+            log.info(f"Listening on {door.listener.text}.")
 
     def _log_summary(self) -> None:
         try:

@@ -59,8 +59,13 @@ def _parse(text: str) -> Target:
             raise ValueError("expected vsock:CID:PORT")
         return Target(text, None, 0, local)
     host, service = sockaddr.split_host(text)
+    if "=" in text:
+        raise ValueError(
+            "no host name contains '=', and in NAME=TARGET a NAME is not empty, contains no colon "
+            "and does not begin with a slash, @ or ["
+        )
     if not host:
-        raise ValueError("no host")
+        raise ValueError("no host; expected HOST:PORT")
     port = _parse_service(service)
     try:
         return Target(text, None, port, sockaddr.pack_inet(host, port or 0))
@@ -79,7 +84,7 @@ def _parse_service(service: str | None) -> int | None:
     if service == "*":
         return None
     if not service:
-        raise ValueError("no port")
+        raise ValueError("no port; expected HOST:PORT")
     if service.isdigit():
         return sockaddr.parse_port(service)
     import _socket
@@ -87,7 +92,12 @@ def _parse_service(service: str | None) -> int | None:
     try:
         return sockaddr.parse_port(str(_socket.getservbyname(service, "tcp")))
     except (OSError, ValueError):
-        raise ValueError(f"'{service}' is not a port") from None
+        raise ValueError(f"'{service}' is not a port number, nor a TCP service") from None
+
+
+def looks_like_a_port(target: Target) -> bool:
+    """Tell whether somebody has most likely forgotten the host: 8080 is port 80 of a host 8080."""
+    return target.text.isascii() and target.text.isdigit()
 
 
 def _encode(host: str) -> bytes:
@@ -97,7 +107,8 @@ def _encode(host: str) -> bytes:
             return host.encode("ascii" if host.isascii() else "idna")
         except UnicodeError:
             pass
-    raise ValueError(f"'{host}' is not a host name")
+    hint = "; a path begins with a slash, or with unix:" if "/" in host else ""
+    raise ValueError(f"'{host}' is not a host name{hint}")
 
 
 def _never_in_host(char: str) -> bool:

@@ -749,3 +749,16 @@ def test_a_machine_that_does_not_say_how_idle_it_is(world, monkeypatch):
     world.options.threads = 2
     world.make()
     assert world.relay.shares == [-1]
+
+
+# ── --listen= ────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_it_says_where_it_listens_and_not_where_the_service_manager_does(world, capfd):
+    world.listen("/run/backend", "/theirs")
+    world.listen("/run/backend", "@ours")
+    world.listen("/run/backend", "/ours")
+    world.options.listen = [None, None]  # the last two
+    world.options.exit_idle_time = 0
+    assert world.serve() == 0
+    assert capfd.readouterr().err == "Listening on @ours.\nListening on /ours.\n"
