@@ -163,6 +163,8 @@ class Intake:
         """Send a client on its way to the target."""
         header = self._header(self._proxy_protocol, fd) if self._header is not None else None
         name = text(unmapped(socket_names(fd)[0])) if self._loop.notes is not None else ""
+        if name:
+            log.debug(f"New connection from {name} to {door.way.text}.")
         door.way.take(fd, door.listener, door.index, header, name)
 
     def _not_accepted(self, door: Door, error: int) -> None:

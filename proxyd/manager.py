@@ -71,6 +71,10 @@ class Manager:
         self._send("STOPPING", self._notifier.stopping, now_ms)
         self._extend_ms = now_ms if waits and self._notifier.enabled else None
 
+    def close(self) -> None:
+        """Nothing more is sent."""
+        self._notifier.close()
+
     @property
     def wanted(self) -> bool:
         """Tell whether anybody listens, and tick() is to be called when the first client comes."""

@@ -311,8 +311,23 @@ def test_log_level_debug(stage, level):
     stage.launch(stage.echo(), listeners=[stage.listener()], environment=environment)
     client = stage.connect()
     greet(client)
-    client.close()
-    wait_until(stage.proxy.log_lines, "a line about the connection")
+    address = ":".join(map(str, client.getsockname()))
+    wait_until(lambda: stage.proxy.log_lines(f"New connection from {address}"), "its beginning")
+    if stage.is_ours:
+        assert not stage.proxy.log_lines("bytes up")
+        client.close()
+        wait_until(lambda: stage.proxy.log_lines("5 bytes up, 5 bytes down"), "its end")
+
+
+@differs("original", reason="does not say where to")
+def test_a_connection_that_waits_is_told_when_it_comes(stage):
+    """At debug level, while its target cannot be reached: the client's address, and the target."""
+    environment = {"SYSTEMD_LOG_LEVEL": "debug"}
+    backend = stage.absent()
+    stage.launch(backend.target, listeners=[stage.listener("unix")], environment=environment)
+    stage.connect()
+    line = f"New connection from unix client to {backend.target}."
+    wait_until(lambda: stage.proxy.log_lines(line), "its beginning")
 
 
 def test_log_level_error(stage):
