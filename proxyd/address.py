@@ -178,6 +178,11 @@ def split_host(target: str) -> tuple[str, str | None]:
     scheme, is_url, rest = target.partition("://")
     if is_url:
         raise ValueError(f"a URL is not an address; write {_without_url(scheme, rest)}")
+    if "=" in target:
+        raise ValueError(
+            "no address has an '=', and a NAME= before one is not empty, contains no colon, "
+            "and does not begin with a slash, @ or ["
+        )
     if target.startswith("["):
         host, bracket, rest = target[1:].rpartition("]")
         if not bracket or ":" not in host or (rest and rest[0] != ":"):

@@ -4,8 +4,8 @@ from proxyd import log
 from proxyd._relay import raise_fd_limit
 
 # What is open beside connections: stdio (3), epoll, signals, the service manager's socket, the
-# extension's eventfd, a client that is accepted only to be refused, what writes to stderr, and two to
-# spare.
+# extension's eventfd, a client that is accepted only to be refused, what writes to stderr, and two
+# to spare.
 _BASE = 11
 
 # What up to four look-ups have open at once: nsswitch.conf, hosts, sockets to name servers.

@@ -59,11 +59,6 @@ def _parse(text: str) -> Target:
             raise ValueError("expected vsock:CID:PORT")
         return Target(text, None, 0, local)
     host, service = sockaddr.split_host(text)
-    if "=" in text:
-        raise ValueError(
-            "no host name contains '=', and in NAME=TARGET a NAME is not empty, contains no colon "
-            "and does not begin with a slash, @ or ["
-        )
     if not host:
         raise ValueError("no host; expected HOST:PORT")
     port = _parse_service(service)

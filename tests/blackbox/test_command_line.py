@@ -196,6 +196,7 @@ def test_target_accepted(stage, target):
         (["--proxy-protocol=v3", "a:1"], "proxy-protocol"),
         (["--proxy-protocol=", "a:1"], "proxy-protocol"),
         (["--listen=host.example:80", "a:1"], "host.example"),
+        (["--listen=we:b=8080", "a:1"], ["a NAME= before", "contains no colon"]),
         (["--listen=99999", "a:1"], "99999"),
         (["--listen=", "a:1"], "listen"),
         (["a:99999"], "99999"),
