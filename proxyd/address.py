@@ -60,9 +60,9 @@ def pack_unix(path: bytes | str) -> bytes:
     else:
         limit = _UNIX_PATH_MAX
     if raw in (b"", b"\0"):
-        raise ValueError("empty path")
+        raise ValueError("empty path; expected /PATH or @NAME")
     if len(raw) > limit:
-        raise ValueError("it doesn't fit in an AF_UNIX address")
+        raise ValueError(f"it doesn't fit in an AF_UNIX address of at most {limit} bytes")
     return _pack_sun_path(raw)
 
 

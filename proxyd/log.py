@@ -201,8 +201,9 @@ def _write_line(line: bytes) -> None:
     if _rest:
         _rest = _rest[_put(_rest) :]
     if _lost and not _rest:
-        lines = "line was" if _lost == 1 else "lines were"
-        told = _line(WARNING, f"{_lost} log {lines} lost: standard error did not take them.")
+        told = _line(
+            WARNING, f"Lines lost here, because standard error did not take them: {_lost}."
+        )
         _rest = told[_put(told) :]
         _lost = 0
     if _rest:

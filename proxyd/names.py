@@ -47,7 +47,7 @@ def match_targets(
         if target.any_port and listener.family not in (AF_INET, AF_INET6):
             raise UsageError(
                 f"Target {target.text} needs a TCP listener, to take the port from: "
-                f"'{listener.name}' ({listener.text}) is none."
+                f"'{listener.name}' ({listener.text}) is not one."
             )
         matched.append(target)
     used = {listener.name for listener in listeners}
