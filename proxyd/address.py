@@ -180,8 +180,8 @@ def split_host(target: str) -> tuple[str, str | None]:
         raise ValueError(f"a URL is not an address; write {_without_url(scheme, rest)}")
     if "=" in target:
         raise ValueError(
-            "no address has an '=', and a NAME= before one is not empty, contains no colon, "
-            "and does not begin with a slash, @ or ["
+            "'=' is not part of a host or port; a NAME in front of it is not empty, contains no "
+            "colon, and does not begin with a slash, @ or ["
         )
     if target.startswith("["):
         host, bracket, rest = target[1:].rpartition("]")
