@@ -103,6 +103,7 @@ cdef inline void gate_admit(Relaying *relay, GateState *gate, int fd) noexcept n
     result = connection_open(relay, fd, gate.family, &gate.target, gate.target_size, NULL, 0,
                              gate.index, gate.timeout_ms)
     if result < 0:
+        gate.express = False  # whoever comes next must not overtake it
         relay.most -= 1
         note_add(relay, NOTE_FAILED, fd, <int>-result, gate.index)
 

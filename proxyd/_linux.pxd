@@ -80,7 +80,7 @@ cdef extern from "sys/socket.h" nogil:
     int SOCK_STREAM, SOCK_NONBLOCK, SOCK_CLOEXEC
     int SOL_SOCKET, SO_DOMAIN, SO_ERROR, SO_KEEPALIVE, SO_LINGER, SO_OOBINLINE, SO_PEERCRED
     int SO_SNDBUF
-    int MSG_CTRUNC, MSG_NOSIGNAL, MSG_PEEK
+    int MSG_CTRUNC, MSG_DONTWAIT, MSG_NOSIGNAL, MSG_PEEK
     int SHUT_WR
     int socket(int family, int kind, int protocol)
     int connect(int fd, const sockaddr *address, socklen_t size)

@@ -25,12 +25,12 @@ from proxyd._gate cimport (
 from proxyd._half cimport endpoint_lost
 from proxyd._inbox cimport ORDER_TRIM, inbox_close
 from proxyd._linux cimport (
-    EINPROGRESS, ELOOP, ENOMEM, EPOLLET, EPOLLIN, EPOLLOUT, EPOLL_CTL_ADD, EPOLL_CTL_DEL,
-    RLIMIT_NOFILE, SFD_CLOEXEC, SFD_NONBLOCK, SIG_BLOCK, SOL_SOCKET, SO_DOMAIN, calloc, close,
-    counter_get, epoll_ctl, epoll_event, errno, free, getpeername, getpid, getrlimit,
-    getsockname, getsockopt, int64_t, memcpy, memset, moment_get, rlimit, setrlimit, shared_get,
-    sigaddset, sigemptyset, signalfd, sigprocmask, sigset_t, sockaddr, sockaddr_storage,
-    socklen_t, uint64_t,
+    EINPROGRESS, ELOOP, ENOMEM, EPOLLET, EPOLLIN, EPOLLOUT, EPOLLRDHUP, EPOLL_CTL_ADD,
+    EPOLL_CTL_DEL, MSG_DONTWAIT, MSG_PEEK, RLIMIT_NOFILE, SFD_CLOEXEC, SFD_NONBLOCK, SIG_BLOCK,
+    SOL_SOCKET, SO_DOMAIN, calloc, close, counter_get, epoll_ctl, epoll_event, errno, free,
+    getpeername, getpid, getrlimit, getsockname, getsockopt, int64_t, memcpy, memset,
+    moment_get, recv, rlimit, setrlimit, shared_get, sigaddset, sigemptyset, signalfd,
+    sigprocmask, sigset_t, sockaddr, sockaddr_storage, socklen_t, uint64_t,
 )
 from proxyd._list cimport link_init, list_empty, list_remove
 from proxyd._loop cimport Watch, clock_ms, relay_cut, relay_free, relay_init, relay_open, relay_turn
@@ -365,7 +365,7 @@ cdef class Relay:
         return number
 
     def dial(self, bytes address not None):
-        """Start to connect a socket of the caller's; its fd, watched for EPOLLOUT.
+        """Start to connect a socket of the caller's; its fd, watched for what it comes to say.
 
         For adopt() once connected() says so; hang_up() ends it. Raises OSError where it fails at
         once.
@@ -379,7 +379,7 @@ cdef class Relay:
         if fd < 0:
             raise_errno(-fd)
         try:
-            self.watch(fd, EPOLLOUT | EPOLLET)
+            self.watch(fd, EPOLLOUT | EPOLLIN | EPOLLRDHUP | EPOLLET)
         except OSError:
             close(fd)
             raise
@@ -554,6 +554,18 @@ def connected(int fd):
     if getpeername(fd, <sockaddr *>&peer, &size) < 0:
         return EINPROGRESS
     return ELOOP if socket_met_itself(fd) else 0
+
+
+def peek(int fd):
+    """What a recv would say, and nothing is taken: 1 for bytes, 0 for the end, or -errno."""
+    cdef char byte
+    cdef ssize_t size = recv(fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT)
+    return -errno if size < 0 else size
+
+
+def failure(int fd):
+    """SO_ERROR of a socket, which reading clears; 0: none."""
+    return socket_error(fd)
 
 
 def socket_names(int fd):

@@ -36,6 +36,7 @@ class Options:
         "idle_timeout",
         "listen",
         "proxy_protocol",
+        "settle_time",
         "targets",
         "threads",
     )
@@ -53,6 +54,7 @@ class Options:
         self.listen: list[ListenAddress] = []
         self.proxy_protocol = 0
         """0 = off, or PROXY_V1 or PROXY_V2."""
+        self.settle_time = 0
         self.targets: list[tuple[str | None, Target]] = []
         """NAME and Target; a plain TARGET is the only one, with the name None."""
         self.threads = 1
@@ -302,6 +304,13 @@ def _set_connect_timeout(options: Options, text: str) -> None:
     options.connect_timeout = _span(text)
 
 
+def _set_settle_time(options: Options, text: str) -> None:
+    span = _span(text)
+    if span is None:
+        raise UsageError("Settle time is too high, no client would ever be served.")
+    options.settle_time = span
+
+
 def _set_idle_timeout(options: Options, text: str) -> None:
     options.idle_timeout = _span(text)
     if options.idle_timeout == 0:
@@ -396,6 +405,12 @@ OPTIONS: tuple[Option, ...] = (
         "connect-timeout",
         "Hold clients this long (10s) while the target\ncannot be reached; 0 for one attempt",
         _set_connect_timeout,
+        "SPAN",
+    ),
+    Option(
+        "settle-time",
+        "Watch a target that was not reachable this long (0)\nbefore anything is sent to it",
+        _set_settle_time,
         "SPAN",
     ),
     Option(

@@ -52,6 +52,7 @@ class Door:
         self.listener = listener
         self.way = way
         self.gate = Gate(loop.relay, listener.fd, listener.family, what_to_check(listener), index)
+        way.gates.append(self.gate)
         self.open = False
         self.broken = False
 
@@ -108,7 +109,7 @@ class Intake:
         self._relay.most = self._connections_max - self._held()
         asked = self._proxy_protocol or self._loop.notes is not None
         for door in self.doors:
-            door.gate.express(None if asked else door.way.express, door.way.timeout_ms or 0)
+            door.gate.express(None if asked else door.way.express, door.way.connect_ms)
 
     def event(self, event: "Event") -> None:
         """Take an event of a gate."""

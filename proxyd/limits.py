@@ -10,6 +10,9 @@ _BASE = 10
 # What up to four look-ups have open at once: nsswitch.conf, hosts, sockets to name servers.
 _LOOKUPS = 8
 
+_ATTEMPTS = 4
+"""Connects beyond one for each client that waits: race.SPARE_ALL."""
+
 _PER_THREAD = 2
 """Of each further thread: its epoll and the bell of its inbox; the first has such a bell then."""
 
@@ -29,7 +32,7 @@ def fit_connections(wanted: int, listeners: int, threads: int, *, lookups: bool)
     The limit is never lowered, and never raised past the hard one. A limit that is too small
     costs one warning, and connections: at least one remains.
     """
-    base = _BASE + listeners + (_LOOKUPS if lookups else 0)
+    base = _BASE + _ATTEMPTS + listeners + (_LOOKUPS if lookups else 0)
     if threads > 1:
         base += 1 + _STAT + _PER_THREAD * (threads - 1)
     limit = raise_fd_limit(base + _WITH_PIPES * wanted)

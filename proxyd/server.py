@@ -74,6 +74,8 @@ class Server:
         self.exit_idle_ms = _milliseconds(options.exit_idle_time)
         if single:
             self.exit_idle_ms = 0  # Accept=yes: with the one connection all ends
+        self.asked = False
+        """Whether the counters are to be logged, after the batch: in the midst they do not add up."""
         self.stopping = False
         self.stop_ms: int | None = None
         """When to end in any case, once stopping; None: when the last connection has ended."""
@@ -115,6 +117,9 @@ class Server:
                 reach.step(now_ms)
         self.intake.tick(now_ms)
         self.intake.set_terms()
+        if self.asked:
+            self.asked = False
+            self._log_summary()
         busy = self._busy()
         self.manager.tick(now_ms, busy)
         ends = self.stopping or self.exit_idle_ms is not None or self.intake.broken
@@ -192,7 +197,7 @@ class Server:
         except BlockingIOError:
             return  # a false alarm
         if number == _signal.SIGUSR1:
-            self._log_summary()
+            self.asked = True
         else:
             self._stop()
 
@@ -228,7 +233,8 @@ class Server:
             if reach.target is target and reach.port == port:
                 return reach
         timeout_ms = _milliseconds(self.options.connect_timeout)
-        self.reaches.append(Reach(self.loop, self.resolver, target, port, timeout_ms))
+        settle_ms = _milliseconds(self.options.settle_time) or 0
+        self.reaches.append(Reach(self.loop, self.resolver, target, port, timeout_ms, settle_ms))
         return self.reaches[-1]
 
     # ── words ────────────────────────────────────────────────────────────────────────────────

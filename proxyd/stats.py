@@ -14,6 +14,7 @@ _UNITS = "BKMGTPE"
 
 # What HOW_* in _connection.pxd stands for, in a sum and for one connection.
 _ENDINGS = ("ended", "reset", "idle", "cut", "client gone")
+_CUT, _GONE = 3, 4  # held clients end so too
 
 
 def bytes_text(count: int) -> str:
@@ -35,10 +36,16 @@ def status(relay: Relay, reaches: list[Reach]) -> str:
 
 
 def summary(intake: Intake, relay: Relay, reaches: list[Reach]) -> list[str]:
-    """Everything since the start: one line, one for each target, and one if there are threads."""
-    accepted, refused, to_targets, to_clients, spliced, copied, ends = relay.counters()
+    """Everything since the start: one line, one for each target, and one if there are threads.
+
+    Accepted is the sum of open, waiting, refused, failed and all that have ended.
+    """
+    accepted, refused, to_targets, to_clients, spliced, copied, ended = relay.counters()
     held = sum(len(reach.held) for reach in reaches)
     failed = sum(reach.failed for reach in reaches)
+    ends = list(ended)
+    ends[_CUT] += sum(reach.cut for reach in reaches)
+    ends[_GONE] += sum(reach.gone for reach in reaches)
     endings = [f"{count} {how}" for how, count in zip(_ENDINGS, ends, strict=True) if count]
     line = (
         f"{accepted + intake.passed_in} accepted, {relay.open} open, {held} waiting, "

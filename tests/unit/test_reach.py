@@ -55,8 +55,11 @@ class Relay:
         self.served = []
         self.watched = {}
         self.dialled = {}
+        self.said = {}
         self.last_id = 0
         self.adopt_error = 0
+        self.resets, self.closes = [], []  # sockets to the target
+        self.cut, self.let_go = [], []  # clients
 
     def outcome(self, address):
         outcome = self.plan[address]
@@ -82,8 +85,17 @@ class Relay:
     def connected(self, fd):
         return self.dialled[fd]
 
+    def peek(self, fd):
+        return self.said.get(fd, -errno.EAGAIN)
+
     def hang_up(self, fd, reset=False):
-        del self.dialled[fd]
+        if fd in self.dialled:
+            del self.dialled[fd]
+            self.resets.append(fd) if reset else self.closes.append(fd)
+        else:
+            self.unwatch(fd)
+            (self.cut if reset else self.let_go).append(fd)
+            os.close(fd)
 
     def adopt(self, client, family, fd, preamble=None, *_):
         if self.adopt_error:
@@ -220,7 +232,6 @@ class World:
         assert self.relay.watched == {}
         assert self.relay.dialled == {}
         assert self.loop.handlers == {}
-        assert self.reach._racing == {}
         for fd, peer in self.peers.items():
             if fd in self.served:
                 os.close(fd)
@@ -236,6 +247,7 @@ def world(monkeypatch):
     def make(*arguments, **keywords):
         one = World(*arguments, **keywords)
         monkeypatch.setattr(race, "connected", one.relay.connected)
+        monkeypatch.setattr(race, "peek", one.relay.peek)
         monkeypatch.setattr(log.time, "monotonic", lambda: one.relay.now_ms / 1000)
         worlds.append(one)
         return one
@@ -1078,6 +1090,7 @@ def test_whatever_happens_each_client_is_in_one_place(first, moments, timeout_ms
         addresses = [one.address]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(race, "connected", one.relay.connected)
+        patch.setattr(race, "peek", one.relay.peek)
         patch.setattr(log, "_log", lambda level, text: None)
         for after_ms, what, state, choice in moments:
             one.run(one.now_ms + after_ms)

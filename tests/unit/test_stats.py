@@ -58,9 +58,15 @@ def relay(opened=0, up=0, down=0, **more):
     )
 
 
-def reach(text, held=0, served=0, failed=0, returned=0):
+def reach(text, held=0, served=0, failed=0, returned=0, gone=0, cut=0):
     return SimpleNamespace(
-        text=text, held=dict.fromkeys(range(held)), served=served, failed=failed, returned=returned
+        text=text,
+        held=dict.fromkeys(range(held)),
+        served=served,
+        failed=failed,
+        returned=returned,
+        gone=gone,
+        cut=cut,
     )
 
 
@@ -103,6 +109,12 @@ def test_summary():
         "a:1: 13 served, 2 waiting, 1 failed",
         "b:2: 6 served, 0 waiting, 4 failed",
     ]
+
+
+def test_held_clients_that_have_ended_count_with_the_others():
+    one, other = reach("a:1", gone=2, cut=5), reach("b:2", gone=1)
+    (line, *_) = summary(intake(), relay(ends=(0, 0, 0, 1, 4)), [one, other])
+    assert line.endswith("; 6 cut, 7 client gone")
 
 
 def test_summary_with_threads():
