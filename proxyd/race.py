@@ -185,20 +185,11 @@ class Race:
         self.next_ms = None
         for fd in [fd for fd, one in self._attempts.items() if one.settled_ms is not None]:
             self._look(fd)
+        if not self.settling:
+            self._dial_all_due(now_ms, wanted)
         if self.settling:
             times = [one.settled_ms for one in self._attempts.values()]
             self.next_ms = min(time for time in times if time is not None)
-            return
-        most = min(wanted + SPARE, MOST)
-        while len(self._attempts) > most:
-            self._close(next(iter(self._attempts)))
-        if self._routes:
-            self._dial_first(now_ms, wanted, most)
-        for route in self._routes:
-            if len(self.won) >= wanted:
-                return
-            if not self._dial_due(route, now_ms, most):
-                return
 
     def stop(self) -> None:
         """Nobody is left to connect. A target that may have accepted sees a reset."""
@@ -213,16 +204,30 @@ class Race:
 
     # ── attempts ─────────────────────────────────────────────────────────────────────────────
 
+    def _dial_all_due(self, now_ms: int, wanted: int) -> None:
+        most = min(wanted + SPARE, MOST)
+        while len(self._attempts) > most:
+            self._close(next(iter(self._attempts)))
+        if self._routes:
+            self._dial_first(now_ms, wanted, most)
+        for route in self._routes:
+            if len(self.won) >= wanted or self.settling:
+                return
+            if not self._dial_due(route, now_ms, most):
+                return
+        for route in self._routes:
+            if route.pending and route.dialled_ms is not None:
+                self._wake_at(max(route.dialled_ms + SILENT_MS, now_ms + 1))
+
     def _dial_first(self, now_ms: int, wanted: int, most: int) -> None:
         """Make as many attempts at the first address as there are connections wanted."""
         route = self._routes[0]
-        if route.dialled_ms is None:
-            self._stagger_ms = now_ms + STAGGER_MS
-        elif not route.pending:
+        if route.dialled_ms is not None and not route.pending:
             return  # it has failed in this round
-        while len(self._attempts) + len(self.won) < wanted:
+        while len(self._attempts) + len(self.won) < wanted and not self.settling:
             if not self._dial(route, now_ms, most):
                 return
+            self._stagger_ms = now_ms + STAGGER_MS
 
     def _dial_due(self, route: Route, now_ms: int, most: int) -> bool:
         """Try an address if its turn has come; False: the turn of those after it has not."""
@@ -233,10 +238,8 @@ class Race:
             if self._dial(route, now_ms, most) and route.dialled_ms is not None:
                 self._stagger_ms = now_ms + STAGGER_MS
             return route.dialled_ms is not None
-        if route.pending and now_ms - route.dialled_ms >= SILENT_MS:
-            self._dial(route, now_ms, most)
-        if route.pending:
-            self._wake_at(max(route.dialled_ms + SILENT_MS, now_ms + 1))
+        if route.pending and now_ms - route.dialled_ms >= SILENT_MS and self.tried:
+            self._dial(route, now_ms, most)  # not before every address has had its turn
         return True
 
     def _dial(self, route: Route, now_ms: int, most: int) -> bool:

@@ -242,7 +242,8 @@ class Reach:
             pass
         if self._first_deadline_ms is not None and now_ms >= self._first_deadline_ms:
             self._expire(now_ms)
-        self._outages.step(now_ms)
+        if self.held:
+            self._outages.step(now_ms)
         self._settle_down()
 
     def _go_on(self, now_ms: int) -> bool:

@@ -95,6 +95,9 @@ class Relay:
         assert self.spins < 50, "it spins"
         return events
 
+    def hang_up(self, fd, reset=False):
+        os.close(fd)
+
     def turn(self, until_ms):
         while self.script and self.script[0][0] <= self.now_ms:
             before = self.open
