@@ -322,15 +322,17 @@ class Race:
         return False
 
     def _win(self, fd: int, error: int) -> None:
-        """A connection is made: the attempts at other addresses have lost."""
+        """A connection is made: attempts at other addresses have lost, and so have older ones,
+        which the kernel repeats more and more seldom."""
         address = self._attempts[fd].route.address
+        since_ms = self._attempts[fd].since_ms
         self._take(fd, error, proven=True)
         self.watches = False
         self.preferred = address
         self.silent_since_ms = None
         self._forget_errors()
         for other, attempt in list(self._attempts.items()):
-            if attempt.route.address == address:
+            if attempt.route.address == address and attempt.since_ms > since_ms - STAGGER_MS:
                 continue
             error = errno.EINPROGRESS if attempt.settled_ms is not None else connected(other)
             if was_reached(error, attempt.route.address):

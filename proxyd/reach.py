@@ -156,6 +156,8 @@ class Reach:
         self._first_deadline_ms: int | None = None
         self._announces = False
         """Whether clients come with a PROXY header."""
+        self._late_error = 0
+        """Of a connect of the relay; for step(), since others of the batch may have failed too."""
 
     @property
     def express(self) -> bytes | None:
@@ -217,7 +219,7 @@ class Reach:
         elif is_congestion(error, self._address):
             self._congestion(error)
         else:
-            self._outage(self._reason(error), denied=is_denied(error))
+            self._late_error = error
 
     def drop_all(self) -> int:
         """Cut all who wait; how many they were."""
@@ -238,6 +240,9 @@ class Reach:
 
     def step(self, now_ms: int) -> None:
         """Go on with those who wait."""
+        if self._late_error:
+            error, self._late_error = self._late_error, 0
+            self._outage(self._reason(error), denied=is_denied(error))
         while self.held and self._go_on(now_ms):
             pass
         if self._first_deadline_ms is not None and now_ms >= self._first_deadline_ms:
@@ -390,6 +395,7 @@ class Reach:
         if self.held:
             return
         self._race.stop()
+        self._late_error = 0
         self._paced = False
         self._first_deadline_ms = None
         if self._up:

@@ -282,9 +282,11 @@ def test_the_first_that_answers_wins_and_another_is_of_use_too(world):
     one = world({A: PENDING}, clients=2)
     one.begin()
     one.run(2500)
-    assert one.answer(A, OPEN) == [A]
-    assert one.race.under_way == 2
-    assert one.answer(A, OPEN) == [A]
+    first, second, youngest = one.net.fds[A]
+    one.net.states[second] = OPEN
+    assert one.answer(A, OPEN) == [A, A]
+    assert {won.fd for won in one.won} == {second, youngest}
+    assert one.net.reset == [first]  # its SYNs are repeated more and more seldom
 
 
 def test_an_attempt_that_must_make_way_and_has_just_answered_is_of_use(world):

@@ -8,6 +8,7 @@ import os
 import socket
 import struct
 import sys
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -18,7 +19,7 @@ from proxyd import log, race, reach
 from proxyd._relay import FAILED
 from proxyd.listen import Listener
 from proxyd.loop import EPOLLET, Loop
-from proxyd.race import LET_GO, SILENT_MS, STAGGER_MS
+from proxyd.race import SILENT_MS, STAGGER_MS
 from proxyd.reach import Reach
 from proxyd.target import parse_target
 
@@ -58,6 +59,7 @@ class Relay:
         self.said = {}
         self.last_id = 0
         self.adopt_error = 0
+        self.failed = 0
         self.resets, self.closes = [], []  # sockets to the target
         self.cut, self.let_go = [], []  # clients
 
@@ -150,14 +152,15 @@ class Names:
 class World:
     """A Reach, and the main loop around it."""
 
-    def __init__(self, target=TCP, plan=UP, timeout_ms=10_000, answer=None, port=80):
+    def __init__(self, target=TCP, plan=UP, timeout_ms=10_000, answer=None, port=80, settle_ms=0):
         target = parse_target(target)
         self.address = target.address
         self.relay = Relay(plan if isinstance(plan, dict) else {self.address: plan})
         self.loop = Loop()
         self.loop.relay = self.relay
         self.names = Names(self.relay, answer) if target.host is not None else None
-        self.reach = Reach(self.loop, self.names, target, port, timeout_ms)
+        self.reach = Reach(self.loop, self.names, target, port, timeout_ms, settle_ms)
+        self.come_total = 0
         self.peers = {}
         self.numbers = itertools.count()
         self.listener = Listener(-1, "x", sockaddr.pack_unix("/listener"))
@@ -173,6 +176,7 @@ class World:
         with ours:  # a number that no later client is going to have
             fd = fcntl.fcntl(ours, fcntl.F_DUPFD_CLOEXEC, 200 + next(self.numbers))
         self.peers[fd] = peer
+        self.come_total += 1
         self.reach.take(fd, self.listener, 3, header, f"client{fd}")
         return fd
 
@@ -210,10 +214,24 @@ class World:
     def fail(self, fd, error, pending=b"", since_ms=None):
         """A connect of the relay has failed."""
         self.relay.served.pop([client for client, _ in self.relay.served].index(fd))
+        self.relay.failed += 1
         since_ms = START_MS + (self.now_ms if since_ms is None else since_ms)
         self.reach.take_back(
             self.listener, (FAILED, fd, error, 3, pending, since_ms, self.relay.last_id)
         )
+
+    def say(self, address, what, which=-1):
+        """A dialled target sends a byte (1), its end (0) or a reset (-errno.ECONNRESET)."""
+        places = [n for n, (_, a, timeout) in enumerate(self.relay.attempts) if a == address]
+        fd = [100_001 + n for n in places if 100_001 + n in self.relay.dialled][which]
+        self.relay.said[fd] = what
+        self.happen(fd, 1)
+
+    def assert_counted(self):
+        """Every client is in one counter, and in one only."""
+        reach = self.reach
+        ends = len(reach.held) + reach.failed + reach.gone + reach.cut
+        assert self.come_total == reach.served - reach.returned + ends
 
     def gone(self, fd):
         """Whether our end of a client is closed."""
@@ -221,6 +239,8 @@ class World:
             return self.peers[fd].recv(1) == b""
         except BlockingIOError:
             return False
+        except ConnectionResetError:
+            return True  # with bytes unread
 
     @property
     def served(self):
@@ -228,7 +248,10 @@ class World:
 
     def close(self):
         """The end: nothing may be left over."""
+        self.assert_counted()
         self.reach.drop_all()
+        self.assert_counted()
+        assert self.relay.closes == [], "an empty probe that ended cleanly"
         assert self.relay.watched == {}
         assert self.relay.dialled == {}
         assert self.loop.handlers == {}
@@ -628,6 +651,7 @@ def test_other_errors_fail_at_once(world, capfd, target, error):
 def test_a_permission_that_is_missing_is_waited_for_and_told_at_once(world, capfd, target, error):
     one = world(target, plan=up_at(8000, error))
     fd = one.come()
+    one.tick()
     (line,) = capfd.readouterr().err.splitlines()
     assert line.endswith(f"{os.strerror(error)} ({target}), holding clients until it answers.")
     one.run(7999)
@@ -709,7 +733,442 @@ def test_drop_all(world):
     assert one.reach.drop_all() == 0
 
 
+@pytest.mark.parametrize("taken", [False, True])
+def test_a_unix_client_that_has_spoken_and_hung_up_is_served(world, taken):
+    """It has sent its message and closed: the message is delivered."""
+    one = world(plan=LATER if taken else errno.ECONNREFUSED)
+    fd = one.come()
+    if taken:  # the relay had read it already
+        one.relay.plan[one.address] = errno.ECONNREFUSED
+        one.relay.served[:] = [(fd, b"")]
+        one.fail(fd, errno.ECONNREFUSED, pending=b"message")
+        one.reach.served = 1
+    else:
+        one.peers[fd].send(b"message")
+    one.peers[fd].shutdown(socket.SHUT_RDWR)
+    one.happen(fd, EPOLLHUP)
+    assert fd in one.reach.held
+    one.relay.plan[one.address] = UP
+    one.run(500)
+    assert one.relay.served == [(fd, b"message" if taken else b"")]
+    assert one.reach.gone == 0
+
+
+def test_a_unix_client_that_has_hung_up_silently_is_dropped_and_counted(world):
+    one = world(plan=errno.ECONNREFUSED)
+    fd = one.come(header=b"PROXY UNKNOWN\r\n")  # this is not of its own
+    one.peers[fd].shutdown(socket.SHUT_RDWR)
+    one.happen(fd, EPOLLHUP)
+    assert one.gone(fd)
+    assert (one.reach.gone, one.reach.failed, one.reach.cut) == (1, 0, 0)
+
+
+def test_a_header_that_comes_back_is_no_word_of_the_client(world):
+    one = world()
+    fd = one.come(header=b"PROXY")
+    one.relay.plan[one.address] = errno.ECONNREFUSED
+    one.fail(fd, errno.ECONNREFUSED, pending=b"PROXY")
+    one.happen(fd, EPOLLHUP)
+    assert one.gone(fd)
+    assert one.reach.gone == 1
+
+
+def test_a_client_that_leaves_is_told_at_debug_level(world, capfd):
+    log.setup({"SYSTEMD_LOG_LEVEL": "debug"})
+    one = world(plan=errno.ECONNREFUSED)
+    fd = one.come()
+    one.happen(fd, EPOLLHUP)
+    assert f"client{fd} → {TCP}: client gone while it was held." in capfd.readouterr().err
+
+
+def test_who_is_cut_sees_a_reset_and_who_is_given_up_a_plain_end(world):
+    one = world(plan=errno.ECONNREFUSED, timeout_ms=1000)
+    given_up = one.come()
+    one.run(500)
+    cut = one.come()
+    one.run(1000)
+    one.reach.drop_all()
+    assert (one.relay.let_go, one.relay.cut) == ([given_up], [cut])
+    assert (one.reach.failed, one.reach.cut) == (1, 1)
+
+
+# ── a full backlog ───────────────────────────────────────────────────────────────────────────────
+
+
+class Backlog:
+    """A plan for a UNIX target with so much room."""
+
+    def __init__(self, room):
+        self.room = room
+
+    def __call__(self, now_ms):
+        if self.room == 0:
+            return errno.EAGAIN
+        self.room -= 1
+        return UP
+
+
+def test_a_full_backlog_is_tried_again_steadily(world, capfd):
+    one = world(UNIX, plan=errno.EAGAIN)
+    one.come()
+    one.run(900)
+    assert one.relay.times == [0, *range(5, 901, 5)]
+    assert capfd.readouterr().err == ""  # it is no outage
+    one.run(1100)
+    one.relay.plan[one.address] = UP
+    one.run(1105)
+    assert capfd.readouterr().err.splitlines() == [
+        "Failed to connect to remote host: Resource temporarily unavailable (/run/backend), "
+        "holding clients until it answers.",
+        "/run/backend answers after 1.105s, 1 client was held.",
+    ]
+
+
+def test_as_many_as_fit_are_let_in_in_their_order(world):
+    room = Backlog(0)
+    one = world(UNIX, plan=room)
+    clients = [one.come() for _ in range(20)]
+    one.run(7)
+    room.room = 6
+    younger = one.come()
+    one.run(10)
+    assert one.served == clients[:6]
+    room.room = 100
+    one.run(15)
+    assert one.served == [*clients, younger]
+    assert one.reach.express
+
+
+def test_nobody_overtakes_while_others_wait_for_room(world):
+    room = Backlog(0)
+    one = world(UNIX, plan=room)
+    first = one.come()
+    assert one.reach.express is None
+    room.room = 2
+    second = one.come()
+    assert one.served == []
+    one.run(5)
+    assert one.served == [first, second]
+
+
+def test_many_that_find_it_full_in_one_batch_stay_in_order(world):
+    room = Backlog(3)
+    one = world(UNIX, plan=room)
+    clients = [one.come() for _ in range(3)]
+    for fd in clients:  # the gate had connected them
+        one.fail(fd, errno.EAGAIN)
+    clients += [one.come() for _ in range(3)]
+    room.room = 6
+    one.run(5)
+    assert one.served == clients
+
+
+def test_a_backlog_that_is_full_ends_an_outage(world):
+    one = world(UNIX, plan=lambda now_ms: errno.ENOENT if now_ms < 1000 else errno.EAGAIN)
+    clients = [one.come() for _ in range(2)]
+    one.run(1200)
+    one.relay.plan[one.address] = UP
+    one.run(1205)
+    assert one.served == clients
+
+
+def test_a_full_backlog_with_no_connect_timeout_is_one_attempt(world):
+    one = world(UNIX, plan=errno.EAGAIN, timeout_ms=0)
+    assert one.gone(one.come())
+    assert one.relay.times == [0]
+
+
+# ── a silent host ────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_connect_without_an_answer_is_ours_after_a_second(world, capfd):
+    """No outage yet: one lost packet looks the same."""
+    one = world()
+    fd = one.come()
+    one.relay.plan[one.address] = LATER
+    one.run(1000)
+    one.fail(fd, errno.ETIMEDOUT, since_ms=0)
+    one.tick()
+    assert one.relay.times == [0, 1000]
+    assert capfd.readouterr().err == ""
+    one.run(1050)
+    one.answer(one.address, 0)
+    assert one.served == [fd]
+    assert capfd.readouterr().err == ""
+
+
+def test_a_silent_host_is_tried_every_second_and_is_an_outage_after_one(world, capfd):
+    one = world(plan=errno.ECONNREFUSED, timeout_ms=None)
+    one.come()
+    one.relay.plan[one.address] = LATER
+    one.relay.attempts.clear()
+    one.run(6500)
+    assert one.relay.times == [10, 1010, 2010, 3010, 4010, 5010, 6010]
+    assert len(one.relay.dialled) == 4
+
+
+def test_a_silent_name_is_an_outage_after_a_second(world, capfd):
+    one = world(NAME, plan={inet(1): LATER}, answer=([inet(1, 0)], None))
+    one.come()
+    one.run(999)
+    assert capfd.readouterr().err == ""
+    one.run(1000)
+    assert "Connection timed out (backend:80), holding clients" in capfd.readouterr().err
+
+
+def test_the_host_comes_and_everybody_is_served(world):
+    """By the youngest attempt; the others' connections are for the next clients."""
+    one = world(plan=errno.ECONNREFUSED, timeout_ms=None)
+    clients = [one.come() for _ in range(6)]
+    one.relay.plan[one.address] = LATER
+    one.run(3500)
+    late = one.come()
+    one.relay.plan[one.address] = UP
+    one.answer(one.address, 0)
+    assert one.served == [*clients, late]  # the older attempts, still silent, have lost
+    assert one.relay.dialled == {}
+
+
+def test_new_clients_do_not_wait_behind_a_silent_attempt(world):
+    one = world(plan=errno.ECONNREFUSED, timeout_ms=None)
+    one.come()
+    one.relay.plan[one.address] = LATER
+    one.run(18_500)
+    one.relay.plan[one.address] = UP
+    fd = one.come()
+    one.run(19_100)
+    assert fd in one.served
+
+
+def test_a_surplus_connection_is_reset_where_nobody_is_left(world):
+    one = world(plan=errno.ECONNREFUSED, timeout_ms=None)
+    one.come()
+    one.relay.plan[one.address] = LATER
+    one.run(2500)
+    assert len(one.relay.dialled) == 3
+    one.answer(one.address, 0)
+    assert len(one.relay.resets) == 2
+    assert one.relay.closes == []
+
+
+def test_thirty_silent_addresses_and_many_clients(world):
+    many = [inet(last) for last in range(1, 31)]
+    one = world(NAME, plan=dict.fromkeys(many, LATER), answer=(many, None), timeout_ms=None)
+    for _ in range(150):
+        one.come()
+    most = 0
+    for at_ms in range(0, 20_000, 100):
+        one.run(at_ms)
+        most = max(most, len(one.relay.dialled))
+    assert most <= 32
+    assert len(one.relay.dialled) <= 4
+    assert {address for _, address, _ in one.relay.attempts} == set(many)
+
+
+def test_an_address_that_refuses_is_tried_again_while_another_is_silent(world):
+    plan = {inet(1): LATER, inet(2): up_at(600)}
+    one = world(NAME, plan=plan, answer=([inet(1, 0), inet(2, 0)], None))
+    fd = one.come()
+    one.run(900)
+    assert one.served == [fd]
+
+
+# ── a port that accepts before anybody is there ──────────────────────────────────────────────────
+
+
+def test_nothing_is_sent_before_a_target_is_proven(world):
+    one = world(settle_ms=50)
+    assert one.reach.express is None
+    fd = one.come(header=b"PROXY")
+    one.run(49)
+    assert one.served == []
+    assert one.reach.express is None
+    one.run(50)
+    assert one.relay.served == [(fd, b"PROXY")]
+    assert one.reach.express == one.address
+    late = one.come()
+    assert one.served == [fd, late]
+
+
+def test_the_first_byte_proves_it(world):
+    one = world(settle_ms=5000)
+    fd = one.come()
+    one.tick()
+    one.say(one.address, 1)
+    assert one.served == [fd]
+    assert one.reach.express
+
+
+@pytest.mark.parametrize("how", [0, -errno.ECONNRESET])
+def test_a_target_that_lets_go_is_tried_again_as_after_a_refusal(world, capfd, how):
+    one = world(settle_ms=50)
+    clients = [one.come() for _ in range(3)]
+    one.tick()
+    assert len(one.relay.dialled) == 1  # the others wait behind the probe
+    one.say(one.address, how)
+    assert set(one.reach.held) == set(clients)
+    assert capfd.readouterr().err == (
+        "Failed to connect to remote host: it accepts and closes at once "
+        f"({TCP}), holding clients until it answers.\n"
+    )
+    one.run(10)
+    assert one.relay.times == [0, 10]
+    one.say(one.address, how)
+    one.run(70)
+    assert one.served == clients
+    assert len(one.relay.resets) == 2
+
+
+def test_a_target_that_always_lets_go_is_given_up(world, capfd):
+    one = world(settle_ms=50, timeout_ms=300)
+    fd = one.come()
+    for _ in range(50):
+        one.run(one.now_ms + 10)
+        if one.relay.dialled:
+            one.say(one.address, 0)
+    assert one.gone(fd)
+    assert one.reach.failed == 1
+    assert "it accepts and closes at once" in capfd.readouterr().err.splitlines()[-1]
+
+
+def test_with_no_connect_timeout_letting_go_is_the_end(world):
+    one = world(settle_ms=50, timeout_ms=0)
+    fd = one.come()
+    one.tick()
+    one.say(one.address, 0)
+    assert one.gone(fd)
+    assert one.relay.times == [0]
+
+
+def test_a_client_that_has_ended_without_a_word_is_not_held(world):
+    one = world(settle_ms=50)
+    fd = one.come()
+    one.peers[fd].shutdown(socket.SHUT_WR)
+    one.tick()
+    one.say(one.address, 0)
+    assert one.served == [fd]
+    assert one.reach.express is None  # it is not proven by that
+
+
+def test_a_client_that_has_spoken_and_ended_is_held(world):
+    one = world(settle_ms=50)
+    fd = one.come()
+    one.peers[fd].send(b"message")
+    one.peers[fd].shutdown(socket.SHUT_WR)
+    one.tick()
+    one.say(one.address, 0)
+    assert fd in one.reach.held
+    one.run(200)
+    assert one.served == [fd]
+
+
+def test_a_client_that_leaves_while_the_target_is_watched(world):
+    one = world(settle_ms=50)
+    fd = one.come()
+    one.tick()
+    one.happen(fd, EPOLLHUP)
+    assert one.reach.gone == 1
+    assert len(one.relay.resets) == 1
+
+
+def test_an_outage_has_a_target_proven_anew(world):
+    one = world(settle_ms=50)
+    fd = one.come()
+    one.run(50)
+    one.relay.plan[one.address] = errno.ECONNREFUSED
+    second = one.come()
+    one.relay.plan[one.address] = UP
+    one.run(60)
+    assert one.served == [fd]
+    one.run(110)
+    assert one.served == [fd, second]
+
+
+def test_congestion_does_not(world):
+    room = Backlog(1)
+    one = world(UNIX, plan=room, settle_ms=50)
+    one.come()
+    one.run(50)
+    fd = one.come()
+    room.room = 1
+    one.run(55)
+    assert one.served[-1] == fd
+
+
+def test_a_name_with_an_address_that_lets_go(world):
+    plan = {inet(1): UP, inet(2): UP}
+    one = world(NAME, plan=plan, answer=([inet(1, 0), inet(2, 0)], None), settle_ms=50)
+    fd = one.come()
+    one.tick()
+    one.say(inet(1), 0)
+    one.run(60)
+    assert one.served == [fd]
+    assert [address for _, address, _ in one.relay.attempts] == [inet(1), inet(2)]
+
+
 # ── what the log says ────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def levels(monkeypatch):
+    """(level, text) of every line."""
+    lines = []
+    monkeypatch.setattr(log, "_log", lambda level, text: lines.append((level, text)))
+    return lines
+
+
+def test_a_target_that_is_still_starting_is_no_warning(world, levels):
+    one = world(plan=up_at(3000))
+    one.come()
+    one.run(5000)
+    assert [level for level, _ in levels] == [log.INFO, log.INFO]
+
+
+def test_a_start_that_takes_long_is_a_warning(world, levels):
+    one = world(plan=errno.ECONNREFUSED, timeout_ms=None)
+    one.come()
+    one.run(9999)
+    assert [level for level, _ in levels] == [log.INFO]
+    one.run(60_000)
+    (last,) = levels[1:]
+    assert last == (log.WARNING, f"{REFUSED}, clients have been held for 10s.")
+
+
+def test_a_target_that_has_been_reached_before_is_a_warning(world, levels):
+    one = world(plan=up_at(0))
+    one.come()
+    one.run(1000)
+    one.relay.plan[one.address] = errno.ECONNREFUSED
+    one.come()
+    one.tick()
+    assert [level for level, _ in levels] == [log.WARNING]
+
+
+def test_clients_that_came_back_do_not_mean_that_it_was_reached(world, levels):
+    one = world()
+    clients = [one.come(), one.come()]
+    one.relay.plan[one.address] = errno.ECONNREFUSED
+    for fd in clients:
+        one.fail(fd, errno.ECONNREFUSED)
+    one.run(50)
+    assert [level for level, _ in levels] == [log.INFO]
+
+
+def test_a_connection_of_a_gate_counts_as_reached(world, levels):
+    one = world()
+    one.reach.gates.append(SimpleNamespace(served=1))
+    one.relay.plan[one.address] = errno.ECONNREFUSED
+    one.come()
+    one.tick()
+    assert [level for level, _ in levels] == [log.WARNING]
+
+
+@pytest.mark.parametrize("error", [errno.EACCES, errno.EPERM])
+def test_a_permission_that_is_missing_is_a_warning_at_once(world, levels, error):
+    one = world(UNIX, plan=error)
+    one.come()
+    one.run(20_000)
+    assert levels[0][0] == log.WARNING
 
 
 def test_one_line_when_an_outage_begins_and_one_when_it_ends(world, capfd):
@@ -775,6 +1234,7 @@ def test_an_outage_ends_even_if_the_last_follower_hangs_up(world, capfd):
     one.run(60_000)
     one.relay.plan[one.address] = errno.ECONNREFUSED
     one.come()
+    one.tick()
     assert "holding clients" in capfd.readouterr().err, "the second outage is not told"
 
 
@@ -814,6 +1274,7 @@ def test_the_reason_is_not_an_earlier_outage_s(world, capfd):
 def test_a_target_that_is_our_own_port(world, capfd):
     one = world(plan=errno.ELOOP)
     one.come()
+    one.tick()
     assert "it met itself, since nobody listens there" in capfd.readouterr().err
 
 
@@ -1064,7 +1525,7 @@ STATES = st.sampled_from(
 MOMENTS = st.lists(
     st.tuples(
         st.integers(0, 3000),
-        st.sampled_from(["come", "come", "go", "change", "answer", "fail"]),
+        st.sampled_from(["come", "come", "go", "change", "answer", "fail", "say"]),
         STATES,
         st.integers(0, 100),
     ),
@@ -1072,8 +1533,10 @@ MOMENTS = st.lists(
 )
 
 
-@given(STATES, MOMENTS, st.sampled_from([0, 700, None]), st.booleans())
-def test_whatever_happens_each_client_is_in_one_place(first, moments, timeout_ms, named):
+@given(STATES, MOMENTS, st.sampled_from([0, 700, None]), st.booleans(), st.sampled_from([0, 50]))
+def test_whatever_happens_each_client_is_in_one_place(
+    first, moments, timeout_ms, named, settle_ms
+):
     """Served, held or closed; those held are probed for; and nothing spins (see run())."""
     addresses = [inet(1), inet(2)]
     if named:
@@ -1082,9 +1545,10 @@ def test_whatever_happens_each_client_is_in_one_place(first, moments, timeout_ms
             dict.fromkeys(addresses, first),
             timeout_ms,
             answer=([inet(1, 0), inet(2, 0)], None),
+            settle_ms=settle_ms,
         )
     else:
-        one = World(TCP, first, timeout_ms)
+        one = World(TCP, first, timeout_ms, settle_ms=settle_ms)
         addresses = [one.address]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(race, "connected", one.relay.connected)
@@ -1098,14 +1562,25 @@ def test_whatever_happens_each_client_is_in_one_place(first, moments, timeout_ms
             if what == "come":
                 one.come()
             elif what == "go" and held:
-                one.loop.handlers[held[choice % len(held)]](EPOLLHUP)
+                fd = held[choice % len(held)]
+                if choice % 3:  # it has spoken, and is served all the same
+                    one.peers[fd].send(b"x")
+                one.loop.handlers[fd](EPOLLHUP)
+            elif what == "say" and racing:
+                fd = racing[choice % len(racing)]
+                one.relay.said[fd] = (1, 0, -errno.ECONNRESET)[choice % 3]
+                one.loop.handlers[fd](1)
             elif what == "change":
                 one.relay.plan[address] = state
             elif what == "answer" and racing:
                 fd = racing[choice % len(racing)]
+                if one.reach._race._attempts[fd].settled_ms is not None:
+                    continue  # it is connected already
                 one.relay.dialled[fd] = {UP: 0, LATER: errno.EINPROGRESS}.get(state, state)
                 one.loop.handlers[fd](4)
             one.tick()
+            one.assert_counted()
+            assert len(one.relay.dialled) <= max(len(one.reach.held), 1) + race.SPARE
             served, held = set(one.served), set(one.reach.held)
             assert served.isdisjoint(held)
             assert all(one.gone(fd) == (fd not in served | held) for fd in one.peers)
@@ -1114,6 +1589,8 @@ def test_whatever_happens_each_client_is_in_one_place(first, moments, timeout_ms
                 assert one.reach.next_ms() is not None or one.relay.dialled
             if held and timeout_ms:
                 assert one.reach.next_ms() <= one.relay.now_ms + timeout_ms
+            if not held:
+                assert not one.relay.dialled
         one.close()
 
 
