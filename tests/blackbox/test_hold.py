@@ -296,28 +296,31 @@ def test_wrong_kind_of_target_fails_at_once(stage):
 
 
 def test_socket_between_bind_and_chmod(stage):
-    """A UNIX target that the program may not open yet is tried again for a second."""
+    """A UNIX target that the program may not open yet is tried again, and that is told at once."""
     prefix = as_unprivileged_user(stage.executable)
     backend = stage.backend("unix")
     path = backend.listener.getsockname()
     os.chmod(path, 0o600)
     stage.launch(backend.target, listeners=[stage.listener()], prefix=prefix)
     client = stage.connect()
-    stays_held(client, seconds=0.3)
+    stage.proxy.wait_for_log("Permission denied")
+    stays_held(client, seconds=1.3)
     os.chmod(path, 0o666)
     talk(client, backend.accept())
 
 
 def test_forbidden_socket(stage):
-    """One that stays forbidden is given up long before --connect-timeout=, with the reason."""
+    """One that stays forbidden is given up after --connect-timeout=, with the reason."""
     prefix = as_unprivileged_user(stage.executable)
     backend = stage.backend("unix")
     os.chmod(backend.listener.getsockname(), 0o600)
     stage.launch(
-        "--connect-timeout=1h", backend.target, listeners=[stage.listener()], prefix=prefix
+        "--connect-timeout=300ms", backend.target, listeners=[stage.listener()], prefix=prefix
     )
     assert read_to_end(stage.connect())[0] == b""
-    stage.proxy.wait_for_log("Failed to connect to remote host: Permission denied")
+    stage.proxy.wait_for_log(
+        f"Failed to connect to remote host: Permission denied ({backend.target})."
+    )
 
 
 def test_stop_while_clients_are_held(stage):
