@@ -1,4 +1,6 @@
-"""What the log says of a target that cannot be reached: once, not per attempt or client.
+"""A target that cannot be reached: when it is probed, and what the log says of that.
+
+The log tells it once, not per attempt or client.
 
 A target that has never been reached is still starting, which is normal, so that is told at info
 level; a warning follows where it lasts.
@@ -11,6 +13,39 @@ COLD_MS = 10_000
 
 CONGESTED_MS = 1000
 """A backlog that is full for longer than this is told."""
+
+
+PROBE_MS = 10
+"""Pause between two probes at first …"""
+
+EAGER_MS = 150
+"""… for so long; then the pause doubles …"""
+
+PROBE_SLOWEST_MS = 250
+"""… up to this."""
+
+
+class Pace:
+    """The pauses between the probes of a target that cannot be reached."""
+
+    __slots__ = ("_eager_until_ms", "_pause_ms")
+
+    def __init__(self) -> None:
+        self._eager_until_ms = 0
+        self._pause_ms = PROBE_MS
+
+    def begin(self, now_ms: int) -> None:
+        """A client waits, and none did before."""
+        self._eager_until_ms = now_ms + EAGER_MS
+        self._pause_ms = PROBE_MS
+
+    def next(self, now_ms: int) -> int:
+        """Return when the next probe is due, after one that has failed just now."""
+        if now_ms < self._eager_until_ms:
+            self._pause_ms = PROBE_MS
+        else:
+            self._pause_ms = min(self._pause_ms * 2, PROBE_SLOWEST_MS)
+        return now_ms + self._pause_ms
 
 
 class Outage:
@@ -76,12 +111,10 @@ class Outage:
         """Nobody waits any more, and the target answers."""
         if self._told and self.since_ms is not None:
             span = _span_text(now_ms - self.since_ms)
-            clients = "1 client was" if self._held_total == 1 else f"{self._held_total} clients were"
-            log.limited(
-                f"reached {self._text}",
-                f"{self._text} answers after {span}, {clients} held.",
-                log.INFO,
-            )
+            count = self._held_total
+            clients = "1 client was" if count == 1 else f"{count} clients were"
+            text = f"{self._text} answers after {span}, {clients} held."
+            log.limited(f"reached {self._text}", text, log.INFO)
         self.since_ms = self._warn_ms = None
         self._told = self._denied = False
         self.why = ""

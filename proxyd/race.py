@@ -84,7 +84,6 @@ class Race:
         "_expects_end",
         "_loop",
         "_routes",
-        "_settle_ms",
         "_stagger_ms",
         "clients",
         "congested",
@@ -92,19 +91,20 @@ class Race:
         "failures",
         "hopeful",
         "next_ms",
+        "paced",
         "preferred",
+        "settle_ms",
         "silent_since_ms",
         "watches",
         "won",
     )
 
-    def __init__(
-        self, loop: Loop, settle_ms: int = 0, expects_end: Callable[[], bool] | None = None
-    ) -> None:
-        """`expects_end` tells whether the next client has ended already, without a word: then a
-        target that lets go is what it wants to see."""
+    def __init__(self, loop: Loop, expects_end: Callable[[], bool]) -> None:
+        """`expects_end` tells whether the next client has ended already, without a word.
+
+        Then a target that lets go while it is watched is what this client wants to see.
+        """
         self._loop = loop
-        self._settle_ms = settle_ms
         self._expects_end = expects_end
         self._routes: list[Route] = []
         self._attempts: dict[int, Attempt] = {}
@@ -113,8 +113,12 @@ class Race:
         self.won: list[Won] = []
         self.clients = 0
         """How many are held; the caller's to keep right."""
-        self.watches = settle_ms > 0
-        """Whether a new connection is watched before anybody gets it."""
+        self.settle_ms = 0
+        """For how long a new connection is watched …"""
+        self.watches = False
+        """… before anybody gets it, if at all."""
+        self.paced = False
+        """For the caller: that it has set when to begin anew, although the round goes on."""
         self.preferred = b""
         """The address that has answered, to be tried first."""
         self.error = 0
@@ -144,7 +148,7 @@ class Race:
     @property
     def tried(self) -> bool:
         """Whether every address has had its turn."""
-        return self.running and all(route.dialled_ms is not None for route in self._routes)
+        return self.running and all(map(self._has_had_turn, self._routes))
 
     @property
     def over(self) -> bool:
@@ -167,10 +171,13 @@ class Race:
         """Start a round. What is under way to one of `addresses` goes on."""
         pending = {route.address: route for route in self._routes if route.pending}
         order = sorted(addresses, key=lambda address: address != self.preferred)
-        self._routes = [pending.pop(address, None) or Route(address) for address in order]
+        self._routes = [
+            pending.pop(address) if address in pending else Route(address) for address in order
+        ]
         for fd in [fd for fd, one in self._attempts.items() if one.route.address in pending]:
             self._close(fd)
         self._stagger_ms = now_ms
+        self.paced = False
         self._forget_errors()
         if self.silent_since_ms is None:
             self.silent_since_ms = now_ms
@@ -178,13 +185,15 @@ class Race:
     def end_round(self) -> None:
         """Have the next begin() try every address anew."""
         self._routes = []
+        self.paced = False
         self.silent_since_ms = None
 
     def step(self, now_ms: int, wanted: int) -> None:
         """Make the attempts that are due, for `wanted` connections."""
         self.next_ms = None
         for fd in [fd for fd, one in self._attempts.items() if one.settled_ms is not None]:
-            self._look(fd)
+            if fd in self._attempts:  # one that has won has ended others
+                self._look(fd)
         if not self.settling:
             self._dial_all_due(now_ms, wanted)
         if self.settling:
@@ -235,12 +244,16 @@ class Race:
             if self._attempts and now_ms < self._stagger_ms:
                 self._wake_at(self._stagger_ms)
                 return False
-            if self._dial(route, now_ms, most) and route.dialled_ms is not None:
+            if self._dial(route, now_ms, most):
                 self._stagger_ms = now_ms + STAGGER_MS
-            return route.dialled_ms is not None
+            return self._has_had_turn(route)
         if route.pending and now_ms - route.dialled_ms >= SILENT_MS and self.tried:
             self._dial(route, now_ms, most)  # not before every address has had its turn
         return True
+
+    @staticmethod
+    def _has_had_turn(route: Route) -> bool:
+        return route.dialled_ms is not None
 
     def _dial(self, route: Route, now_ms: int, most: int) -> bool:
         """Start an attempt; False if it has failed at once, or has to wait for another to end."""
@@ -300,7 +313,7 @@ class Race:
         if not self.watches:
             self._win(fd, error)
             return True
-        attempt.settled_ms = self._loop.relay.now_ms + self._settle_ms
+        attempt.settled_ms = self._loop.relay.now_ms + self.settle_ms
         return self._let_go(fd, error) if error else self._look_settling(fd, attempt)
 
     def _look_settling(self, fd: int, attempt: Attempt) -> bool:
@@ -315,15 +328,17 @@ class Race:
 
     def _let_go(self, fd: int, error: int) -> bool:
         """A watched target has closed (0) or reset; False if the connection is of no use."""
-        if self._expects_end is not None and self._expects_end():
+        if self._expects_end():
             self._take(fd, error, proven=False)
             return True
         self._failed(fd, LET_GO)
         return False
 
     def _win(self, fd: int, error: int) -> None:
-        """A connection is made: attempts at other addresses have lost, and so have older ones,
-        which the kernel repeats more and more seldom."""
+        """A connection is made: attempts at other addresses have lost.
+
+        So have older ones, which the kernel repeats more and more seldom.
+        """
         address = self._attempts[fd].route.address
         since_ms = self._attempts[fd].since_ms
         self._take(fd, error, proven=True)

@@ -18,7 +18,7 @@ from proxyd._relay import failure, peek
 from proxyd.connect_errors import is_congestion, is_denied, may_pass
 from proxyd.listen import Listener
 from proxyd.loop import EPOLLET, Loop
-from proxyd.outage import Outage
+from proxyd.outage import Outage, Pace
 from proxyd.race import LET_GO, SILENT_MS, STAGGER_MS, Race, Won
 from proxyd.target import Target
 
@@ -28,15 +28,6 @@ if TYPE_CHECKING:
 
     from proxyd._relay import Event, Gate
     from proxyd.resolver import Resolver
-
-PROBE_MS = 10
-"""Pause between two probes at first …"""
-
-EAGER_MS = 150
-"""… for so long; then the pause doubles …"""
-
-PROBE_SLOWEST_MS = 250
-"""… up to this."""
 
 CONGESTION_MS = 5
 """Pause until a full backlog is tried again: the server may take a client at any moment."""
@@ -51,27 +42,20 @@ LOOKUP_MS = 1000
 class Client:
     """An accepted client that waits. It owns its fd, and is in `Reach.held`."""
 
-    __slots__ = ("deadline_ms", "fd", "listener", "name", "pending", "since_ms", "taken")
+    __slots__ = ("fd", "listener", "name", "pending", "since_ms", "taken")
 
     def __init__(
-        self,
-        fd: int,
-        listener: Listener,
-        pending: bytes | None,
-        name: str,
-        since_ms: int,
-        taken: bool = False,
+        self, fd: int, listener: Listener, pending: bytes | None, name: str, since_ms: int
     ) -> None:
         self.fd = fd
         self.listener = listener
         self.pending = pending
         """What the target must get first: a PROXY header, bytes already taken from the client."""
-        self.taken = taken
+        self.taken = False
         """Whether some of that is the client's own."""
         self.name = name
         """Its address, for log lines at debug level; "" otherwise."""
         self.since_ms = since_ms
-        self.deadline_ms: int | None = None
 
     def has_spoken(self) -> bool:
         """Tell whether there are bytes of it that no target has got yet."""
@@ -103,7 +87,6 @@ class Reach:
         target: Target,
         port: int,
         timeout_ms: int | None,
-        settle_ms: int = 0,
     ) -> None:
         self._loop = loop
         self._relay = loop.relay
@@ -114,8 +97,6 @@ class Reach:
         self._host = target.host
         self.timeout_ms = timeout_ms
         """How long a client is held; 0: one attempt, None: for ever."""
-        self._settle_ms = settle_ms
-        """How long a new connection to a target that is not proven is watched; 0: not at all."""
         self._address = target.address
         """The packed address of a literal target."""
         if target.any_port and target.address is not None:
@@ -141,23 +122,27 @@ class Reach:
         """A look-up is under way."""
         self._answer: list[bytes] = []
         self._lookup_error: _socket.gaierror | None = None
-        self._race = Race(loop, settle_ms, self._expects_end)
+        self._race = Race(loop, self._expects_end)
         self._up = True
         """Whether to believe that the target can be reached: if not, only one probes."""
-        self._proven = settle_ms == 0
+        self._proven = True
         """Whether a port that accepts means that the target is there."""
         self._outages = Outage(self.text)
-        self._eager_until_ms = 0
-        self._pause_ms = PROBE_MS
+        self._pace = Pace()
         self._probe_ms = 0
         """When the next round of attempts may begin."""
-        self._paced = False
-        """Whether that is set although the last round still goes on."""
-        self._first_deadline_ms: int | None = None
         self._announces = False
         """Whether clients come with a PROXY header."""
         self._late_error = 0
         """Of a connect of the relay; for step(), since others of the batch may have failed too."""
+
+    def settle(self, settle_ms: int) -> None:
+        """Watch the target for `settle_ms` before anything is sent to it, until it is proven.
+
+        That is anew after each outage. 0: it is proven.
+        """
+        self._race.settle_ms = settle_ms
+        self._proven = settle_ms == 0
 
     @property
     def express(self) -> bytes | None:
@@ -202,9 +187,9 @@ class Reach:
         _, fd, error, _, pending, since_ms, number = event
         self.returned += 1
         note = self._loop.notes.pop(number, "") if self._loop.notes is not None else ""
+        client = Client(fd, listener, pending, note.partition(" → ")[0], since_ms)
         # The relay reads nothing from a client whose PROXY header has not been sent.
-        taken = bool(pending) and not self._announces
-        client = Client(fd, listener, pending, note.partition(" → ")[0], since_ms, taken)
+        client.taken = bool(pending) and not self._announces
         self._hold(client)
         silent = error == errno.ETIMEDOUT and self._relay.now_ms - since_ms >= self.connect_ms
         if not silent or self.timeout_ms == 0:  # otherwise it has only not answered yet
@@ -233,8 +218,8 @@ class Reach:
 
     def next_ms(self) -> int | None:
         """When step() is to be called at the latest, None: not before the next event."""
-        times = [self._race.next_ms, self._first_deadline_ms, self._outages.next_ms]
-        if not self._looking and (self._paced or not self._race.running):
+        times = [self._race.next_ms, self._deadline_ms, self._outages.next_ms]
+        if not self._looking and (self._race.paced or not self._race.running):
             times.append(self._probe_ms)
         return min((time for time in times if time is not None), default=None)
 
@@ -245,8 +230,7 @@ class Reach:
             self._outage(self._reason(error), denied=is_denied(error))
         while self.held and self._go_on(now_ms):
             pass
-        if self._first_deadline_ms is not None and now_ms >= self._first_deadline_ms:
-            self._expire(now_ms)
+        self._expire(now_ms)
         if self.held:
             self._outages.step(now_ms)
         self._settle_down()
@@ -258,7 +242,6 @@ class Reach:
             addresses = self._addresses(now_ms)
             if not addresses:
                 return False
-            self._paced = False
             race.begin(addresses, now_ms)
         race.clients = len(self.held)
         race.watches = not self._proven
@@ -266,15 +249,15 @@ class Reach:
         if self._serve_winners():
             return True
         if race.over:
-            return self._round_failed(now_ms)
-        if race.partial and not self._paced:
-            self._pace(now_ms)
-            self._paced = True
+            return self._round_failed()
+        if race.partial and not race.paced:
+            self._probe_ms = self._pace.next(now_ms)
+            race.paced = True
         self._note_silence(now_ms)
         return False
 
     def _round_is_due(self, now_ms: int) -> bool:
-        if self._race.running and not self._paced:
+        if self._race.running and not self._race.paced:
             return False
         return now_ms >= self._probe_ms
 
@@ -284,9 +267,11 @@ class Reach:
             return 1
         return len(self.held) if self._race.preferred else min(len(self.held), FIRST_FEW)
 
-    def _round_failed(self, now_ms: int) -> bool:
-        """Every address has failed, since a connection was last made: clients wait on, or are
-        given up. True if the next one is to have an attempt of its own, at once."""
+    def _round_failed(self) -> bool:
+        """Every address has failed, since a connection was last made.
+
+        Clients wait on, or are given up; True if there is to be another round at once.
+        """
         race = self._race
         race.end_round()
         if race.error == 0:
@@ -312,16 +297,19 @@ class Reach:
             self._outage(self._reason(self._race.error or errno.ETIMEDOUT))
             self._probe_ms = probe_ms  # the attempts under way go on
 
+    @property
+    def _deadline_ms(self) -> int | None:
+        """Until when the oldest client may wait."""
+        oldest = next(iter(self.held.values()), None)
+        return oldest.since_ms + self.timeout_ms if oldest and self.timeout_ms else None
+
     def _expire(self, now_ms: int) -> None:
         """Give up those who have waited for as long as they may."""
-        for client in list(self.held.values()):
-            if client.deadline_ms is not None and now_ms >= client.deadline_ms:
-                if self._race.error:
-                    self._outages.why = self._reason(self._race.error)
-                self._give_up(client, self._outages.why or self._reason(errno.ETIMEDOUT))
-        self._first_deadline_ms = min(
-            (c.deadline_ms for c in self.held.values() if c.deadline_ms is not None), default=None
-        )
+        while self._deadline_ms is not None and now_ms >= self._deadline_ms:
+            if self._race.error:
+                self._outages.why = self._reason(self._race.error)
+            reason = self._outages.why or self._reason(errno.ETIMEDOUT)
+            self._give_up(next(iter(self.held.values())), reason)
 
     # ── connections are made ─────────────────────────────────────────────────────────────────
 
@@ -355,8 +343,10 @@ class Reach:
             self._loop.notes[number] = f"{name} → {self.text}"
 
     def _expects_end(self) -> bool:
-        """Tell whether the oldest client has ended without a word: a target that does so too is
-        no reason to hold it."""
+        """Tell whether the oldest client has ended without a word.
+
+        A target that does so too is no reason to hold it.
+        """
         client = next(iter(self.held.values()), None)
         return client is not None and client.has_ended()
 
@@ -367,9 +357,9 @@ class Reach:
         now_ms = self._relay.now_ms
         cold = not self._was_reached()
         self._up = False
-        self._proven = self._settle_ms == 0
+        self._proven = self._race.settle_ms == 0
         self._outages.fail(reason, now_ms, len(self.held), cold=cold, denied=denied)
-        self._pace(now_ms)
+        self._probe_ms = self._pace.next(now_ms)
 
     def _congestion(self, error: int) -> None:
         """The target is there, and has no room just now."""
@@ -377,14 +367,6 @@ class Reach:
         self._up = True
         self._outages.congest(self._reason(error), now_ms, len(self.held))
         self._probe_ms = now_ms + CONGESTION_MS
-
-    def _pace(self, now_ms: int) -> None:
-        """Set the next probe, later and later."""
-        if now_ms < self._eager_until_ms:
-            self._pause_ms = PROBE_MS
-        else:
-            self._pause_ms = min(self._pause_ms * 2, PROBE_SLOWEST_MS)
-        self._probe_ms = now_ms + self._pause_ms
 
     def _was_reached(self) -> bool:
         """Tell whether a connection was ever made."""
@@ -396,8 +378,6 @@ class Reach:
             return
         self._race.stop()
         self._late_error = 0
-        self._paced = False
-        self._first_deadline_ms = None
         if self._up:
             self._outages.end(self._relay.now_ms)
 
@@ -417,17 +397,12 @@ class Reach:
 
     def _hold(self, client: Client) -> None:
         if not self.held:
-            self._eager_until_ms = self._relay.now_ms + EAGER_MS
-            self._pause_ms = PROBE_MS
+            self._pace.begin(self._relay.now_ms)
         self._outages.held()
         youngest = next(reversed(self.held.values()), client)
         self.held[client.fd] = client
         if client.since_ms < youngest.since_ms:  # its connect has failed late
             self.held = dict(sorted(self.held.items(), key=lambda item: item[1].since_ms))
-        if self.timeout_ms:
-            client.deadline_ms = client.since_ms + self.timeout_ms
-            if self._first_deadline_ms is None or client.deadline_ms < self._first_deadline_ms:
-                self._first_deadline_ms = client.deadline_ms
         try:
             # For what is always reported, EPOLLERR and EPOLLHUP, and once.
             self._loop.watch(client.fd, lambda _events: self._hung_up(client), EPOLLET)

@@ -75,7 +75,7 @@ class Server:
         if single:
             self.exit_idle_ms = 0  # Accept=yes: with the one connection all ends
         self.asked = False
-        """Whether the counters are to be logged, after the batch: in the midst they do not add up."""
+        """Whether to log the counters; after the batch, for in the midst they do not add up."""
         self.stopping = False
         self.stop_ms: int | None = None
         """When to end in any case, once stopping; None: when the last connection has ended."""
@@ -233,8 +233,8 @@ class Server:
             if reach.target is target and reach.port == port:
                 return reach
         timeout_ms = _milliseconds(self.options.connect_timeout)
-        settle_ms = _milliseconds(self.options.settle_time) or 0
-        self.reaches.append(Reach(self.loop, self.resolver, target, port, timeout_ms, settle_ms))
+        self.reaches.append(Reach(self.loop, self.resolver, target, port, timeout_ms))
+        self.reaches[-1].settle(_milliseconds(self.options.settle_time) or 0)
         return self.reaches[-1]
 
     # ── words ────────────────────────────────────────────────────────────────────────────────

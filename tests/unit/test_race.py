@@ -84,7 +84,9 @@ class World:
         self.loop.relay = self.net
         self.expects_end = False
         self.addresses = list(addresses or plan)
-        self.race = Race(self.loop, settle_ms, lambda: self.expects_end)
+        self.race = Race(self.loop, lambda: self.expects_end)
+        self.race.settle_ms = settle_ms
+        self.race.watches = settle_ms > 0
         self.race.clients = clients
         self.wanted = 1
         self.won = []
@@ -617,7 +619,7 @@ def test_real_sockets():
     loop = Loop()
     (refuses, bad), (listens, good) = bound(False), bound(True)
     with refuses, listens:
-        one = Race(loop)
+        one = Race(loop, lambda: False)
         one.clients = 1
         one.begin([bad, good], loop.relay.now_ms)
         one.step(loop.relay.now_ms, 1)
@@ -640,7 +642,7 @@ def test_real_sockets_that_all_refuse():
     loop = Loop()
     (one, first), (other, second) = bound(False), bound(False)
     with one, other:
-        race = Race(loop)
+        race = Race(loop, lambda: False)
         race.begin([first, second], loop.relay.now_ms)
         race.step(loop.relay.now_ms, 1)
         while not race.over:
@@ -655,7 +657,8 @@ def test_a_real_target_that_speaks_while_it_is_watched():
     loop = Loop()
     listens, good = bound(True)
     with listens:
-        one = Race(loop, 20_000)
+        one = Race(loop, lambda: False)
+        one.settle_ms, one.watches = 20_000, True
         one.begin([good], loop.relay.now_ms)
         one.step(loop.relay.now_ms, 1)
         client, _ = listens.accept()
@@ -672,7 +675,8 @@ def test_a_real_target_that_lets_go_while_it_is_watched(linger):
     loop = Loop()
     listens, good = bound(True)
     with listens:
-        one = Race(loop, 20_000)
+        one = Race(loop, lambda: False)
+        one.settle_ms, one.watches = 20_000, True
         one.begin([good], loop.relay.now_ms)
         one.step(loop.relay.now_ms, 1)
         client, _ = listens.accept()
