@@ -37,6 +37,8 @@ def run(options: "Options", listeners: list[Listener], environ: MutableMapping[s
         return server.serve()
     finally:
         server.relay.close_all()  # after an error too: whoever is cut must not see a clean end
+        for reach in server.reaches:
+            reach.drop_all()
         log.flush_limited()
 
 

@@ -21,7 +21,8 @@ from relaykit.sockets import (
     unread,
 )
 
-from proxyd._relay import connected, socket_names, tune
+from proxyd._relay import connected, peek, socket_names, tune
+from proxyd._relay import failure as why
 
 EPOLLOUT = 4
 
@@ -335,6 +336,34 @@ def test_connect_to_itself_is_refused(rigs, family, word):
         assert failure(rig)[:3] == (fd, errno.ELOOP, 3)
 
     in_child(in_own_network(scenario))
+
+
+@pytest.mark.parametrize("family", ["tcp4", "unix"])
+def test_a_look_at_what_a_socket_has_to_say(rigs, family):
+    """Nothing is taken by it, nor does it wait."""
+    with open_listener(family, rigs.directory) as listener:
+        client = open_client(listener)
+        server, _ = listener.accept()
+        with client, server:
+            assert peek(server.fileno()) == -errno.EAGAIN  # though it is a blocking socket
+            client.sendall(b"ab")
+            assert peek(server.fileno()) == 1
+            assert peek(server.fileno()) == 1
+            assert server.recv(10) == b"ab"
+            client.shutdown(socket.SHUT_WR)
+            assert peek(server.fileno()) == 0
+            assert why(server.fileno()) == 0
+
+
+def test_why_a_socket_has_failed():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        client = socket.create_connection(listener.getsockname())
+        server, _ = listener.accept()
+        with server:
+            client.sendall(b"unread")
+            reset(client)
+            assert why(server.fileno()) == errno.ECONNRESET
+            assert why(server.fileno()) == 0  # it was read
 
 
 @pytest.mark.parametrize("family", ["tcp4", "tcp6"])

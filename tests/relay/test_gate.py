@@ -87,6 +87,17 @@ def test_express_that_fails_at_once(rigs, tmp_path):
     assert rig.relay.open == 0
 
 
+def test_nobody_overtakes_one_that_fails_at_once(rigs):
+    """Its place is before those who come after it, so they are for the policy too."""
+    rig = rigs("tcp4", "unix")
+    rig.gate.express(b"\x01\x00/nowhere\x00")
+    for _ in range(3):
+        rig.keep(open_client(rig.door))
+    rig.until(lambda: len(rig.of_kind(ACCEPTED)) == 2, "two for the policy")
+    assert len(rig.failures()) == 1
+    assert rig.gate.served == 1
+
+
 def test_express_that_is_refused_later(rigs):
     """The kernel's answer comes after connect(): bytes already taken come back with the client."""
     rig = rigs()

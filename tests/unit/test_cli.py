@@ -62,6 +62,7 @@ def test_defaults():
     assert options.connections_max == 256
     assert options.exit_idle_time is None
     assert options.connect_timeout == 10_000_000
+    assert options.settle_time == 0
     assert options.idle_timeout is None
     assert options.drain_timeout == 0
     assert options.proxy_protocol == 0
@@ -88,6 +89,8 @@ def test_defaults():
         (["--exit-idle-time=infinity", "t"], "exit_idle_time", None),
         (["--exit-idle-time=0", "t"], "exit_idle_time", 0),
         (["--connect-timeout=0", "t"], "connect_timeout", 0),
+        (["--settle-time=50ms", "t"], "settle_time", 50_000),
+        (["--s=0", "t"], "settle_time", 0),
         (["--idle-timeout=1h", "t"], "idle_timeout", 3_600_000_000),
         (["--drain-timeout=1h", "t"], "drain_timeout", 3_600_000_000),
         (["--proxy-protocol=v1", "t"], "proxy_protocol", 1),
@@ -139,6 +142,11 @@ def test_the_original_messages(args, text):
     ("args", "text"),
     [
         (["--connect-timeout=x", "t"], "Failed to parse --connect-timeout= argument: x"),
+        (["--settle-time=x", "t"], "Failed to parse --settle-time= argument: x"),
+        (
+            ["--settle-time=infinity", "t"],
+            "Settle time is too high, no client would ever be served.",
+        ),
         (["--proxy-protocol=v3", "t"], "Failed to parse --proxy-protocol= argument: v3"),
         (["--idle-timeout=0", "t"], "Idle timeout is too low, use infinity to switch it off."),
         (

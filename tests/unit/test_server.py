@@ -491,6 +491,26 @@ def test_sigusr1_logs_the_counters_and_nothing_else(world, capfd):
     assert second == "/run/backend: 0 served, 0 waiting, 0 failed"
 
 
+def test_sigusr1_counts_the_clients_of_its_own_batch(world, capfd):
+    """One that comes with the signal is in the counters already, but not yet with the policy."""
+    world.environ.clear()
+    ours, theirs = socket.socketpair()
+    fd = theirs.detach()
+    failed = (FAILED, fd, errno.ENOENT, 0, b"", START_MS + 500, 1)
+    usr1 = world.signal(signal.SIGUSR1)
+
+    def both():
+        world.relay.accepted += 1
+        return [*usr1(), failed]
+
+    world.relay.at(500, both)
+    world.relay.at(501, world.signal(signal.SIGTERM))
+    with ours:
+        assert world.serve() == 0
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if " accepted, " in line]
+    assert line.startswith("1 accepted, 0 open, 1 waiting, 0 refused, 0 failed; ")
+
+
 def test_sigusr1_when_nothing_can_be_loaded(world, capfd, monkeypatch):
     monkeypatch.setitem(sys.modules, "proxyd.stats", None)  # as if no fd were left
     world.environ.clear()
@@ -520,6 +540,25 @@ def test_when_it_cannot_go_on_connections_are_cut(world):
     with pytest.raises(OSError, match="broken"):
         run(world.options, world.listeners, {})
     assert world.relay.open == 0
+
+
+def test_when_it_cannot_go_on_held_clients_are_cut_too(world):
+    def break_down():
+        raise OSError(errno.EBADF, "broken")
+
+    ours, theirs = socket.socketpair()
+    fd = theirs.detach()
+    cut = []
+    world.patch.setattr(
+        world.relay, "hang_up", lambda fd, reset: (os.close(fd), cut.append((fd, reset))), False
+    )
+    failed = (FAILED, fd, errno.ENOENT, 0, b"", START_MS, 1)
+    world.relay.at(0, lambda: [failed])
+    world.relay.at(5, break_down)
+    world.listen("/run/backend")
+    with ours, pytest.raises(OSError, match="broken"):
+        run(world.options, world.listeners, {})
+    assert cut == [(fd, True)]
 
 
 def test_the_signals_are_those_of_signalfd():
