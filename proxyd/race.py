@@ -128,7 +128,7 @@ class Race:
         self.congested = False
         """Whether it is a full backlog."""
         self.failures = 0
-        """How many attempts have failed in this round, since a connection was last made."""
+        """How many attempts at the first address have failed, since a connection was made."""
         self.silent_since_ms: int | None = None
         """Since when there are attempts and no connection."""
         self.next_ms: int | None = None
@@ -368,7 +368,8 @@ class Race:
 
     def _note(self, error: int, address: bytes) -> None:
         """Keep the error that promises most: one after which a later try may succeed."""
-        self.failures += 1
+        if self._routes and address == self._routes[0].address:
+            self.failures += 1
         if not self.hopeful:
             self.error = error
             self.hopeful = error == LET_GO or may_pass(error, address)

@@ -240,9 +240,10 @@ class Reach:
         race = self._race
         if self._round_is_due(now_ms):
             addresses = self._addresses(now_ms)
-            if not addresses:
+            if addresses:
+                race.begin(addresses, now_ms)
+            elif not race.running:
                 return False
-            race.begin(addresses, now_ms)
         race.clients = len(self.held)
         race.watches = not self._proven
         race.step(now_ms, self._wanted())

@@ -1418,6 +1418,26 @@ def test_without_connect_timeout_each_address_is_tried_once(world, capfd):
     assert line.startswith("Failed to connect to remote host: ")
 
 
+def test_each_client_has_an_attempt_of_its_own_without_connect_timeout(world):
+    plan = {inet(1): errno.EHOSTUNREACH, inet(2): errno.ECONNREFUSED}
+    one = world(NAME, plan=plan, answer=([inet(1, 0), inet(2, 0)], None), timeout_ms=0)
+    clients = [one.come() for _ in range(3)]
+    one.run(1000)
+    assert all(map(one.gone, clients))
+    assert one.relay.times == [0] * 6
+
+
+def test_a_connection_is_used_though_the_name_is_just_looked_up_again(world):
+    plan = {inet(1): LATER, inet(2): errno.ECONNREFUSED}
+    one = world(NAME, plan=plan, answer=([inet(1, 0), inet(2, 0)], None))
+    fd = one.come()
+    one.run(255)
+    one.names.answer = None  # from now on the name servers think
+    one.run(900)
+    one.answer(inet(1), 0)
+    assert one.served == [fd]
+
+
 NOT_YET = [
     _socket.EAI_AGAIN,
     _socket.EAI_NONAME,
