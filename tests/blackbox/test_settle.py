@@ -78,7 +78,7 @@ def forwarder(stage):
 def test_clients_wait_until_the_application_is_there(stage, forwarder, family, resets, header):
     """Nothing is sent before, not even a PROXY header, and nothing is sent twice."""
     backend, port = forwarder(family, resets)
-    stage.launch("--settle-time=200ms", *header, backend.target, listeners=[stage.listener()])
+    stage.launch("--settle-time=1s", *header, backend.target, listeners=[stage.listener()])
     clients = [stage.connect() for _ in range(3)]
     for number, client in enumerate(clients):
         client.sendall(b"question %d" % number)
@@ -143,7 +143,7 @@ def test_a_server_that_speaks_first_is_not_waited_for(stage, forwarder):
 def test_it_ends_with_connect_timeout(stage, forwarder):
     backend, _ = forwarder()
     stage.launch(
-        "--settle-time=50ms",
+        "--settle-time=5s",  # more than a busy machine takes to let go
         "--connect-timeout=500ms",
         backend.target,
         listeners=[stage.listener()],
@@ -156,7 +156,7 @@ def test_it_ends_with_connect_timeout(stage, forwarder):
 
 def test_a_client_that_sends_its_request_and_its_end(stage, forwarder):
     backend, port = forwarder()
-    stage.launch("--settle-time=100ms", backend.target, listeners=[stage.listener("unix")])
+    stage.launch("--settle-time=1s", backend.target, listeners=[stage.listener("unix")])
     client = stage.connect()
     client.sendall(b"message")
     client.close()
@@ -170,7 +170,7 @@ def test_a_client_that_only_looks_whether_somebody_accepts(stage, forwarder):
     """It has ended without a word: there is nothing to hold it for."""
     backend, port = forwarder()
     stage.launch(
-        "--settle-time=100ms", "--connect-timeout=1h", backend.target, listeners=[stage.listener()]
+        "--settle-time=5s", "--connect-timeout=1h", backend.target, listeners=[stage.listener()]
     )
     client = stage.connect()
     client.shutdown(socket.SHUT_WR)
