@@ -12,6 +12,7 @@ An address is the `bytes` of a sockaddr. It begins with the family, two bytes in
 """
 
 import _socket
+import errno
 import os
 import sys
 
@@ -21,6 +22,12 @@ AF_INET6 = 10
 AF_VSOCK = 40
 
 VMADDR_CID_ANY = 2**32 - 1
+
+# asm-generic/socket.h; `_socket` has only the first, and that not everywhere
+_SO_BINDTODEVICE = 25
+_SO_BINDTOIFINDEX = 62
+
+_INTERFACE_MAX = 15  # IFNAMSIZ is 16 bytes, and the NUL belongs to it
 
 _UNIX_PATH_MAX = 107  # sun_path is 108 bytes, and the NUL belongs to it
 _V4_MAPPED = bytes(10) + b"\xff\xff"  # ::ffff:0:0/96, RFC 4291 2.5.5.2
@@ -33,8 +40,8 @@ class UnknownInterfaceError(ValueError):
 def pack_inet(host: str, port: int) -> bytes:
     """Pack an IPv4 or IPv6 literal, the latter with a `%SCOPE` if need be. Raises ValueError."""
     if ":" in host:
-        literal, percent, scope = host.partition("%")
-        return pack_inet6(literal, port, _scope_id(scope) if percent else 0)
+        literal, scope = split_scope(host)
+        return pack_inet6(literal, port, _scope_id(scope) if scope else 0)
     return _head(AF_INET) + port.to_bytes(2, "big") + _literal(AF_INET, host) + bytes(8)
 
 
@@ -47,6 +54,14 @@ def pack_inet6(host: str, port: int, scope_id: int = 0) -> bytes:
         + _literal(AF_INET6, host)
         + scope_id.to_bytes(4, sys.byteorder)
     )
+
+
+def split_scope(host: str) -> tuple[str, str]:
+    """Split `V6%SCOPE`; the scope is "" where there is none. Raises ValueError."""
+    literal, percent, scope = host.partition("%")
+    if percent and ":" in literal and not _can_be_scope(scope):
+        raise ValueError(f"'{scope}' is not a network interface")
+    return literal, scope
 
 
 def pack_unix(path: bytes | str) -> bytes:
@@ -132,6 +147,25 @@ def with_port(address: bytes, number: int) -> bytes:
     return address[:2] + number.to_bytes(2, "big") + address[4:]
 
 
+def with_scope(address: bytes, scope_id: int) -> bytes:
+    """Return an IPv6 `address` with another scope."""
+    return address[:24] + scope_id.to_bytes(4, sys.byteorder)
+
+
+def interface_index(name: str) -> int:
+    """Return the index of a network interface. Raises OSError, ENODEV where it does not exist.
+
+    The loop calls this, so it must not wait. if_nametoindex(3) may: for an interface that does
+    not exist its ioctl has the kernel load a module, where the program may (CAP_NET_ADMIN).
+    """
+    probe = _socket.socket(AF_INET6, _socket.SOCK_DGRAM)
+    try:
+        probe.setsockopt(_socket.SOL_SOCKET, _SO_BINDTODEVICE, os.fsencode(name))
+        return probe.getsockopt(_socket.SOL_SOCKET, _SO_BINDTOIFINDEX)
+    finally:
+        probe.close()
+
+
 def unmapped(address: bytes) -> bytes:
     """Return the IPv4 address inside an IPv4-mapped IPv6 one; any other address unchanged."""
     if family(address) == AF_INET6 and address[8:20] == _V4_MAPPED:
@@ -215,12 +249,28 @@ def _literal(kind: int, host: str) -> bytes:
         raise ValueError(f"'{host}' is not an IP address") from None
 
 
+def _can_be_scope(scope: str) -> bool:
+    """Tell whether this can be the name of an interface, or its number (dev_valid_name())."""
+    try:
+        size = len(os.fsencode(scope))
+    except UnicodeError:
+        return False
+    return 0 < size <= _INTERFACE_MAX and not any(c in "/:\0" or c.isspace() for c in scope)
+
+
+def is_index(scope: str) -> bool:
+    """Tell whether a scope is an interface's number, not its name."""
+    return scope.isascii() and scope.isdigit()
+
+
 def _scope_id(scope: str) -> int:
-    if scope.isascii() and scope.isdigit():
+    if is_index(scope):
         return parse_number(scope, 0, 2**32 - 1, "scope")
     try:
-        return _socket.if_nametoindex(scope)
-    except (OSError, ValueError):
+        return interface_index(scope)
+    except OSError as error:
+        if error.errno != errno.ENODEV:
+            raise
         raise UnknownInterfaceError(f"there is no network interface '{scope}'") from None
 
 

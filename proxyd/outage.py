@@ -51,11 +51,13 @@ class Pace:
 class Outage:
     """A time without a connection to one target, from the first failure to the last client."""
 
-    __slots__ = ("_denied", "_held_total", "_text", "_told", "_warn_ms", "since_ms", "why")
+    __slots__ = ("_denied", "_held_total", "_text", "_told", "_warn_ms", "kind", "since_ms", "why")
 
     def __init__(self, text: str) -> None:
         self._text = text
         """The target's."""
+        self.kind = text
+        """Outages of one kind are told at most once in 5 s."""
         self.since_ms: int | None = None
         """None: there is none."""
         self.why = ""
@@ -105,7 +107,7 @@ class Outage:
             self._tell(log.WARNING)
             return
         span = _span_text(now_ms - self.since_ms)
-        log.limited(f"lasting {self._text}", f"{self.why}, clients have been held for {span}.")
+        log.limited(f"lasting {self.kind}", f"{self.why}, clients have been held for {span}.")
 
     def end(self, now_ms: int) -> None:
         """Nobody waits any more, and the target answers."""
@@ -114,7 +116,7 @@ class Outage:
             count = self._held_total
             clients = "1 client was" if count == 1 else f"{count} clients were"
             text = f"{self._text} answers after {span}, {clients} held."
-            log.limited(f"reached {self._text}", text, log.INFO)
+            log.limited(f"reached {self.kind}", text, log.INFO)
         self.since_ms = self._warn_ms = None
         self._told = self._denied = False
         self.why = ""
@@ -127,7 +129,7 @@ class Outage:
     def _tell(self, level: int) -> None:
         self._told = True
         text = f"{self.why}, holding clients until it answers."
-        log.limited(f"outage {self._text}", text, level)
+        log.limited(f"outage {self.kind}", text, level)
 
 
 def _span_text(ms: int) -> str:

@@ -24,9 +24,8 @@ from proxyd.target import Target
 
 TYPE_CHECKING = False  # as typing has it; a literal target never loads the resolver
 if TYPE_CHECKING:
-    import _socket
-
     from proxyd._relay import Event, Gate
+    from proxyd.lookup import Interface, Lookup
     from proxyd.resolver import Resolver
 
 CONGESTION_MS = 5
@@ -35,8 +34,8 @@ CONGESTION_MS = 5
 FIRST_FEW = 4
 """How many attempts are made at a target believed to be there before one has been answered."""
 
-LOOKUP_MS = 1000
-"""Pause between two look-ups of a name that is not there yet."""
+
+_COUNTERS = ("served", "returned", "failed", "gone", "cut")
 
 
 class Client:
@@ -90,18 +89,20 @@ class Reach:
     ) -> None:
         self._loop = loop
         self._relay = loop.relay
-        self._resolver = resolver
         self.target = target
         self.port = port
         """With `HOST:*` the listener's."""
-        self._host = target.host
+        self._lookup = _lookup_of(target, port, resolver)
+        """None for a literal address."""
         self.timeout_ms = timeout_ms
         """How long a client is held; 0: one attempt, None: for ever."""
-        self._address = target.address
+        self._address = target.address if self._lookup is None else None
         """The packed address of a literal target."""
-        if target.any_port and target.address is not None:
-            self._address = sockaddr.with_port(target.address, port)
+        if target.any_port and self._address is not None:
+            self._address = sockaddr.with_port(self._address, port)
         self.text = target.text.removesuffix("*") + str(port) if target.any_port else target.text
+        self.kind = self.text
+        """What the log limits its lines by, and the counters are summed up by."""
         self.held: dict[int, Client] = {}
         """By fd, the oldest first."""
         self.gates: list[Gate] = []
@@ -116,12 +117,6 @@ class Reach:
         """Clients that left while they were held."""
         self.cut = 0
         """Clients that were held at the end of the program."""
-        self._good = b""
-        """Of a name: the address that answered last, and promptly."""
-        self._looking = False
-        """A look-up is under way."""
-        self._answer: list[bytes] = []
-        self._lookup_error: _socket.gaierror | None = None
         self._race = Race(loop, self._expects_end)
         self._up = True
         """Whether to believe that the target can be reached: if not, only one probes."""
@@ -152,10 +147,19 @@ class Reach:
     @property
     def connect_ms(self) -> int:
         """How long the relay may try before the client is ours again; 0: as long as the kernel."""
+        several = self._lookup is not None and self._lookup.several
         if self.timeout_ms == 0:
-            return 0 if self._host is None else STAGGER_MS
-        longest_ms = SILENT_MS if self._host is None else STAGGER_MS
+            return STAGGER_MS if several else 0
+        longest_ms = STAGGER_MS if several else SILENT_MS
         return longest_ms if self.timeout_ms is None else min(self.timeout_ms, longest_ms)
+
+    @property
+    def waiting(self) -> int:
+        """How many clients wait for longer than a prompt look-up and connect take."""
+        oldest = next(iter(self.held.values()), None)
+        if oldest is None or (self._up and self._relay.now_ms - oldest.since_ms < STAGGER_MS):
+            return 0
+        return len(self.held)
 
     # ── clients come ─────────────────────────────────────────────────────────────────────────
 
@@ -167,7 +171,7 @@ class Reach:
         While all is well the relay does it all: one call, and no state in Python.
         """
         self._announces = bool(header)
-        address = self._address if self._host is None else self._prompt_address()
+        address = self._address if self._lookup is None else self._prompt_address()
         if address is None or not self._up or not self._proven or self.held:
             self._hold(Client(fd, listener, header, name, self._relay.now_ms))
             return
@@ -194,14 +198,19 @@ class Reach:
         silent = error == errno.ETIMEDOUT and self._relay.now_ms - since_ms >= self.connect_ms
         if not silent or self.timeout_ms == 0:  # otherwise it has only not answered yet
             self._connect_failed(client, error)
+        elif self._lookup is not None:
+            self._lookup.lost()
 
     def _connect_failed(self, client: Client, error: int) -> None:
         """The relay could not connect a client, who is held now."""
-        if self._address is None:
-            self._good = b""  # step() tries all the addresses of the name
-        elif self.timeout_ms == 0 or not may_pass(error, self._address):
+        if self._lookup is not None:
+            self._lookup.lost()
+        address = self._address if self._lookup is None else self._lookup.only
+        if address is None:
+            return  # step() tries all the addresses of the name
+        if self.timeout_ms == 0 or not may_pass(error, address):
             self._give_up(client, self._reason(error))
-        elif is_congestion(error, self._address):
+        elif is_congestion(error, address):
             self._congestion(error)
         else:
             self._late_error = error
@@ -214,14 +223,32 @@ class Reach:
         self.cut += len(clients)
         return len(clients)
 
+    def be_one_of(self, kind: str) -> None:
+        """Be told and counted as one of many."""
+        self.kind = self._outages.kind = kind
+
+    def succeed(self, other: "Reach") -> None:
+        """Count on for one of the same kind, which nobody uses any more."""
+        for counter in _COUNTERS:
+            setattr(self, counter, getattr(self, counter) + getattr(other, counter))
+        other._race.stop()
+        self._loop.races.remove(other._race)
+
     # ── time goes by ─────────────────────────────────────────────────────────────────────────
 
     def next_ms(self) -> int | None:
         """When step() is to be called at the latest, None: not before the next event."""
-        times = [self._race.next_ms, self._deadline_ms, self._outages.next_ms]
-        if not self._looking and (self._race.paced or not self._race.running):
-            times.append(self._probe_ms)
+        times = [self._race.next_ms, self._deadline_ms, self._outages.next_ms, self._round_ms()]
         return min((time for time in times if time is not None), default=None)
+
+    def _round_ms(self) -> int | None:
+        """When the next round of attempts may begin, None: after an event."""
+        if self._race.running and not self._race.paced:
+            return None
+        if self._lookup is None or not self._lookup.looking:
+            return self._probe_ms
+        late_ms = self._lookup.late_ms
+        return None if late_ms is None else max(late_ms, self._probe_ms)
 
     def step(self, now_ms: int) -> None:
         """Go on with those who wait."""
@@ -321,7 +348,8 @@ class Reach:
             won = self._race.won.pop(0)
             if won.proven:
                 self._up = self._proven = True
-                self._good = won.address if won.took_ms < STAGGER_MS // 2 else b""
+                if self._lookup is not None:
+                    self._lookup.won(won.address, won.took_ms < STAGGER_MS // 2)
             self._serve(next(iter(self.held.values())), won)
         return some
 
@@ -432,46 +460,44 @@ class Reach:
         """Close it plainly, as the original does; what it has sent makes that a reset."""
         self._close(client)
         self.failed += 1
-        log.limited(f"failed {self.text}", f"{reason}.", log.ERROR)
+        log.limited(f"failed {self.kind}", f"{reason}.", log.ERROR)
 
     # ── names ────────────────────────────────────────────────────────────────────────────────
 
     def _prompt_address(self) -> bytes | None:
-        """The address that answered last, promptly, while the look-up is fresh."""
-        if not self._good or self._resolver is None or self._host is None:
-            return None
-        return self._good if self._resolver.fresh(self._host, self._relay.now_ms) else None
+        """Where to connect a client to without holding it; None where that is not known."""
+        return self._lookup.prompt(self._relay.now_ms) if self._lookup is not None else None
 
     def _addresses(self, now_ms: int) -> list[bytes]:
         """Where to connect to; nothing while that is looked up, or if it cannot be known."""
-        if self._host is None or self._resolver is None:
+        if self._lookup is None:
             return [self._address] if self._address is not None else []
-        if self._looking:
-            return []
-        self._looking = True
-        self._resolver.ask(self._host, now_ms, self._resolved)
-        if self._looking:
-            return []  # step() comes again when the answer does, and then it is fresh
-        if self._lookup_error is not None:
-            self._lookup_failed(self._lookup_error, self._host)
-        return self._answer
+        addresses = self._lookup.addresses(now_ms)
+        if not addresses and self._lookup.failure:
+            self._lookup_failed(self._lookup)
+        return addresses
 
-    def _resolved(self, addresses: list[bytes], error: "_socket.gaierror | None") -> None:
-        """The resolver's answer, perhaps from within ask()."""
-        self._looking = False
-        self._lookup_error = error
-        self._answer = [sockaddr.with_port(address, self.port) for address in addresses]
-        if self._good not in self._answer:
-            self._good = b""
-
-    def _lookup_failed(self, error: "_socket.gaierror", host: bytes) -> None:
-        from proxyd.resolver import RETRYABLE as PASSING
-
-        reason = f"Failed to resolve host: {error.strerror} ({host.decode()})"
-        if error.errno in PASSING and self.timeout_ms != 0:
-            self._outage(reason)
-            self._probe_ms = self._relay.now_ms + LOOKUP_MS
-            return
-        if self._race.under_way == 0:
+    def _lookup_failed(self, lookup: "Lookup | Interface") -> None:
+        """Nobody can be connected now: all wait on, or are given up."""
+        if self.timeout_ms == 0 and lookup.looking:
+            return  # late, but it is the one attempt that there is
+        if lookup.passes and self.timeout_ms != 0:
+            self._outage(lookup.failure)
+            self._probe_ms = max(self._probe_ms, self._relay.now_ms + lookup.pause_ms)
+        elif self._race.under_way == 0:
             for client in list(self.held.values()):
-                self._give_up(client, reason)
+                self._give_up(client, lookup.failure)
+
+
+def _lookup_of(
+    target: Target, port: int, resolver: "Resolver | None"
+) -> "Lookup | Interface | None":
+    if target.scope:
+        from proxyd.lookup import Interface
+
+        return Interface(target, port)
+    if target.host is not None and resolver is not None:
+        from proxyd.lookup import Lookup
+
+        return Lookup(target.host, port, resolver)
+    return None

@@ -17,7 +17,7 @@ class Target:
     Literal addresses are packed here, once; names are left for the resolver.
     """
 
-    __slots__ = ("address", "host", "service", "text")
+    __slots__ = ("address", "host", "scope", "service", "text")
 
     text: str
     """As it was given, without NAME=; for messages."""
@@ -29,11 +29,20 @@ class Target:
     not a TCP one."""
     address: bytes | None
     """The packed address, None for a name. With `*` its port is 0."""
+    scope: str
+    """The interface of a link-local address, where it was given by its name; "" otherwise.
+    `address` lacks it, for the same name may be another interface tomorrow."""
 
     def __init__(
-        self, text: str, host: bytes | None, service: int | None, address: bytes | None
+        self,
+        text: str,
+        host: bytes | None,
+        service: int | None,
+        address: bytes | None,
+        scope: str = "",
     ) -> None:
         self.text = text
+        self.scope = scope
         self.host = host
         self.service = service
         self.address = address
@@ -42,6 +51,10 @@ class Target:
     def any_port(self) -> bool:
         """Tell whether this is `HOST:*`."""
         return self.service is None
+
+    def scoped(self) -> bytes:
+        """Return `address` with the present index of `scope`. Raises OSError."""
+        return sockaddr.with_scope(self.address or b"", sockaddr.interface_index(self.scope))
 
 
 def parse_target(text: str) -> Target:
@@ -63,9 +76,10 @@ def _parse(text: str) -> Target:
         raise ValueError("no host")
     port = _parse_service(service)
     try:
+        literal, scope = sockaddr.split_scope(host) if ":" in host else (host, "")
+        if scope and not sockaddr.is_index(scope):
+            return Target(text, None, port, sockaddr.pack_inet6(literal, port or 0), scope)
         return Target(text, None, port, sockaddr.pack_inet(host, port or 0))
-    except sockaddr.UnknownInterfaceError:
-        return Target(text, _encode(host), port, None)  # the interface may appear later
     except ValueError as error:
         if ":" in host:
             raise ValueError(f"{error}; write IPv6 addresses as [ADDRESS]:PORT") from None

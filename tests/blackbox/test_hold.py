@@ -383,20 +383,6 @@ def test_name_that_stays_away(stage):
     stage.proxy.wait_for_log("Failed to resolve host: ")
 
 
-def test_last_good_answer_serves_when_names_fail(stage):
-    """A look-up that fails later does not end a service that has worked before."""
-    prefix = with_hosts(stage.directory, ["127.0.0.1 flaky.test"])
-    backend = stage.backend()
-    stage.launch(f"flaky.test:{backend.port()}", listeners=[stage.listener()], prefix=prefix)
-    talk(stage.connect(), backend.accept())
-    with open(stage.path("hosts"), "w") as hosts:
-        hosts.write("127.0.0.1 localhost\n")
-    for _ in range(3):
-        never_within(0.5, stage.proxy.has_ended, "the end")  # an answer serves for one second
-        talk(stage.connect(), backend.accept())
-    assert stage.proxy.log_lines("flaky.test")
-
-
 def test_dead_first_address_does_not_hold_the_second(stage):
     """An address that drops packets is passed by for the next one, long before any time-out."""
     dead, live = stage.on_one_port(

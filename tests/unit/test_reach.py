@@ -15,9 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxyd import address as sockaddr
-from proxyd import log, outage, race
+from proxyd import log, outage, race, resolver
 from proxyd._relay import FAILED
 from proxyd.listen import Listener
+from proxyd.lookup import LATE_MS
 from proxyd.loop import EPOLLET, Loop
 from proxyd.race import SILENT_MS, STAGGER_MS
 from proxyd.reach import Reach
@@ -128,6 +129,7 @@ class Names:
         self.asked = []
         self.waiting = []
         self.is_fresh = True
+        self.stands_in = []
 
     def ask(self, host, now_ms, done):
         assert host == b"backend"
@@ -138,8 +140,23 @@ class Names:
         else:
             done(*self.answer)
 
-    def fresh(self, host, now_ms):
-        return self.is_fresh and self.answer is not None and bool(self.answer[0])
+    def current(self, host, now_ms):
+        assert host == b"backend"
+        assert now_ms == self.relay.now_ms
+        if self.stands_in:
+            return self.stands_in
+        return self.answer[0] if self.is_fresh and self.answer and self.asked else []
+
+    def say(self, choice):
+        """Any of all that a resolver may say, at any time."""
+        self.is_fresh = bool(choice % 2)
+        self.stands_in = [inet(1, 0)] if choice % 3 == 0 else []
+        gone = _socket.gaierror(_socket.EAI_NONAME, "no such thing")
+        both = [inet(1, 0), inet(2, 0)]
+        answers = [None, ([], gone), (both, None), (both[::-1], None), (both[:1], None)]
+        self.answer = answers[choice % 5]
+        if self.answer is not None:
+            self.reply(*self.answer)
 
     def reply(self, addresses, error=None):
         """The name servers have thought, and their answer serves from now on."""
@@ -1309,12 +1326,12 @@ def test_the_address_that_answered_is_remembered_while_the_look_up_is_fresh(worl
     one = world(NAME, plan={inet(1): UP, inet(2): UP}, answer=([inet(1, 0), inet(2, 0)], None))
     one.come()
     one.tick()
-    one.names.asked.clear()
     one.relay.attempts.clear()
     fd = one.come()
     assert one.served[-1] == fd
     assert one.relay.attempts == [(0, inet(1), STAGGER_MS)]
-    assert one.names.asked == []
+    assert one.names.asked == [0]
+    one.names.asked.clear()
     one.names.is_fresh = False
     one.come()
     one.tick()
@@ -1332,7 +1349,7 @@ def test_a_remembered_address_that_fails_late_is_not_the_only_one(world, capfd):
     one.tick()
     one.run(500)
     assert one.relay.served[-1] == (fd, b"GET")
-    assert one.relay.attempts[-1] == (500, inet(2), None)
+    assert one.relay.attempts[-1] == (250, inet(2), None)  # the slow one would be the last
     assert capfd.readouterr().err == ""
 
 
@@ -1502,8 +1519,210 @@ def test_a_look_up_that_hangs(world, capfd):
     assert fd in one.reach.held
     one.run(10_000)
     assert one.gone(fd)
-    assert len(capfd.readouterr().err.splitlines()) == 1
+    assert capfd.readouterr().err.splitlines() == [
+        "Failed to resolve host: no answer yet (backend), holding clients until it answers.",
+        "Failed to resolve host: no answer yet (backend).",
+    ]
     one.names.reply([inet(1, 0)])  # at last: nobody is there any more
+
+
+def test_a_look_up_that_is_late_is_used_when_it_comes(world, capfd):
+    one = world(NAME, plan={inet(1): UP})
+    fd = one.come()
+    one.run(LATE_MS - 1)
+    assert capfd.readouterr().err == ""
+    one.run(5000)
+    one.names.reply([inet(1, 0)])
+    one.tick()
+    assert one.relay.served == [(fd, b"")]
+    assert one.relay.attempts == [(5000, inet(1), None)]
+    assert one.names.asked == [0, 5000]  # the second was answered at once
+
+
+def test_without_connect_timeout_a_late_look_up_is_waited_for(world, capfd):
+    one = world(NAME, plan={inet(1): UP}, timeout_ms=0)
+    fd = one.come()
+    one.run(5000)
+    assert fd in one.reach.held
+    one.names.reply([inet(1, 0)])
+    one.tick()
+    assert one.served == [fd]
+    assert capfd.readouterr().err == ""
+
+
+def test_the_last_good_answer_stands_in_for_a_late_one(world, capfd):
+    assert LATE_MS == resolver.LATE_MS
+    one = world(NAME, plan={inet(1): UP})
+    clients = [one.come(), one.come()]
+    one.run(LATE_MS - 1)
+    assert one.served == []
+    one.names.stands_in = [inet(1, 0)]  # current() says so from then on
+    one.run(LATE_MS)
+    assert one.served == clients
+    clients.append(one.come())
+    assert one.served == clients
+    assert one.names.asked == [0]
+    one.names.stands_in = []
+    one.names.reply([inet(1, 0)])  # it comes after all
+    one.come()
+    assert len(one.served) == 4
+    assert capfd.readouterr().err == ""
+
+
+def test_a_client_whose_look_up_is_prompt_does_not_wait_in_the_status(world):
+    one = world(NAME, plan={inet(1): UP})
+    one.come()
+    one.run(STAGGER_MS - 1)
+    assert (len(one.reach.held), one.reach.waiting) == (1, 0)
+    one.run(STAGGER_MS)
+    assert one.reach.waiting == 1
+    one.names.reply([], _socket.gaierror(_socket.EAI_NONAME, "no such thing"))
+    one.tick()
+    one.come()
+    assert one.reach.waiting == 2
+
+
+def test_a_new_address_is_followed_without_holding_a_client(world):
+    one = world(NAME, plan={inet(1): UP, inet(2): UP}, answer=([inet(1, 0)], None))
+    one.come()
+    one.tick()
+    one.names.answer = ([inet(2, 0)], None)
+    fd = one.come()
+    assert one.served[-1] == fd
+    assert not one.reach.held
+    assert [address for _, address, _ in one.relay.attempts] == [inet(1), inet(2)]
+    assert one.names.asked == [0]
+
+
+def test_a_prompt_address_stays_while_it_is_among_the_answers(world):
+    plan = dict.fromkeys([inet(1), inet(2), inet(3)], UP)
+    one = world(NAME, plan=plan, answer=([inet(1, 0), inet(2, 0)], None))
+    one.come()
+    one.tick()
+    for answer in ([2, 1], [3, 1, 2], [1]):  # as name servers rotate them
+        one.names.answer = ([inet(last, 0) for last in answer], None)
+        one.come()
+        assert one.relay.attempts[-1][1] == inet(1)
+    assert not one.reach.held
+
+
+def test_the_only_address_of_a_name_has_all_the_time_that_a_literal_one_has(world):
+    one = world(NAME, plan={inet(1): UP}, answer=([inet(1, 0)], None), timeout_ms=7000)
+    one.come()
+    one.tick()
+    one.come()
+    assert one.relay.attempts[-1] == (0, inet(1), SILENT_MS)
+
+
+def test_dead_addresses_cost_their_time_once(world):
+    plan = {inet(1): LATER, inet(2): LATER, inet(3): UP}
+    answer = ([inet(1, 0), inet(2, 0), inet(3, 0)], None)
+    one = world(NAME, plan=plan, answer=answer)
+    one.come()
+    one.run(500)
+    assert len(one.served) == 1
+    one.relay.attempts.clear()
+    for number in range(2, 6):
+        one.names.answer = (list(answer[0]), None)  # looked up again, and the same
+        fd = one.come()
+        one.tick()
+        assert one.served[-1] == fd
+        assert len(one.served) == number
+    assert {address for _, address, _ in one.relay.attempts} == {inet(3)}
+
+
+def test_a_name_that_is_gone_is_an_outage_as_at_a_cold_start(world, capfd):
+    one = world(NAME, plan={inet(1): UP, inet(2): UP}, answer=([inet(1, 0)], None))
+    one.come()
+    one.tick()
+    one.names.answer = ([], _socket.gaierror(_socket.EAI_NONAME, "no such thing"))
+    clients = [one.come() for _ in range(3)]
+    one.run(2500)
+    assert len(one.served) == 1
+    assert list(one.reach.held) == clients
+    assert one.names.asked == [0, 0, 1000, 2000]
+    assert len(capfd.readouterr().err.splitlines()) == 1
+    one.names.answer = ([inet(2, 0)], None)
+    one.run(3000)
+    assert one.served[1:] == clients
+    assert {address for _, address, _ in one.relay.attempts[1:]} == {inet(2)}
+
+
+# ── an interface ─────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def interfaces(monkeypatch):
+    """Indexes of interfaces, by name."""
+    known = {}
+
+    def index(name):
+        if isinstance(known.get(name, errno.ENODEV), int):
+            raise OSError(known.get(name, errno.ENODEV), "")
+        return known[name][0]
+
+    monkeypatch.setattr(sockaddr, "interface_index", index)
+    return known
+
+
+def scoped(index):
+    return sockaddr.pack_inet6("fe80::1", 80, index)
+
+
+def test_the_interface_of_a_target_is_looked_up_for_each_client(world, interfaces):
+    interfaces["eth0"] = (3,)
+    one = world("[fe80::1%eth0]:80", plan={scoped(3): UP, scoped(9): UP})
+    assert one.reach.express is None  # or the relay would connect there without asking
+    for index in (3, 9, 3):
+        interfaces["eth0"] = (index,)
+        one.come()
+        assert not one.reach.held
+        assert one.relay.attempts[-1] == (0, scoped(index), SILENT_MS)
+
+
+def test_an_interface_that_is_not_there_yet_is_waited_for(world, interfaces, capfd):
+    one = world("[fe80::1%eth0]:80", plan={scoped(3): UP})
+    clients = [one.come(), one.come()]
+    one.run(1000)
+    assert list(one.reach.held) == clients
+    interfaces["eth0"] = (3,)
+    one.run(1300)
+    assert one.served == clients
+    assert capfd.readouterr().err.splitlines()[0] == (
+        "Failed to connect to remote host: No such device ([fe80::1%eth0]:80), "
+        "holding clients until it answers."
+    )
+
+
+@pytest.mark.parametrize("error", [errno.ENETUNREACH, errno.ENODEV, errno.EADDRNOTAVAIL])
+def test_an_interface_that_is_made_anew_is_followed_within_an_outage(world, interfaces, error):
+    interfaces["eth0"] = (3,)
+    one = world("[fe80::1%eth0]:80", plan={scoped(3): error, scoped(9): UP})
+    fd = one.come()
+    one.tick()
+    interfaces["eth0"] = (9,)
+    one.run(10)
+    assert one.served == [fd]
+
+
+@pytest.mark.parametrize(
+    ("error", "timeout_ms"), [(errno.ENODEV, 0), (errno.EMFILE, 0), (errno.EAFNOSUPPORT, 10_000)]
+)
+def test_an_interface_that_cannot_be_waited_for(world, interfaces, capfd, error, timeout_ms):
+    interfaces["eth0"] = error
+    one = world("[fe80::1%eth0]:80", plan={}, timeout_ms=timeout_ms)
+    fd = one.come()
+    one.tick()
+    assert one.gone(fd)
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line == f"Failed to connect to remote host: {os.strerror(error)} ([fe80::1%eth0]:80)."
+
+
+def test_the_port_of_the_listener_with_an_interface(world, interfaces):
+    interfaces["eth0"] = (3,)
+    one = world("[fe80::1%eth0]:*", plan={sockaddr.with_port(scoped(3), 8443): UP}, port=8443)
+    one.come()
+    assert len(one.served) == 1
 
 
 def test_an_outage_of_a_name_probes_all_addresses(world):
@@ -1545,7 +1764,7 @@ STATES = st.sampled_from(
 MOMENTS = st.lists(
     st.tuples(
         st.integers(0, 3000),
-        st.sampled_from(["come", "come", "go", "change", "answer", "fail", "say"]),
+        st.sampled_from(["come", "come", "go", "change", "answer", "fail", "say", "look"]),
         STATES,
         st.integers(0, 100),
     ),
@@ -1588,6 +1807,8 @@ def test_whatever_happens_each_client_is_in_one_place(first, moments, timeout_ms
                 fd = racing[choice % len(racing)]
                 one.relay.said[fd] = (1, 0, -errno.ECONNRESET)[choice % 3]
                 one.loop.handlers[fd](1)
+            elif what == "look" and named:
+                one.names.say(choice)
             elif what == "change":
                 one.relay.plan[address] = state
             elif what == "answer" and racing:
@@ -1603,8 +1824,9 @@ def test_whatever_happens_each_client_is_in_one_place(first, moments, timeout_ms
             assert served.isdisjoint(held)
             assert all(one.gone(fd) == (fd not in served | held) for fd in one.peers)
             assert set(one.relay.watched) == held
-            if held:  # somebody will call us again, or the target must answer
-                assert one.reach.next_ms() is not None or one.relay.dialled
+            if held:  # somebody will call us again, or the target or a name server must answer
+                waits = one.relay.dialled or (named and one.names.waiting)
+                assert one.reach.next_ms() is not None or waits
             if held and timeout_ms:
                 assert one.reach.next_ms() <= one.relay.now_ms + timeout_ms
             if not held:
@@ -1762,12 +1984,14 @@ class RealNames:
 
     def __init__(self, *addresses):
         self.addresses = list(addresses)
+        self.asked = False
 
     def ask(self, host, now_ms, done):
+        self.asked = True
         done(self.addresses, None)
 
-    def fresh(self, host, now_ms):
-        return True
+    def current(self, host, now_ms):
+        return self.addresses if self.asked else []
 
 
 def bound_to_one_port(*hosts):

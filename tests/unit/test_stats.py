@@ -58,10 +58,12 @@ def relay(opened=0, up=0, down=0, **more):
     )
 
 
-def reach(text, held=0, served=0, failed=0, returned=0, gone=0, cut=0):
+def reach(text, held=0, waiting=None, served=0, failed=0, returned=0, gone=0, cut=0):
     return SimpleNamespace(
         text=text,
+        kind=text,
         held=dict.fromkeys(range(held)),
+        waiting=held if waiting is None else waiting,
         served=served,
         failed=failed,
         returned=returned,
@@ -85,6 +87,11 @@ def test_status():
 def test_status_of_one_and_of_none():
     assert status(relay(1), []) == "1 connection, 0B forwarded"
     assert status(relay(0), []) == "0 connections, 0B forwarded"
+
+
+def test_who_waits_for_no_more_than_a_prompt_look_up_is_a_connection_already():
+    ways = [reach("a:1", held=2, waiting=0), reach("b:2", held=3)]
+    assert status(relay(1), ways) == "3 connections, 3 waiting for b:2, 0B forwarded"
 
 
 def test_status_of_several_targets():

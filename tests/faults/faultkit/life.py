@@ -32,7 +32,7 @@ PASSED_ON = 3
 FOR_LIFE = ("anon_inode:[signalfd]", "anon_inode:[eventfd]")
 """What the program opens once and leaves to the end of its process."""
 
-LATE = ("stats", "timespan", "proxy_protocol", "resolver")
+LATE = ("stats", "timespan", "proxy_protocol", "resolver", "lookup", "ports")
 """Modules that the program imports when it needs them: each life does it again."""
 
 STILL_TURNS = 25
