@@ -5,12 +5,18 @@ import errno
 import os
 
 from proxyd import address as sockaddr
+from proxyd.errors import UsageError
 from proxyd.target import Target
 
 UNNAMED = "unknown"
 """What sd_listen_fds_with_names(3) calls a socket that came without a name."""
 
 _BACKLOG = 65535  # the kernel caps it at net.core.somaxconn
+
+_NO_SUCH_ADDRESS = (
+    "No interface has it yet: start this after network-online.target, or from a socket unit with "
+    "FreeBind=yes"
+)
 
 
 class ListenAddress:
@@ -61,13 +67,19 @@ class Listener:
 def parse_listen(text: str) -> ListenAddress:
     """Read [NAME=]ADDRESS, with the ADDRESS forms of ListenStream= (systemd.socket(5)).
 
-    Port 0 lets the kernel choose one. Raises ValueError.
+    Port 0 lets the kernel choose one. Raises ValueError, UsageError.
     """
     from proxyd.names import split_pair  # which imports Listener from here
 
     name, rest = split_pair(text)
     bare_port = rest.isascii() and rest.isdigit()
-    return ListenAddress(name or UNNAMED, _parse_address(rest, bare_port), rest, bare_port)
+    try:
+        return ListenAddress(name or UNNAMED, _parse_address(rest, bare_port), rest, bare_port)
+    except sockaddr.UnknownInterfaceError as error:
+        raise UsageError(
+            f"Failed to listen on {rest}: {error}. Start this once it is there, or from a socket "
+            "unit with BindToDevice=, which waits for it."
+        ) from None
 
 
 def open_listener(where: ListenAddress) -> Listener:
@@ -83,7 +95,13 @@ def open_listener(where: ListenAddress) -> Listener:
                 raise
             port = sockaddr.port(where.address)
             return _open(where.name, sockaddr.pack_inet("0.0.0.0", port))
-    return _open(where.name, where.address)
+    try:
+        return _open(where.name, where.address)
+    except OSError as error:
+        if error.errno != errno.EADDRNOTAVAIL:
+            raise
+        why = f"{error.strerror}. {_NO_SUCH_ADDRESS}"
+        raise OSError(error.errno, why) from None
 
 
 def close_listener(listener: Listener) -> None:

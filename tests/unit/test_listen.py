@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxyd import address, listen
+from proxyd.errors import UsageError
 from proxyd.listen import close_listener, open_listener, parse_listen
 
 
@@ -68,7 +69,7 @@ def test_addresses(text, name, packed):
         "/" + "a" * 107,
         "vsock:1",
         "-1",
-        "[fe80::1%nope]:80",
+        "[fe80::1%]:80",
     ],
 )
 def test_garbage(text):
@@ -76,11 +77,22 @@ def test_garbage(text):
         parse_listen(text)
 
 
+def test_an_interface_that_is_not_there():
+    with pytest.raises(UsageError, match=r"^Failed to listen on \[fe80::1%nope\]:80: there is no"):
+        parse_listen("web=[fe80::1%nope]:80")
+
+
+def test_an_address_that_is_not_there():
+    with pytest.raises(OSError, match=r"Cannot assign requested address\. .* FreeBind=") as caught:
+        open_listener(parse_listen("192.0.2.1:0"))
+    assert caught.value.errno == errno.EADDRNOTAVAIL
+
+
 @given(st.one_of(st.text(), st.text("ab:/@[]%*=.1\udcff")))
 def test_anything_is_an_address_or_a_value_error(text):
     try:
         where = parse_listen(text)
-    except ValueError:
+    except (ValueError, UsageError):
         return
     assert address.family(where.address) in (1, 2, 10, 40)
 
