@@ -12,16 +12,17 @@ from proxyd._linux cimport (
     AF_UNIX, EAGAIN, ELOOP, EPOLLIN, EPOLL_CTL_ADD, EPOLL_CTL_DEL, IPPROTO_TCP, SOCK_CLOEXEC,
     SOCK_NONBLOCK, SOL_SOCKET, SO_PEERCRED, TCP_INFO, accept4, close, epoll_ctl, epoll_event,
     errno, getsockopt, int64_t, memset, sockaddr, sockaddr_storage, socklen_t, tcp_info, ucred,
-    uint32_t, uint64_t,
+    uint16_t, uint32_t, uint64_t,
 )
 from proxyd._list cimport Link, list_append, list_empty, list_remove
-from proxyd._own cimport own_came_back
+from proxyd._own cimport local_port, own_came_back
 from proxyd._tally cimport tally_open
 
 # what to look for in an accepted client, to find that it is ourselves
 cdef enum:
     GATE_CHECK_TCP = 1         # its address is one of our outgoing sockets'
     GATE_CHECK_UNIX = 2        # its process is this one
+    GATE_CHECK_PORT = 4        # it connected to another port than the listener's
 
 # One client at a time is the cheapest while few come: to be told that nobody else waits (EAGAIN)
 # costs as much as a connection does, for the kernel makes the new socket before it looks. Where a
@@ -37,6 +38,7 @@ ctypedef struct GateState:
     int family
     int check                  # GATE_CHECK_*
     int index                  # the policy's number for it
+    uint16_t port              # its own, in network byte order; for GATE_CHECK_PORT
     bint express               # connect at once
     sockaddr_storage target
     socklen_t target_size
@@ -90,7 +92,7 @@ cdef inline int gate_accept(Relaying *relay, GateState *gate) noexcept nogil:
 cdef inline void gate_admit(Relaying *relay, GateState *gate, int fd) noexcept nogil:
     """A client is in: on its way to the target, or before the policy."""
     cdef long long result
-    if not gate.express:
+    if not gate.express or gate.check & GATE_CHECK_PORT and local_port(fd) != gate.port:
         relay.most -= 1
         note_add(relay, NOTE_ACCEPTED, fd, 0, gate.index)
         return

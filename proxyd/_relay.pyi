@@ -12,6 +12,7 @@ ENDED: int
 BUSY: int
 CHECK_TCP: int
 CHECK_UNIX: int
+CHECK_PORT: int
 
 Event: TypeAlias = tuple[Any, ...]
 

@@ -20,7 +20,8 @@ from proxyd._connection cimport (
 )
 from proxyd._crew cimport crew_answered, crew_ask, crew_dismiss, crew_hire, crew_order
 from proxyd._gate cimport (
-    GATE_CHECK_TCP, GATE_CHECK_UNIX, GateState, gate_count_early, gate_unwatch, gate_watch,
+    GATE_CHECK_PORT, GATE_CHECK_TCP, GATE_CHECK_UNIX, GateState, gate_count_early, gate_unwatch,
+    gate_watch,
 )
 from proxyd._half cimport endpoint_lost
 from proxyd._inbox cimport ORDER_TRIM, inbox_close
@@ -35,7 +36,7 @@ from proxyd._linux cimport (
 from proxyd._list cimport link_init, list_empty, list_remove
 from proxyd._loop cimport Watch, clock_ms, relay_cut, relay_free, relay_init, relay_open, relay_turn
 from proxyd._own cimport (
-    Own, OwnTable, own_add, own_move, own_remove, own_table_close, own_table_init,
+    Own, OwnTable, local_port, own_add, own_move, own_remove, own_table_close, own_table_init,
 )
 from proxyd._pipe cimport pool_clear
 from proxyd._tally cimport Tally, tally_open, tally_wake_at
@@ -52,6 +53,7 @@ BUSY = NOTE_BUSY
 # what a Gate is to look for
 CHECK_TCP = GATE_CHECK_TCP
 CHECK_UNIX = GATE_CHECK_UNIX
+CHECK_PORT = GATE_CHECK_PORT
 
 ctypedef struct WatchedFd:
     Watch watch
@@ -64,7 +66,8 @@ cdef class Gate:
     Each client becomes an (ACCEPTED, client, index) event; with express() it is connected at once
     instead. `check` is CHECK_TCP to find clients that are our own outgoing sockets (the listener
     must be in our network namespace), CHECK_UNIX to find those of this process; such a client is
-    closed, and (NOBODY, ELOOP, index) tells.
+    closed, and (NOBODY, ELOOP, index) tells. With CHECK_PORT a client that connected to another
+    port than the listener's is not connected, but becomes an ACCEPTED event in any case.
     """
 
     cdef GateState state
@@ -77,6 +80,7 @@ cdef class Gate:
         self.state.family = family
         self.state.check = check
         self.state.index = index
+        self.state.port = local_port(fd)
         link_init(&self.state.full, &self.state)
 
     @property

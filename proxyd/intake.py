@@ -9,8 +9,8 @@ import os
 from _collections_abc import Callable
 
 from proxyd import log
-from proxyd._relay import ACCEPTED, NOBODY, REFUSED, Gate, socket_names, tune
-from proxyd.address import text, unmapped
+from proxyd._relay import ACCEPTED, CHECK_PORT, NOBODY, REFUSED, Gate, socket_names, tune
+from proxyd.address import port, text, unmapped
 from proxyd.listen import Listener
 from proxyd.loop import Loop
 from proxyd.loops import what_to_check
@@ -19,6 +19,7 @@ from proxyd.reach import Reach
 TYPE_CHECKING = False  # as typing has it
 if TYPE_CHECKING:
     from proxyd._relay import Event
+    from proxyd.ports import Ports
 
 PAUSE_MS = 100
 """How long nobody is accepted when fds or memory have run out, unless a connection ends."""
@@ -44,17 +45,29 @@ _BROKEN = (errno.EBADF, errno.EINVAL, errno.ENOTSOCK, errno.EOPNOTSUPP)
 class Door:
     """A listener and the way to its target."""
 
-    __slots__ = ("broken", "gate", "index", "listener", "open", "way")
+    __slots__ = ("broken", "gate", "index", "listener", "open", "ports", "way")
 
-    def __init__(self, loop: Loop, index: int, listener: Listener, way: Reach) -> None:
+    def __init__(
+        self, loop: Loop, index: int, listener: Listener, way: Reach, ports: "Ports | None" = None
+    ) -> None:
         self.index = index
         """In Intake.doors; the relay's cookie."""
         self.listener = listener
         self.way = way
-        self.gate = Gate(loop.relay, listener.fd, listener.family, what_to_check(listener), index)
+        self.ports = ports
+        """With `HOST:*`: the ways of clients that connected to another port than the listener's."""
+        check = what_to_check(listener) | (CHECK_PORT if ports is not None else 0)
+        self.gate = Gate(loop.relay, listener.fd, listener.family, check, index)
         way.gates.append(self.gate)
         self.open = False
         self.broken = False
+
+    def way_of(self, fd: int) -> Reach:
+        """The way for one client, which may have reset meanwhile: its socket knows its port."""
+        if self.ports is None:
+            return self.way
+        number = port(socket_names(fd)[1])
+        return self.ports.way(number) if number else self.way
 
 
 class Intake:
@@ -75,6 +88,7 @@ class Intake:
         self._loop = loop
         self._relay = loop.relay
         self._ways = list({id(door.way): door.way for door in doors}.values())
+        self._ports = {door.ports for door in doors if door.ports is not None}
         self._connections_max = connections_max
         self._proxy_protocol = proxy_protocol
         self._header: Callable[[int, int], bytes] | None = None
@@ -155,7 +169,7 @@ class Intake:
 
     def _held(self) -> int:
         """How many wait for their target; they count as connections."""
-        return sum([len(way.held) for way in self._ways])
+        return sum([len(way.held) for way in self._ways] + [ports.held for ports in self._ports])
 
     def _log_refusal(self) -> None:
         log.limited("limit", "Hit connection limit, refusing connection.")
@@ -164,7 +178,7 @@ class Intake:
         """Send a client on its way to the target."""
         header = self._header(self._proxy_protocol, fd) if self._header is not None else None
         name = text(unmapped(socket_names(fd)[0])) if self._loop.notes is not None else ""
-        door.way.take(fd, door.listener, door.index, header, name)
+        door.way_of(fd).take(fd, door.listener, door.index, header, name)
 
     def _not_accepted(self, door: Door, error: int) -> None:
         where = door.listener.text

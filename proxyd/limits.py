@@ -7,8 +7,8 @@ from proxyd._relay import raise_fd_limit
 # extension's eventfd, a client that is accepted only to be refused, and two to spare.
 _BASE = 10
 
-# What up to four look-ups have open at once: nsswitch.conf, hosts, sockets to name servers.
-_LOOKUPS = 8
+_PER_LOOKUP = 4
+"""A socket to each of up to three name servers, and a file; there is one look-up for each name."""
 
 _ATTEMPTS = 4
 """Connects beyond one for each client that waits: race.SPARE_ALL."""
@@ -26,13 +26,13 @@ _WITH_PIPES = 6
 """A connection that stalls both ways holds two pipes."""
 
 
-def fit_connections(wanted: int, listeners: int, threads: int, *, lookups: bool) -> int:
+def fit_connections(wanted: int, listeners: int, threads: int, *, names: int) -> int:
     """Raise the soft RLIMIT_NOFILE to what `wanted` connections need; return how many fit.
 
-    The limit is never lowered, and never raised past the hard one. A limit that is too small
-    costs one warning, and connections: at least one remains.
+    `names` is how many have to be looked up. The limit is never lowered, and never raised past
+    the hard one. One that is too small costs one warning, and connections: at least one remains.
     """
-    base = _BASE + _ATTEMPTS + listeners + (_LOOKUPS if lookups else 0)
+    base = _BASE + _ATTEMPTS + listeners + _PER_LOOKUP * names
     if threads > 1:
         base += 1 + _STAT + _PER_THREAD * (threads - 1)
     limit = raise_fd_limit(base + _WITH_PIPES * wanted)

@@ -25,7 +25,9 @@ TYPE_CHECKING = False  # as typing has it
 if TYPE_CHECKING:
     from proxyd._relay import Event
     from proxyd.cli import Options
+    from proxyd.ports import Ports
     from proxyd.resolver import Resolver
+    from proxyd.target import Target
 
 _SIGINFO_SIZE = 128  # signalfd(2)
 
@@ -56,11 +58,13 @@ class Server:
         hosts = [one.target.host for one in listeners if one.target.host is not None]
         self.resolver = self._make_resolver(hosts) if hosts else None
         self.reaches: list[Reach] = []
+        self.ports: dict[Target, Ports] = {}
+        """By their target."""
         self.intake = Intake(
             self.loop,
-            [Door(self.loop, i, one, self._way_of(one)) for i, one in enumerate(listeners)],
+            [self._door(index, listener) for index, listener in enumerate(listeners)],
             fit_connections(
-                options.connections_max, len(listeners), options.threads, lookups=bool(hosts)
+                options.connections_max, len(listeners), options.threads, names=len(set(hosts))
             ),
             options.proxy_protocol,
         )
@@ -102,7 +106,7 @@ class Server:
     def _relay_event(self, event: "Event") -> None:
         if event[0] == FAILED:
             door = self.intake.doors[event[3]]
-            door.way.take_back(door.listener, event)
+            door.way_of(event[1]).take_back(door.listener, event)
         elif event[0] == ENDED:
             self._log_end(event)
         elif event[0] == BUSY:
@@ -227,6 +231,17 @@ class Server:
         self.loop.watch(resolver.fd, lambda _events: resolver.collect(self.relay.now_ms))
         return resolver
 
+    def _door(self, index: int, listener: Listener) -> Door:
+        way, target = self._way_of(listener), listener.target
+        if not target.any_port or listener.connected:
+            return Door(self.loop, index, listener, way)
+        if target not in self.ports:
+            from proxyd.ports import Ports
+
+            self.ports[target] = Ports(lambda port: self._make_way(target, port), self.reaches)
+        self.ports[target].fixed[way.port] = way
+        return Door(self.loop, index, listener, way, self.ports[target])
+
     def _way_of(self, listener: Listener) -> Reach:
         """The Reach for a listener's target: one for all that lead to the same place."""
         target = listener.target
@@ -234,10 +249,14 @@ class Server:
         for reach in self.reaches:
             if reach.target is target and reach.port == port:
                 return reach
-        timeout_ms = _milliseconds(self.options.connect_timeout)
-        self.reaches.append(Reach(self.loop, self.resolver, target, port, timeout_ms))
-        self.reaches[-1].settle(_milliseconds(self.options.settle_time) or 0)
+        self.reaches.append(self._make_way(target, port))
         return self.reaches[-1]
+
+    def _make_way(self, target: "Target", port: int) -> Reach:
+        timeout_ms = _milliseconds(self.options.connect_timeout)
+        way = Reach(self.loop, self.resolver, target, port, timeout_ms)
+        way.settle(_milliseconds(self.options.settle_time) or 0)
+        return way
 
     # ── words ────────────────────────────────────────────────────────────────────────────────
 

@@ -19,6 +19,7 @@ from relaykit.sockets import (
 
 from proxyd._relay import (
     ACCEPTED,
+    CHECK_PORT,
     CHECK_TCP,
     CHECK_UNIX,
     FAILED,
@@ -73,6 +74,27 @@ def test_express_connects_without_the_policy(rigs, pair, way):
     rig.gate.express(None)
     rig.keep(open_client(rig.door))
     rig.until(lambda: rig.of_kind(ACCEPTED), "a client for the policy")
+
+
+def test_a_client_of_another_port_comes_to_the_policy(rigs, gates):
+    """As TPROXY brings them; here another listener takes the place of the gate's."""
+    rig = rigs()
+    first, second = (rig.keep(open_listener("tcp4", rigs.directory)) for _ in range(2))
+    gate = gates(rig, first, CHECK_PORT)
+    gate.express(rig.address)
+    client = rig.keep(open_client(first))
+    target = rig.meet()
+    rig.send(client, b"mine")
+    assert rig.read(target, 4) == b"mine"
+    gate.shut()
+    os.dup2(second.fileno(), first.fileno())
+    gate.open()
+    other = rig.keep(open_client(second))
+    rig.until(lambda: rig.of_kind(ACCEPTED), "a client for the policy")
+    fd, index = rig.of_kind(ACCEPTED)[0][1], rig.of_kind(ACCEPTED)[0][-1]
+    assert index == 9
+    assert socket_names(fd)[0] == socket_names(other.fileno())[1]
+    assert gate.served == 1
 
 
 def test_express_that_fails_at_once(rigs, tmp_path):

@@ -654,6 +654,33 @@ def test_any_port_is_a_way_for_each_port(world):
     assert [reach.text for reach in server.reaches] == ["127.0.0.1:80", "127.0.0.1:443"]
 
 
+def test_any_port_of_a_client_is_a_way_made_for_it(world):
+    world.patch.setattr(intake_module, "what_to_check", lambda listener: 0)
+    target = parse_target("127.0.0.1:*")
+    for port in (80, 443):
+        world.listen(target, ("127.0.0.1", port))
+    server = world.make()
+    own = sockaddr.pack_inet("198.51.100.1", 8443)
+    world.patch.setattr(intake_module, "socket_names", lambda fd: (b"", own))
+    doors = server.intake.doors
+    assert doors[0].way_of(7) is doors[1].way_of(7) is server.reaches[2]
+    own = sockaddr.pack_inet("198.51.100.1", 443)
+    assert doors[0].way_of(7) is doors[1].way
+    assert [reach.text for reach in server.reaches] == [
+        "127.0.0.1:80",
+        "127.0.0.1:443",
+        "127.0.0.1:8443",
+    ]
+    ours, theirs = socket.socketpair()
+    with ours:
+        own = sockaddr.pack_inet("198.51.100.1", 8443)
+        event = (FAILED, theirs.detach(), errno.ECONNREFUSED, 0, b"", START_MS, 1)
+        server._relay_event(event)
+        assert [len(reach.held) for reach in server.reaches] == [0, 0, 1]
+        assert server.intake._held() == 1
+        server.reaches[2].drop_all()
+
+
 def test_a_failed_connect_goes_back_to_its_way(world):
     world.listen(parse_target("/run/one"))
     world.listen(parse_target("/run/two"), "/other")
