@@ -10,7 +10,7 @@ from proxyd._inbox cimport (
     ORDER_ANSWER, ORDER_STOP, inbox_close, inbox_open, inbox_order, inbox_return, inbox_ring,
 )
 from proxyd._linux cimport (
-    ENOMEM, EPOLLIN, EPOLL_CTL_ADD, SIG_SETMASK, calloc, counter_add, epoll_ctl, epoll_event,
+    ENOMEM, EPOLLIN, EPOLL_CTL_ADD, EPOLL_CTL_DEL, SIG_SETMASK, calloc, counter_add, epoll_ctl, epoll_event,
     errno, free, pthread_attr_destroy, pthread_attr_init, pthread_attr_setstacksize,
     pthread_attr_t, pthread_create, pthread_join, pthread_sigmask, realloc, shared_add,
     shared_get, shared_set, sigfillset, sigset_t, uint32_t,
@@ -39,6 +39,13 @@ cdef inline int relay_open_inbox(Relaying *relay) noexcept nogil:
         failure = -errno
         inbox_close(&relay.inbox)
     return failure
+
+
+cdef inline void relay_close_inbox(Relaying *relay) noexcept nogil:
+    """Only once it is empty."""
+    if relay.inbox.bell >= 0:
+        epoll_ctl(relay.engine.epoll, EPOLL_CTL_DEL, relay.inbox.bell, NULL)
+    inbox_close(&relay.inbox)
 
 
 cdef inline void *crew_work(void *argument) noexcept nogil:
@@ -72,7 +79,7 @@ cdef inline int crew_start(Relaying *relay) noexcept nogil:
 
 cdef inline void crew_free(Relaying *relay) noexcept nogil:
     """One whose thread has ended, or never was."""
-    inbox_close(&relay.inbox)
+    relay_close_inbox(relay)
     relay_free(relay)
     free(relay)
 
@@ -83,7 +90,6 @@ cdef inline int crew_open(Relaying *relay, const Relaying *boss) noexcept nogil:
         relay, boss.engine.stream_unit, boss.engine.pool.size, boss.engine.may_splice)
     relay.idle_ms = boss.idle_ms
     relay.report_ends = boss.report_ends
-    relay.shared = boss.shared
     relay.shares = boss.shares
     return relay_open_inbox(relay) if failure == 0 else failure
 

@@ -5,13 +5,14 @@
 # terms, one over the limit, one whose connect failed, an error of accept.
 
 from proxyd._connection cimport (
-    KIND_GATE, NOTES_MOST, NOTE_ACCEPTED, NOTE_FAILED, NOTE_NOBODY, NOTE_REFUSED, Relaying,
+    KIND_GATE, NOTES_MOST, NOTE_ACCEPTED, NOTE_FAILED, NOTE_NOBODY, NOTE_REFUSED, Note,
+    Relaying,
     connection_open, note_add, socket_reset, socket_tune,
 )
 from proxyd._linux cimport (
     AF_UNIX, EAGAIN, ELOOP, EPOLLIN, EPOLL_CTL_ADD, EPOLL_CTL_DEL, IPPROTO_TCP, SOCK_CLOEXEC,
     SOCK_NONBLOCK, SOL_SOCKET, SO_PEERCRED, TCP_INFO, accept4, close, epoll_ctl, epoll_event,
-    errno, getsockopt, int64_t, memset, sockaddr, sockaddr_storage, socklen_t, tcp_info, ucred,
+    errno, getsockopt, int64_t, memcpy, memset, sockaddr, sockaddr_storage, socklen_t, tcp_info, ucred,
     uint32_t, uint64_t,
 )
 from proxyd._list cimport Link, list_append, list_empty, list_remove
@@ -29,6 +30,7 @@ cdef enum:
 cdef enum:
     CROWD_TURNS = 4            # after so many turns in a row, twice as many
     CROWD_MOST = 32            # before the connections have their turn
+    READY_MOST = 5 * CROWD_TURNS  # turns that are counted: with them it is CROWD_MOST
     ROOM_WAIT_MS = 20          # a client over the limit waits so long for room
 
 ctypedef struct GateState:
@@ -37,13 +39,14 @@ ctypedef struct GateState:
     int family
     int check                  # GATE_CHECK_*
     int index                  # the policy's number for it
+    bint watched               # with epoll
     bint express               # connect at once
     sockaddr_storage target
     socklen_t target_size
     int64_t timeout_ms         # of a connect; 0: as long as the kernel tries
     uint64_t served            # clients connected, or on their way
     int64_t turn               # of the relay, in which it was last ready
-    int ready_turns            # in a row
+    int ready_turns            # in a row, up to READY_MOST
     Link full                  # among those that wait for room
     bint refuses               # the wait was in vain
     uint32_t early             # clients to come who may be older than the settings of the listener
@@ -68,18 +71,21 @@ cdef inline void gate_count_early(GateState *gate) noexcept nogil:
     gate.early = about.tcpi_unacked  # of a listener: the length of its queue
 
 
-cdef inline int gate_accept(Relaying *relay, GateState *gate) noexcept nogil:
-    """A client's fd, or -errno; -ELOOP for one that is ourselves and was closed."""
-    cdef sockaddr_storage peer
-    cdef socklen_t size = sizeof(peer)
-    cdef int fd = accept4(gate.fd, <sockaddr *>&peer, &size, SOCK_CLOEXEC | SOCK_NONBLOCK)
+cdef inline int gate_accept(
+    Relaying *relay, GateState *gate, sockaddr_storage *peer, socklen_t *size
+) noexcept nogil:
+    """A client's fd, and its address; or -errno, -ELOOP for one that is ourselves and was closed.
+    """
+    cdef int fd
+    size[0] = sizeof(peer[0])
+    fd = accept4(gate.fd, <sockaddr *>peer, size, SOCK_CLOEXEC | SOCK_NONBLOCK)
     if fd < 0:
         return -errno
     relay.accepted += 1
     if gate.early > 0:
         gate.early -= 1
         socket_tune(fd, gate.family)
-    if (gate.check & GATE_CHECK_TCP and own_came_back(relay.own, fd, &peer)
+    if (gate.check & GATE_CHECK_TCP and own_came_back(relay.own, fd, peer)
             or gate.check & GATE_CHECK_UNIX and peer_is_process(fd, relay.pid)):
         socket_reset(fd, gate.family)
         relay.refused += 1
@@ -87,12 +93,27 @@ cdef inline int gate_accept(Relaying *relay, GateState *gate) noexcept nogil:
     return fd
 
 
-cdef inline void gate_admit(Relaying *relay, GateState *gate, int fd) noexcept nogil:
+cdef inline void gate_announce(
+    Relaying *relay, GateState *gate, int fd, const sockaddr_storage *peer, socklen_t size
+) noexcept nogil:
+    """A client for the policy, with the address that accept(2) has told: once a client has reset,
+    the kernel tells it no more. That of a UNIX client may not fit, but can be asked for later."""
+    cdef Note *note = note_add(relay, NOTE_ACCEPTED, fd, 0, gate.index)
+    relay.most -= 1
+    if note == NULL:  # gate_event() sees to it that there is room
+        socket_reset(fd, gate.family)
+    elif size <= sizeof(note.peer):
+        memcpy(&note.peer, peer, size)
+        note.peer_size = size
+
+
+cdef inline void gate_admit(
+    Relaying *relay, GateState *gate, int fd, const sockaddr_storage *peer, socklen_t size
+) noexcept nogil:
     """A client is in: on its way to the target, or before the policy."""
     cdef long long result
     if not gate.express:
-        relay.most -= 1
-        note_add(relay, NOTE_ACCEPTED, fd, 0, gate.index)
+        gate_announce(relay, gate, fd, peer, size)
         return
     if tally_open(relay.tally) >= relay.most:
         close(fd)
@@ -109,9 +130,9 @@ cdef inline void gate_admit(Relaying *relay, GateState *gate, int fd) noexcept n
 
 cdef inline int gate_crowd(GateState *gate, int64_t turn) noexcept nogil:
     """How many clients to accept in this turn."""
-    gate.ready_turns = gate.ready_turns + 1 if turn == gate.turn + 1 else 0
+    gate.ready_turns = min(gate.ready_turns + 1, READY_MOST) if turn == gate.turn + 1 else 0
     gate.turn = turn
-    return min(1 << min(gate.ready_turns // CROWD_TURNS, 10), CROWD_MOST)
+    return min(1 << (gate.ready_turns // CROWD_TURNS), CROWD_MOST)
 
 
 cdef inline int gate_watch(Relaying *relay, GateState *gate) noexcept nogil:
@@ -121,13 +142,16 @@ cdef inline int gate_watch(Relaying *relay, GateState *gate) noexcept nogil:
     event.data.ptr = gate
     if epoll_ctl(relay.engine.epoll, EPOLL_CTL_ADD, gate.fd, &event) < 0:
         return -errno
+    gate.watched = True
     return 0
 
 
 cdef inline void gate_unwatch(Relaying *relay, GateState *gate) noexcept nogil:
     """Not by an interest of 0: a hang-up would be announced again and again all the same."""
     list_remove(&gate.full)
-    epoll_ctl(relay.engine.epoll, EPOLL_CTL_DEL, gate.fd, NULL)
+    if gate.watched:
+        epoll_ctl(relay.engine.epoll, EPOLL_CTL_DEL, gate.fd, NULL)
+        gate.watched = False
 
 
 cdef inline void gate_rest(Relaying *relay, GateState *gate) noexcept nogil:
@@ -156,14 +180,17 @@ cdef inline void gates_reopen(Relaying *relay) noexcept nogil:
         list_remove(&gate.full)
         gate.refuses = refuse
         failure = gate_watch(relay, gate)
-        if failure < 0 and relay.notes_count < NOTES_MOST:
-            note_add(relay, NOTE_NOBODY, -1, -failure, gate.index)
+        if failure < 0 and note_add(relay, NOTE_NOBODY, -1, -failure, gate.index) == NULL:
+            gate_rest(relay, gate)
+            return
 
 
 cdef inline void gate_event(Relaying *relay, GateState *gate) noexcept nogil:
     """The listener is readable. Level-triggered: who is left waits for the next turn."""
     cdef int most = NOTES_MOST if gate.refuses else gate_crowd(gate, relay.turns)
     cdef bint first = True     # somebody is there, while after him perhaps nobody
+    cdef sockaddr_storage peer
+    cdef socklen_t size
     cdef int fd
     while most > 0 and relay.notes_count < NOTES_MOST // 2:
         most -= 1
@@ -172,9 +199,9 @@ cdef inline void gate_event(Relaying *relay, GateState *gate) noexcept nogil:
                 gate_rest(relay, gate)
             return
         first = False
-        fd = gate_accept(relay, gate)
+        fd = gate_accept(relay, gate, &peer, &size)
         if fd >= 0:
-            gate_admit(relay, gate, fd)
+            gate_admit(relay, gate, fd, &peer, size)
             continue
         if fd == -EAGAIN:
             gate.ready_turns = 0

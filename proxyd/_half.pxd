@@ -27,9 +27,9 @@
 from proxyd._linux cimport (
     AF_UNIX, AF_VSOCK, EAGAIN, EINTR, EINVAL, ENOMEM, ENOSYS, EOPNOTSUPP, EPERM, EPIPE, EPOLLET,
     EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP, EPOLL_CTL_MOD, MSG_CTRUNC, MSG_NOSIGNAL,
-    SOL_SOCKET, SO_SNDBUF, SPLICE_F_MOVE, SPLICE_F_NONBLOCK, counter_add, epoll_ctl,
-    epoll_event, errno, free, int64_t, iovec, malloc, memcpy, memset, msghdr, read, recv,
-    recvmsg, send, setsockopt, splice, uint32_t, uint64_t, uint8_t,
+    SOCK_CLOEXEC, SOCK_STREAM, SOL_SOCKET, SO_SNDBUF, SPLICE_F_MOVE, SPLICE_F_NONBLOCK, close,
+    counter_add, epoll_ctl, epoll_event, errno, free, getsockopt, int64_t, iovec, malloc, memcpy,
+    memset, msghdr, read, recv, recvmsg, send, setsockopt, socket, socklen_t, splice, uint32_t, uint64_t, uint8_t,
 )
 from proxyd._pipe cimport Pipe, PipePool, pipe_close, pipe_get, pipe_put
 
@@ -75,6 +75,7 @@ ctypedef struct Endpoint:
     uint8_t urgent             # an urgent byte is ahead: splice stops there, recv does not
     uint8_t ended              # its end was read
     uint8_t gone               # nothing can be written to it any more
+    uint8_t refused            # … and bytes for it were lost: that is the reset of a UNIX socket
     uint8_t armed              # EPOLLOUT is asked for
     uint8_t registered         # with epoll
     void *connection           # the Connection it is part of
@@ -92,6 +93,7 @@ ctypedef struct Half:
     uint8_t full_reads         # in a row
     uint8_t small_reads        # in a row, of a stream
     uint8_t streaming          # large units, by splice or by copy as half_splices() says
+    uint8_t widened            # dst has as large a send buffer as it may
     uint8_t copy_only          # the kernel refuses to splice these sockets
 
 
@@ -134,10 +136,11 @@ cdef inline void endpoint_blocked(Engine *engine, Endpoint *end) noexcept nogil:
 cdef inline void endpoint_lost(Endpoint *end, int error) noexcept nogil:
     """A write failed. What it had already sent is still to be read, to the end.
 
-    EPIPE from a UNIX socket is a peer that closed, or only stopped reading: no reset.
+    EPIPE from a UNIX socket is a peer that closed, or only stopped reading: no error when that is
+    read.
     """
     if error == EPIPE and end.family == AF_UNIX:
-        end.gone = 1
+        end.gone = end.refused = 1
     else:
         endpoint_failed(end, error)
     end.readable = end.ending = 1
@@ -147,11 +150,33 @@ cdef inline void endpoint_widen(const Endpoint *end) noexcept nogil:
     """Let a stream into a UNIX socket have as large a send buffer as it may (net.core.wmem_max).
 
     Such a socket is announced as writable when it is nearly empty; the default takes 208 KiB, and
-    a wake-up for every 150 of them. TCP finds the right size by itself.
+    a wake-up for every 150 of them. TCP finds the right size by itself. Never less than it has:
+    the default may be more than an ordinary user may ask for.
     """
     cdef int size = SEND_BUFFER
-    if end.family == AF_UNIX:
+    if end.family == AF_UNIX and send_buffer_of(end.fd) < send_buffer_granted():
         setsockopt(end.fd, SOL_SOCKET, SO_SNDBUF, &size, sizeof(size))
+
+
+cdef inline int send_buffer_of(int fd) noexcept nogil:
+    cdef int size = 0
+    cdef socklen_t length = sizeof(size)
+    if getsockopt(fd, SOL_SOCKET, SO_SNDBUF, &size, &length) < 0:
+        return SEND_BUFFER * 2  # it stays as it is
+    return size
+
+
+cdef inline int send_buffer_granted() noexcept nogil:
+    """What a socket would have that asks for SEND_BUFFER: tried on one that nobody needs, for
+    nothing less tells the limit, and what was once reduced may not be restored. 0: not known."""
+    cdef int size = SEND_BUFFER
+    cdef int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0)
+    if fd < 0:
+        return 0
+    setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &size, sizeof(size))
+    size = send_buffer_of(fd)
+    close(fd)
+    return size
 
 
 cdef inline ssize_t endpoint_recv(Endpoint *end, void *buffer, size_t size) noexcept nogil:
@@ -208,6 +233,7 @@ cdef inline void half_abandon(Half *half) noexcept nogil:
     """dst cannot be written any more."""
     if half.state != SHUT:
         half.state = DEAD
+    half.dst.refused |= half_held(half) > 0
     half_drop(half)
 
 
@@ -346,7 +372,8 @@ cdef inline void half_learn(Half *half, size_t size, size_t asked) noexcept nogi
         half.full_reads = half.full_reads + 1 if size == asked else 0
         half.streaming = half.full_reads >= STREAM_READS
         half.small_reads = 0
-        if half.streaming:
+        if half.streaming and not half.widened:
+            half.widened = 1
             endpoint_widen(half.dst)
         return
     half.small_reads = half.small_reads + 1 if size < STREAM_SMALL else 0

@@ -21,7 +21,6 @@ class Relay:
     wake_first: bool
     most: int
     report_ends: bool
-    shared: bool
     def __init__(
         self, stream_unit: int = ..., pipe_size: int = ..., may_splice: bool = ...
     ) -> None: ...

@@ -12,18 +12,22 @@ events), _gate.pxd (how clients come in), _connection.pxd (how a connection begi
 _half.pxd (the pump), _pipe.pxd (pipes); and _crew.pxd for the same in several threads.
 """
 
+from cython cimport no_gc_clear
+
 from proxyd._connection cimport (
     Connection, HOW_COUNT, KIND_GATE, KIND_WATCH, NOTE_ACCEPTED, NOTE_BUSY, NOTE_ENDED,
     NOTE_FAILED, NOTE_NOBODY, NOTE_READY, NOTE_REFUSED, Note, Relaying, connection_free,
     connection_new, connection_open, connection_place, connections_fewer, socket_connect,
     socket_error, socket_met_itself, socket_reset, socket_tune,
 )
-from proxyd._crew cimport crew_answered, crew_ask, crew_dismiss, crew_hire, crew_order
+from proxyd._crew cimport (
+    crew_answered, crew_ask, crew_dismiss, crew_hire, crew_order, relay_close_inbox,
+)
 from proxyd._gate cimport (
     GATE_CHECK_TCP, GATE_CHECK_UNIX, GateState, gate_count_early, gate_unwatch, gate_watch,
 )
 from proxyd._half cimport endpoint_lost
-from proxyd._inbox cimport ORDER_TRIM, inbox_close
+from proxyd._inbox cimport ORDER_TRIM
 from proxyd._linux cimport (
     EINPROGRESS, ELOOP, ENOMEM, EPOLLET, EPOLLIN, EPOLLOUT, EPOLL_CTL_ADD, EPOLL_CTL_DEL,
     RLIMIT_NOFILE, SFD_CLOEXEC, SFD_NONBLOCK, SIG_BLOCK, SOL_SOCKET, SO_DOMAIN, calloc, close,
@@ -58,10 +62,11 @@ ctypedef struct WatchedFd:
     Own own                    # of a socket that dial() made
 
 
+@no_gc_clear  # __dealloc__ needs the relay
 cdef class Gate:
     """A listener whose clients the relay accepts. The fd stays the caller's.
 
-    Each client becomes an (ACCEPTED, client, index) event; with express() it is connected at once
+    Each client becomes an (ACCEPTED, client, peer, index) event; with express() it is connected at once
     instead. `check` is CHECK_TCP to find clients that are our own outgoing sockets (the listener
     must be in our network namespace), CHECK_UNIX to find those of this process; such a client is
     closed, and (NOBODY, ELOOP, index) tells.
@@ -78,6 +83,10 @@ cdef class Gate:
         self.state.check = check
         self.state.index = index
         link_init(&self.state.full, &self.state)
+
+    def __dealloc__(self):
+        if self.relay is not None:
+            gate_unwatch(&self.relay.relaying, &self.state)
 
     @property
     def served(self):
@@ -151,11 +160,11 @@ cdef class Relay:
     def __dealloc__(self):
         if self.relaying.live.next == NULL:
             return  # __cinit__ has not even begun: its arguments were no good
-        crew_dismiss(&self.relaying, False)
+        crew_dismiss(&self.relaying, True)
         free(self.relaying.crew.relays)
         if self.relaying.crew.stat >= 0:
             close(self.relaying.crew.stat)
-        inbox_close(&self.relaying.inbox)
+        relay_close_inbox(&self.relaying)
         for fd in range(self.watches_size):
             self.unwatch(fd)
         free(self.watches)
@@ -206,16 +215,6 @@ cdef class Relay:
     def report_ends(self, bint value):
         self.relaying.report_ends = value
 
-    @property
-    def shared(self):
-        """Whether clients may be open in another process too, as the service manager keeps those
-        of Accept=yes."""
-        return bool(self.relaying.shared)
-
-    @shared.setter
-    def shared(self, bint value):
-        self.relaying.shared = value
-
     def counters(self):
         """(accepted, refused, bytes to targets, to clients, spliced, copied, ends by HOW_*)."""
         cdef Relaying *relay = &self.relaying
@@ -265,7 +264,7 @@ cdef class Relay:
     def hire(self):
         """Start one more thread, to which connections are handed over. Raises OSError.
 
-        idle_ms, report_ends and shared must be set before: a new thread takes them as they are.
+        idle_ms and report_ends must be set before: a new thread takes them as they are.
         All threads must be there before one of them is handed anything.
         """
         cdef int failure = crew_hire(&self.relaying)
@@ -350,11 +349,13 @@ cdef class Relay:
         (FAILED, client, errno, cookie, pending, opened_ms, id): pending is what must be sent first
         when another target is tried, the preamble and bytes already taken from the client.
 
-        Raises OSError, the client still the caller's, where it fails at once.
+        Raises OSError, the client still the caller's, where it fails at once. The client is not
+        watched any more in any case.
         """
         cdef sockaddr_storage target
         cdef long long number
         address_unpack(&target, address)
+        self.unwatch(client)
         if preamble is None:
             preamble = b""
         number = connection_open(
@@ -408,6 +409,7 @@ cdef class Relay:
                            preamble, <size_t>len(preamble))
         if c == NULL:
             raise_errno(ENOMEM)
+        self.unwatch(client)
         if watch != NULL:
             own_move(&self.own, &c.own, &watch.own)
             self.unwatch(fd)
@@ -431,7 +433,8 @@ cdef class Relay:
         """Forward until there is something for the policy; the events, as a list of tuples.
 
         (READY, fd, events)                           a watched fd
-        (ACCEPTED, client, index)                     the caller's now; see Gate
+        (ACCEPTED, client, peer, index)               the caller's now; its packed address, b"" if
+                                                      that is to be asked of socket_names()
         (NOBODY, errno, index)                        accept failed
         (REFUSED, index)                              a client over the limit was closed
         (BUSY,)                                       see share()
@@ -511,7 +514,7 @@ cdef tuple note_tuple(const Note *note, int64_t now_ms):
     if note.kind == NOTE_READY:
         return READY, note.fd, note.value
     if note.kind == NOTE_ACCEPTED:
-        return ACCEPTED, note.fd, note.index
+        return ACCEPTED, note.fd, (<char *>&note.peer)[:note.peer_size], note.index
     if note.kind == NOTE_NOBODY:
         return NOBODY, note.value, note.index
     if note.kind == NOTE_REFUSED:

@@ -4,12 +4,11 @@
 # Nothing is ever taken back: the connections that come later begin with the boss again.
 
 from proxyd._busy cimport SPARE_LEAST, busy_window
-from proxyd._connection cimport CONNECTED, Connection, NOTE_BUSY, Relaying, note_add, relay_left
-from proxyd._half cimport Endpoint
-from proxyd._inbox cimport inbox_put
-from proxyd._linux cimport (
-    EPOLL_CTL_DEL, counter_add, epoll_ctl, hint_get, shared_add, shared_get,
+from proxyd._connection cimport (
+    CONNECTED, Connection, NOTE_BUSY, Relaying, endpoint_unregister, note_add, relay_left,
 )
+from proxyd._inbox cimport inbox_put
+from proxyd._linux cimport counter_add, hint_get, shared_add, shared_get
 from proxyd._list cimport Link, list_remove
 
 cdef enum:
@@ -55,8 +54,7 @@ cdef inline void relay_share(Relaying *relay) noexcept nogil:
 cdef inline void relay_ask_for_crew(Relaying *boss) noexcept nogil:
     """Once: the policy may find that there can be none."""
     if not boss.crew.asked_for:
-        boss.crew.asked_for = True
-        note_add(boss, NOTE_BUSY, -1, 0, 0)
+        boss.crew.asked_for = note_add(boss, NOTE_BUSY, -1, 0, 0) != NULL
 
 
 cdef inline Relaying *crew_sleeper(Relaying *boss) noexcept nogil:
@@ -77,15 +75,10 @@ cdef inline bint connection_can_move(const Connection *c) noexcept nogil:
     return c.state == CONNECTED and c.wake_ms == 0
 
 
-cdef inline void endpoint_unregister(Relaying *relay, Endpoint *end) noexcept nogil:
-    epoll_ctl(relay.engine.epoll, EPOLL_CTL_DEL, end.fd, NULL)
-    end.registered = False
-
-
 cdef inline void connection_give(Relaying *relay, Relaying *other, Connection *c) noexcept nogil:
     """With all it holds. It begins there as new ones do, with a pump, and then asks that epoll."""
-    endpoint_unregister(relay, &c.client)
-    endpoint_unregister(relay, &c.target)
+    endpoint_unregister(&relay.engine, &c.client)
+    endpoint_unregister(&relay.engine, &c.target)
     list_remove(&c.again)
     relay_left(relay)
     shared_add(&other.open, 1)

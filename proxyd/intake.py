@@ -64,7 +64,8 @@ class Intake:
     ) -> None:
         self.doors = doors
         self.refused = 0
-        """Clients over the limit that were refused here, not by the relay."""
+        """Clients that were refused here, not by the relay: over the limit, or without an address
+        to tell the target."""
         self.passed_in = 0
         """Clients that were accepted for us (Accept=yes)."""
         self.broken = False
@@ -76,11 +77,13 @@ class Intake:
         self._ways = list({id(door.way): door.way for door in doors}.values())
         self._connections_max = connections_max
         self._proxy_protocol = proxy_protocol
-        self._header: Callable[[int, int], bytes] | None = None
+        self._header: Callable[[int, int, bytes], bytes] | None = None
+        self._no_header: type[Exception] = Exception
+        """What `_header` raises for a client whose address is not known."""
         if proxy_protocol:  # now, and not when there may be no fd left to load it with
-            from proxyd.proxy_protocol import header
+            from proxyd.proxy_protocol import UnknownAddressError, header
 
-            self._header = header
+            self._header, self._no_header = header, UnknownAddressError
         self._open_at_pause = 0
 
     def arm(self) -> None:
@@ -90,8 +93,7 @@ class Intake:
             if door.listener.connected:
                 fd, door.listener.fd = door.listener.fd, -1
                 self.passed_in += 1
-                self._relay.shared = True
-                self._admit(door, fd)
+                self._admit(door, fd, socket_names(fd)[0])
             else:
                 door.gate.open()
                 door.open = True
@@ -115,7 +117,7 @@ class Intake:
         kind, *rest, index = event
         door = self.doors[index]
         if kind == ACCEPTED:
-            self._accepted(door, rest[0])
+            self._accepted(door, rest[0], rest[1])
         elif kind == NOBODY:
             self._not_accepted(door, rest[0])
         elif kind == REFUSED:
@@ -144,9 +146,9 @@ class Intake:
         """At how many open connections tick() wants to be called."""
         return -1 if self.resume_ms is None else self._open_at_pause - 1
 
-    def _accepted(self, door: Door, fd: int) -> None:
+    def _accepted(self, door: Door, fd: int, peer: bytes) -> None:
         if self._relay.open + self._held() < self._connections_max:
-            self._admit(door, fd)
+            self._admit(door, fd, peer)
             return
         os.close(fd)
         self.refused += 1
@@ -159,11 +161,31 @@ class Intake:
     def _log_refusal(self) -> None:
         log.limited("limit", "Hit connection limit, refusing connection.")
 
-    def _admit(self, door: Door, fd: int) -> None:
-        """Send a client on its way to the target."""
-        header = self._header(self._proxy_protocol, fd) if self._header is not None else None
-        name = text(unmapped(socket_names(fd)[0])) if self._loop.notes is not None else ""
+    def _admit(self, door: Door, fd: int, peer: bytes) -> None:
+        """Send a client on its way to the target; `peer` is its packed address, b"" if not known.
+        """
+        header = None
+        if self._header is not None:
+            try:
+                header = self._header(self._proxy_protocol, fd, peer)
+            except self._no_header:
+                self._refuse_unknown(door, fd)
+                return
+        name = ""
+        if self._loop.notes is not None:
+            name = text(unmapped(peer or socket_names(fd)[0]))
         door.way.take(fd, door.listener, door.index, header, name)
+
+    def _refuse_unknown(self, door: Door, fd: int) -> None:
+        """Refuse a client that has reset before its address could be asked for. Announced as
+        UNKNOWN or LOCAL, which stands for the proxy itself, it might get what it may not have."""
+        self._relay.hang_up(fd, reset=True)
+        self.refused += 1
+        log.limited(
+            "unknown",
+            f"Refusing connection to {door.listener.text}: "
+            "the client's address is not known any more, for a PROXY header.",
+        )
 
     def _not_accepted(self, door: Door, error: int) -> None:
         where = door.listener.text

@@ -49,7 +49,7 @@ def test_clients_come_in_order(rigs, pair):
     rig = rigs(*pair)
     clients = [rig.keep(open_client(rig.door)) for _ in range(40)]
     rig.until(lambda: len(rig.of_kind(ACCEPTED)) == 40, "forty clients")
-    for number, (_, fd, index) in enumerate(rig.of_kind(ACCEPTED)):
+    for number, (_, fd, _, index) in enumerate(rig.of_kind(ACCEPTED)):
         assert index == 0
         os.write(fd, b"%d" % number)
     assert [client.recv(10) for client in clients] == [b"%d" % n for n in range(40)]
@@ -418,6 +418,6 @@ def test_one_gate_does_not_starve_another(rigs, gates):
         rig.keep(open_client(rig.door))
         rig.keep(open_client(other))
     rig.turn(100)
-    assert {event[2] for event in rig.of_kind(ACCEPTED)} == {0, 9}
+    assert {event[3] for event in rig.of_kind(ACCEPTED)} == {0, 9}
     rig.until(lambda: len(rig.of_kind(ACCEPTED)) == 60, "all clients")
     assert FAILED not in {event[0] for event in rig.events}
