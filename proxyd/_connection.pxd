@@ -16,7 +16,7 @@
 # lingering connection has only Y left, X is closed. Nothing is freed while a batch of events is
 # worked on, since a later event of the batch may still point to it: the dead go last.
 
-from proxyd._busy cimport Busy, SPARE_FOR_NEW
+from proxyd._busy cimport Busy, Machine, SPARE_FOR_NEW
 from proxyd._half cimport (
     DEAD, DRAINING, Endpoint, Engine, FLOWING, Half, SHUT, STAT_TO_CLIENT, STAT_TO_TARGET,
     endpoint_failed, endpoint_interest, endpoint_lost, endpoint_recv, half_abandon, half_drop,
@@ -102,7 +102,7 @@ ctypedef struct Crew:
     int count
     int size                   # of `relays`
     int window_ms              # how long a relay must have been busy to hand work over
-    int stat                   # fd of /proc/stat; -1: not to be had
+    Machine machine            # where to learn whether another CPU is idle
     bint asked_for             # the boss has told the policy that it could need a crew
     int asked                  # how often they were asked whether they are alive
 

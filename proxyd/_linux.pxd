@@ -31,7 +31,7 @@ cdef extern from "time.h" nogil:
     struct timespec:
         long tv_sec
         long tv_nsec
-    int CLOCK_MONOTONIC
+    int CLOCK_MONOTONIC, CLOCK_PROCESS_CPUTIME_ID, CLOCK_THREAD_CPUTIME_ID
     int clock_gettime(clockid_t clock, timespec *now)
 
 cdef extern from "unistd.h" nogil:

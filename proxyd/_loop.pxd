@@ -43,9 +43,8 @@ cdef inline void relay_init(Relaying *relay, Tally *tally, OwnTable *own) noexce
     relay.engine.epoll = -1
     relay.engine.now_ms = clock_ms()
     relay.inbox.bell = -1
-    relay.crew.stat = -1
+    relay.crew.machine.stat = -1
     relay.busy.since_ns = clock_ns()
-    relay.busy.idle_ns = -1
     link_init(&relay.live, NULL)
     link_init(&relay.timed, NULL)
     link_init(&relay.again, NULL)

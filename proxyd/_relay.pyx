@@ -14,6 +14,7 @@ _half.pxd (the pump), _pipe.pxd (pipes); and _crew.pxd for the same in several t
 
 from cython cimport no_gc_clear
 
+from proxyd._busy cimport CPUS_MOST, Machine
 from proxyd._connection cimport (
     Connection, HOW_COUNT, KIND_GATE, KIND_WATCH, NOTE_ACCEPTED, NOTE_BUSY, NOTE_ENDED,
     NOTE_FAILED, NOTE_NOBODY, NOTE_READY, NOTE_REFUSED, Note, Relaying, connection_free,
@@ -162,8 +163,8 @@ cdef class Relay:
             return  # __cinit__ has not even begun: its arguments were no good
         crew_dismiss(&self.relaying, True)
         free(self.relaying.crew.relays)
-        if self.relaying.crew.stat >= 0:
-            close(self.relaying.crew.stat)
+        if self.relaying.crew.machine.stat >= 0:
+            close(self.relaying.crew.machine.stat)
         relay_close_inbox(&self.relaying)
         for fd in range(self.watches_size):
             self.unwatch(fd)
@@ -248,18 +249,28 @@ cdef class Relay:
         """How often a connection went from one thread to another."""
         return self.sum_of(&self.relaying.handed_over)
 
-    def share(self, int stat, int window_ms=100):
+    def share(self, int stat, int window_ms=100, cpus=None, int quota=0, int wait_most=100):
         """Hand over only what is too much for one thread, and while a CPU is idle: see _busy.pxd.
         That is looked at every `window_ms`. Without share() every new connection goes to the
         thread that has the fewest.
 
-        `stat` is an fd of /proc/stat, the relay's from now on; -1 where it cannot be had: then a
-        CPU is taken to be idle always. Where there is no further thread yet when one could help,
-        run() returns (BUSY,), once. To be called once, before hire().
+        `stat` is an fd of /proc/stat or /proc/uptime, the relay's from now on; -1 where neither
+        can be had: then a CPU is taken to be idle always. With `cpus` only the idle time of these
+        counts, which takes /proc/stat. `quota` is how much of a CPU the process may use, in per
+        cent; 0: no limit. An idle CPU does not count after a window of which the thread had to
+        wait for more than `wait_most` per cent. Where there is no further thread yet when one
+        could help, run() returns (BUSY,), once. To be called once, before hire().
         """
+        cdef Machine *machine = &self.relaying.crew.machine
         self.relaying.shares = True
-        self.relaying.crew.stat = stat
         self.relaying.crew.window_ms = window_ms
+        machine.stat = stat
+        machine.quota = quota
+        machine.wait_most = wait_most
+        machine.some = cpus is not None
+        for cpu in cpus or ():
+            if 0 <= cpu < CPUS_MOST:
+                machine.cpus[<int>cpu // 8] |= 1 << (<int>cpu % 8)
 
     def hire(self):
         """Start one more thread, to which connections are handed over. Raises OSError.

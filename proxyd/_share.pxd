@@ -22,7 +22,9 @@ cdef inline bint relay_overflows(Relaying *relay) noexcept nogil:
         return False
     if relay.engine.now_ms - relay.busy.since_ns // 1000000 < boss.crew.window_ms:
         return False
-    busy_window(&relay.busy, boss.crew.stat)
+    if not busy_window(&relay.busy, &boss.crew.machine, relay.engine.buffer,
+                       relay.engine.stream_unit):
+        return False
     return relay.busy.spare >= SPARE_LEAST
 
 

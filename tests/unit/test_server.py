@@ -134,7 +134,7 @@ class Relay:
     def trim(self):
         pass
 
-    def share(self, stat):
+    def share(self, stat, **rules):
         self.shares.append(stat)
 
     def hire(self):
