@@ -5,12 +5,19 @@ import errno
 import os
 
 from proxyd import address as sockaddr
+from proxyd.errors import reason
 from proxyd.target import Target
 
 UNNAMED = "unknown"
 """What sd_listen_fds_with_names(3) calls a socket that came without a name."""
 
 _BACKLOG = 65535  # the kernel caps it at net.core.somaxconn
+
+LOCK_S = 5.0
+"""How long to wait at start for others that begin or end to listen in the same folder."""
+
+_LOCK_AT_EXIT_S = 0.1
+_LOCK_PAUSE_S = 0.01
 
 
 class ListenAddress:
@@ -88,13 +95,24 @@ def open_listener(where: ListenAddress) -> Listener:
 
 def close_listener(listener: Listener) -> None:
     """Close the fd, and unlink the socket file if it is the one we made. Does not raise."""
+    _unlink_at_exit(listener)
     fd, listener.fd = listener.fd, -1
     try:
         os.close(fd)
     except OSError:
         pass  # closed before
-    _unlink_ours(listener.address, listener.inode)
-    listener.inode = None
+
+
+def _unlink_at_exit(listener: Listener) -> None:
+    """Unlink the socket file while it is still listened to: until then nobody takes it for stale,
+    and no other file is given its inode."""
+    inode, listener.inode = listener.inode, None
+    path = _file_path(listener.address)
+    if inode is None or not path:
+        return
+    lock = _FolderLock(path, _LOCK_AT_EXIT_S)  # against one that begins after the file was removed
+    _unlink_ours(listener.address, inode)
+    lock.release()
 
 
 def _parse_address(text: str, bare_port: bool) -> bytes:
@@ -110,6 +128,17 @@ def _parse_address(text: str, bare_port: bool) -> bytes:
 
 
 def _open(name: str, address: bytes) -> Listener:
+    path = _file_path(address)
+    if not path:
+        return _open_locked(name, address, None)
+    lock = _FolderLock(path, LOCK_S)
+    try:
+        return _open_locked(name, address, lock)
+    finally:
+        lock.release()
+
+
+def _open_locked(name: str, address: bytes, lock: "_FolderLock | None") -> Listener:
     family = sockaddr.family(address)
     sock = _socket.socket(family, _socket.SOCK_STREAM | _socket.SOCK_NONBLOCK)
     try:
@@ -117,7 +146,7 @@ def _open(name: str, address: bytes) -> Listener:
             sock.setsockopt(_socket.SOL_SOCKET, _socket.SO_REUSEADDR, 1)
         if family == sockaddr.AF_INET6:
             sock.setsockopt(_socket.IPPROTO_IPV6, _socket.IPV6_V6ONLY, 0)
-        inode = _bind(sock, address)
+        inode = _bind(sock, address, lock)
         try:
             sock.listen(_BACKLOG)
             bound = sockaddr.from_socket_name(family, sock.getsockname())
@@ -132,34 +161,92 @@ def _open(name: str, address: bytes) -> Listener:
         sock.close()  # nothing, once it is detached
 
 
-def _bind(sock: _socket.socket, address: bytes) -> tuple[int, int] | None:
+def _bind(
+    sock: _socket.socket, address: bytes, lock: "_FolderLock | None"
+) -> tuple[int, int] | None:
     """Bind `sock`; return device and inode of the socket file, if there is one."""
     path = _file_path(address)
     try:
         sock.bind(sockaddr.to_socket_name(address))
-    except OSError:
-        if not path or not _remove_stale(path):
+    except OSError as error:
+        inode = _stale(path) if path else None
+        if not path or not lock or inode is None:
+            raise
+        if lock.missing:
+            raise OSError(
+                error.errno,
+                "there is a stale socket file, which cannot be replaced safely: "
+                f"failed to lock its folder: {lock.missing}",
+            ) from None
+        # Somebody else may have replaced it since, without the lock.
+        if _inode(path) != inode or not _unlink(path):
             raise
         sock.bind(path)
     return _inode(path) if path else None
 
 
-def _remove_stale(path: bytes) -> bool:
-    """Unlink the socket file at `path` if nobody listens on it; tell whether it is gone."""
+class _FolderLock:
+    """An exclusive lock of the folder of a socket file, flock(2); it leaves nothing behind.
+
+    It is held from before bind(2) until after listen(2): in between the socket looks as if nobody
+    listened on it any more, and another start would replace it. Where it cannot be had, `missing`
+    says why. Then a new file may still be made, but none replaced: those that would replace ours
+    need the lock, too.
+    """
+
+    __slots__ = ("_fd", "missing")
+
+    def __init__(self, path: bytes, patience_s: float) -> None:
+        self._fd = -1
+        self.missing = ""
+        try:
+            self._fd = os.open(
+                os.path.dirname(path) or b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+            )
+            self._take(patience_s)
+        except BlockingIOError:
+            self.missing = "another process holds it"
+        except (OSError, ImportError) as error:
+            self.missing = reason(error)
+        if self.missing:
+            self.release()
+
+    def release(self) -> None:
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def _take(self, patience_s: float) -> None:
+        """Wait for the lock, but not for one that is held for ever. Raises BlockingIOError."""
+        import fcntl
+        import time
+
+        deadline = time.monotonic() + patience_s
+        while True:
+            try:
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise
+            time.sleep(_LOCK_PAUSE_S)
+
+
+def _stale(path: bytes) -> tuple[int, int] | None:
+    """Return what _inode() does if `path` is a socket file on which nobody listens."""
     inode = _inode(path)
     if inode is None:
-        return False
+        return None
     probe = _socket.socket(sockaddr.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_NONBLOCK)
     try:
         probe.connect(path)
     except ConnectionRefusedError:
-        # Somebody else may have replaced it since.
-        return _inode(path) == inode and _unlink(path)
+        return inode
     except OSError:
-        return False  # in use (EAGAIN), or not for us to judge
+        return None  # in use (EAGAIN), or not for us to judge
     finally:
         probe.close()
-    return False
+    return None
 
 
 def _file_path(address: bytes) -> bytes | None:

@@ -3,6 +3,7 @@
 import os
 import re
 import socket
+import subprocess
 
 import pytest
 from harness.differences import differs
@@ -400,6 +401,39 @@ class TestListen:
         assert len(outcome.stderr.splitlines()) == 1
         assert path in outcome.stderr
         open_connection(path, socket.AF_UNIX).close()
+
+    @pytest.mark.parametrize("round_", range(3))
+    def test_many_starts_at_the_same_moment(self, stage, round_):
+        """On one stale path: one serves and is reachable, all others end with one clear line."""
+        path, target = stage.path("stale"), stage.echo()
+        with socket.socket(socket.AF_UNIX) as stale:
+            stale.bind(path)
+        command = [stage.executable, *stage.arguments, f"--listen={path}", target]
+        starts = [
+            subprocess.Popen(command, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True)
+            for _ in range(16)
+        ]
+        try:
+            wait_until(
+                lambda: [start.poll() is None for start in starts].count(True) <= 1,
+                "all but one have ended",
+            )
+            assert [start.poll() is None for start in starts].count(True) == 1
+            assert self.served_at(stage, path, socket.AF_UNIX)
+            for start in starts:
+                if start.poll() is None:
+                    continue
+                assert start.returncode == 1
+                assert start.stderr.read() == (
+                    f"Failed to listen on {path}: Address already in use\n"
+                )
+        finally:
+            for start in starts:
+                start.terminate()
+                start.wait()
+                start.stderr.close()
+        assert not os.path.exists(path)
+        assert os.listdir(stage.directory) == []
 
     def test_other_file_is_left_alone(self, stage):
         """A file that is not a socket is not removed: one line, exit status 1."""
