@@ -30,7 +30,7 @@ from proxyd._gate cimport (
 from proxyd._half cimport endpoint_lost
 from proxyd._inbox cimport ORDER_TRIM
 from proxyd._linux cimport (
-    EINPROGRESS, ELOOP, ENOMEM, EPOLLET, EPOLLIN, EPOLLOUT, EPOLL_CTL_ADD, EPOLL_CTL_DEL,
+    AF_VSOCK, ECONNREFUSED, ECONNRESET, EINPROGRESS, ELOOP, ENOMEM, EPOLLET, EPOLLIN, EPOLLOUT, EPOLL_CTL_ADD, EPOLL_CTL_DEL,
     RLIMIT_NOFILE, SFD_CLOEXEC, SFD_NONBLOCK, SIG_BLOCK, SOL_SOCKET, SO_DOMAIN, calloc, close,
     counter_get, epoll_ctl, epoll_event, errno, free, getpeername, getpid, getrlimit,
     getsockname, getsockopt, int64_t, memcpy, memset, moment_get, rlimit, setrlimit, shared_get,
@@ -563,6 +563,8 @@ def connected(int fd):
     cdef sockaddr_storage peer
     cdef socklen_t size = sizeof(peer)
     cdef int error = socket_error(fd)
+    if error == ECONNRESET and socket_family(fd) == AF_VSOCK:
+        return ECONNREFUSED  # how the virtio transport says so
     if error != 0:
         return error
     if getpeername(fd, <sockaddr *>&peer, &size) < 0:
