@@ -177,6 +177,7 @@ cdef inline bint busy_window(
     cdef int64_t process_ns = spent_ns(CLOCK_PROCESS_CPUTIME_ID)
     cdef int64_t waited_ns = length_ns - asleep_ns - (ran_ns - busy.ran_ns)
     cdef int64_t used_ns = process_ns - busy.spent_ns
+    cdef bint waited = waited_ns // max(machine.wait_most, 1) > length_ns // 100
     busy.since_ns = now_ns
     busy.asleep_ns = 0
     busy.ran_ns = ran_ns
@@ -185,8 +186,7 @@ cdef inline bint busy_window(
         busy.spare = 0
         busy.asked = False
         return False
-    if not busy_ask(busy, machine, now_ns, waited_ns // max(machine.wait_most, 1) > length_ns // 100,
-                    buffer, size):
+    if not busy_ask(busy, machine, now_ns, waited, buffer, size):
         return False
     if machine.quota > 0:
         busy.spare = <int>max(min(

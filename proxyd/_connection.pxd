@@ -24,13 +24,13 @@ from proxyd._half cimport (
 )
 from proxyd._linux cimport (
     AF_INET, AF_INET6, AF_UNIX, AF_UNSPEC, AF_VSOCK, EAGAIN, ECONNREFUSED, ECONNRESET, EINPROGRESS,
-    EINTR, ELOOP, ENOMEM, ENOTCONN, EPIPE, EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP, EPOLL_CTL_ADD,
-    EPOLL_CTL_DEL, ETIMEDOUT, IPPROTO_TCP, MSG_NOSIGNAL, MSG_PEEK, SHUT_WR, SIOCOUTQ, SOCK_CLOEXEC,
-    SOCK_NONBLOCK, SOCK_STREAM, SOL_SOCKET, SO_ERROR, SO_KEEPALIVE, SO_LINGER, SO_OOBINLINE,
-    TCP_NODELAY, calloc, close, connect, counter_add, epoll_ctl, epoll_event, errno, free,
-    getpeername, getsockname, getsockopt, int64_t, ioctl, linger, memcmp, memset, pthread_t,
-    recv, send, setsockopt, shared_add, shared_get, shutdown, sockaddr, sockaddr_in6,
-    sockaddr_storage, socket, socklen_t, uint32_t, uint64_t,
+    EINTR, ELOOP, ENOMEM, ENOTCONN, EPIPE, EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLPRI,
+    EPOLLRDHUP, EPOLL_CTL_ADD, EPOLL_CTL_DEL, ETIMEDOUT, IPPROTO_TCP, MSG_NOSIGNAL, MSG_PEEK,
+    SHUT_WR, SIOCOUTQ, SOCK_CLOEXEC, SOCK_NONBLOCK, SOCK_STREAM, SOL_SOCKET, SO_ERROR, SO_KEEPALIVE,
+    SO_LINGER, SO_OOBINLINE, TCP_NODELAY, calloc, close, connect, counter_add, epoll_ctl,
+    epoll_event, errno, free, getpeername, getsockname, getsockopt, int64_t, ioctl, linger, memcmp,
+    memset, pthread_t, recv, send, setsockopt, shared_add, shared_get, shutdown, sockaddr,
+    sockaddr_in6, sockaddr_storage, socket, socklen_t, uint32_t, uint64_t,
 )
 from proxyd._inbox cimport Inbox, inbox_put, inbox_ring
 from proxyd._list cimport Link, link_init, list_append, list_empty, list_remove

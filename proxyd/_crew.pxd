@@ -10,8 +10,8 @@ from proxyd._inbox cimport (
     ORDER_ANSWER, ORDER_STOP, inbox_close, inbox_open, inbox_order, inbox_return, inbox_ring,
 )
 from proxyd._linux cimport (
-    ENOMEM, EPOLLIN, EPOLL_CTL_ADD, EPOLL_CTL_DEL, SIG_SETMASK, calloc, counter_add, epoll_ctl, epoll_event,
-    errno, free, pthread_attr_destroy, pthread_attr_init, pthread_attr_setstacksize,
+    ENOMEM, EPOLLIN, EPOLL_CTL_ADD, EPOLL_CTL_DEL, SIG_SETMASK, calloc, counter_add, epoll_ctl,
+    epoll_event, errno, free, pthread_attr_destroy, pthread_attr_init, pthread_attr_setstacksize,
     pthread_attr_t, pthread_create, pthread_join, pthread_sigmask, realloc, shared_add,
     shared_get, shared_set, sigfillset, sigset_t, uint32_t,
 )

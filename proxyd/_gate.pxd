@@ -12,8 +12,8 @@ from proxyd._connection cimport (
 from proxyd._linux cimport (
     AF_UNIX, EAGAIN, ELOOP, EPOLLIN, EPOLL_CTL_ADD, EPOLL_CTL_DEL, IPPROTO_TCP, SOCK_CLOEXEC,
     SOCK_NONBLOCK, SOL_SOCKET, SO_PEERCRED, TCP_INFO, accept4, close, epoll_ctl, epoll_event,
-    errno, getsockopt, int64_t, memcpy, memset, sockaddr, sockaddr_storage, socklen_t, tcp_info, ucred,
-    uint32_t, uint64_t,
+    errno, getsockopt, int64_t, memcpy, memset, sockaddr, sockaddr_storage, socklen_t, tcp_info,
+    ucred, uint32_t, uint64_t,
 )
 from proxyd._list cimport Link, list_append, list_empty, list_remove
 from proxyd._own cimport own_came_back

@@ -29,7 +29,8 @@ from proxyd._linux cimport (
     EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP, EPOLL_CTL_MOD, MSG_CTRUNC, MSG_NOSIGNAL,
     SOCK_CLOEXEC, SOCK_STREAM, SOL_SOCKET, SO_SNDBUF, SPLICE_F_MOVE, SPLICE_F_NONBLOCK, close,
     counter_add, epoll_ctl, epoll_event, errno, free, getsockopt, int64_t, iovec, malloc, memcpy,
-    memset, msghdr, read, recv, recvmsg, send, setsockopt, socket, socklen_t, splice, uint32_t, uint64_t, uint8_t,
+    memset, msghdr, read, recv, recvmsg, send, setsockopt, socket, socklen_t, splice, uint32_t,
+    uint64_t, uint8_t,
 )
 from proxyd._pipe cimport Pipe, PipePool, pipe_close, pipe_get, pipe_put
 

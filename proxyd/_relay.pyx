@@ -30,8 +30,9 @@ from proxyd._gate cimport (
 from proxyd._half cimport endpoint_lost
 from proxyd._inbox cimport ORDER_TRIM
 from proxyd._linux cimport (
-    AF_VSOCK, ECONNREFUSED, ECONNRESET, EINPROGRESS, ELOOP, ENOMEM, EPOLLET, EPOLLIN, EPOLLOUT, EPOLL_CTL_ADD, EPOLL_CTL_DEL,
-    RLIMIT_NOFILE, SFD_CLOEXEC, SFD_NONBLOCK, SIG_BLOCK, SOL_SOCKET, SO_DOMAIN, calloc, close,
+    AF_VSOCK, ECONNREFUSED, ECONNRESET, EINPROGRESS, ELOOP, ENOMEM, EPOLLET, EPOLLIN, EPOLLOUT,
+    EPOLL_CTL_ADD, EPOLL_CTL_DEL, RLIMIT_NOFILE, SFD_CLOEXEC, SFD_NONBLOCK, SIG_BLOCK,
+    SOL_SOCKET, SO_DOMAIN, calloc, close,
     counter_get, epoll_ctl, epoll_event, errno, free, getpeername, getpid, getrlimit,
     getsockname, getsockopt, int64_t, memcpy, memset, moment_get, rlimit, setrlimit, shared_get,
     sigaddset, sigemptyset, signalfd, sigprocmask, sigset_t, sockaddr, sockaddr_storage,
@@ -67,10 +68,10 @@ ctypedef struct WatchedFd:
 cdef class Gate:
     """A listener whose clients the relay accepts. The fd stays the caller's.
 
-    Each client becomes an (ACCEPTED, client, peer, index) event; with express() it is connected at once
-    instead. `check` is CHECK_TCP to find clients that are our own outgoing sockets (the listener
-    must be in our network namespace), CHECK_UNIX to find those of this process; such a client is
-    closed, and (NOBODY, ELOOP, index) tells.
+    Each client becomes an (ACCEPTED, client, peer, index) event; with express() it is connected at
+    once instead. `check` is CHECK_TCP to find clients that are our own outgoing sockets (the
+    listener must be in our network namespace), CHECK_UNIX to find those of this process; such a
+    client is closed, and (NOBODY, ELOOP, index) tells.
     """
 
     cdef GateState state

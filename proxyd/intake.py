@@ -150,7 +150,7 @@ class Intake:
         if self._relay.open + self._held() < self._connections_max:
             self._admit(door, fd, peer)
             return
-        os.close(fd)
+        self._relay.hang_up(fd)
         self.refused += 1
         self._log_refusal()
 
@@ -162,8 +162,7 @@ class Intake:
         log.limited("limit", "Hit connection limit, refusing connection.")
 
     def _admit(self, door: Door, fd: int, peer: bytes) -> None:
-        """Send a client on its way to the target; `peer` is its packed address, b"" if not known.
-        """
+        """Send a client on its way to the target; `peer` is its packed address, if known."""
         header = None
         if self._header is not None:
             try:
@@ -177,8 +176,11 @@ class Intake:
         door.way.take(fd, door.listener, door.index, header, name)
 
     def _refuse_unknown(self, door: Door, fd: int) -> None:
-        """Refuse a client that has reset before its address could be asked for. Announced as
-        UNKNOWN or LOCAL, which stands for the proxy itself, it might get what it may not have."""
+        """Refuse a client that has reset before its address could be asked for.
+
+        Announced as UNKNOWN or LOCAL, which stands for the proxy itself, it might get what it may
+        not have.
+        """
         self._relay.hang_up(fd, reset=True)
         self.refused += 1
         log.limited(

@@ -14,7 +14,7 @@ _PER_THREAD = 2
 """Of each further thread: its epoll and the bell of its inbox; the first has such a bell then."""
 
 _STAT = 1
-"""With several threads /proc/stat is kept open."""
+"""With several threads /proc/stat or /proc/uptime is kept open."""
 
 _PER_CONNECTION = 2
 """Client and target. Pipes are had only while they can be."""

@@ -104,8 +104,10 @@ def close_listener(listener: Listener) -> None:
 
 
 def _unlink_at_exit(listener: Listener) -> None:
-    """Unlink the socket file while it is still listened to: until then nobody takes it for stale,
-    and no other file is given its inode."""
+    """Unlink the socket file while it is still listened to.
+
+    Until then nobody takes it for stale, and no other file is given its inode.
+    """
     inode, listener.inode = listener.inode, None
     path = _file_path(listener.address)
     if inode is None or not path:
@@ -225,11 +227,12 @@ class _FolderLock:
         while True:
             try:
                 fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
             except BlockingIOError:
                 if time.monotonic() >= deadline:
                     raise
-            time.sleep(_LOCK_PAUSE_S)
+                time.sleep(_LOCK_PAUSE_S)
+            else:
+                return
 
 
 def _stale(path: bytes) -> tuple[int, int] | None:

@@ -37,6 +37,7 @@ def run(options: "Options", listeners: list[Listener], environ: MutableMapping[s
         return server.serve()
     finally:
         server.relay.close_all()  # after an error too: whoever is cut must not see a clean end
+        server.intake.disarm()  # before the listeners are closed, which others may have, too
         log.flush_limited()
 
 

@@ -5,10 +5,9 @@ import os
 from proxyd import log
 from proxyd._relay import Relay
 
-
 MANY_CPUS = 32
-"""On a larger machine /proc/uptime is read, which tells less (a CPU that waits for a disk counts as
-busy): the kernel adds up each interrupt of each CPU whenever /proc/stat is read, for milliseconds."""
+"""On a larger machine /proc/uptime is read, although it counts a CPU that waits for a disk as busy:
+for /proc/stat the kernel adds up every interrupt of every CPU, which takes milliseconds."""
 
 WAIT_MOST = 25
 """Per cent of the time for which a busy thread may have waited for a CPU itself."""
@@ -42,14 +41,14 @@ def cpu_quota(root: str = "") -> int:
     for line in _read(f"{root}/proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
         if not controllers:
-            folders, files = ("", "/unified"), ("cpu.max",)
+            folders, files = ["", "/unified"], ["cpu.max"]
         elif "cpu" in controllers.split(","):
-            folders, files = (f"/{controllers}", "/cpu"), ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+            folders, files = [f"/{controllers}", "/cpu"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]
         else:
             continue
         names = [name for name in path.split("/") if name]
         for folder in folders:
-            for depth in range(len(names), -1, -1):
+            for depth in range(len(names) + 1):
                 place = "/".join([f"{root}/sys/fs/cgroup{folder}", *names[:depth]])
                 quotas.append(_quota(" ".join([_read(f"{place}/{file}") for file in files])))
     return min([quota for quota in quotas if quota], default=0)

@@ -21,6 +21,8 @@ from proxyd._relay import BUSY
 NOBODY_KNOWS = -1
 """The fd of a /proc/stat that cannot be had: a CPU is idle then."""
 
+NO_RULES = MappingProxyType({})
+
 HZ = os.sysconf("SC_CLK_TCK")
 
 
@@ -60,7 +62,7 @@ def machine(tmp_path):
 
 @pytest.fixture
 def sharing(rigs):
-    def make(*pair, stat=NOBODY_KNOWS, threads=1, window_ms=1, rules=MappingProxyType({}), **options):
+    def make(*pair, stat=NOBODY_KNOWS, threads=1, window_ms=1, rules=NO_RULES, **options):
         rig = rigs(*pair, **options)
         rig.relay.share(stat, window_ms, **rules)
         rig.pace_ms = 0

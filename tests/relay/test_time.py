@@ -12,7 +12,6 @@ from relaykit.sockets import (
     is_unix,
     open_client,
     reset,
-    send_once,
     was_reset,
     write_error,
 )

@@ -5,7 +5,7 @@ import socket
 
 import pytest
 from relaykit.rig import payload
-from relaykit.sockets import FAMILIES, Incoming, half_close, set_option
+from relaykit.sockets import FAMILIES, Incoming, Outgoing, half_close, option, set_option
 
 targets = pytest.mark.parametrize("target", ["tcp4", "unix"])
 
@@ -89,3 +89,28 @@ def test_writers_with_different_credentials(rigs, way):
     os.waitpid(child, 0)
     assert rig.read(target, 22) == b"from one, from another"
     assert number
+
+
+SO_SNDBUFFORCE = 32  # asm-generic/socket.h; CAP_NET_ADMIN
+
+
+def test_a_send_buffer_is_never_reduced(rigs, way):
+    """A stream asks for a larger one, but net.core.wmem_default may have given more than that."""
+    rig = rigs("unix", "unix", **way)
+    link = rig.adopted()
+    before = option(link.target_fd, socket.SOL_SOCKET, socket.SO_SNDBUF)
+    words = payload(1_000_000)
+    heard = Incoming(link.target)
+    rig.run(Outgoing(link.client, words, half_close), heard)
+    assert heard.data == words
+    ordinary = option(link.target_fd, socket.SOL_SOCKET, socket.SO_SNDBUF)
+    assert ordinary > before
+    link = rig.adopted()
+    try:
+        set_option(link.target_fd, socket.SOL_SOCKET, SO_SNDBUFFORCE, 4 << 20)
+    except PermissionError:
+        pytest.skip("SKIPPED LOUDLY: only root may have a larger send buffer than others")
+    heard = Incoming(link.target)
+    rig.run(Outgoing(link.client, words, half_close), heard)
+    assert heard.data == words
+    assert option(link.target_fd, socket.SOL_SOCKET, socket.SO_SNDBUF) == 8 << 20

@@ -50,14 +50,20 @@ def peer_of(served):
     return socket_names(served.fileno())[0]
 
 
+def header_of(version, served):
+    return header(version, served.fileno(), peer_of(served))
+
+
 def test_tcp4(accepted):
     client, served = accepted(socket.AF_INET, ("127.0.0.1", 0), bind_to=("127.0.0.2", 0))
     theirs, ours = ports(client)
-    assert header(1, served.fileno(), peer_of(served)) == b"PROXY TCP4 127.0.0.2 127.0.0.1 %d %d\r\n" % (
+    assert header(
+        1, served.fileno(), peer_of(served)
+    ) == b"PROXY TCP4 127.0.0.2 127.0.0.1 %d %d\r\n" % (
         theirs,
         ours,
     )
-    assert header(2, served.fileno(), peer_of(served)) == (
+    assert header_of(2, served) == (
         SIGNATURE
         + b"\x21\x11\x00\x0c"
         + bytes([127, 0, 0, 2, 127, 0, 0, 1])
@@ -68,8 +74,11 @@ def test_tcp4(accepted):
 def test_tcp6(accepted):
     client, served = accepted(socket.AF_INET6, ("::1", 0))
     theirs, ours = ports(client)
-    assert header(1, served.fileno(), peer_of(served)) == b"PROXY TCP6 ::1 ::1 %d %d\r\n" % (theirs, ours)
-    assert header(2, served.fileno(), peer_of(served)) == (
+    assert header_of(1, served) == b"PROXY TCP6 ::1 ::1 %d %d\r\n" % (
+        theirs,
+        ours,
+    )
+    assert header_of(2, served) == (
         SIGNATURE
         + b"\x21\x21\x00\x24"
         + (bytes(15) + b"\x01") * 2
@@ -83,11 +92,13 @@ def test_mapped_addresses_are_ipv4(accepted):
     )
     assert served.getpeername()[0] == "::ffff:127.0.0.3"
     theirs, ours = ports(client)
-    assert header(1, served.fileno(), peer_of(served)) == b"PROXY TCP4 127.0.0.3 127.0.0.1 %d %d\r\n" % (
+    assert header(
+        1, served.fileno(), peer_of(served)
+    ) == b"PROXY TCP4 127.0.0.3 127.0.0.1 %d %d\r\n" % (
         theirs,
         ours,
     )
-    assert header(2, served.fileno(), peer_of(served)) == (
+    assert header_of(2, served) == (
         SIGNATURE
         + b"\x21\x11\x00\x0c"
         + bytes([127, 0, 0, 3, 127, 0, 0, 1])
@@ -150,4 +161,4 @@ def test_what_is_no_socket_is_nobody():
 def test_v1_fits_the_buffer_of_the_specification(accepted):
     """107 characters at most, section 2.1."""
     _, served = accepted(socket.AF_INET6, ("::1", 0))
-    assert len(header(1, served.fileno(), peer_of(served))) <= 107
+    assert len(header_of(1, served)) <= 107
