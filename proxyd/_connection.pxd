@@ -17,13 +17,14 @@
 from proxyd._busy cimport Busy, SPARE_FOR_NEW
 from proxyd._half cimport (
     DEAD, DRAINING, Endpoint, Engine, FLOWING, Half, SHUT, STAT_TO_CLIENT, STAT_TO_TARGET,
-    endpoint_failed, endpoint_interest, endpoint_lost, endpoint_recv, half_abandon, half_drop,
-    half_held, half_keep, half_pump, spill_free,
+    endpoint_failed, endpoint_interest, endpoint_lost, endpoint_recv, endpoint_refuse_rights,
+    half_abandon, half_drop, half_held, half_keep, half_pump, spill_free,
 )
 from proxyd._linux cimport (
     AF_INET, AF_INET6, AF_UNIX, AF_UNSPEC, EAGAIN, ECONNRESET, EINPROGRESS, EINTR, ELOOP,
     ENOMEM, EPIPE, EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP, EPOLL_CTL_ADD,
-    EPOLL_CTL_DEL, ETIMEDOUT, IPPROTO_TCP, MSG_NOSIGNAL, MSG_PEEK, SHUT_WR, SIOCOUTQ, SOCK_CLOEXEC,
+    EPOLL_CTL_DEL, ETIMEDOUT, IPPROTO_TCP, MSG_DONTWAIT, MSG_NOSIGNAL, MSG_PEEK, SHUT_RDWR,
+    SHUT_WR, SIOCOUTQ, SOCK_CLOEXEC,
     SOCK_NONBLOCK, SOCK_STREAM, SOL_SOCKET, SO_ERROR, SO_KEEPALIVE, SO_LINGER, SO_OOBINLINE,
     TCP_NODELAY, calloc, close, connect, counter_add, epoll_ctl, epoll_event, errno, free,
     getpeername, getsockname, getsockopt, int64_t, ioctl, linger, memcmp, memset, pthread_t,
@@ -34,6 +35,11 @@ from proxyd._inbox cimport Inbox, inbox_put, inbox_ring
 from proxyd._list cimport Link, link_init, list_append, list_empty, list_remove
 from proxyd._own cimport Own, OwnTable, own_add, own_remove
 from proxyd._pipe cimport pipe_init, pool_clear
+from proxyd._quarantine cimport Quarantine, quarantine_put
+from proxyd._rights cimport (
+    RIGHTS_AHEAD, RIGHTS_ANY, RIGHTS_MAYBE, RIGHTS_NONE, RIGHTS_UNKNOWN, Rights, rights_may_close,
+    rights_refuse,
+)
 from proxyd._tally cimport Tally, tally_join, tally_leave
 
 cdef enum:
@@ -65,6 +71,8 @@ ctypedef struct Connection:
     Link live                  # all of a relay's, the longest without a byte first; or the dead
     Link timed                 # connecting, lingering or stuck ones: `wake_ms` says when to look
     Link again                 # those whose pump spent its budget
+    Link exile                 # those that are to go into quarantine
+    Quarantine *quarantine     # the program's
     Endpoint client
     Endpoint target
     Half up                    # client → target
@@ -87,6 +95,8 @@ ctypedef struct Connection:
     Endpoint *last             # the side that lingers
     bint drains                # it was sent a clean end, and may go on sending for a while
     bint reset                 # it is to be reset at the end
+    bint late                  # the quarantine has a socket of it to close
+    bint stray                 # … and that is all that it is: a socket without a connection
 
 ctypedef struct Relaying       # below
 
@@ -102,6 +112,7 @@ ctypedef struct Crew:
     int size                   # of `relays`
     int window_ms              # how long a relay must have been busy to hand work over
     int stat                   # fd of /proc/stat; -1: not to be had
+    Relaying *quarantine       # NULL: nobody has needed it yet
     bint asked_for             # the boss has told the policy that it could need a crew
     int asked                  # how often they were asked whether they are alive
 
@@ -109,6 +120,7 @@ ctypedef struct Relaying:
     Engine engine
     Tally *tally               # what all relays of the program count together
     OwnTable *own              # likewise
+    Quarantine *quarantine     # where to leave what may block
     Inbox inbox                # what other threads have left here
     Relaying *boss             # the relay that accepts and hands over; NULL: this is the one
     Crew crew                  # the boss's: those it hands over to
@@ -124,6 +136,8 @@ ctypedef struct Relaying:
     Link failed                # connects that failed: the caller gets the client back
     Link ended                 # closed ones, to be reported
     Link dead                  # closed ones, to be freed after the batch
+    Link exiles                # those that are to go into quarantine after the batch
+    int cut                    # the quarantine's relay: how many it has cut in the end
     int open                   # connections of this relay
     # So many of all relays may be open before gates refuse; one less for each client that the
     # policy has been given and has not counted yet.
@@ -155,6 +169,7 @@ cdef inline void endpoint_init(
     end.fd = fd
     end.family = family
     end.writable = 1
+    end.late = -1
     end.connection = owner
 
 
@@ -182,6 +197,8 @@ cdef inline Connection *connection_new(
     link_init(&c.live, c)
     link_init(&c.timed, c)
     link_init(&c.again, c)
+    link_init(&c.exile, c)
+    c.quarantine = relay.quarantine
     endpoint_init(&c.client, KIND_CLIENT, client, client_family, c)
     endpoint_init(&c.target, KIND_TARGET, target, target_family, c)
     half_init(&c.up, &c.client, &c.target, STAT_TO_TARGET)
@@ -219,7 +236,10 @@ cdef inline void socket_tune(int fd, int family) noexcept nogil:
 cdef inline void connection_free(Connection *c) noexcept nogil:
     half_drop(&c.up)
     half_drop(&c.down)
-    free(c)
+    if c.late:
+        quarantine_put(c.quarantine, &c.live)
+    else:
+        free(c)
 
 
 cdef inline void connections_free(Link *connections) noexcept nogil:
@@ -268,23 +288,75 @@ cdef inline void socket_reset(int fd, int family) noexcept nogil:
     close(fd)
 
 
+cdef inline void socket_unlinger(int fd) noexcept nogil:
+    """Have close(2) neither wait nor cut, whatever SO_LINGER the listener had."""
+    cdef linger off
+    off.l_onoff = off.l_linger = 0
+    setsockopt(fd, SOL_SOCKET, SO_LINGER, &off, sizeof(off))
+
+
+cdef inline void endpoint_close_late(Relaying *relay, Endpoint *end) noexcept nogil:
+    """Its peer sees the end now, and the quarantine closes it once the connection is freed. Until
+    then it keeps its place in the limit."""
+    cdef Connection *c = <Connection *>end.connection
+    shutdown(end.fd, SHUT_RDWR)
+    end.late = end.fd
+    if not c.late:
+        c.late = True
+        tally_join(relay.tally)
+
+
+cdef inline bint endpoint_may_close(Endpoint *end) noexcept nogil:
+    """Whether close(2) cannot wait, for descriptors that were sent to it. See _rights.pxd."""
+    return end.family != AF_UNIX or end.ended or rights_may_close(&end.rights, end.fd)
+
+
 cdef inline void endpoint_close(Relaying *relay, Endpoint *end, bint reset) noexcept nogil:
     """Where another process has the socket too, close(2) does not take it out of epoll."""
     if end.fd < 0:
         return
     if relay.shared and end.registered:
         epoll_ctl(relay.engine.epoll, EPOLL_CTL_DEL, end.fd, NULL)
-    if reset:
+    if not endpoint_may_close(end):
+        endpoint_close_late(relay, end)
+    elif reset:
         socket_reset(end.fd, end.family)
     else:
+        if end.rights.state == RIGHTS_ANY and end.family != AF_UNIX:
+            socket_unlinger(end.fd)  # what connection_exile() has set
         close(end.fd)
     end.fd = -1
+
+
+cdef inline void relay_hang_up(Relaying *relay, int fd, int family, bint reset) noexcept nogil:
+    """Close a socket that is no connection's. Where there is not even the memory to leave it to
+    the quarantine, it stays open."""
+    cdef Rights unknown
+    cdef Connection *c
+    unknown.state = RIGHTS_UNKNOWN
+    if family != AF_UNIX or rights_may_close(&unknown, fd):
+        if reset:
+            socket_reset(fd, family)
+        else:
+            close(fd)
+        return
+    c = connection_new(relay, fd, family, -1, family, NULL, 0)
+    if c == NULL:
+        shutdown(fd, SHUT_RDWR)
+        return
+    endpoint_close_late(relay, &c.client)
+    c.client.fd = -1
+    c.state = CLOSED
+    c.stray = True
+    shared_add(&relay.quarantine.strays, 1)
+    connection_free(c)
 
 
 cdef inline void connection_unlink(Relaying *relay, Connection *c) noexcept nogil:
     list_remove(&c.live)
     list_remove(&c.timed)
     list_remove(&c.again)
+    list_remove(&c.exile)
     own_remove(relay.own, &c.own)
     half_drop(&c.up)
     half_drop(&c.down)
@@ -348,6 +420,14 @@ cdef inline bint endpoint_drain(Relaying *relay, Connection *c, Endpoint *end) n
     return end.ended or end.error != 0
 
 
+cdef inline void connection_look_ahead(Relaying *relay, Connection *c) noexcept nogil:
+    """Where descriptors come next, this relay is not to read any more: after the batch the
+    connection goes into quarantine."""
+    if c.client.rights.state == RIGHTS_AHEAD or c.target.rights.state == RIGHTS_AHEAD:
+        list_remove(&c.exile)
+        list_append(&relay.exiles, &c.exile)
+
+
 cdef inline bint linger_over(Relaying *relay, Connection *c) noexcept nogil:
     """Whether the last side may be closed."""
     cdef int64_t queue
@@ -370,6 +450,7 @@ cdef inline void linger_step(Relaying *relay, Connection *c) noexcept nogil:
     if linger_over(relay, c):
         connection_close(relay, c, HOW_RESET if c.reset else HOW_ENDED, c.reset)
         return
+    connection_look_ahead(relay, c)
     connection_wake_at(relay, c, relay.engine.now_ms + c.pause_ms)
     c.pause_ms = min(2 * c.pause_ms, LINGER_LONGEST_MS)
 
@@ -464,6 +545,7 @@ cdef inline void connection_advance(Relaying *relay, Connection *c) noexcept nog
     connection_settle(relay, c)
     if c.state == CLOSED:
         return
+    connection_look_ahead(relay, c)
     connection_active(relay, c)
     if more and c.state == CONNECTED:
         list_remove(&c.again)
@@ -531,7 +613,7 @@ cdef inline void connect_done(Relaying *relay, Connection *c) noexcept nogil:
 
 cdef inline bint client_has_spoken(const Connection *c) noexcept nogil:
     cdef char byte
-    return c.up.moved > 0 or recv(c.client.fd, &byte, 1, MSG_PEEK) > 0
+    return c.up.moved > 0 or recv(c.client.fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT) > 0
 
 
 cdef inline void connecting_event(
@@ -557,7 +639,7 @@ cdef inline void connecting_send(
 ) noexcept nogil:
     """The first bytes for the target, sent before it is known to be there. They are kept until it
     has taken them: the next target may need them."""
-    cdef ssize_t sent = send(c.target.fd, data, size, MSG_NOSIGNAL)
+    cdef ssize_t sent = send(c.target.fd, data, size, MSG_DONTWAIT | MSG_NOSIGNAL)
     cdef int error = errno
     if sent < 0:
         sent = 0
@@ -605,12 +687,18 @@ cdef inline void connection_first_pump(Relaying *relay, Connection *c) noexcept 
 cdef inline void connection_begin(Relaying *relay, Connection *c) noexcept nogil:
     """Pump for the first time in this relay, and only then ask epoll: most short exchanges have by
     then been heard, and need no event to say so."""
+    if c.late:
+        connection_bury(relay, c)
+        return
     c.active_ms = relay.engine.now_ms
     list_append(&relay.live, &c.live)
-    if c.client.family == AF_UNIX:
+    if c.client.family == AF_UNIX and c.client.rights.state == RIGHTS_UNKNOWN:
         socket_tune(c.client.fd, AF_UNIX)
+        endpoint_refuse_rights(&relay.engine, &c.client)
     if c.state == CONNECTING:
         connection_first_pump(relay, c)
+    elif c.state == LINGERING:
+        linger_step(relay, c)
     else:
         connection_advance(relay, c)
     if c.state == CLOSED:
@@ -621,6 +709,20 @@ cdef inline void connection_begin(Relaying *relay, Connection *c) noexcept nogil
         connection_close(relay, c, HOW_RESET, True)
     elif c.state == CONNECTING and c.timeout_ms > 0:
         connection_wake_at(relay, c, relay.engine.now_ms + c.timeout_ms)
+    elif c.wake_ms != 0 and list_empty(&c.timed):
+        connection_wake_at(relay, c, c.wake_ms)  # as it was before it came here
+
+
+cdef inline void connection_bury(Relaying *relay, Connection *c) noexcept nogil:
+    """In quarantine: close the sockets that a connection has left, however long that takes."""
+    if c.client.late >= 0:
+        close(c.client.late)
+    if c.target.late >= 0:
+        close(c.target.late)
+    if c.stray:
+        shared_add(&relay.quarantine.strays, -1)
+    free(c)
+    connections_fewer(relay)
 
 
 cdef inline Relaying *relay_with_least(Relaying *boss) noexcept nogil:
@@ -658,8 +760,13 @@ cdef inline void connection_place(Relaying *boss, Connection *c, bint connecting
         inbox_put(&relay.inbox, &relay.inbox.begin, &c.live)
 
 
+cdef inline void target_set_rights(const Engine *engine, Endpoint *target) noexcept nogil:
+    """What socket_connect() has made of it, before anybody could send it anything."""
+    target.rights.state = RIGHTS_NONE if engine.may_refuse else RIGHTS_MAYBE
+
+
 cdef inline int socket_connect(
-    const sockaddr_storage *address, socklen_t size, bint *connecting
+    Engine *engine, const sockaddr_storage *address, socklen_t size, bint *connecting
 ) noexcept nogil:
     """A new socket on its way to `address`, or there; or -errno."""
     cdef int fd = socket(address.ss_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0)
@@ -667,6 +774,8 @@ cdef inline int socket_connect(
     if fd < 0:
         return -errno
     socket_tune(fd, address.ss_family)
+    if address.ss_family == AF_UNIX:
+        engine.may_refuse = engine.may_refuse and rights_refuse(fd)
     connecting[0] = False
     if connect(fd, <const sockaddr *>address, size) < 0:
         error = errno
@@ -686,15 +795,16 @@ cdef inline long long connection_open(
     cdef Connection *c
     cdef bint connecting
     cdef long long number
-    cdef int fd = socket_connect(address, size, &connecting)
+    cdef int fd = socket_connect(&relay.engine, address, size, &connecting)
     if fd < 0:
         return fd
     c = connection_new(relay, client, client_family, fd, address.ss_family,
                        preamble, preamble_size)
     if c == NULL:
-        close(fd)
+        relay_hang_up(relay, fd, address.ss_family, False)
         return -ENOMEM
     number = c.id
+    target_set_rights(&relay.engine, &c.target)
     c.cookie = cookie
     c.timeout_ms = timeout_ms
     own_add(relay.own, &c.own, fd, address)

@@ -6,16 +6,18 @@
 
 from proxyd._connection cimport (
     KIND_GATE, NOTES_MOST, NOTE_ACCEPTED, NOTE_FAILED, NOTE_NOBODY, NOTE_REFUSED, Relaying,
-    connection_open, note_add, socket_reset, socket_tune,
+    connection_open, note_add, relay_hang_up, socket_tune, socket_unlinger,
 )
 from proxyd._linux cimport (
-    AF_UNIX, EAGAIN, ELOOP, EPOLLIN, EPOLL_CTL_ADD, EPOLL_CTL_DEL, IPPROTO_TCP, SOCK_CLOEXEC,
-    SOCK_NONBLOCK, SOL_SOCKET, SO_PEERCRED, TCP_INFO, accept4, close, epoll_ctl, epoll_event,
-    errno, getsockopt, int64_t, memset, sockaddr, sockaddr_storage, socklen_t, tcp_info, ucred,
-    uint32_t, uint64_t,
+    AF_UNIX, EAGAIN, EINTR, ELOOP, EPOLLIN, EPOLL_CTL_ADD, EPOLL_CTL_DEL, F_GETFL, F_SETFL,
+    IPPROTO_TCP, O_NONBLOCK, SOCK_CLOEXEC, SOCK_NONBLOCK, SOL_SOCKET, SO_PEERCRED, TCP_INFO,
+    accept4, epoll_ctl, epoll_event, errno, errno_set, fcntl, getsockopt, int64_t, memset,
+    shared_get, sockaddr, sockaddr_storage, socklen_t, tcp_info, ucred, uint32_t, uint64_t,
 )
 from proxyd._list cimport Link, list_append, list_empty, list_remove
 from proxyd._own cimport own_came_back
+from proxyd._quarantine cimport STRAYS_MOST
+from proxyd._signals cimport alarm_is_handled, alarm_set
 from proxyd._tally cimport tally_open
 
 # what to look for in an accepted client, to find that it is ourselves
@@ -30,6 +32,7 @@ cdef enum:
     CROWD_TURNS = 4            # after so many turns in a row, twice as many
     CROWD_MOST = 32            # before the connections have their turn
     ROOM_WAIT_MS = 20          # a client over the limit waits so long for room
+    CONTEST_MS = 10            # how long an accept4 may wait where others clear O_NONBLOCK
 
 ctypedef struct GateState:
     int kind                   # KIND_GATE, where an Endpoint has its kind
@@ -46,6 +49,7 @@ ctypedef struct GateState:
     int ready_turns            # in a row
     Link full                  # among those that wait for room
     bint refuses               # the wait was in vain
+    bint contested             # whoever shares the listener has made it blocking
     uint32_t early             # clients to come who may be older than the settings of the listener
 
 
@@ -68,20 +72,47 @@ cdef inline void gate_count_early(GateState *gate) noexcept nogil:
     gate.early = about.tcpi_unacked  # of a listener: the length of its queue
 
 
+cdef inline void gate_keep_nonblocking(GateState *gate) noexcept nogil:
+    """O_NONBLOCK belongs to the open file description, and so to all who share the listener."""
+    cdef int flags = fcntl(gate.fd, F_GETFL)
+    if flags < 0 or flags & O_NONBLOCK:
+        return
+    fcntl(gate.fd, F_SETFL, flags | O_NONBLOCK)
+    gate.contested = alarm_is_handled()
+
+
+cdef inline int gate_accept4(GateState *gate, sockaddr *peer, socklen_t *size) noexcept nogil:
+    """As accept4(2), which may wait for a client that another process has taken, if that process
+    has cleared O_NONBLOCK since the last look: no flag of one call prevents it. Where this was
+    seen once an alarm ends such a wait; before that a signal does, or the next client."""
+    cdef int fd, error
+    gate_keep_nonblocking(gate)
+    if not gate.contested:
+        return accept4(gate.fd, peer, size, SOCK_CLOEXEC | SOCK_NONBLOCK)
+    alarm_set(CONTEST_MS)
+    fd = accept4(gate.fd, peer, size, SOCK_CLOEXEC | SOCK_NONBLOCK)
+    error = errno
+    alarm_set(0)
+    errno_set(error)
+    return fd
+
+
 cdef inline int gate_accept(Relaying *relay, GateState *gate) noexcept nogil:
     """A client's fd, or -errno; -ELOOP for one that is ourselves and was closed."""
     cdef sockaddr_storage peer
     cdef socklen_t size = sizeof(peer)
-    cdef int fd = accept4(gate.fd, <sockaddr *>&peer, &size, SOCK_CLOEXEC | SOCK_NONBLOCK)
+    cdef int fd = gate_accept4(gate, <sockaddr *>&peer, &size)
     if fd < 0:
         return -errno
     relay.accepted += 1
+    if gate.family != AF_UNIX:
+        socket_unlinger(fd)
     if gate.early > 0:
         gate.early -= 1
         socket_tune(fd, gate.family)
     if (gate.check & GATE_CHECK_TCP and own_came_back(relay.own, fd, &peer)
             or gate.check & GATE_CHECK_UNIX and peer_is_process(fd, relay.pid)):
-        socket_reset(fd, gate.family)
+        relay_hang_up(relay, fd, gate.family, True)
         relay.refused += 1
         return -ELOOP
     return fd
@@ -95,7 +126,7 @@ cdef inline void gate_admit(Relaying *relay, GateState *gate, int fd) noexcept n
         note_add(relay, NOTE_ACCEPTED, fd, 0, gate.index)
         return
     if tally_open(relay.tally) >= relay.most:
-        close(fd)
+        relay_hang_up(relay, fd, gate.family, False)
         relay.refused += 1
         note_add(relay, NOTE_REFUSED, -1, 0, gate.index)
         return
@@ -167,7 +198,8 @@ cdef inline void gate_event(Relaying *relay, GateState *gate) noexcept nogil:
     cdef int fd
     while most > 0 and relay.notes_count < NOTES_MOST // 2:
         most -= 1
-        if tally_open(relay.tally) >= relay.most and not gate.refuses:
+        if tally_open(relay.tally) >= relay.most and not (
+                gate.refuses and shared_get(&relay.quarantine.strays) < STRAYS_MOST):
             if first:
                 gate_rest(relay, gate)
             return
@@ -176,6 +208,8 @@ cdef inline void gate_event(Relaying *relay, GateState *gate) noexcept nogil:
         if fd >= 0:
             gate_admit(relay, gate, fd)
             continue
+        if fd == -EINTR:
+            return
         if fd == -EAGAIN:
             gate.ready_turns = 0
             gate.refuses = False

@@ -26,12 +26,16 @@
 
 from proxyd._linux cimport (
     AF_UNIX, AF_VSOCK, EAGAIN, EINTR, EINVAL, ENOMEM, ENOSYS, EOPNOTSUPP, EPERM, EPIPE, EPOLLET,
-    EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP, EPOLL_CTL_MOD, MSG_CTRUNC, MSG_NOSIGNAL,
-    SOL_SOCKET, SO_SNDBUF, SPLICE_F_MOVE, SPLICE_F_NONBLOCK, counter_add, epoll_ctl,
+    EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP, EPOLL_CTL_MOD, MSG_CTRUNC, MSG_DONTWAIT,
+    MSG_NOSIGNAL, SOL_SOCKET, SO_SNDBUF, SPLICE_F_MOVE, SPLICE_F_NONBLOCK, counter_add, epoll_ctl,
     epoll_event, errno, free, int64_t, iovec, malloc, memcpy, memset, msghdr, read, recv,
     recvmsg, send, setsockopt, splice, uint32_t, uint64_t, uint8_t,
 )
 from proxyd._pipe cimport Pipe, PipePool, pipe_close, pipe_get, pipe_put
+from proxyd._rights cimport (
+    PEEK_MOST, RIGHTS_ANY, RIGHTS_MAYBE, RIGHTS_NONE, RIGHTS_QUEUED, Rights, rights_recv,
+    rights_recv_any, rights_refuse,
+)
 
 cdef enum:
     FLOWING, DRAINING, SHUT, DEAD
@@ -61,6 +65,7 @@ ctypedef struct Engine:
     size_t copy_unit           # … until the half proves to be a stream,
     size_t stream_unit         # … and of a stream; the size of `buffer`
     bint may_splice
+    bint may_refuse            # descriptors: the kernel has SO_PASSRIGHTS, as far as is known
     PipePool pool
     Counters counters
 
@@ -77,6 +82,8 @@ ctypedef struct Endpoint:
     uint8_t gone               # nothing can be written to it any more
     uint8_t armed              # EPOLLOUT is asked for
     uint8_t registered         # with epoll
+    Rights rights              # what its queue may hold; AF_UNIX
+    int late                   # fd that the quarantine is to close; -1: none
     void *connection           # the Connection it is part of
 
 ctypedef struct Half:
@@ -154,7 +161,21 @@ cdef inline void endpoint_widen(const Endpoint *end) noexcept nogil:
         setsockopt(end.fd, SOL_SOCKET, SO_SNDBUF, &size, sizeof(size))
 
 
-cdef inline ssize_t endpoint_recv(Endpoint *end, void *buffer, size_t size) noexcept nogil:
+cdef inline void endpoint_refuse_rights(Engine *engine, Endpoint *end) noexcept nogil:
+    """Have no descriptors sent to an accepted UNIX client, or be prepared for them."""
+    if engine.may_refuse and rights_refuse(end.fd):
+        end.rights.state = RIGHTS_QUEUED
+    else:
+        engine.may_refuse = False
+        end.rights.state = RIGHTS_MAYBE
+
+
+cdef inline bint endpoint_is_plain(const Endpoint *end) noexcept nogil:
+    """Whether it may be read as it comes: it has no descriptors."""
+    return end.family != AF_UNIX or end.rights.state == RIGHTS_NONE
+
+
+cdef inline ssize_t endpoint_recv(Endpoint *end, char *buffer, size_t size) noexcept nogil:
     """As recv(2), and `readable` is true afterwards only if there may be more to read.
 
     A message with fds or credentials ends a recv from a UNIX socket, whatever is behind it. That
@@ -164,7 +185,14 @@ cdef inline ssize_t endpoint_recv(Endpoint *end, void *buffer, size_t size) noex
     cdef iovec piece
     cdef msghdr message
     if end.family != AF_UNIX:
-        got = recv(end.fd, buffer, size, 0)
+        got = recv(end.fd, buffer, size, MSG_DONTWAIT)
+        message.msg_flags = 0
+    elif end.rights.state == RIGHTS_ANY:
+        got = rights_recv_any(&end.rights, end.fd, buffer, min(size, <size_t>PEEK_MOST))
+        message.msg_flags = MSG_CTRUNC  # there is always more to do: to take what was only seen
+    elif not endpoint_is_plain(end):
+        size = min(size, <size_t>PEEK_MOST)
+        got = rights_recv(&end.rights, end.fd, buffer, size)
         message.msg_flags = 0
     else:
         memset(&message, 0, sizeof(message))
@@ -172,7 +200,7 @@ cdef inline ssize_t endpoint_recv(Endpoint *end, void *buffer, size_t size) noex
         piece.iov_len = size
         message.msg_iov = &piece
         message.msg_iovlen = 1
-        got = recvmsg(end.fd, &message, 0)
+        got = recvmsg(end.fd, &message, MSG_DONTWAIT)
     if got < 0:
         if errno == EAGAIN:
             end.readable = end.urgent = 0
@@ -240,7 +268,7 @@ cdef inline ssize_t half_send(
     Engine *engine, Half *half, const char *data, size_t size
 ) noexcept nogil:
     """Bytes that dst took, 0 where it takes none now, -errno where it is gone."""
-    cdef ssize_t sent = send(half.dst.fd, data, size, MSG_NOSIGNAL)
+    cdef ssize_t sent = send(half.dst.fd, data, size, MSG_DONTWAIT | MSG_NOSIGNAL)
     cdef int error
     if sent < 0:
         error = errno
@@ -334,6 +362,8 @@ cdef inline bint half_splices(const Engine *engine, const Half *half) noexcept n
     Measured: out of a UNIX socket into TCP copying is cheaper, everywhere else splicing is.
     """
     if not engine.may_splice or half.copy_only or half.src.urgent:
+        return False
+    if not endpoint_is_plain(half.src):
         return False
     if half.src.family == AF_VSOCK or half.dst.family == AF_VSOCK:
         return False

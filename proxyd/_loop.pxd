@@ -7,7 +7,7 @@ from proxyd._busy cimport clock_ns
 from proxyd._connection cimport (
     CONNECTED, Connection, EVENTS_MOST, HOW_CUT, HOW_IDLE, KIND_GATE, KIND_INBOX, KIND_WATCH,
     NOTE_READY, Relaying, connection_advance, connection_begin, connection_close,
-    connection_event, connections_free, note_add, relay_timers,
+    connection_event, connections_free, endpoint_close, note_add, relay_timers,
 )
 from proxyd._gate cimport GateState, gate_event, gates_reopen
 from proxyd._half cimport COPY_UNIT, Endpoint, FIRST_UNIT, half_held
@@ -19,7 +19,7 @@ from proxyd._linux cimport (
 from proxyd._list cimport Link, link_init, list_append, list_empty, list_remove
 from proxyd._own cimport OwnTable
 from proxyd._pipe cimport PIPE_LEAST, pool_clear
-from proxyd._share cimport relay_overflows, relay_share
+from proxyd._share cimport relay_exile, relay_overflows, relay_share
 from proxyd._tally cimport Tally
 
 cdef enum:
@@ -52,6 +52,7 @@ cdef inline void relay_init(Relaying *relay, Tally *tally, OwnTable *own) noexce
     link_init(&relay.failed, NULL)
     link_init(&relay.ended, NULL)
     link_init(&relay.dead, NULL)
+    link_init(&relay.exiles, NULL)
     link_init(&relay.full, NULL)
 
 
@@ -85,7 +86,7 @@ cdef inline void relay_free(Relaying *relay) noexcept nogil:
     cdef Link *link = relay.failed.next
     relay_cut(relay, False)
     while link != &relay.failed:
-        close((<Connection *>link.owner).client.fd)
+        endpoint_close(relay, &(<Connection *>link.owner).client, False)
         link = link.next
     connections_free(&relay.failed)
     connections_free(&relay.ended)
@@ -121,6 +122,8 @@ cdef inline int relay_turn(Relaying *relay, int64_t deadline_ms) noexcept nogil:
     if relay.idle_ms > 0:
         relay_close_idle(relay)
     connections_free(&relay.dead)
+    if not list_empty(&relay.exiles):
+        relay_exile(relay)
     if overflows:
         relay_share(relay)
     return 0

@@ -9,7 +9,7 @@ import os
 from _collections_abc import Callable
 
 from proxyd import log
-from proxyd._relay import ACCEPTED, NOBODY, REFUSED, Gate, socket_names, tune
+from proxyd._relay import ACCEPTED, NOBODY, REFUSED, Gate, socket_names, take_over, tune
 from proxyd.address import text, unmapped
 from proxyd.listen import Listener
 from proxyd.loop import Loop
@@ -91,6 +91,7 @@ class Intake:
                 fd, door.listener.fd = door.listener.fd, -1
                 self.passed_in += 1
                 self._relay.shared = True
+                take_over(fd, door.listener.family)
                 self._admit(door, fd)
             else:
                 door.gate.open()
@@ -148,7 +149,7 @@ class Intake:
         if self._relay.open + self._held() < self._connections_max:
             self._admit(door, fd)
             return
-        os.close(fd)
+        self._relay.hang_up(fd)
         self.refused += 1
         self._log_refusal()
 

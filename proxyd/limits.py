@@ -13,6 +13,9 @@ _LOOKUPS = 8
 _PER_THREAD = 2
 """Of each further thread: its epoll and the bell of its inbox; the first has such a bell then."""
 
+_QUARANTINE = 3
+"""With UNIX sockets: the epoll and the bell of its thread, and the bell of the first."""
+
 _STAT = 1
 """With several threads /proc/stat is kept open."""
 
@@ -23,13 +26,17 @@ _WITH_PIPES = 6
 """A connection that stalls both ways holds two pipes."""
 
 
-def fit_connections(wanted: int, listeners: int, threads: int, *, lookups: bool) -> int:
+def fit_connections(
+    wanted: int, listeners: int, threads: int, *, lookups: bool, unix: bool = False
+) -> int:
     """Raise the soft RLIMIT_NOFILE to what `wanted` connections need; return how many fit.
 
     The limit is never lowered, and never raised past the hard one. A limit that is too small
     costs one warning, and connections: at least one remains.
     """
     base = _BASE + listeners + (_LOOKUPS if lookups else 0)
+    if unix:
+        base += _QUARANTINE
     if threads > 1:
         base += 1 + _STAT + _PER_THREAD * (threads - 1)
     limit = raise_fd_limit(base + _WITH_PIPES * wanted)

@@ -12,6 +12,8 @@ UNNAMED = "unknown"
 
 _BACKLOG = 65535  # the kernel caps it at net.core.somaxconn
 
+_SO_PASSRIGHTS = 83  # asm-generic/socket.h; Linux 6.16
+
 
 class ListenAddress:
     """What --listen=[NAME=]ADDRESS says."""
@@ -87,12 +89,17 @@ def open_listener(where: ListenAddress) -> Listener:
 
 
 def close_listener(listener: Listener) -> None:
-    """Close the fd, and unlink the socket file if it is the one we made. Does not raise."""
+    """Close the fd, and unlink the socket file if it is the one we made. Does not raise.
+
+    A UNIX listener stays open until the process ends where its backlog may have file descriptors:
+    they are closed with it, which could take as long as their sender likes.
+    """
     fd, listener.fd = listener.fd, -1
-    try:
-        os.close(fd)
-    except OSError:
-        pass  # closed before
+    if fd >= 0 and (listener.family != sockaddr.AF_UNIX or _refuses_descriptors(fd)):
+        try:
+            os.close(fd)
+        except OSError:
+            pass  # closed before
     _unlink_ours(listener.address, listener.inode)
     listener.inode = None
 
@@ -117,6 +124,8 @@ def _open(name: str, address: bytes) -> Listener:
             sock.setsockopt(_socket.SOL_SOCKET, _socket.SO_REUSEADDR, 1)
         if family == sockaddr.AF_INET6:
             sock.setsockopt(_socket.IPPROTO_IPV6, _socket.IPV6_V6ONLY, 0)
+        if family == sockaddr.AF_UNIX:
+            _refuse_descriptors(sock)
         inode = _bind(sock, address)
         try:
             sock.listen(_BACKLOG)
@@ -130,6 +139,27 @@ def _open(name: str, address: bytes) -> Listener:
         return listener
     finally:
         sock.close()  # nothing, once it is detached
+
+
+def _refuse_descriptors(sock: _socket.socket) -> None:
+    """Have clients refused that send them, from before they are accepted: ours alone is this."""
+    try:
+        sock.setsockopt(_socket.SOL_SOCKET, _SO_PASSRIGHTS, 0)
+    except OSError:
+        pass  # _rights.pxd has what is done instead
+
+
+def _refuses_descriptors(fd: int) -> bool:
+    try:
+        sock = _socket.socket(fileno=fd)
+    except OSError:
+        return True  # closed before, or no socket
+    try:
+        return sock.getsockopt(_socket.SOL_SOCKET, _SO_PASSRIGHTS) == 0
+    except OSError:
+        return False
+    finally:
+        sock.detach()
 
 
 def _bind(sock: _socket.socket, address: bytes) -> tuple[int, int] | None:

@@ -350,7 +350,7 @@ class Reach:
             client.race = None
             self._racing.pop(client.fd, None)
         self._unhold(client)
-        os.close(client.fd)
+        self._relay.hang_up(client.fd)
         if self._up and not self.held:
             self._end_outage(self._relay.now_ms)
 

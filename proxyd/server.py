@@ -6,12 +6,10 @@ to the relay, which forwards until both sides are done.
 """
 
 import _signal  # type: ignore[import-not-found]
-import os
-import sys
 from _collections_abc import MutableMapping
 
 from proxyd import address, log
-from proxyd._relay import BUSY, ENDED, FAILED, signal_fd
+from proxyd._relay import BUSY, ENDED, FAILED, signal_fd, signals_come
 from proxyd.errors import reason
 from proxyd.intake import Door, Intake
 from proxyd.limits import fit_connections
@@ -26,8 +24,6 @@ if TYPE_CHECKING:
     from proxyd._relay import Event
     from proxyd.cli import Options
     from proxyd.resolver import Resolver
-
-_SIGINFO_SIZE = 128  # signalfd(2)
 
 
 def run(options: "Options", listeners: list[Listener], environ: MutableMapping[str, str]) -> int:
@@ -50,7 +46,7 @@ class Server:
         self.loop = Loop(options.buffer_size)
         self.relay = self.loop.relay
         self.relay.idle_ms = _milliseconds(options.idle_timeout) or 0
-        self._handle_signals()  # before there are threads, which inherit the mask
+        self._handle_signals()
         hosts = [one.target.host for one in listeners if one.target.host is not None]
         self.resolver = self._make_resolver(hosts) if hosts else None
         self.reaches: list[Reach] = []
@@ -58,7 +54,11 @@ class Server:
             self.loop,
             [Door(self.loop, i, one, self._way_of(one)) for i, one in enumerate(listeners)],
             fit_connections(
-                options.connections_max, len(listeners), options.threads, lookups=bool(hosts)
+                options.connections_max,
+                len(listeners),
+                options.threads,
+                lookups=bool(hosts),
+                unix=any(_is_unix(one) for one in listeners),
             ),
             options.proxy_protocol,
         )
@@ -157,7 +157,7 @@ class Server:
         return self._busy() or self.intake.resume_ms is not None
 
     def _stop(self) -> None:
-        """On SIGTERM or SIGINT: no more clients, and an end; the second time at once."""
+        """On SIGTERM, SIGINT or SIGHUP: no more clients, and an end; the second time at once."""
         now_ms = self.relay.now_ms
         if self.stopping:
             self.stop_ms = now_ms
@@ -183,18 +183,16 @@ class Server:
     # ── signals ──────────────────────────────────────────────────────────────────────────────
 
     def _handle_signals(self) -> None:
-        signals = signal_fd((_signal.SIGTERM, _signal.SIGINT, _signal.SIGUSR1))
-        self.loop.watch(signals, lambda _events: self._signalled(signals))
+        ends = (_signal.SIGTERM, _signal.SIGINT, _signal.SIGHUP)
+        signals = signal_fd((*ends, _signal.SIGUSR1))
+        self.loop.watch(signals, lambda _events: self._signalled())
 
-    def _signalled(self, signals: int) -> None:
-        try:
-            number = int.from_bytes(os.read(signals, _SIGINFO_SIZE)[:4], sys.byteorder)
-        except BlockingIOError:
-            return  # a false alarm
-        if number == _signal.SIGUSR1:
-            self._log_summary()
-        else:
-            self._stop()
+    def _signalled(self) -> None:
+        for number in signals_come():
+            if number == _signal.SIGUSR1:
+                self._log_summary()
+            else:
+                self._stop()
 
     # ── parts ────────────────────────────────────────────────────────────────────────────────
 
@@ -252,6 +250,11 @@ class Server:
 
         note = self.loop.notes.pop(event[1], "") if self.loop.notes is not None else ""
         log.debug(ending(note, event))
+
+
+def _is_unix(listener: Listener) -> bool:
+    target = listener.target.address
+    return address.AF_UNIX in (listener.family, address.family(target) if target else None)
 
 
 def _milliseconds(usec: int | None) -> int | None:

@@ -296,7 +296,7 @@ def test_client_that_another_process_has_too(rigs):
 # ── arguments ────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("arguments", [("many",), (-1,), (0,), (1, 2, 3, 4)])
+@pytest.mark.parametrize("arguments", [("many",), (-1,), (0,), (1, 2, 3, 4, 5)])
 def test_bad_arguments_are_errors(arguments):
     """A relay that could not be made is taken apart without harm; fd 0 is not its own."""
 

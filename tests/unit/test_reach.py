@@ -83,7 +83,8 @@ class Relay:
         return self.dialled[fd]
 
     def hang_up(self, fd, reset=False):
-        del self.dialled[fd]
+        if self.dialled.pop(fd, None) is None:
+            os.close(fd)  # a client's
 
     def adopt(self, client, family, fd, preamble=None, *_):
         if self.adopt_error:
