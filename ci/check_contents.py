@@ -13,6 +13,7 @@ import zipfile
 from collections.abc import Iterable
 from fnmatch import fnmatch
 from pathlib import Path
+from posixpath import dirname, normpath
 
 NOT_IN_SDIST = (".gitignore", "*/.gitignore")
 ADDED_TO_SDIST = ("PKG-INFO", "setup.cfg", "*.egg-info/*")
@@ -56,6 +57,9 @@ INSTALLED = {
     "completions/zsh/*": f"{DATA}/zsh/site-functions/{{name}}",
 }
 
+# A link of a document to another file: no URL, and not within the document.
+LINK = re.compile(r"\]\(([^)#:]+)[)#]")
+
 # (Python tag, ABI tag) of a wheel, from what the interpreter puts into the name of an extension.
 SUFFIX = re.compile(r"proxyd/_relay\.cpython-3(\d+)(t?)-(\w+)-linux-(gnu|musl)\.so")
 PLATFORMS = {"gnu": "manylinux", "musl": "musllinux"}
@@ -82,7 +86,11 @@ def sdist_faults(sdist: Path, project: set[str]) -> list[str]:
 def wheel_faults(wheel: Path, project: set[str], repaired: bool) -> list[str]:
     with zipfile.ZipFile(wheel) as archive:
         files = {name for name in archive.namelist() if not name.endswith("/")}
-        faults = [*file_faults(files, project), *mode_faults(archive)]
+        faults = [
+            *file_faults(files, project),
+            *mode_faults(archive),
+            *link_faults(archive, files),
+        ]
         if not faults:
             faults = [
                 *text_faults(archive, files),
@@ -122,6 +130,17 @@ def mode_faults(archive: zipfile.ZipFile) -> list[str]:
         for info in archive.infolist()
         if (info.external_attr >> 16) & 0o7777 not in allowed
         and not info.filename.endswith((".dist-info/RECORD", "/"))
+    ]
+
+
+def link_faults(archive: zipfile.ZipFile, files: set[str]) -> list[str]:
+    """What an installed document links to is installed as well."""
+    return [
+        f"{page} links to {link}"
+        for page in sorted(files)
+        if page.endswith(".md")
+        for link in LINK.findall(archive.read(page).decode())
+        if normpath(f"{dirname(page)}/{link}") not in files
     ]
 
 

@@ -6,6 +6,9 @@ import sys
 if _signal.getsignal(_signal.SIGINT) is not _signal.SIG_IGN:
     _signal.signal(_signal.SIGINT, _signal.SIG_DFL)  # no KeyboardInterrupt, ever
 
+if not sys.flags.safe_path:
+    sys.path.append(sys.path.pop(0))  # the current folder, which may have an errno.py
+
 from proxyd.cli import main
 
 sys.exit(main())

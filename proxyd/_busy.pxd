@@ -6,27 +6,46 @@
 # of every fd.
 #
 # So time is looked at in windows, each as long as the policy says or somewhat longer. After one in
-# which the relay has hardly slept the kernel is asked how long the CPUs were idle meanwhile. (Not
-# how many tasks want to run: a relay looks when it has just woken its peers.)
+# which the relay has hardly slept the kernel is asked how long the CPUs that this process may use
+# were idle meanwhile. (Not how many tasks want to run: a relay looks when it has just woken its
+# peers.) An idle CPU does not help where a quota (CPUQuota=) is used up, nor where the relay itself
+# had to wait for a CPU, be it for a quota that cannot be seen from here.
 
 from proxyd._linux cimport (
-    CLOCK_MONOTONIC, _SC_CLK_TCK, clock_gettime, int64_t, pread, strtoull, sysconf, timespec,
+    CLOCK_MONOTONIC, CLOCK_PROCESS_CPUTIME_ID, CLOCK_THREAD_CPUTIME_ID, _SC_CLK_TCK, clock_gettime,
+    clockid_t, int64_t, pread, strtoull, sysconf, timespec, uint64_t, uint8_t,
 )
 
 cdef enum:
     ASLEEP_MOST = 10           # per cent of a window; with less a relay has all that it can do
     SPARE_MOST = 100           # where nobody knows
+    CPUS_MOST = 8192           # NR_CPUS of the largest configuration …
+    CPUS_BYTES = 1024          # … at a bit each
+    LINE = 255                 # bytes to read where the first line tells all
+    READ_RARELY = 200          # times what reading has cost pass until it is read again
 
 # how much of another CPU must have been idle, in per cent
 cdef enum:
     SPARE_LEAST = 25           # with less, the peers lose what is gained
     SPARE_FOR_NEW = 75         # a short connection costs half as much again in another thread
 
+ctypedef struct Machine:
+    int stat                   # fd of /proc/stat or /proc/uptime; -1: not to be had
+    bint some                  # not all CPUs count, but those of `cpus`
+    uint8_t cpus[CPUS_BYTES]
+    int quota                  # per cent of a CPU that the process may use; 0: no limit
+    int wait_most              # per cent of a window: with more, the relay had to wait for a CPU
+
 ctypedef struct Busy:
     int64_t since_ns           # when this window began, on CLOCK_MONOTONIC
     int64_t asleep_ns          # how much of it the relay has slept
-    int64_t idle_ns            # idle time of all CPUs until then; -1: was not asked
-    int spare                  # per cent of one CPU that were idle in the last window; 0: it slept
+    int64_t ran_ns             # CPU time of the thread until this window,
+    int64_t spent_ns           # … and of the process
+    bint asked                 # busy ever since it was last asked how idle the CPUs are:
+    int64_t asked_ns           # when that was,
+    uint64_t idle_ns           # … and what they had been until then, modulo 2**64
+    int64_t ask_ns             # when to ask again at the earliest
+    int spare                  # per cent of one CPU that were idle when last asked; 0: it slept
 
 
 cdef inline int64_t clock_ns() noexcept nogil:
@@ -35,40 +54,141 @@ cdef inline int64_t clock_ns() noexcept nogil:
     return <int64_t>now.tv_sec * 1000000000 + now.tv_nsec
 
 
-cdef inline int64_t machine_idle_ns(int stat) noexcept nogil:
-    """How long all CPUs together were idle since the machine was started, or -1.
+cdef inline int64_t spent_ns(clockid_t clock) noexcept nogil:
+    """CPU time of this thread, or of the process."""
+    cdef timespec spent
+    if clock_gettime(clock, &spent) < 0:
+        return 0
+    return <int64_t>spent.tv_sec * 1000000000 + spent.tv_nsec
 
-    proc_stat(5): the first line is "cpu" and the times of user, nice, system, idle and iowait, in
-    ticks; a CPU that waits for a disk is idle.
-    """
-    cdef char text[256]
-    cdef char *at = text + 3
-    cdef ssize_t size = pread(stat, text, sizeof(text) - 1, 0)
-    cdef int64_t ticks = 0
+
+# ── how idle the machine is ──────────────────────────────────────────────────────────────────
+
+cdef inline bint machine_has(const Machine *machine, uint64_t cpu) noexcept nogil:
+    return cpu < CPUS_MOST and (machine.cpus[cpu // 8] >> (cpu % 8)) & 1
+
+
+cdef inline uint64_t stat_line_idle(char **at) noexcept nogil:
+    """Idle ticks of a line of /proc/stat: user, nice, system, idle, iowait; a CPU that waits for a
+    disk is idle. `at` is behind its name, and then behind these numbers."""
+    cdef uint64_t ticks = 0
     cdef int field
-    if size < 4:
-        return -1
-    text[size] = 0
     for field in range(5):
         if field >= 3:
-            ticks += <int64_t>strtoull(at, &at, 10)
+            ticks += strtoull(at[0], at, 10)
         else:
-            strtoull(at, &at, 10)
-    return ticks * (1000000000 // sysconf(_SC_CLK_TCK))
+            strtoull(at[0], at, 10)
+    return ticks
 
 
-cdef inline void busy_window(Busy *busy, int stat) noexcept nogil:
-    """End a window and begin the next. `stat` is an fd of /proc/stat; where nothing can be read
-    there, a CPU is taken to be idle: more threads than one were asked for."""
+cdef inline uint64_t stat_idle(const Machine *machine, char *text) noexcept nogil:
+    """proc_stat(5): lines "cpu", of all CPUs, then "cpu0" …; in ticks."""
+    cdef uint64_t ticks = 0
+    cdef uint64_t cpu
+    cdef char *at = text + 3
+    cdef bint counts = not machine.some
+    while True:
+        if counts:
+            ticks += stat_line_idle(&at)
+        if not machine.some:
+            return ticks
+        while at[0] != 0 and at[0] != c"\n":
+            at += 1
+        if at[0] == 0 or at[1] != c"c" or at[2] != c"p" or at[3] != c"u":
+            return ticks
+        at += 4
+        cpu = strtoull(at, &at, 10)
+        counts = machine_has(machine, cpu)
+
+
+cdef inline uint64_t uptime_idle_ns(char *text) noexcept nogil:
+    """proc_uptime(5): seconds since the start, and those that all CPUs together were idle, both
+    with two decimal places."""
+    cdef char *at = text
+    cdef uint64_t seconds
+    while at[0] != 0 and at[0] != c" ":
+        at += 1
+    seconds = strtoull(at, &at, 10)
+    if at[0] != c".":
+        return seconds * 1000000000
+    return seconds * 1000000000 + strtoull(at + 1, &at, 10) * 10000000
+
+
+cdef inline bint machine_idle(
+    const Machine *machine, char *buffer, size_t size, uint64_t *idle_ns
+) noexcept nogil:
+    """How long the CPUs that count were idle since the machine was started, modulo 2**64. False
+    where that cannot be known. `buffer` is for the text; what does not fit counts as busy."""
+    cdef ssize_t got
+    cdef size_t asked = size - 1
+    if machine.stat < 0:
+        return False
+    if not machine.some:
+        asked = min(asked, <size_t>LINE)
+    got = pread(machine.stat, buffer, asked, 0)
+    if got < 4:
+        return False
+    buffer[got] = 0
+    if buffer[0] == c"c":
+        idle_ns[0] = stat_idle(machine, buffer) * <uint64_t>(1000000000 // sysconf(_SC_CLK_TCK))
+    else:
+        idle_ns[0] = uptime_idle_ns(buffer)
+    return True
+
+
+# ── windows ──────────────────────────────────────────────────────────────────────────────────
+
+cdef inline bint busy_ask(
+    Busy *busy, const Machine *machine, int64_t now_ns, bint waited, char *buffer, size_t size
+) noexcept nogil:
+    """After a window in which the relay was busy: find out how much of another CPU was idle since
+    it last asked. Whether there is an answer. Where the kernel tells nothing, a CPU is taken to be
+    idle: more threads than one were asked for."""
+    cdef int64_t before_ns
+    cdef uint64_t idle_ns = 0
+    cdef bint answered = False
+    if machine.stat >= 0 and now_ns < busy.ask_ns:
+        return False
+    before_ns = spent_ns(CLOCK_THREAD_CPUTIME_ID)
+    if not machine_idle(machine, buffer, size, &idle_ns):
+        busy.spare = SPARE_MOST
+        return True
+    busy.ask_ns = now_ns + READ_RARELY * (spent_ns(CLOCK_THREAD_CPUTIME_ID) - before_ns)
+    busy.spare = 0
+    if busy.asked and not waited and now_ns > busy.asked_ns:
+        busy.spare = <int>max(min(
+            <int64_t>(idle_ns - busy.idle_ns) * 100 // (now_ns - busy.asked_ns),
+            <int64_t>SPARE_MOST), 0)
+        answered = True
+    busy.asked = True
+    busy.asked_ns = now_ns
+    busy.idle_ns = idle_ns
+    return answered
+
+
+cdef inline bint busy_window(
+    Busy *busy, const Machine *machine, char *buffer, size_t size
+) noexcept nogil:
+    """End a window and begin the next. Whether `spare` was found out anew."""
     cdef int64_t now_ns = clock_ns()
     cdef int64_t length_ns = max(now_ns - busy.since_ns, 1)
-    cdef bint full = busy.asleep_ns // ASLEEP_MOST <= length_ns // 100
-    cdef int64_t idle_ns = machine_idle_ns(stat) if full else -1
-    busy.spare = 0
-    if full and idle_ns < 0:
-        busy.spare = SPARE_MOST
-    elif full and busy.idle_ns >= 0:
-        busy.spare = <int>min((idle_ns - busy.idle_ns) * 100 // length_ns, <int64_t>SPARE_MOST)
-    busy.idle_ns = idle_ns
+    cdef int64_t asleep_ns = busy.asleep_ns
+    cdef int64_t ran_ns = spent_ns(CLOCK_THREAD_CPUTIME_ID)
+    cdef int64_t process_ns = spent_ns(CLOCK_PROCESS_CPUTIME_ID)
+    cdef int64_t waited_ns = length_ns - asleep_ns - (ran_ns - busy.ran_ns)
+    cdef int64_t used_ns = process_ns - busy.spent_ns
+    cdef bint waited = waited_ns // max(machine.wait_most, 1) > length_ns // 100
     busy.since_ns = now_ns
     busy.asleep_ns = 0
+    busy.ran_ns = ran_ns
+    busy.spent_ns = process_ns
+    if asleep_ns // ASLEEP_MOST > length_ns // 100:
+        busy.spare = 0
+        busy.asked = False
+        return False
+    if not busy_ask(busy, machine, now_ns, waited, buffer, size):
+        return False
+    if machine.quota > 0:
+        busy.spare = <int>max(min(
+            <int64_t>busy.spare, machine.quota - used_ns * 100 // length_ns), 0)
+    return True

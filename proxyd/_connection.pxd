@@ -5,35 +5,43 @@
 #   EOF at X            everything before it, then SHUT_WR to Y; the other half goes on
 #   both ended          both are closed
 #   X reset or failed   what could still be read from X goes to Y; then Y lingers until its send
-#                       queue is empty, or has not moved for STUCK_MS, and is reset
-#   X cannot be         what X had already sent goes to Y, to the end; then Y, which has been sent a
-#   written             clean end, lingers: it is drained for DRAIN_MS or DRAIN_BYTES and closed
-#   X reset after a     as before: a reset at once could cost Y what it has not read yet. At the end
-#   clean end           of the drain Y is reset
+#                       queue is empty, or has not moved for STUCK_MS, and is reset, whether or not
+#                       it was sent a clean end before
+#   X cannot be         what X had already sent goes to Y, to the end; then as above. EPIPE from a
+#   written             UNIX socket is the reset that such sockets have
+#   X, a UNIX socket,   as above, but Y is closed, as by a close(2) of X. If it has sent X anything
+#   closed              since, it is reset
 #
-# A lingering connection has only Y left, X is closed. Nothing is freed while a batch of events is
+# What Y was sent stays readable to it, for a reset takes nothing from the queue of its receiver. A
+# lingering connection has only Y left, X is closed. Nothing is freed while a batch of events is
 # worked on, since a later event of the batch may still point to it: the dead go last.
 
-from proxyd._busy cimport Busy, SPARE_FOR_NEW
+from proxyd._busy cimport Busy, Machine, SPARE_FOR_NEW
 from proxyd._half cimport (
     DEAD, DRAINING, Endpoint, Engine, FLOWING, Half, SHUT, STAT_TO_CLIENT, STAT_TO_TARGET,
-    endpoint_failed, endpoint_interest, endpoint_lost, endpoint_recv, half_abandon, half_drop,
-    half_held, half_keep, half_pump, spill_free,
+    endpoint_failed, endpoint_interest, endpoint_lost, endpoint_recv, endpoint_refuse_rights,
+    half_abandon, half_drop, half_held, half_keep, half_pump, spill_free,
 )
 from proxyd._linux cimport (
-    AF_INET, AF_INET6, AF_UNIX, AF_UNSPEC, EAGAIN, ECONNRESET, EINPROGRESS, EINTR, ELOOP,
-    ENOMEM, EPIPE, EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP, EPOLL_CTL_ADD,
-    EPOLL_CTL_DEL, ETIMEDOUT, IPPROTO_TCP, MSG_NOSIGNAL, MSG_PEEK, SHUT_WR, SIOCOUTQ, SOCK_CLOEXEC,
-    SOCK_NONBLOCK, SOCK_STREAM, SOL_SOCKET, SO_ERROR, SO_KEEPALIVE, SO_LINGER, SO_OOBINLINE,
-    TCP_NODELAY, calloc, close, connect, counter_add, epoll_ctl, epoll_event, errno, free,
-    getpeername, getsockname, getsockopt, int64_t, ioctl, linger, memcmp, memset, pthread_t,
-    recv, send, setsockopt, shared_add, shared_get, shutdown, sockaddr, sockaddr_storage,
-    socket, socklen_t, uint32_t, uint64_t,
+    AF_INET, AF_INET6, AF_UNIX, AF_UNSPEC, AF_VSOCK, EAGAIN, ECONNREFUSED, ECONNRESET, EINPROGRESS,
+    EINTR, ELOOP, ENOMEM, ENOTCONN, EPIPE, EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLPRI,
+    EPOLLRDHUP, EPOLL_CTL_ADD, EPOLL_CTL_DEL, ETIMEDOUT, IPPROTO_TCP, MSG_DONTWAIT, MSG_NOSIGNAL,
+    MSG_PEEK, SHUT_RDWR, SHUT_WR, SIOCOUTQ, SOCK_CLOEXEC, SOCK_NONBLOCK, SOCK_STREAM, SOL_SOCKET,
+    SO_ERROR, SO_KEEPALIVE, SO_LINGER, SO_OOBINLINE, TCP_NODELAY, calloc, close, connect,
+    counter_add, epoll_ctl, epoll_event, errno, free, getpeername, getsockname, getsockopt,
+    int64_t, ioctl, linger, memcmp, memset, pthread_t, recv, send, setsockopt, shared_add,
+    shared_get, shutdown, sockaddr, sockaddr_in6, sockaddr_storage, socket, socklen_t, uint32_t,
+    uint64_t,
 )
 from proxyd._inbox cimport Inbox, inbox_put, inbox_ring
 from proxyd._list cimport Link, link_init, list_append, list_empty, list_remove
 from proxyd._own cimport Own, OwnTable, own_add, own_remove
 from proxyd._pipe cimport pipe_init, pool_clear
+from proxyd._quarantine cimport Quarantine, quarantine_put
+from proxyd._rights cimport (
+    RIGHTS_AHEAD, RIGHTS_ANY, RIGHTS_MAYBE, RIGHTS_NONE, RIGHTS_UNKNOWN, Rights, rights_may_close,
+    rights_refuse,
+)
 from proxyd._tally cimport Tally, tally_join, tally_leave
 
 cdef enum:
@@ -55,8 +63,7 @@ cdef enum:
     HOW_ENDED, HOW_RESET, HOW_IDLE, HOW_CUT, HOW_GONE, HOW_COUNT
 
 cdef enum:
-    DRAIN_MS = 1000            # a side that was sent a clean end may go on sending so long …
-    DRAIN_BYTES = 1024 * 1024  # … or so much, before it is closed
+    DRAIN_BYTES = 1024 * 1024  # most that is read from a side and thrown away
     STUCK_MS = 5000            # a send queue that has not moved for so long is given up
     LINGER_FIRST_MS = 1        # the first look at a send queue, then twice as long each time …
     LINGER_LONGEST_MS = 128    # … up to this
@@ -65,6 +72,8 @@ ctypedef struct Connection:
     Link live                  # all of a relay's, the longest without a byte first; or the dead
     Link timed                 # connecting, lingering or stuck ones: `wake_ms` says when to look
     Link again                 # those whose pump spent its budget
+    Link exile                 # those that are to go into quarantine
+    Quarantine *quarantine     # the program's
     Endpoint client
     Endpoint target
     Half up                    # client → target
@@ -78,15 +87,15 @@ ctypedef struct Connection:
     int64_t opened_ms
     int64_t active_ms          # when a byte last moved
     int64_t wake_ms
-    int64_t linger_ms          # when lingering began
     int64_t progress_ms        # when the queue towards the lingering side last moved
     uint64_t queue             # what it was then, bytes
     uint64_t moved             # up.moved + down.moved when last looked at
     int pause_ms               # until the next look
     size_t drained             # bytes thrown away, since nobody is there to take them
     Endpoint *last             # the side that lingers
-    bint drains                # it was sent a clean end, and may go on sending for a while
     bint reset                 # it is to be reset at the end
+    bint late                  # the quarantine has a socket of it to close
+    bint stray                 # … and that is all that it is: a socket without a connection
 
 ctypedef struct Relaying       # below
 
@@ -95,13 +104,16 @@ ctypedef struct Note:
     int fd
     uint32_t value             # epoll events, or an errno
     int index                  # of the gate
+    sockaddr_in6 peer          # of an accepted client: what accept(2) said, as far as it fits …
+    socklen_t peer_size        # … or 0
 
 ctypedef struct Crew:
     Relaying **relays
     int count
     int size                   # of `relays`
     int window_ms              # how long a relay must have been busy to hand work over
-    int stat                   # fd of /proc/stat; -1: not to be had
+    Machine machine            # where to learn whether another CPU is idle
+    Relaying *quarantine       # NULL: nobody has needed it yet
     bint asked_for             # the boss has told the policy that it could need a crew
     int asked                  # how often they were asked whether they are alive
 
@@ -109,6 +121,7 @@ ctypedef struct Relaying:
     Engine engine
     Tally *tally               # what all relays of the program count together
     OwnTable *own              # likewise
+    Quarantine *quarantine     # where to leave what may block
     Inbox inbox                # what other threads have left here
     Relaying *boss             # the relay that accepts and hands over; NULL: this is the one
     Crew crew                  # the boss's: those it hands over to
@@ -124,6 +137,8 @@ ctypedef struct Relaying:
     Link failed                # connects that failed: the caller gets the client back
     Link ended                 # closed ones, to be reported
     Link dead                  # closed ones, to be freed after the batch
+    Link exiles                # those that are to go into quarantine after the batch
+    int cut                    # the quarantine's relay: how many it has cut in the end
     int open                   # connections of this relay
     # So many of all relays may be open before gates refuse; one less for each client that the
     # policy has been given and has not counted yet.
@@ -142,7 +157,6 @@ ctypedef struct Relaying:
     int64_t next_wake_ms       # the earliest of `timed`; 0: none
     int pid                    # this process
     bint report_ends
-    bint shared                # clients may be open in another process as well
     uint64_t ends[HOW_COUNT]   # connections ended, by HOW_*
 
 
@@ -155,6 +169,7 @@ cdef inline void endpoint_init(
     end.fd = fd
     end.family = family
     end.writable = 1
+    end.late = -1
     end.connection = owner
 
 
@@ -182,6 +197,8 @@ cdef inline Connection *connection_new(
     link_init(&c.live, c)
     link_init(&c.timed, c)
     link_init(&c.again, c)
+    link_init(&c.exile, c)
+    c.quarantine = relay.quarantine
     endpoint_init(&c.client, KIND_CLIENT, client, client_family, c)
     endpoint_init(&c.target, KIND_TARGET, target, target_family, c)
     half_init(&c.up, &c.client, &c.target, STAT_TO_TARGET)
@@ -199,6 +216,14 @@ cdef inline bint endpoint_register(Engine *engine, Endpoint *end) noexcept nogil
     event.data.ptr = end
     end.registered = epoll_ctl(engine.epoll, EPOLL_CTL_ADD, end.fd, &event) == 0
     return end.registered
+
+
+cdef inline void endpoint_unregister(Engine *engine, Endpoint *end) noexcept nogil:
+    """Before every close(2): where another process has the socket too, that leaves it in epoll, and
+    a later event would point to memory that is freed."""
+    if end.registered:
+        epoll_ctl(engine.epoll, EPOLL_CTL_DEL, end.fd, NULL)
+        end.registered = False
 
 
 cdef inline void socket_tune(int fd, int family) noexcept nogil:
@@ -219,7 +244,10 @@ cdef inline void socket_tune(int fd, int family) noexcept nogil:
 cdef inline void connection_free(Connection *c) noexcept nogil:
     half_drop(&c.up)
     half_drop(&c.down)
-    free(c)
+    if c.late:
+        quarantine_put(c.quarantine, &c.live)
+    else:
+        free(c)
 
 
 cdef inline void connections_free(Link *connections) noexcept nogil:
@@ -268,23 +296,73 @@ cdef inline void socket_reset(int fd, int family) noexcept nogil:
     close(fd)
 
 
+cdef inline void socket_unlinger(int fd) noexcept nogil:
+    """Have close(2) neither wait nor cut, whatever SO_LINGER the listener had."""
+    cdef linger off
+    off.l_onoff = off.l_linger = 0
+    setsockopt(fd, SOL_SOCKET, SO_LINGER, &off, sizeof(off))
+
+
+cdef inline void endpoint_close_late(Relaying *relay, Endpoint *end) noexcept nogil:
+    """Its peer sees the end now, and the quarantine closes it once the connection is freed. Until
+    then it keeps its place in the limit."""
+    cdef Connection *c = <Connection *>end.connection
+    shutdown(end.fd, SHUT_RDWR)
+    end.late = end.fd
+    if not c.late:
+        c.late = True
+        tally_join(relay.tally)
+
+
+cdef inline bint endpoint_may_close(Endpoint *end) noexcept nogil:
+    """Whether close(2) cannot wait, for descriptors that were sent to it. See _rights.pxd."""
+    return end.family != AF_UNIX or end.ended or rights_may_close(&end.rights, end.fd)
+
+
 cdef inline void endpoint_close(Relaying *relay, Endpoint *end, bint reset) noexcept nogil:
-    """Where another process has the socket too, close(2) does not take it out of epoll."""
     if end.fd < 0:
         return
-    if relay.shared and end.registered:
-        epoll_ctl(relay.engine.epoll, EPOLL_CTL_DEL, end.fd, NULL)
-    if reset:
+    endpoint_unregister(&relay.engine, end)
+    if not endpoint_may_close(end):
+        endpoint_close_late(relay, end)
+    elif reset:
         socket_reset(end.fd, end.family)
     else:
+        if end.rights.state == RIGHTS_ANY and end.family != AF_UNIX:
+            socket_unlinger(end.fd)  # what connection_exile() has set
         close(end.fd)
     end.fd = -1
+
+
+cdef inline void relay_hang_up(Relaying *relay, int fd, int family, bint reset) noexcept nogil:
+    """Close a socket that is no connection's. Where there is not even the memory to leave it to
+    the quarantine, it stays open."""
+    cdef Rights unknown
+    cdef Connection *c
+    unknown.state = RIGHTS_UNKNOWN
+    if family != AF_UNIX or rights_may_close(&unknown, fd):
+        if reset:
+            socket_reset(fd, family)
+        else:
+            close(fd)
+        return
+    c = connection_new(relay, fd, family, -1, family, NULL, 0)
+    if c == NULL:
+        shutdown(fd, SHUT_RDWR)
+        return
+    endpoint_close_late(relay, &c.client)
+    c.client.fd = -1
+    c.state = CLOSED
+    c.stray = True
+    shared_add(&relay.quarantine.strays, 1)
+    connection_free(c)
 
 
 cdef inline void connection_unlink(Relaying *relay, Connection *c) noexcept nogil:
     list_remove(&c.live)
     list_remove(&c.timed)
     list_remove(&c.again)
+    list_remove(&c.exile)
     own_remove(relay.own, &c.own)
     half_drop(&c.up)
     half_drop(&c.down)
@@ -348,21 +426,38 @@ cdef inline bint endpoint_drain(Relaying *relay, Connection *c, Endpoint *end) n
     return end.ended or end.error != 0
 
 
+cdef inline void connection_look_ahead(Relaying *relay, Connection *c) noexcept nogil:
+    """Where descriptors come next, this relay is not to read any more: after the batch the
+    connection goes into quarantine."""
+    if c.client.rights.state == RIGHTS_AHEAD or c.target.rights.state == RIGHTS_AHEAD:
+        list_remove(&c.exile)
+        list_append(&relay.exiles, &c.exile)
+
+
 cdef inline bint linger_over(Relaying *relay, Connection *c) noexcept nogil:
-    """Whether the last side may be closed."""
+    """Whether the last side may be closed.
+
+    What it sends meanwhile is thrown away: it may have all of that to say before it reads. But it
+    is then to hear that nobody was there.
+    """
     cdef int64_t queue
     if c.last.error != 0:
         return True
-    if c.drains:
-        if endpoint_drain(relay, c, c.last):
+    if c.last.family == AF_UNIX:
+        c.last.readable = 1  # unread input would turn its end into an error
+    if endpoint_drain(relay, c, c.last):
+        if c.last.error != 0:
+            return True  # perhaps for want of memory: it may live on, and is still to be reset
+        if last_was_sent_an_end(c):
             c.reset = False
             return True
-        if c.drained < DRAIN_BYTES and relay.engine.now_ms - c.linger_ms < DRAIN_MS:
-            return False
-    else:
-        endpoint_drain(relay, c, c.last)  # it may have all of that to say before it reads
+    c.reset |= c.drained > 0
     queue = endpoint_queue(c.last)
     return queue == 0 or connection_stuck(relay, c, <uint64_t>queue)
+
+
+cdef inline bint last_was_sent_an_end(const Connection *c) noexcept nogil:
+    return (c.up.state if c.last == &c.target else c.down.state) == SHUT
 
 
 cdef inline void linger_step(Relaying *relay, Connection *c) noexcept nogil:
@@ -370,12 +465,13 @@ cdef inline void linger_step(Relaying *relay, Connection *c) noexcept nogil:
     if linger_over(relay, c):
         connection_close(relay, c, HOW_RESET if c.reset else HOW_ENDED, c.reset)
         return
+    connection_look_ahead(relay, c)
     connection_wake_at(relay, c, relay.engine.now_ms + c.pause_ms)
     c.pause_ms = min(2 * c.pause_ms, LINGER_LONGEST_MS)
 
 
 cdef inline void connection_linger(
-    Relaying *relay, Connection *c, Endpoint *last, Endpoint *other, bint drains
+    Relaying *relay, Connection *c, Endpoint *last, Endpoint *other
 ) noexcept nogil:
     """`other` has nothing more to give or take: close it, and `last` when its time has come.
 
@@ -388,9 +484,8 @@ cdef inline void connection_linger(
     list_remove(&c.again)
     c.state = LINGERING
     c.last = last
-    c.drains = drains
-    c.reset = other.error != 0
-    c.linger_ms = c.progress_ms = relay.engine.now_ms
+    c.reset = other.error != 0 or other.refused
+    c.progress_ms = relay.engine.now_ms
     c.pause_ms = LINGER_FIRST_MS
     linger_step(relay, c)
 
@@ -398,10 +493,13 @@ cdef inline void connection_linger(
 cdef inline void half_finish(Half *half, Half *other) noexcept nogil:
     """src has ended cleanly and everything is delivered: pass the end on.
 
-    Where the other half is over, closing both says the same with a system call less. An end that
-    cannot be passed on makes a failed connection: dst would wait for it for ever.
+    Where the other half is over, closing both says the same with a system call less: a UNIX socket
+    does not linger. An end that cannot be passed on makes a failed connection: dst would wait for
+    it for ever.
     """
     half.state = SHUT
+    if other.state == DEAD and half.dst.family == AF_UNIX:
+        return
     if other.state != SHUT and shutdown(half.dst.fd, SHUT_WR) < 0:
         endpoint_lost(half.dst, errno)
 
@@ -416,7 +514,7 @@ cdef inline void half_settle(
         half_abandon(half)
     elif half.state == DRAINING and half_held(half) == 0:
         if half.src.error != 0:
-            connection_linger(relay, c, half.dst, half.src, False)
+            connection_linger(relay, c, half.dst, half.src)
         else:
             half_finish(half, other)
 
@@ -432,9 +530,9 @@ cdef inline void connection_settle(Relaying *relay, Connection *c) noexcept nogi
     elif c.up.state == DEAD and c.down.state == DEAD:
         connection_close(relay, c, HOW_RESET, c.client.error != 0 or c.target.error != 0)
     elif c.up.state == SHUT and c.down.state == DEAD:
-        connection_linger(relay, c, &c.target, &c.client, True)
+        connection_linger(relay, c, &c.target, &c.client)
     elif c.down.state == SHUT and c.up.state == DEAD:
-        connection_linger(relay, c, &c.client, &c.target, True)
+        connection_linger(relay, c, &c.client, &c.target)
     elif c.wake_ms == 0 and (
             c.client.error != 0 or c.target.error != 0 or c.drained >= DRAIN_BYTES):
         # A side has failed, or is gone and the other has sent much in vain; and the other does
@@ -464,6 +562,7 @@ cdef inline void connection_advance(Relaying *relay, Connection *c) noexcept nog
     connection_settle(relay, c)
     if c.state == CLOSED:
         return
+    connection_look_ahead(relay, c)
     connection_active(relay, c)
     if more and c.state == CONNECTED:
         list_remove(&c.again)
@@ -508,16 +607,26 @@ cdef inline bint socket_met_itself(int fd) noexcept nogil:
 cdef inline void connect_failed(Relaying *relay, Connection *c, int error) noexcept nogil:
     """Give the client back, with the bytes already taken from it. The connection counts until the
     policy has it: otherwise somebody else could be let in for it meanwhile."""
-    if c.client.registered:
-        epoll_ctl(relay.engine.epoll, EPOLL_CTL_DEL, c.client.fd, NULL)
-    endpoint_close(relay, &c.target, False)
+    endpoint_unregister(&relay.engine, &c.client)
+    endpoint_close(relay, &c.target, True)  # it may have accepted, and nothing was sent to it
     list_remove(&c.live)
     list_remove(&c.timed)
     own_remove(relay.own, &c.own)
     c.state = CLOSED
-    c.target.error = error
+    c.target.error = ECONNREFUSED if vsock_refused(c, error) else error
     list_append(&relay.failed, &c.live)
     relay_left(relay)
+
+
+cdef inline bint vsock_refused(const Connection *c, int error) noexcept nogil:
+    """Whether nobody listens on that VSOCK port: the virtio transport answers a request with RST.
+    A connection that was made and then reset ends without an error there."""
+    return c.target.family == AF_VSOCK and error == ECONNRESET
+
+
+cdef inline bint target_was_reached(const Connection *c, int error) noexcept nogil:
+    """Whether a connect that ended with `error` met a target that accepted and then reset."""
+    return (error == ECONNRESET or error == EPIPE) and not vsock_refused(c, error)
 
 
 cdef inline void connect_done(Relaying *relay, Connection *c) noexcept nogil:
@@ -531,7 +640,7 @@ cdef inline void connect_done(Relaying *relay, Connection *c) noexcept nogil:
 
 cdef inline bint client_has_spoken(const Connection *c) noexcept nogil:
     cdef char byte
-    return c.up.moved > 0 or recv(c.client.fd, &byte, 1, MSG_PEEK) > 0
+    return c.up.moved > 0 or recv(c.client.fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT) > 0
 
 
 cdef inline void connecting_event(
@@ -540,13 +649,13 @@ cdef inline void connecting_event(
     """A target that accepted and then reset has been reached: that is for the client to see.
 
     A client that is gone is dropped, unless it has ended cleanly and said something: that is still
-    delivered.
+    delivered. The target may have accepted, and hears how the client went.
     """
     if end.kind == KIND_CLIENT:
         if end.gone and (end.error != 0 or not client_has_spoken(c)):
-            connection_close(relay, c, HOW_GONE, False)
+            connection_close(relay, c, HOW_GONE, end.error != 0)
         return
-    if end.error != 0 and end.error != ECONNRESET and end.error != EPIPE:
+    if end.error != 0 and not target_was_reached(c, end.error):
         connect_failed(relay, c, end.error)
     elif events & (EPOLLOUT | EPOLLERR | EPOLLHUP | EPOLLRDHUP):
         connect_done(relay, c)
@@ -557,15 +666,16 @@ cdef inline void connecting_send(
 ) noexcept nogil:
     """The first bytes for the target, sent before it is known to be there. They are kept until it
     has taken them: the next target may need them."""
-    cdef ssize_t sent = send(c.target.fd, data, size, MSG_NOSIGNAL)
+    cdef ssize_t sent = send(c.target.fd, data, size, MSG_DONTWAIT | MSG_NOSIGNAL)
     cdef int error = errno
     if sent < 0:
         sent = 0
-        if error == ECONNRESET or error == EPIPE:
+        if target_was_reached(c, error):
             endpoint_lost(&c.target, error)
             connect_done(relay, c)
             return
-        if error != EAGAIN and error != EINTR:
+        # ENOTCONN is what VSOCK says instead of EAGAIN.
+        if error != EAGAIN and error != EINTR and error != ENOTCONN:
             endpoint_failed(&c.target, error)
     if c.up.spill != NULL:
         c.up.spill_at += <size_t>sent
@@ -585,8 +695,12 @@ cdef inline void connecting_send(
 cdef inline void connection_first_pump(Relaying *relay, Connection *c) noexcept nogil:
     """Do not wait to hear that the target is there: over loopback and UNIX sockets it is, before
     connect() has returned. Otherwise send answers EAGAIN, and the bytes wait for the connection.
+
+    Unless the target may be the socket itself: what is sent there cannot be taken back.
     """
     cdef ssize_t size
+    if c.own.self_possible:
+        return
     if c.up.spill != NULL:
         connecting_send(relay, c, c.up.spill, c.up.spill_end)
     else:
@@ -597,7 +711,7 @@ cdef inline void connection_first_pump(Relaying *relay, Connection *c) noexcept 
         elif size == 0:
             c.up.state = DRAINING
         elif errno != EAGAIN and errno != EINTR:
-            connection_close(relay, c, HOW_GONE, False)
+            connection_close(relay, c, HOW_GONE, True)
     if c.state == CONNECTED:
         connection_advance(relay, c)
 
@@ -605,12 +719,18 @@ cdef inline void connection_first_pump(Relaying *relay, Connection *c) noexcept 
 cdef inline void connection_begin(Relaying *relay, Connection *c) noexcept nogil:
     """Pump for the first time in this relay, and only then ask epoll: most short exchanges have by
     then been heard, and need no event to say so."""
+    if c.late:
+        connection_bury(relay, c)
+        return
     c.active_ms = relay.engine.now_ms
     list_append(&relay.live, &c.live)
-    if c.client.family == AF_UNIX:
+    if c.client.family == AF_UNIX and c.client.rights.state == RIGHTS_UNKNOWN:
         socket_tune(c.client.fd, AF_UNIX)
+        endpoint_refuse_rights(&relay.engine, &c.client)
     if c.state == CONNECTING:
         connection_first_pump(relay, c)
+    elif c.state == LINGERING:
+        linger_step(relay, c)
     else:
         connection_advance(relay, c)
     if c.state == CLOSED:
@@ -621,6 +741,20 @@ cdef inline void connection_begin(Relaying *relay, Connection *c) noexcept nogil
         connection_close(relay, c, HOW_RESET, True)
     elif c.state == CONNECTING and c.timeout_ms > 0:
         connection_wake_at(relay, c, relay.engine.now_ms + c.timeout_ms)
+    elif c.wake_ms != 0 and list_empty(&c.timed):
+        connection_wake_at(relay, c, c.wake_ms)  # as it was before it came here
+
+
+cdef inline void connection_bury(Relaying *relay, Connection *c) noexcept nogil:
+    """In quarantine: close the sockets that a connection has left, however long that takes."""
+    if c.client.late >= 0:
+        close(c.client.late)
+    if c.target.late >= 0:
+        close(c.target.late)
+    if c.stray:
+        shared_add(&relay.quarantine.strays, -1)
+    free(c)
+    connections_fewer(relay)
 
 
 cdef inline Relaying *relay_with_least(Relaying *boss) noexcept nogil:
@@ -658,8 +792,13 @@ cdef inline void connection_place(Relaying *boss, Connection *c, bint connecting
         inbox_put(&relay.inbox, &relay.inbox.begin, &c.live)
 
 
+cdef inline void target_set_rights(const Engine *engine, Endpoint *target) noexcept nogil:
+    """What socket_connect() has made of it, before anybody could send it anything."""
+    target.rights.state = RIGHTS_NONE if engine.may_refuse else RIGHTS_MAYBE
+
+
 cdef inline int socket_connect(
-    const sockaddr_storage *address, socklen_t size, bint *connecting
+    Engine *engine, const sockaddr_storage *address, socklen_t size, bint *connecting
 ) noexcept nogil:
     """A new socket on its way to `address`, or there; or -errno."""
     cdef int fd = socket(address.ss_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0)
@@ -667,6 +806,8 @@ cdef inline int socket_connect(
     if fd < 0:
         return -errno
     socket_tune(fd, address.ss_family)
+    if address.ss_family == AF_UNIX:
+        engine.may_refuse = engine.may_refuse and rights_refuse(fd)
     connecting[0] = False
     if connect(fd, <const sockaddr *>address, size) < 0:
         error = errno
@@ -686,15 +827,16 @@ cdef inline long long connection_open(
     cdef Connection *c
     cdef bint connecting
     cdef long long number
-    cdef int fd = socket_connect(address, size, &connecting)
+    cdef int fd = socket_connect(&relay.engine, address, size, &connecting)
     if fd < 0:
         return fd
     c = connection_new(relay, client, client_family, fd, address.ss_family,
                        preamble, preamble_size)
     if c == NULL:
-        close(fd)
+        relay_hang_up(relay, fd, address.ss_family, False)
         return -ENOMEM
     number = c.id
+    target_set_rights(&relay.engine, &c.target)
     c.cookie = cookie
     c.timeout_ms = timeout_ms
     own_add(relay.own, &c.own, fd, address)
@@ -704,16 +846,20 @@ cdef inline long long connection_open(
 
 # ── notes ────────────────────────────────────────────────────────────────────────────────────
 
-cdef inline void note_add(
+cdef inline Note *note_add(
     Relaying *relay, int kind, int fd, uint32_t value, int index
 ) noexcept nogil:
-    """Something for the policy."""
+    """Something for the policy. NULL where there is no room: once it has run there is."""
     cdef Note *note = &relay.notes[relay.notes_count]
+    if relay.notes_count >= NOTES_MOST:
+        return NULL
     note.kind = kind
     note.fd = fd
     note.value = value
     note.index = index
+    note.peer_size = 0
     relay.notes_count += 1
+    return note
 
 
 # ── events ───────────────────────────────────────────────────────────────────────────────────
@@ -751,9 +897,19 @@ cdef inline void connection_event(Relaying *relay, Endpoint *end, uint32_t event
         linger_step(relay, c)
 
 
+cdef inline void connect_expired(Relaying *relay, Connection *c) noexcept nogil:
+    """The time for the connect is over. A target that has accepted just now is not left again."""
+    cdef sockaddr_storage peer
+    cdef socklen_t size = sizeof(peer)
+    if getpeername(c.target.fd, <sockaddr *>&peer, &size) == 0:
+        connection_event(relay, &c.target, EPOLLOUT)
+    else:
+        connect_failed(relay, c, ETIMEDOUT)
+
+
 cdef inline void connection_timer(Relaying *relay, Connection *c) noexcept nogil:
     if c.state == CONNECTING:
-        connect_failed(relay, c, ETIMEDOUT)
+        connect_expired(relay, c)
     elif c.state == CONNECTED:
         connection_look(relay, c)
     elif c.state == LINGERING:

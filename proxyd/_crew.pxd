@@ -5,23 +5,26 @@
 # reported come back through the boss's inbox. These threads never run Python, and block no longer
 # than a batch of events takes.
 
-from proxyd._connection cimport Crew, HOW_COUNT, KIND_INBOX, Relaying
+from proxyd._connection cimport Crew, HOW_COUNT, KIND_INBOX, Relaying, connections_free
 from proxyd._inbox cimport (
     ORDER_ANSWER, ORDER_STOP, inbox_close, inbox_open, inbox_order, inbox_return, inbox_ring,
 )
 from proxyd._linux cimport (
-    ENOMEM, EPOLLIN, EPOLL_CTL_ADD, SIG_SETMASK, calloc, counter_add, epoll_ctl, epoll_event,
-    errno, free, pthread_attr_destroy, pthread_attr_init, pthread_attr_setstacksize,
-    pthread_attr_t, pthread_create, pthread_join, pthread_sigmask, realloc, shared_add,
-    shared_get, shared_set, sigfillset, sigset_t, uint32_t,
+    CLOCK_REALTIME, ENOMEM, EPOLLIN, EPOLL_CTL_ADD, EPOLL_CTL_DEL, SIG_SETMASK, calloc,
+    clock_gettime, counter_add, epoll_ctl, epoll_event, errno, free, pthread_attr_destroy,
+    pthread_attr_init, pthread_attr_setstacksize, pthread_attr_t, pthread_create, pthread_join,
+    pthread_sigmask, pthread_timedjoin_np, realloc, shared_add, shared_get, shared_set, sigfillset,
+    sigset_t, timespec, uint32_t,
 )
 from proxyd._list cimport list_move_all
+from proxyd._quarantine cimport QUARANTINE_RETRY_MS, quarantine_begin, quarantine_end
 from proxyd._loop cimport (
     relay_cut, relay_free, relay_init, relay_open, relay_read_inbox, relay_turn,
 )
 
 cdef enum:
     STACK_SIZE = 256 * 1024    # bytes of address space; a loop needs a few KiB of it
+    FAREWELL_MS = 200          # the end of the quarantine's thread is waited for so long
 
 
 cdef inline int relay_open_inbox(Relaying *relay) noexcept nogil:
@@ -41,6 +44,13 @@ cdef inline int relay_open_inbox(Relaying *relay) noexcept nogil:
     return failure
 
 
+cdef inline void relay_close_inbox(Relaying *relay) noexcept nogil:
+    """Only once it is empty."""
+    if relay.inbox.bell >= 0:
+        epoll_ctl(relay.engine.epoll, EPOLL_CTL_DEL, relay.inbox.bell, NULL)
+    inbox_close(&relay.inbox)
+
+
 cdef inline void *crew_work(void *argument) noexcept nogil:
     """The life of a thread."""
     cdef Relaying *relay = <Relaying *>argument
@@ -55,7 +65,9 @@ cdef inline void *crew_work(void *argument) noexcept nogil:
     return NULL
 
 
-cdef inline int crew_start(Relaying *relay) noexcept nogil:
+cdef inline int crew_start(
+    Relaying *relay, void *(*work)(void *) noexcept nogil
+) noexcept nogil:
     """Start its thread, which hears no signal: those are the boss's. 0 or -errno."""
     cdef pthread_attr_t attributes
     cdef sigset_t every, before
@@ -64,7 +76,7 @@ cdef inline int crew_start(Relaying *relay) noexcept nogil:
     pthread_attr_init(&attributes)
     pthread_attr_setstacksize(&attributes, STACK_SIZE)
     pthread_sigmask(SIG_SETMASK, &every, &before)
-    error = pthread_create(&relay.thread, &attributes, crew_work, relay)
+    error = pthread_create(&relay.thread, &attributes, work, relay)
     pthread_sigmask(SIG_SETMASK, &before, NULL)
     pthread_attr_destroy(&attributes)
     return -error
@@ -72,7 +84,7 @@ cdef inline int crew_start(Relaying *relay) noexcept nogil:
 
 cdef inline void crew_free(Relaying *relay) noexcept nogil:
     """One whose thread has ended, or never was."""
-    inbox_close(&relay.inbox)
+    relay_close_inbox(relay)
     relay_free(relay)
     free(relay)
 
@@ -81,9 +93,9 @@ cdef inline int crew_open(Relaying *relay, const Relaying *boss) noexcept nogil:
     """Make a relay as the boss's is; 0 or -errno."""
     cdef int failure = relay_open(
         relay, boss.engine.stream_unit, boss.engine.pool.size, boss.engine.may_splice)
+    relay.engine.may_refuse = boss.engine.may_refuse
     relay.idle_ms = boss.idle_ms
     relay.report_ends = boss.report_ends
-    relay.shared = boss.shared
     relay.shares = boss.shares
     return relay_open_inbox(relay) if failure == 0 else failure
 
@@ -115,10 +127,11 @@ cdef inline int crew_hire(Relaying *boss) noexcept nogil:
         return -ENOMEM
     relay_init(relay, boss.tally, boss.own)
     relay.boss = boss
+    relay.quarantine = boss.quarantine
     relay.answered = boss.crew.asked  # it has not been there to be asked
     failure = crew_open(relay, boss)
     if failure == 0:
-        failure = crew_start(relay)
+        failure = crew_start(relay, crew_work)
     if failure < 0:
         crew_free(relay)
         return failure
@@ -161,6 +174,81 @@ cdef inline void relay_inherit(Relaying *boss, Relaying *relay) noexcept nogil:
     list_move_all(&boss.ended, &relay.ended)
 
 
+# ── quarantine ───────────────────────────────────────────────────────────────────────────────
+
+cdef inline void *quarantine_work(void *argument) noexcept nogil:
+    """The life of its thread. It also cuts what is left itself, since that may block."""
+    cdef Relaying *relay = <Relaying *>argument
+    crew_work(relay)
+    relay.cut = relay_cut(relay, True)
+    connections_free(&relay.dead)
+    return NULL
+
+
+cdef inline int quarantine_hire(Relaying *boss) noexcept nogil:
+    """Start the thread; 0 or -errno."""
+    cdef Relaying *relay
+    cdef int failure = relay_open_inbox(boss)
+    if failure < 0:
+        return failure
+    relay = <Relaying *>calloc(1, sizeof(Relaying))
+    if relay == NULL:
+        return -ENOMEM
+    relay_init(relay, boss.tally, boss.own)
+    relay.boss = boss
+    relay.quarantine = boss.quarantine
+    failure = crew_open(relay, boss)
+    relay.shares = False
+    if failure == 0:
+        failure = crew_start(relay, quarantine_work)
+    if failure < 0:
+        crew_free(relay)
+        return failure
+    boss.crew.quarantine = relay
+    return 0
+
+
+cdef inline void quarantine_serve(Relaying *boss) noexcept nogil:
+    """Somebody is to go into quarantine: see that there is a thread, now or later."""
+    if boss.crew.quarantine == NULL and quarantine_hire(boss) < 0:
+        boss.quarantine.retry_ms = boss.engine.now_ms + QUARANTINE_RETRY_MS
+        return
+    quarantine_begin(boss.quarantine, &boss.crew.quarantine.inbox)
+    crew_order(boss, 0)  # who has waited for this is to look again
+    inbox_ring(&boss.inbox)
+
+
+cdef inline bint thread_joins(Relaying *relay, int ms) noexcept nogil:
+    """Wait until its thread has ended, but no longer than `ms`."""
+    cdef timespec until
+    clock_gettime(CLOCK_REALTIME, &until)
+    until.tv_nsec += ms * 1000000
+    until.tv_sec += until.tv_nsec // 1000000000
+    until.tv_nsec %= 1000000000
+    return pthread_timedjoin_np(relay.thread, NULL, &until) == 0
+
+
+cdef inline int quarantine_dismiss(Relaying *boss) noexcept nogil:
+    """End its thread and cut its connections; how many those were.
+
+    A thread that blocks is left alone, and boss.crew.quarantine tells: what it uses must stay.
+    Its connections are cut by the end of the process, as endpoint_exile() has prepared.
+    """
+    cdef Relaying *relay = boss.crew.quarantine
+    cdef int count
+    if relay == NULL:
+        return 0
+    inbox_order(&relay.inbox, ORDER_STOP)
+    if not thread_joins(relay, FAREWELL_MS):
+        return shared_get(&relay.open)
+    count = relay.cut
+    quarantine_end(boss.quarantine)
+    relay_inherit(boss, relay)
+    boss.crew.quarantine = NULL
+    crew_free(relay)
+    return count
+
+
 cdef inline int crew_dismiss(Relaying *boss, bint reset) noexcept nogil:
     """End every thread and cut its connections; how many those were."""
     cdef Relaying *relay
@@ -168,6 +256,7 @@ cdef inline int crew_dismiss(Relaying *boss, bint reset) noexcept nogil:
     crew_order(boss, ORDER_STOP)
     for i in range(boss.crew.count):  # all, before any is freed to which another may still give
         pthread_join(boss.crew.relays[i].thread, NULL)
+    count += quarantine_dismiss(boss)
     for i in range(boss.crew.count):
         relay = boss.crew.relays[i]
         relay_read_inbox(relay)  # what a thread has left that could not go on

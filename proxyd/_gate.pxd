@@ -5,23 +5,27 @@
 # terms, one over the limit, one whose connect failed, an error of accept.
 
 from proxyd._connection cimport (
-    KIND_GATE, NOTES_MOST, NOTE_ACCEPTED, NOTE_FAILED, NOTE_NOBODY, NOTE_REFUSED, Relaying,
-    connection_open, note_add, socket_reset, socket_tune,
+    KIND_GATE, NOTES_MOST, NOTE_ACCEPTED, NOTE_FAILED, NOTE_NOBODY, NOTE_REFUSED, Note, Relaying,
+    connection_open, note_add, relay_hang_up, socket_tune, socket_unlinger,
 )
 from proxyd._linux cimport (
-    AF_UNIX, EAGAIN, ELOOP, EPOLLIN, EPOLL_CTL_ADD, EPOLL_CTL_DEL, IPPROTO_TCP, SOCK_CLOEXEC,
-    SOCK_NONBLOCK, SOL_SOCKET, SO_PEERCRED, TCP_INFO, accept4, close, epoll_ctl, epoll_event,
-    errno, getsockopt, int64_t, memset, sockaddr, sockaddr_storage, socklen_t, tcp_info, ucred,
-    uint32_t, uint64_t,
+    AF_UNIX, EAGAIN, EINTR, ELOOP, EPOLLIN, EPOLL_CTL_ADD, EPOLL_CTL_DEL, F_GETFL, F_SETFL,
+    IPPROTO_TCP, O_NONBLOCK, SOCK_CLOEXEC, SOCK_NONBLOCK, SOL_SOCKET, SO_PEERCRED, TCP_INFO,
+    accept4, epoll_ctl, epoll_event, errno, errno_set, fcntl, getsockopt, int64_t, memcpy, memset,
+    shared_get, sockaddr, sockaddr_storage, socklen_t, tcp_info, ucred, uint16_t, uint32_t,
+    uint64_t,
 )
 from proxyd._list cimport Link, list_append, list_empty, list_remove
-from proxyd._own cimport own_came_back
+from proxyd._own cimport local_port, own_came_back
+from proxyd._quarantine cimport STRAYS_MOST
+from proxyd._signals cimport alarm_is_handled, alarm_set
 from proxyd._tally cimport tally_open
 
 # what to look for in an accepted client, to find that it is ourselves
 cdef enum:
     GATE_CHECK_TCP = 1         # its address is one of our outgoing sockets'
     GATE_CHECK_UNIX = 2        # its process is this one
+    GATE_CHECK_PORT = 4        # it connected to another port than the listener's
 
 # One client at a time is the cheapest while few come: to be told that nobody else waits (EAGAIN)
 # costs as much as a connection does, for the kernel makes the new socket before it looks. Where a
@@ -29,7 +33,9 @@ cdef enum:
 cdef enum:
     CROWD_TURNS = 4            # after so many turns in a row, twice as many
     CROWD_MOST = 32            # before the connections have their turn
+    READY_MOST = 5 * CROWD_TURNS  # turns that are counted: with them it is CROWD_MOST
     ROOM_WAIT_MS = 20          # a client over the limit waits so long for room
+    CONTEST_MS = 10            # how long an accept4 may wait where others clear O_NONBLOCK
 
 ctypedef struct GateState:
     int kind                   # KIND_GATE, where an Endpoint has its kind
@@ -37,15 +43,19 @@ ctypedef struct GateState:
     int family
     int check                  # GATE_CHECK_*
     int index                  # the policy's number for it
+    uint16_t port              # its own, in network byte order; for GATE_CHECK_PORT
+    bint watched               # with epoll
     bint express               # connect at once
     sockaddr_storage target
     socklen_t target_size
     int64_t timeout_ms         # of a connect; 0: as long as the kernel tries
     uint64_t served            # clients connected, or on their way
     int64_t turn               # of the relay, in which it was last ready
-    int ready_turns            # in a row
+    int ready_turns            # in a row, up to READY_MOST
     Link full                  # among those that wait for room
     bint refuses               # the wait was in vain
+    bint contested             # whoever shares the listener has made it blocking
+    int64_t looked_ms          # when O_NONBLOCK was last looked at
     uint32_t early             # clients to come who may be older than the settings of the listener
 
 
@@ -68,34 +78,88 @@ cdef inline void gate_count_early(GateState *gate) noexcept nogil:
     gate.early = about.tcpi_unacked  # of a listener: the length of its queue
 
 
-cdef inline int gate_accept(Relaying *relay, GateState *gate) noexcept nogil:
-    """A client's fd, or -errno; -ELOOP for one that is ourselves and was closed."""
-    cdef sockaddr_storage peer
-    cdef socklen_t size = sizeof(peer)
-    cdef int fd = accept4(gate.fd, <sockaddr *>&peer, &size, SOCK_CLOEXEC | SOCK_NONBLOCK)
+cdef inline void gate_keep_nonblocking(GateState *gate, int64_t now_ms) noexcept nogil:
+    """O_NONBLOCK belongs to the open file description, and so to all who share the listener.
+
+    Looked at once a millisecond: where clients come faster, none waits for the next for long.
+    """
+    cdef int flags
+    if gate.looked_ms == now_ms and not gate.contested:
+        return
+    gate.looked_ms = now_ms
+    flags = fcntl(gate.fd, F_GETFL)
+    if flags < 0 or flags & O_NONBLOCK:
+        return
+    fcntl(gate.fd, F_SETFL, flags | O_NONBLOCK)
+    gate.contested = alarm_is_handled()
+
+
+cdef inline int gate_accept4(
+    GateState *gate, int64_t now_ms, sockaddr *peer, socklen_t *size
+) noexcept nogil:
+    """As accept4(2), which may wait for a client that another process has taken, if that process
+    has cleared O_NONBLOCK since the last look: no flag of one call prevents it. Where this was
+    seen once an alarm ends such a wait; before that a signal does, or the next client."""
+    cdef int fd, error
+    gate_keep_nonblocking(gate, now_ms)
+    if not gate.contested:
+        return accept4(gate.fd, peer, size, SOCK_CLOEXEC | SOCK_NONBLOCK)
+    alarm_set(CONTEST_MS)
+    fd = accept4(gate.fd, peer, size, SOCK_CLOEXEC | SOCK_NONBLOCK)
+    error = errno
+    alarm_set(0)
+    errno_set(error)
+    return fd
+
+
+cdef inline int gate_accept(
+    Relaying *relay, GateState *gate, sockaddr_storage *peer, socklen_t *size
+) noexcept nogil:
+    """A client's fd, and its address; or -errno, -ELOOP for one that is ourselves and was closed.
+    """
+    cdef int fd
+    size[0] = sizeof(peer[0])
+    fd = gate_accept4(gate, relay.engine.now_ms, <sockaddr *>peer, size)
     if fd < 0:
         return -errno
     relay.accepted += 1
+    if gate.family != AF_UNIX:
+        socket_unlinger(fd)
     if gate.early > 0:
         gate.early -= 1
         socket_tune(fd, gate.family)
-    if (gate.check & GATE_CHECK_TCP and own_came_back(relay.own, fd, &peer)
+    if (gate.check & GATE_CHECK_TCP and own_came_back(relay.own, fd, peer)
             or gate.check & GATE_CHECK_UNIX and peer_is_process(fd, relay.pid)):
-        socket_reset(fd, gate.family)
+        relay_hang_up(relay, fd, gate.family, True)
         relay.refused += 1
         return -ELOOP
     return fd
 
 
-cdef inline void gate_admit(Relaying *relay, GateState *gate, int fd) noexcept nogil:
+cdef inline void gate_announce(
+    Relaying *relay, GateState *gate, int fd, const sockaddr_storage *peer, socklen_t size
+) noexcept nogil:
+    """A client for the policy, with the address that accept(2) has told: once a client has reset,
+    the kernel tells it no more. That of a UNIX client may not fit, but can be asked for later."""
+    cdef Note *note = note_add(relay, NOTE_ACCEPTED, fd, 0, gate.index)
+    relay.most -= 1
+    if note == NULL:  # gate_event() sees to it that there is room
+        relay_hang_up(relay, fd, gate.family, True)
+    elif size <= sizeof(note.peer):
+        memcpy(&note.peer, peer, size)
+        note.peer_size = size
+
+
+cdef inline void gate_admit(
+    Relaying *relay, GateState *gate, int fd, const sockaddr_storage *peer, socklen_t size
+) noexcept nogil:
     """A client is in: on its way to the target, or before the policy."""
     cdef long long result
-    if not gate.express:
-        relay.most -= 1
-        note_add(relay, NOTE_ACCEPTED, fd, 0, gate.index)
+    if not gate.express or gate.check & GATE_CHECK_PORT and local_port(fd) != gate.port:
+        gate_announce(relay, gate, fd, peer, size)
         return
     if tally_open(relay.tally) >= relay.most:
-        close(fd)
+        relay_hang_up(relay, fd, gate.family, False)
         relay.refused += 1
         note_add(relay, NOTE_REFUSED, -1, 0, gate.index)
         return
@@ -103,15 +167,16 @@ cdef inline void gate_admit(Relaying *relay, GateState *gate, int fd) noexcept n
     result = connection_open(relay, fd, gate.family, &gate.target, gate.target_size, NULL, 0,
                              gate.index, gate.timeout_ms)
     if result < 0:
+        gate.express = False  # whoever comes next must not overtake it
         relay.most -= 1
         note_add(relay, NOTE_FAILED, fd, <int>-result, gate.index)
 
 
 cdef inline int gate_crowd(GateState *gate, int64_t turn) noexcept nogil:
     """How many clients to accept in this turn."""
-    gate.ready_turns = gate.ready_turns + 1 if turn == gate.turn + 1 else 0
+    gate.ready_turns = min(gate.ready_turns + 1, READY_MOST) if turn == gate.turn + 1 else 0
     gate.turn = turn
-    return min(1 << min(gate.ready_turns // CROWD_TURNS, 10), CROWD_MOST)
+    return min(1 << (gate.ready_turns // CROWD_TURNS), CROWD_MOST)
 
 
 cdef inline int gate_watch(Relaying *relay, GateState *gate) noexcept nogil:
@@ -121,13 +186,16 @@ cdef inline int gate_watch(Relaying *relay, GateState *gate) noexcept nogil:
     event.data.ptr = gate
     if epoll_ctl(relay.engine.epoll, EPOLL_CTL_ADD, gate.fd, &event) < 0:
         return -errno
+    gate.watched = True
     return 0
 
 
 cdef inline void gate_unwatch(Relaying *relay, GateState *gate) noexcept nogil:
     """Not by an interest of 0: a hang-up would be announced again and again all the same."""
     list_remove(&gate.full)
-    epoll_ctl(relay.engine.epoll, EPOLL_CTL_DEL, gate.fd, NULL)
+    if gate.watched:
+        epoll_ctl(relay.engine.epoll, EPOLL_CTL_DEL, gate.fd, NULL)
+        gate.watched = False
 
 
 cdef inline void gate_rest(Relaying *relay, GateState *gate) noexcept nogil:
@@ -156,26 +224,32 @@ cdef inline void gates_reopen(Relaying *relay) noexcept nogil:
         list_remove(&gate.full)
         gate.refuses = refuse
         failure = gate_watch(relay, gate)
-        if failure < 0 and relay.notes_count < NOTES_MOST:
-            note_add(relay, NOTE_NOBODY, -1, -failure, gate.index)
+        if failure < 0 and note_add(relay, NOTE_NOBODY, -1, -failure, gate.index) == NULL:
+            gate_rest(relay, gate)
+            return
 
 
 cdef inline void gate_event(Relaying *relay, GateState *gate) noexcept nogil:
     """The listener is readable. Level-triggered: who is left waits for the next turn."""
     cdef int most = NOTES_MOST if gate.refuses else gate_crowd(gate, relay.turns)
     cdef bint first = True     # somebody is there, while after him perhaps nobody
+    cdef sockaddr_storage peer
+    cdef socklen_t size
     cdef int fd
     while most > 0 and relay.notes_count < NOTES_MOST // 2:
         most -= 1
-        if tally_open(relay.tally) >= relay.most and not gate.refuses:
+        if tally_open(relay.tally) >= relay.most and not (
+                gate.refuses and shared_get(&relay.quarantine.strays) < STRAYS_MOST):
             if first:
                 gate_rest(relay, gate)
             return
         first = False
-        fd = gate_accept(relay, gate)
+        fd = gate_accept(relay, gate, &peer, &size)
         if fd >= 0:
-            gate_admit(relay, gate, fd)
+            gate_admit(relay, gate, fd, &peer, size)
             continue
+        if fd == -EINTR:
+            return
         if fd == -EAGAIN:
             gate.ready_turns = 0
             gate.refuses = False

@@ -26,12 +26,17 @@
 
 from proxyd._linux cimport (
     AF_UNIX, AF_VSOCK, EAGAIN, EINTR, EINVAL, ENOMEM, ENOSYS, EOPNOTSUPP, EPERM, EPIPE, EPOLLET,
-    EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP, EPOLL_CTL_MOD, MSG_CTRUNC, MSG_NOSIGNAL,
-    SOL_SOCKET, SO_SNDBUF, SPLICE_F_MOVE, SPLICE_F_NONBLOCK, counter_add, epoll_ctl,
-    epoll_event, errno, free, int64_t, iovec, malloc, memcpy, memset, msghdr, read, recv,
-    recvmsg, send, setsockopt, splice, uint32_t, uint64_t, uint8_t,
+    EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP, EPOLL_CTL_MOD, MSG_CTRUNC, MSG_DONTWAIT,
+    MSG_NOSIGNAL, SOCK_CLOEXEC, SOCK_STREAM, SOL_SOCKET, SO_SNDBUF, SPLICE_F_MOVE,
+    SPLICE_F_NONBLOCK, close, counter_add, epoll_ctl, epoll_event, errno, free, getsockopt,
+    int64_t, iovec, malloc, memcpy, memset, msghdr, read, recv, recvmsg, send, setsockopt, socket,
+    socklen_t, splice, uint32_t, uint64_t, uint8_t,
 )
 from proxyd._pipe cimport Pipe, PipePool, pipe_close, pipe_get, pipe_put
+from proxyd._rights cimport (
+    PEEK_MOST, RIGHTS_ANY, RIGHTS_MAYBE, RIGHTS_NONE, RIGHTS_QUEUED, Rights, rights_recv,
+    rights_recv_any, rights_refuse,
+)
 
 cdef enum:
     FLOWING, DRAINING, SHUT, DEAD
@@ -61,6 +66,7 @@ ctypedef struct Engine:
     size_t copy_unit           # … until the half proves to be a stream,
     size_t stream_unit         # … and of a stream; the size of `buffer`
     bint may_splice
+    bint may_refuse            # descriptors: the kernel has SO_PASSRIGHTS, as far as is known
     PipePool pool
     Counters counters
 
@@ -75,8 +81,11 @@ ctypedef struct Endpoint:
     uint8_t urgent             # an urgent byte is ahead: splice stops there, recv does not
     uint8_t ended              # its end was read
     uint8_t gone               # nothing can be written to it any more
+    uint8_t refused            # … and bytes for it were lost: that is the reset of a UNIX socket
     uint8_t armed              # EPOLLOUT is asked for
     uint8_t registered         # with epoll
+    Rights rights              # what its queue may hold; AF_UNIX
+    int late                   # fd that the quarantine is to close; -1: none
     void *connection           # the Connection it is part of
 
 ctypedef struct Half:
@@ -92,6 +101,7 @@ ctypedef struct Half:
     uint8_t full_reads         # in a row
     uint8_t small_reads        # in a row, of a stream
     uint8_t streaming          # large units, by splice or by copy as half_splices() says
+    uint8_t widened            # dst has as large a send buffer as it may
     uint8_t copy_only          # the kernel refuses to splice these sockets
 
 
@@ -134,10 +144,11 @@ cdef inline void endpoint_blocked(Engine *engine, Endpoint *end) noexcept nogil:
 cdef inline void endpoint_lost(Endpoint *end, int error) noexcept nogil:
     """A write failed. What it had already sent is still to be read, to the end.
 
-    EPIPE from a UNIX socket is a peer that closed, or only stopped reading: no reset.
+    EPIPE from a UNIX socket is a peer that closed, or only stopped reading: no error when that is
+    read.
     """
     if error == EPIPE and end.family == AF_UNIX:
-        end.gone = 1
+        end.gone = end.refused = 1
     else:
         endpoint_failed(end, error)
     end.readable = end.ending = 1
@@ -147,14 +158,50 @@ cdef inline void endpoint_widen(const Endpoint *end) noexcept nogil:
     """Let a stream into a UNIX socket have as large a send buffer as it may (net.core.wmem_max).
 
     Such a socket is announced as writable when it is nearly empty; the default takes 208 KiB, and
-    a wake-up for every 150 of them. TCP finds the right size by itself.
+    a wake-up for every 150 of them. TCP finds the right size by itself. Never less than it has:
+    the default may be more than an ordinary user may ask for.
     """
     cdef int size = SEND_BUFFER
-    if end.family == AF_UNIX:
+    if end.family == AF_UNIX and send_buffer_of(end.fd) < send_buffer_granted():
         setsockopt(end.fd, SOL_SOCKET, SO_SNDBUF, &size, sizeof(size))
 
 
-cdef inline ssize_t endpoint_recv(Endpoint *end, void *buffer, size_t size) noexcept nogil:
+cdef inline int send_buffer_of(int fd) noexcept nogil:
+    cdef int size = 0
+    cdef socklen_t length = sizeof(size)
+    if getsockopt(fd, SOL_SOCKET, SO_SNDBUF, &size, &length) < 0:
+        return SEND_BUFFER * 2  # it stays as it is
+    return size
+
+
+cdef inline int send_buffer_granted() noexcept nogil:
+    """What a socket would have that asks for SEND_BUFFER: tried on one that nobody needs, for
+    nothing less tells the limit, and what was once reduced may not be restored. 0: not known."""
+    cdef int size = SEND_BUFFER
+    cdef int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0)
+    if fd < 0:
+        return 0
+    setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &size, sizeof(size))
+    size = send_buffer_of(fd)
+    close(fd)
+    return size
+
+
+cdef inline void endpoint_refuse_rights(Engine *engine, Endpoint *end) noexcept nogil:
+    """Have no descriptors sent to an accepted UNIX client, or be prepared for them."""
+    if engine.may_refuse and rights_refuse(end.fd):
+        end.rights.state = RIGHTS_QUEUED
+    else:
+        engine.may_refuse = False
+        end.rights.state = RIGHTS_MAYBE
+
+
+cdef inline bint endpoint_is_plain(const Endpoint *end) noexcept nogil:
+    """Whether it may be read as it comes: it has no descriptors."""
+    return end.family != AF_UNIX or end.rights.state == RIGHTS_NONE
+
+
+cdef inline ssize_t endpoint_recv(Endpoint *end, char *buffer, size_t size) noexcept nogil:
     """As recv(2), and `readable` is true afterwards only if there may be more to read.
 
     A message with fds or credentials ends a recv from a UNIX socket, whatever is behind it. That
@@ -164,7 +211,14 @@ cdef inline ssize_t endpoint_recv(Endpoint *end, void *buffer, size_t size) noex
     cdef iovec piece
     cdef msghdr message
     if end.family != AF_UNIX:
-        got = recv(end.fd, buffer, size, 0)
+        got = recv(end.fd, buffer, size, MSG_DONTWAIT)
+        message.msg_flags = 0
+    elif end.rights.state == RIGHTS_ANY:
+        got = rights_recv_any(&end.rights, end.fd, buffer, min(size, <size_t>PEEK_MOST))
+        message.msg_flags = MSG_CTRUNC  # there is always more to do: to take what was only seen
+    elif not endpoint_is_plain(end):
+        size = min(size, <size_t>PEEK_MOST)
+        got = rights_recv(&end.rights, end.fd, buffer, size)
         message.msg_flags = 0
     else:
         memset(&message, 0, sizeof(message))
@@ -172,7 +226,7 @@ cdef inline ssize_t endpoint_recv(Endpoint *end, void *buffer, size_t size) noex
         piece.iov_len = size
         message.msg_iov = &piece
         message.msg_iovlen = 1
-        got = recvmsg(end.fd, &message, 0)
+        got = recvmsg(end.fd, &message, MSG_DONTWAIT)
     if got < 0:
         if errno == EAGAIN:
             end.readable = end.urgent = 0
@@ -208,6 +262,7 @@ cdef inline void half_abandon(Half *half) noexcept nogil:
     """dst cannot be written any more."""
     if half.state != SHUT:
         half.state = DEAD
+    half.dst.refused |= half_held(half) > 0
     half_drop(half)
 
 
@@ -240,7 +295,7 @@ cdef inline ssize_t half_send(
     Engine *engine, Half *half, const char *data, size_t size
 ) noexcept nogil:
     """Bytes that dst took, 0 where it takes none now, -errno where it is gone."""
-    cdef ssize_t sent = send(half.dst.fd, data, size, MSG_NOSIGNAL)
+    cdef ssize_t sent = send(half.dst.fd, data, size, MSG_DONTWAIT | MSG_NOSIGNAL)
     cdef int error
     if sent < 0:
         error = errno
@@ -335,6 +390,8 @@ cdef inline bint half_splices(const Engine *engine, const Half *half) noexcept n
     """
     if not engine.may_splice or half.copy_only or half.src.urgent:
         return False
+    if not endpoint_is_plain(half.src):
+        return False
     if half.src.family == AF_VSOCK or half.dst.family == AF_VSOCK:
         return False
     return half.dst.family == AF_UNIX or half.src.family != AF_UNIX
@@ -346,7 +403,8 @@ cdef inline void half_learn(Half *half, size_t size, size_t asked) noexcept nogi
         half.full_reads = half.full_reads + 1 if size == asked else 0
         half.streaming = half.full_reads >= STREAM_READS
         half.small_reads = 0
-        if half.streaming:
+        if half.streaming and not half.widened:
+            half.widened = 1
             endpoint_widen(half.dst)
         return
     half.small_reads = half.small_reads + 1 if size < STREAM_SMALL else 0

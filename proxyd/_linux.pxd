@@ -7,6 +7,12 @@ cdef extern from "errno.h" nogil:
     int EAGAIN, EBADF, ECONNREFUSED, ECONNRESET, EINPROGRESS, EINTR, EINVAL, ELOOP, ENOBUFS, ENOMEM
     int ENOSYS, ENOTCONN, EOPNOTSUPP, EPERM, EPIPE, ETIMEDOUT
 
+cdef extern from * nogil:
+    """
+    #define errno_set(value) (errno = (value))
+    """
+    void errno_set(int value)
+
 cdef extern from "stdint.h" nogil:
     ctypedef unsigned char uint8_t
     ctypedef unsigned short uint16_t
@@ -31,7 +37,7 @@ cdef extern from "time.h" nogil:
     struct timespec:
         long tv_sec
         long tv_nsec
-    int CLOCK_MONOTONIC
+    int CLOCK_MONOTONIC, CLOCK_PROCESS_CPUTIME_ID, CLOCK_REALTIME, CLOCK_THREAD_CPUTIME_ID
     int clock_gettime(clockid_t clock, timespec *now)
 
 cdef extern from "unistd.h" nogil:
@@ -44,7 +50,7 @@ cdef extern from "unistd.h" nogil:
 
 cdef extern from "fcntl.h" nogil:
     int O_CLOEXEC, O_NONBLOCK
-    int F_SETPIPE_SZ, F_GETPIPE_SZ
+    int F_GETFL, F_SETFL, F_SETPIPE_SZ, F_GETPIPE_SZ
     unsigned int SPLICE_F_MOVE, SPLICE_F_NONBLOCK
     int fcntl(int fd, int command, ...)
     int pipe2(int *ends, int flags)
@@ -55,7 +61,7 @@ cdef extern from "sys/ioctl.h" nogil:
     int ioctl(int fd, unsigned long request, ...)
 
 cdef extern from "linux/sockios.h" nogil:
-    unsigned long SIOCOUTQ
+    unsigned long SIOCINQ, SIOCOUTQ
 
 cdef extern from "sys/socket.h" nogil:
     ctypedef unsigned int socklen_t
@@ -79,9 +85,9 @@ cdef extern from "sys/socket.h" nogil:
     int AF_INET, AF_INET6, AF_UNIX, AF_UNSPEC, AF_VSOCK
     int SOCK_STREAM, SOCK_NONBLOCK, SOCK_CLOEXEC
     int SOL_SOCKET, SO_DOMAIN, SO_ERROR, SO_KEEPALIVE, SO_LINGER, SO_OOBINLINE, SO_PEERCRED
-    int SO_SNDBUF
-    int MSG_CTRUNC, MSG_NOSIGNAL, MSG_PEEK
-    int SHUT_WR
+    int SO_PASSCRED, SO_PASSSEC, SO_SNDBUF
+    int MSG_CTRUNC, MSG_DONTWAIT, MSG_NOSIGNAL, MSG_PEEK
+    int SHUT_RD, SHUT_RDWR, SHUT_WR
     int socket(int family, int kind, int protocol)
     int connect(int fd, const sockaddr *address, socklen_t size)
     int accept4(int fd, sockaddr *address, socklen_t *size, int flags)
@@ -135,18 +141,29 @@ cdef extern from "sys/resource.h" nogil:
 cdef extern from "signal.h" nogil:
     ctypedef struct sigset_t:
         pass
-    int SIG_BLOCK, SIG_SETMASK
+    int SIG_SETMASK, SIG_UNBLOCK
+    int SIGALRM, SIGHUP, SIGINT
+    ctypedef void (*sighandler_t)(int number) noexcept nogil
+    sighandler_t SIG_DFL, SIG_IGN
+    struct sigaction_t "sigaction":
+        sighandler_t sa_handler
+        sigset_t sa_mask
+        int sa_flags
+    int sigaction(int number, const sigaction_t *action, sigaction_t *old)
     int sigemptyset(sigset_t *mask)
     int sigaddset(sigset_t *mask, int number)
-    int sigprocmask(int how, const sigset_t *mask, sigset_t *old)
-    int pthread_sigmask(int how, const sigset_t *mask, sigset_t *old)
     int sigfillset(sigset_t *mask)
+    int pthread_sigmask(int how, const sigset_t *mask, sigset_t *old)
 
-cdef extern from "sys/signalfd.h" nogil:
-    int SFD_CLOEXEC, SFD_NONBLOCK
-    struct signalfd_siginfo:
-        uint32_t ssi_signo
-    int signalfd(int fd, const sigset_t *mask, int flags)
+cdef extern from "sys/time.h" nogil:
+    struct timeval:
+        long tv_sec
+        long tv_usec
+    struct itimerval:
+        timeval it_interval
+        timeval it_value
+    int ITIMER_REAL
+    int setitimer(int which, const itimerval *value, itimerval *old)
 
 cdef extern from "sys/eventfd.h" nogil:
     int EFD_CLOEXEC, EFD_NONBLOCK
@@ -166,10 +183,25 @@ cdef extern from "pthread.h" nogil:
     int pthread_create(pthread_t *thread, const pthread_attr_t *attributes,
                        void *(*start)(void *) noexcept nogil, void *argument)
     int pthread_join(pthread_t thread, void **result)
+    int pthread_timedjoin_np(pthread_t thread, void **result, const timespec *until)
     int pthread_mutex_init(pthread_mutex_t *mutex, const void *attributes)
     int pthread_mutex_destroy(pthread_mutex_t *mutex)
     int pthread_mutex_lock(pthread_mutex_t *mutex)
     int pthread_mutex_unlock(pthread_mutex_t *mutex)
+
+# Newer than the C libraries that this is built with: asm-generic/socket.h.
+cdef extern from * nogil:
+    """
+    #include <sys/socket.h>
+    #ifndef SO_PASSPIDFD
+    #define SO_PASSPIDFD 76
+    #endif
+    #ifndef SO_PASSRIGHTS
+    #define SO_PASSRIGHTS 83
+    #endif
+    """
+    int SO_PASSPIDFD           # Linux 6.5
+    int SO_PASSRIGHTS          # Linux 6.16
 
 # What more than one thread reads. A counter has one writer, its relay, and is read at any time by
 # others: a plain addition, but never torn. A shared number is written by several threads, and its
@@ -182,6 +214,7 @@ cdef extern from * nogil:
     #define shared_add(place, by) __atomic_add_fetch((place), (by), __ATOMIC_SEQ_CST)
     #define shared_get(place) __atomic_load_n((place), __ATOMIC_SEQ_CST)
     #define shared_set(place, to) __atomic_store_n((place), (to), __ATOMIC_SEQ_CST)
+    #define shared_take(place) __atomic_exchange_n((place), 0, __ATOMIC_SEQ_CST)
     #define hint_get(place) __atomic_load_n((place), __ATOMIC_RELAXED)
     #define hint_set(place, to) __atomic_store_n((place), (to), __ATOMIC_RELAXED)
     #define moment_get(place) __atomic_load_n((place), __ATOMIC_RELAXED)
@@ -192,6 +225,7 @@ cdef extern from * nogil:
     int shared_add(int *place, int by)
     int shared_get(int *place)
     void shared_set(int *place, int to)
+    int shared_take(int *place)
     int hint_get(const int *place)
     void hint_set(int *place, int to)
     int64_t moment_get(int64_t *place)

@@ -7,7 +7,7 @@ from proxyd._busy cimport clock_ns
 from proxyd._connection cimport (
     CONNECTED, Connection, EVENTS_MOST, HOW_CUT, HOW_IDLE, KIND_GATE, KIND_INBOX, KIND_WATCH,
     NOTE_READY, Relaying, connection_advance, connection_begin, connection_close,
-    connection_event, connections_free, note_add, relay_timers,
+    connection_event, connections_free, endpoint_close, note_add, relay_timers,
 )
 from proxyd._gate cimport GateState, gate_event, gates_reopen
 from proxyd._half cimport COPY_UNIT, Endpoint, FIRST_UNIT, half_held
@@ -19,7 +19,7 @@ from proxyd._linux cimport (
 from proxyd._list cimport Link, link_init, list_append, list_empty, list_remove
 from proxyd._own cimport OwnTable
 from proxyd._pipe cimport PIPE_LEAST, pool_clear
-from proxyd._share cimport relay_overflows, relay_share
+from proxyd._share cimport relay_exile, relay_overflows, relay_share
 from proxyd._tally cimport Tally
 
 cdef enum:
@@ -43,15 +43,15 @@ cdef inline void relay_init(Relaying *relay, Tally *tally, OwnTable *own) noexce
     relay.engine.epoll = -1
     relay.engine.now_ms = clock_ms()
     relay.inbox.bell = -1
-    relay.crew.stat = -1
+    relay.crew.machine.stat = -1
     relay.busy.since_ns = clock_ns()
-    relay.busy.idle_ns = -1
     link_init(&relay.live, NULL)
     link_init(&relay.timed, NULL)
     link_init(&relay.again, NULL)
     link_init(&relay.failed, NULL)
     link_init(&relay.ended, NULL)
     link_init(&relay.dead, NULL)
+    link_init(&relay.exiles, NULL)
     link_init(&relay.full, NULL)
 
 
@@ -83,9 +83,9 @@ cdef inline int relay_cut(Relaying *relay, bint reset) noexcept nogil:
 cdef inline void relay_free(Relaying *relay) noexcept nogil:
     """Everything that it owns; clients of failed connects included, whom nobody has fetched."""
     cdef Link *link = relay.failed.next
-    relay_cut(relay, False)
+    relay_cut(relay, True)
     while link != &relay.failed:
-        close((<Connection *>link.owner).client.fd)
+        endpoint_close(relay, &(<Connection *>link.owner).client, True)
         link = link.next
     connections_free(&relay.failed)
     connections_free(&relay.ended)
@@ -99,10 +99,15 @@ cdef inline void relay_free(Relaying *relay) noexcept nogil:
 # ── one batch ────────────────────────────────────────────────────────────────────────────────
 
 cdef inline int relay_turn(Relaying *relay, int64_t deadline_ms) noexcept nogil:
-    """Wait until `deadline_ms` at most (-1: for ever), then work on what has come; 0 or -errno."""
-    cdef int i
-    cdef int count = relay_wait(relay, relay_timeout(relay, deadline_ms))
+    """Wait until `deadline_ms` at most (-1: for ever), then work on what has come; 0 or -errno.
+
+    Not before the policy has fetched all notes: there is room for one of each event then.
+    """
+    cdef int i, count
     cdef bint overflows
+    if relay.notes_count > 0:
+        return 0
+    count = relay_wait(relay, relay_timeout(relay, deadline_ms))
     if count < 0:
         if errno != EINTR:
             return -errno
@@ -121,6 +126,8 @@ cdef inline int relay_turn(Relaying *relay, int64_t deadline_ms) noexcept nogil:
     if relay.idle_ms > 0:
         relay_close_idle(relay)
     connections_free(&relay.dead)
+    if not list_empty(&relay.exiles):
+        relay_exile(relay)
     if overflows:
         relay_share(relay)
     return 0

@@ -54,6 +54,18 @@ cdef inline void own_key(OwnKey *key, const sockaddr_storage *address) noexcept 
         key.port = v6.sin6_port
 
 
+cdef inline uint16_t local_port(int fd) noexcept nogil:
+    """The port of a socket, in network byte order; 0 where it has none."""
+    cdef sockaddr_storage name
+    cdef socklen_t size = sizeof(name)
+    cdef OwnKey key
+    memset(&name, 0, sizeof(name))
+    if getsockname(fd, <sockaddr *>&name, &size) < 0:
+        return 0
+    own_key(&key, &name)
+    return key.port
+
+
 cdef inline void own_add(
     OwnTable *table, Own *own, int fd, const sockaddr_storage *target
 ) noexcept nogil:

@@ -12,32 +12,49 @@ events), _gate.pxd (how clients come in), _connection.pxd (how a connection begi
 _half.pxd (the pump), _pipe.pxd (pipes); and _crew.pxd for the same in several threads.
 """
 
+from cpython.ref cimport Py_INCREF
+from cython cimport no_gc_clear
+
+from proxyd._busy cimport CPUS_MOST, Machine
 from proxyd._connection cimport (
     Connection, HOW_COUNT, KIND_GATE, KIND_WATCH, NOTE_ACCEPTED, NOTE_BUSY, NOTE_ENDED,
     NOTE_FAILED, NOTE_NOBODY, NOTE_READY, NOTE_REFUSED, Note, Relaying, connection_free,
-    connection_new, connection_open, connection_place, connections_fewer, socket_connect,
-    socket_error, socket_met_itself, socket_reset, socket_tune,
+    connection_new, connection_open, connection_place, connections_fewer, connections_free,
+    relay_hang_up, socket_connect, socket_error, socket_met_itself, socket_tune, socket_unlinger,
+    target_set_rights,
 )
-from proxyd._crew cimport crew_answered, crew_ask, crew_dismiss, crew_hire, crew_order
+from proxyd._crew cimport (
+    crew_answered, crew_ask, crew_dismiss, crew_free, crew_hire, crew_order, quarantine_serve,
+    relay_close_inbox,
+)
 from proxyd._gate cimport (
-    GATE_CHECK_TCP, GATE_CHECK_UNIX, GateState, gate_count_early, gate_unwatch, gate_watch,
+    GATE_CHECK_PORT, GATE_CHECK_TCP, GATE_CHECK_UNIX, GateState, gate_count_early, gate_unwatch,
+    gate_watch,
 )
 from proxyd._half cimport endpoint_lost
-from proxyd._inbox cimport ORDER_TRIM, inbox_close
+from proxyd._inbox cimport ORDER_TRIM
 from proxyd._linux cimport (
-    EINPROGRESS, ELOOP, ENOMEM, EPOLLET, EPOLLIN, EPOLLOUT, EPOLL_CTL_ADD, EPOLL_CTL_DEL,
-    RLIMIT_NOFILE, SFD_CLOEXEC, SFD_NONBLOCK, SIG_BLOCK, SOL_SOCKET, SO_DOMAIN, calloc, close,
-    counter_get, epoll_ctl, epoll_event, errno, free, getpeername, getpid, getrlimit,
-    getsockname, getsockopt, int64_t, memcpy, memset, moment_get, rlimit, setrlimit, shared_get,
-    sigaddset, sigemptyset, signalfd, sigprocmask, sigset_t, sockaddr, sockaddr_storage,
-    socklen_t, uint64_t,
+    AF_UNIX, AF_VSOCK, ECONNREFUSED, ECONNRESET, EFD_CLOEXEC, EFD_NONBLOCK, EINPROGRESS, ELOOP,
+    ENOMEM, EPOLLET, EPOLLIN, EPOLLOUT, EPOLLRDHUP, EPOLL_CTL_ADD, EPOLL_CTL_DEL, MSG_DONTWAIT,
+    MSG_PEEK, RLIMIT_NOFILE, SIGALRM, SIGHUP, SIGINT, SIG_IGN, SIG_UNBLOCK, SOL_SOCKET, SO_DOMAIN,
+    calloc, close, counter_get, epoll_ctl, epoll_event, errno, errno_set, eventfd, eventfd_read,
+    eventfd_write, free, getpeername, getpid, getrlimit, getsockname, getsockopt, int64_t, memcpy,
+    memset, moment_get, pthread_join, pthread_sigmask, recv, rlimit, setrlimit, shared_add,
+    shared_get, shared_take, sigaction, sigaction_t, sigaddset, sigemptyset, sigset_t, sockaddr,
+    sockaddr_storage, socklen_t, uint64_t,
 )
 from proxyd._list cimport link_init, list_empty, list_remove
-from proxyd._loop cimport Watch, clock_ms, relay_cut, relay_free, relay_init, relay_open, relay_turn
+from proxyd._loop cimport (
+    Watch, clock_ms, earlier, relay_cut, relay_free, relay_init, relay_open, relay_turn,
+)
 from proxyd._own cimport (
-    Own, OwnTable, own_add, own_move, own_remove, own_table_close, own_table_init,
+    Own, OwnTable, local_port, own_add, own_move, own_remove, own_table_close, own_table_init,
 )
 from proxyd._pipe cimport pool_clear
+from proxyd._quarantine cimport (
+    Quarantine, quarantine_destroy, quarantine_due, quarantine_init,
+)
+from proxyd._signals cimport alarm_set
 from proxyd._tally cimport Tally, tally_open, tally_wake_at
 
 # kinds of events that run() returns
@@ -52,19 +69,22 @@ BUSY = NOTE_BUSY
 # what a Gate is to look for
 CHECK_TCP = GATE_CHECK_TCP
 CHECK_UNIX = GATE_CHECK_UNIX
+CHECK_PORT = GATE_CHECK_PORT
 
 ctypedef struct WatchedFd:
     Watch watch
     Own own                    # of a socket that dial() made
 
 
+@no_gc_clear  # __dealloc__ needs the relay
 cdef class Gate:
     """A listener whose clients the relay accepts. The fd stays the caller's.
 
-    Each client becomes an (ACCEPTED, client, index) event; with express() it is connected at once
-    instead. `check` is CHECK_TCP to find clients that are our own outgoing sockets (the listener
-    must be in our network namespace), CHECK_UNIX to find those of this process; such a client is
-    closed, and (NOBODY, ELOOP, index) tells.
+    Each client becomes an (ACCEPTED, client, peer, index) event; with express() it is connected at
+    once instead. `check` is CHECK_TCP to find clients that are our own outgoing sockets (the
+    listener must be in our network namespace), CHECK_UNIX to find those of this process; such a
+    client is closed, and (NOBODY, ELOOP, index) tells. With CHECK_PORT a client that connected to
+    another port than the listener's is not connected, but becomes an ACCEPTED event in any case.
     """
 
     cdef GateState state
@@ -77,7 +97,12 @@ cdef class Gate:
         self.state.family = family
         self.state.check = check
         self.state.index = index
+        self.state.port = local_port(fd)
         link_init(&self.state.full, &self.state)
+
+    def __dealloc__(self):
+        if self.relay is not None:
+            gate_unwatch(&self.relay.relaying, &self.state)
 
     @property
     def served(self):
@@ -116,7 +141,8 @@ cdef class Relay:
     """Forwards between pairs of stream sockets. Belongs to one thread.
 
     `stream_unit` is the most that one recv asks for, `pipe_size` what a pipe is to hold, both in
-    bytes; without `may_splice` everything is copied.
+    bytes; without `may_splice` everything is copied. Without `may_refuse`, or where the kernel
+    cannot refuse file descriptors sent over UNIX sockets, they are taken and dropped.
 
     The relay owns a client from the moment connect() or adopt() returns; when either raises, the
     client is still the caller's. A FAILED event gives a client back.
@@ -125,17 +151,22 @@ cdef class Relay:
     cdef Relaying relaying
     cdef Tally tally
     cdef OwnTable own
+    cdef Quarantine quarantine
+    cdef bint outlived                 # by the quarantine's thread, which cannot be ended
     cdef WatchedFd **watches           # by fd; NULL: not watched
     cdef int watches_size
     cdef public int wake_at            # run() returns where no more connections are open; -1: never
     cdef public bint wake_first        # … and when the first one comes
 
     def __cinit__(self, size_t stream_unit=256 * 1024, size_t pipe_size=1024 * 1024,
-                  bint may_splice=True):
+                  bint may_splice=True, bint may_refuse=True):
         cdef Relaying *relay = &self.relaying
         cdef int failure
         own_table_init(&self.own)
         relay_init(relay, &self.tally, &self.own)
+        quarantine_init(&self.quarantine, &relay.inbox)
+        relay.quarantine = &self.quarantine
+        relay.engine.may_refuse = may_refuse
         if stream_unit < 1:
             raise ValueError("a recv of nothing would look like the end")
         relay.pid = getpid()
@@ -149,17 +180,26 @@ cdef class Relay:
             raise_errno(-failure)
 
     def __dealloc__(self):
+        cdef Connection *c
         if self.relaying.live.next == NULL:
             return  # __cinit__ has not even begun: its arguments were no good
-        crew_dismiss(&self.relaying, False)
+        crew_dismiss(&self.relaying, True)
+        if self.relaying.crew.quarantine != NULL:  # without a close_all() that could have kept us
+            pthread_join(self.relaying.crew.quarantine.thread, NULL)
+            crew_free(self.relaying.crew.quarantine)
         free(self.relaying.crew.relays)
-        if self.relaying.crew.stat >= 0:
-            close(self.relaying.crew.stat)
-        inbox_close(&self.relaying.inbox)
+        if self.relaying.crew.machine.stat >= 0:
+            close(self.relaying.crew.machine.stat)
+        relay_close_inbox(&self.relaying)
         for fd in range(self.watches_size):
             self.unwatch(fd)
         free(self.watches)
         relay_free(&self.relaying)
+        while not list_empty(&self.quarantine.waiting):  # their sockets end with the process
+            c = <Connection *>self.quarantine.waiting.next.owner
+            list_remove(&c.live)
+            free(c)
+        quarantine_destroy(&self.quarantine)
         own_table_close(&self.own)
 
     # ── what the policy sees ─────────────────────────────────────────────────────────────────
@@ -206,16 +246,6 @@ cdef class Relay:
     def report_ends(self, bint value):
         self.relaying.report_ends = value
 
-    @property
-    def shared(self):
-        """Whether clients may be open in another process too, as the service manager keeps those
-        of Accept=yes."""
-        return bool(self.relaying.shared)
-
-    @shared.setter
-    def shared(self, bint value):
-        self.relaying.shared = value
-
     def counters(self):
         """(accepted, refused, bytes to targets, to clients, spliced, copied, ends by HOW_*)."""
         cdef Relaying *relay = &self.relaying
@@ -235,6 +265,8 @@ cdef class Relay:
         cdef uint64_t total = counter_get(counter)
         for i in range(relay.crew.count):
             total += counter_get(<uint64_t *>(<char *>relay.crew.relays[i] + offset))
+        if relay.crew.quarantine != NULL:
+            total += counter_get(<uint64_t *>(<char *>relay.crew.quarantine + offset))
         return total
 
     # ── threads ──────────────────────────────────────────────────────────────────────────────
@@ -249,23 +281,33 @@ cdef class Relay:
         """How often a connection went from one thread to another."""
         return self.sum_of(&self.relaying.handed_over)
 
-    def share(self, int stat, int window_ms=100):
+    def share(self, int stat, int window_ms=100, cpus=None, int quota=0, int wait_most=100):
         """Hand over only what is too much for one thread, and while a CPU is idle: see _busy.pxd.
         That is looked at every `window_ms`. Without share() every new connection goes to the
         thread that has the fewest.
 
-        `stat` is an fd of /proc/stat, the relay's from now on; -1 where it cannot be had: then a
-        CPU is taken to be idle always. Where there is no further thread yet when one could help,
-        run() returns (BUSY,), once. To be called once, before hire().
+        `stat` is an fd of /proc/stat or /proc/uptime, the relay's from now on; -1 where neither
+        can be had: then a CPU is taken to be idle always. With `cpus` only the idle time of these
+        counts, which takes /proc/stat. `quota` is how much of a CPU the process may use, in per
+        cent; 0: no limit. An idle CPU does not count after a window of which the thread had to
+        wait for more than `wait_most` per cent. Where there is no further thread yet when one
+        could help, run() returns (BUSY,), once. To be called once, before hire().
         """
+        cdef Machine *machine = &self.relaying.crew.machine
         self.relaying.shares = True
-        self.relaying.crew.stat = stat
         self.relaying.crew.window_ms = window_ms
+        machine.stat = stat
+        machine.quota = quota
+        machine.wait_most = wait_most
+        machine.some = cpus is not None
+        for cpu in cpus or ():
+            if 0 <= cpu < CPUS_MOST:
+                machine.cpus[<int>cpu // 8] |= 1 << (<int>cpu % 8)
 
     def hire(self):
         """Start one more thread, to which connections are handed over. Raises OSError.
 
-        idle_ms, report_ends and shared must be set before: a new thread takes them as they are.
+        idle_ms and report_ends must be set before: a new thread takes them as they are.
         All threads must be there before one of them is handed anything.
         """
         cdef int failure = crew_hire(&self.relaying)
@@ -334,6 +376,16 @@ cdef class Relay:
         self.watches_size = size
         return 0
 
+    def take_over(self, int fd, int family):
+        """Prepare a client that was accepted elsewhere, before there are further threads.
+
+        close(2) is not to wait for it. Nor is splice(2), which would where another process that has
+        the socket clears O_NONBLOCK: everything is copied from now on.
+        """
+        if family != AF_UNIX:
+            socket_unlinger(fd)
+        self.relaying.engine.may_splice = False
+
     def trim(self):
         """Close the pipes kept for later, to make room where fds are short."""
         pool_clear(&self.relaying.engine.pool)
@@ -350,11 +402,13 @@ cdef class Relay:
         (FAILED, client, errno, cookie, pending, opened_ms, id): pending is what must be sent first
         when another target is tried, the preamble and bytes already taken from the client.
 
-        Raises OSError, the client still the caller's, where it fails at once.
+        Raises OSError, the client still the caller's, where it fails at once. The client is not
+        watched any more in any case.
         """
         cdef sockaddr_storage target
         cdef long long number
         address_unpack(&target, address)
+        self.unwatch(client)
         if preamble is None:
             preamble = b""
         number = connection_open(
@@ -365,7 +419,7 @@ cdef class Relay:
         return number
 
     def dial(self, bytes address not None):
-        """Start to connect a socket of the caller's; its fd, watched for EPOLLOUT.
+        """Start to connect a socket of the caller's; its fd, watched for what it comes to say.
 
         For adopt() once connected() says so; hang_up() ends it. Raises OSError where it fails at
         once.
@@ -375,13 +429,13 @@ cdef class Relay:
         cdef int fd
         cdef WatchedFd *watch
         address_unpack(&target, address)
-        fd = socket_connect(&target, <socklen_t>len(address), &connecting)
+        fd = socket_connect(&self.relaying.engine, &target, <socklen_t>len(address), &connecting)
         if fd < 0:
             raise_errno(-fd)
         try:
-            self.watch(fd, EPOLLOUT | EPOLLET)
+            self.watch(fd, EPOLLOUT | EPOLLIN | EPOLLRDHUP | EPOLLET)
         except OSError:
-            close(fd)
+            relay_hang_up(&self.relaying, fd, target.ss_family, False)
             raise
         watch = self.watches[fd]
         own_add(&self.own, &watch.own, fd, &target)
@@ -389,12 +443,9 @@ cdef class Relay:
 
     def hang_up(self, int fd, bint reset=False):
         """Close a client or a socket of dial(), watched or not; as a reset where it may have been
-        heard of and is not to look complete."""
+        heard of and is not to look complete. Never waits."""
         self.unwatch(fd)
-        if reset:
-            socket_reset(fd, socket_family(fd))
-        else:
-            close(fd)
+        relay_hang_up(&self.relaying, fd, socket_family(fd), reset)
 
     def adopt(self, int client, int client_family, int fd, bytes preamble=None, int error=0):
         """Forward between a client and a connected socket of dial(), both owned from now on; the
@@ -408,6 +459,8 @@ cdef class Relay:
                            preamble, <size_t>len(preamble))
         if c == NULL:
             raise_errno(ENOMEM)
+        target_set_rights(&self.relaying.engine, &c.target)
+        self.unwatch(client)
         if watch != NULL:
             own_move(&self.own, &c.own, &watch.own)
             self.unwatch(fd)
@@ -418,11 +471,15 @@ cdef class Relay:
 
     def close_all(self):
         """Cut every connection, as a reset: this is no clean end. How many there were. The threads
-        that were hired end with it."""
+        that were hired end with it, but for one that is blocked in quarantine: see there."""
         cdef int count
         with nogil:
             count = crew_dismiss(&self.relaying, True)  # may leave some to the boss
             count += relay_cut(&self.relaying, True)
+            connections_free(&self.relaying.dead)
+        if self.relaying.crew.quarantine != NULL and not self.outlived:
+            self.outlived = True
+            Py_INCREF(self)  # for good: the thread uses what is in here
         return count
 
     # ── the loop ─────────────────────────────────────────────────────────────────────────────
@@ -431,7 +488,8 @@ cdef class Relay:
         """Forward until there is something for the policy; the events, as a list of tuples.
 
         (READY, fd, events)                           a watched fd
-        (ACCEPTED, client, index)                     the caller's now; see Gate
+        (ACCEPTED, client, peer, index)               the caller's now; its packed address, b"" if
+                                                      that is to be asked of socket_names()
         (NOBODY, errno, index)                        accept failed
         (REFUSED, index)                              a client over the limit was closed
         (BUSY,)                                       see share()
@@ -456,7 +514,9 @@ cdef class Relay:
         cdef int failure, before
         while True:
             before = tally_open(&self.tally)
-            failure = relay_turn(relay, 0 if self.is_wanted() else deadline_ms)
+            if quarantine_due(&self.quarantine, relay.engine.now_ms):
+                quarantine_serve(relay)
+            failure = relay_turn(relay, 0 if self.is_wanted() else self.until(deadline_ms))
             if failure == 0:
                 failure = -shared_get(&self.tally.failure)
             if failure < 0:
@@ -471,6 +531,12 @@ cdef class Relay:
                 return 0
             if deadline_ms >= 0 and relay.engine.now_ms >= deadline_ms:
                 return 0
+
+    cdef int64_t until(self, int64_t deadline_ms) noexcept nogil:
+        """`deadline_ms`, or when to try again to start the quarantine's thread."""
+        if shared_get(&self.quarantine.wanted):
+            return earlier(deadline_ms, self.quarantine.retry_ms)
+        return deadline_ms
 
     cdef bint is_wanted(self) noexcept nogil:
         """Whether so many connections have ended that there is something to do without an event.
@@ -511,7 +577,7 @@ cdef tuple note_tuple(const Note *note, int64_t now_ms):
     if note.kind == NOTE_READY:
         return READY, note.fd, note.value
     if note.kind == NOTE_ACCEPTED:
-        return ACCEPTED, note.fd, note.index
+        return ACCEPTED, note.fd, (<char *>&note.peer)[:note.peer_size], note.index
     if note.kind == NOTE_NOBODY:
         return NOBODY, note.value, note.index
     if note.kind == NOTE_REFUSED:
@@ -549,11 +615,25 @@ def connected(int fd):
     cdef sockaddr_storage peer
     cdef socklen_t size = sizeof(peer)
     cdef int error = socket_error(fd)
+    if error == ECONNRESET and socket_family(fd) == AF_VSOCK:
+        return ECONNREFUSED  # how the virtio transport says so
     if error != 0:
         return error
     if getpeername(fd, <sockaddr *>&peer, &size) < 0:
         return EINPROGRESS
     return ELOOP if socket_met_itself(fd) else 0
+
+
+def peek(int fd):
+    """What a recv would say, and nothing is taken: 1 for bytes, 0 for the end, or -errno."""
+    cdef char byte
+    cdef ssize_t size = recv(fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT)
+    return -errno if size < 0 else size
+
+
+def failure(int fd):
+    """SO_ERROR of a socket, which reading clears; 0: none."""
+    return socket_error(fd)
 
 
 def socket_names(int fd):
@@ -589,19 +669,81 @@ def raise_fd_limit(long long wanted):
     return min(limit.rlim_cur, <unsigned long long>1 << 30)
 
 
-def signal_fd(numbers):
-    """An fd (the caller's) from which these signals are read from now on instead of delivered.
+# ── signals ──────────────────────────────────────────────────────────────────────────────────────
 
-    To be called before there is a second thread: threads inherit the mask. See signalfd(2).
+cdef enum:
+    SIGNALS_MOST = 65          # Linux has 64
+    ALARM_MS = 50              # how often a signal interrupts until it is noticed
+
+cdef int signal_bell = -1      # eventfd
+cdef int signal_counts[SIGNALS_MOST]
+
+
+cdef void signal_came(int number) noexcept nogil:
+    """The handler: leave a note. What it interrupts was perhaps not yet waiting; so an alarm goes
+    on interrupting until the note is read."""
+    cdef int error = errno
+    shared_add(&signal_counts[number], 1)
+    eventfd_write(signal_bell, 1)
+    alarm_set(ALARM_MS)
+    errno_set(error)
+
+
+cdef void alarm_came(int number) noexcept nogil:
+    """Interrupt, no more."""
+
+
+cdef int signal_handle(int number, void (*handler)(int) noexcept nogil) except -1:
+    """Without SA_RESTART: a signal is to end any waiting."""
+    cdef sigaction_t action
+    memset(&action, 0, sizeof(action))
+    action.sa_handler = handler
+    if sigaction(number, &action, NULL) < 0:
+        raise_errno(errno)
+    return 0
+
+
+cdef bint signal_is_ignored(int number) noexcept:
+    cdef sigaction_t now
+    return sigaction(number, NULL, &now) == 0 and now.sa_handler == SIG_IGN
+
+
+def signal_fd(numbers):
+    """An fd, the caller's, that is readable when one of these signals has come; signals_come()
+    tells which. It must stay open while they can come.
+
+    By handlers, not by signalfd(2): a signal is to interrupt what waits against all expectation. A
+    SIGINT or SIGHUP that whoever started us ignores stays ignored, as nohup(1) wants it.
     """
+    global signal_bell
     cdef sigset_t mask
-    cdef int fd
+    cdef int number
+    cdef int bell = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
+    if bell < 0:
+        raise_errno(errno)
+    signal_bell = bell
+    signal_handle(SIGALRM, alarm_came)
     sigemptyset(&mask)
+    sigaddset(&mask, SIGALRM)
     for number in numbers:
+        if not 0 < number < SIGNALS_MOST:
+            raise ValueError("no such signal")
+        if (number == SIGINT or number == SIGHUP) and signal_is_ignored(number):
+            continue
+        signal_handle(number, signal_came)
         sigaddset(&mask, number)
-    if sigprocmask(SIG_BLOCK, &mask, NULL) < 0:
+    if pthread_sigmask(SIG_UNBLOCK, &mask, NULL) != 0:
         raise_errno(errno)
-    fd = signalfd(-1, &mask, SFD_CLOEXEC | SFD_NONBLOCK)
-    if fd < 0:
-        raise_errno(errno)
-    return fd
+    return signal_bell
+
+
+def signals_come():
+    """The signals that have come since the last call, each as often as it was delivered."""
+    cdef uint64_t rings
+    cdef int number
+    found = []
+    eventfd_read(signal_bell, &rings)  # before the look: what comes after it rings again
+    alarm_set(0)
+    for number in range(SIGNALS_MOST):
+        found += [number] * shared_take(&signal_counts[number])
+    return found

@@ -4,13 +4,19 @@
 # Nothing is ever taken back: the connections that come later begin with the boss again.
 
 from proxyd._busy cimport SPARE_LEAST, busy_window
-from proxyd._connection cimport CONNECTED, Connection, NOTE_BUSY, Relaying, note_add, relay_left
+from proxyd._connection cimport (
+    CONNECTED, CONNECTING, Connection, NOTE_BUSY, Relaying, endpoint_unregister, note_add,
+    relay_left,
+)
 from proxyd._half cimport Endpoint
 from proxyd._inbox cimport inbox_put
 from proxyd._linux cimport (
-    EPOLL_CTL_DEL, counter_add, epoll_ctl, hint_get, shared_add, shared_get,
+    AF_UNIX, SOL_SOCKET, SO_LINGER, counter_add, hint_get, linger, setsockopt, shared_add,
+    shared_get,
 )
 from proxyd._list cimport Link, list_remove
+from proxyd._quarantine cimport quarantine_put, quarantine_runs, quarantine_want
+from proxyd._rights cimport RIGHTS_ANY
 
 cdef enum:
     GIVE_MOST = 32             # connections at a time: each costs four epoll_ctl
@@ -23,7 +29,9 @@ cdef inline bint relay_overflows(Relaying *relay) noexcept nogil:
         return False
     if relay.engine.now_ms - relay.busy.since_ns // 1000000 < boss.crew.window_ms:
         return False
-    busy_window(&relay.busy, boss.crew.stat)
+    if not busy_window(&relay.busy, &boss.crew.machine, relay.engine.buffer,
+                       relay.engine.stream_unit):
+        return False
     return relay.busy.spare >= SPARE_LEAST
 
 
@@ -55,8 +63,7 @@ cdef inline void relay_share(Relaying *relay) noexcept nogil:
 cdef inline void relay_ask_for_crew(Relaying *boss) noexcept nogil:
     """Once: the policy may find that there can be none."""
     if not boss.crew.asked_for:
-        boss.crew.asked_for = True
-        note_add(boss, NOTE_BUSY, -1, 0, 0)
+        boss.crew.asked_for = note_add(boss, NOTE_BUSY, -1, 0, 0) != NULL
 
 
 cdef inline Relaying *crew_sleeper(Relaying *boss) noexcept nogil:
@@ -77,17 +84,58 @@ cdef inline bint connection_can_move(const Connection *c) noexcept nogil:
     return c.state == CONNECTED and c.wake_ms == 0
 
 
-cdef inline void endpoint_unregister(Relaying *relay, Endpoint *end) noexcept nogil:
-    epoll_ctl(relay.engine.epoll, EPOLL_CTL_DEL, end.fd, NULL)
-    end.registered = False
-
-
 cdef inline void connection_give(Relaying *relay, Relaying *other, Connection *c) noexcept nogil:
     """With all it holds. It begins there as new ones do, with a pump, and then asks that epoll."""
-    endpoint_unregister(relay, &c.client)
-    endpoint_unregister(relay, &c.target)
+    endpoint_unregister(&relay.engine, &c.client)
+    endpoint_unregister(&relay.engine, &c.target)
     list_remove(&c.again)
+    list_remove(&c.exile)
     relay_left(relay)
     shared_add(&other.open, 1)
     counter_add(&relay.handed_over, 1)
     inbox_put(&other.inbox, &other.inbox.begin, &c.live)
+
+
+# ── into quarantine ──────────────────────────────────────────────────────────────────────────
+
+cdef inline void endpoint_exile(Relaying *relay, Endpoint *end) noexcept nogil:
+    """Where the thread still waits when the program ends, the kernel closes its sockets: that is no
+    clean end."""
+    cdef linger now
+    if end.fd < 0:
+        return
+    endpoint_unregister(&relay.engine, end)
+    end.rights.state = RIGHTS_ANY
+    end.rights.left = 0
+    end.readable = 1
+    if end.family != AF_UNIX:
+        now.l_onoff = 1
+        now.l_linger = 0
+        setsockopt(end.fd, SOL_SOCKET, SO_LINGER, &now, sizeof(now))
+
+
+cdef inline void connection_exile(Relaying *relay, Connection *c) noexcept nogil:
+    """With all it holds, its time limit too. It begins there as one does that was given away."""
+    cdef Relaying *boss = relay if relay.boss == NULL else relay.boss
+    endpoint_exile(relay, &c.client)
+    endpoint_exile(relay, &c.target)
+    list_remove(&c.again)
+    list_remove(&c.exile)
+    list_remove(&c.timed)
+    relay_left(relay)
+    shared_add(&boss.crew.quarantine.open, 1)
+    quarantine_put(relay.quarantine, &c.live)
+
+
+cdef inline void relay_exile(Relaying *relay) noexcept nogil:
+    """Only at the end of a turn, as relay_share()."""
+    cdef Link *link = relay.exiles.next
+    cdef Link *after
+    if not quarantine_runs(relay.quarantine):
+        quarantine_want(relay.quarantine)
+        return
+    while link != &relay.exiles:
+        after = link.next
+        if (<Connection *>link.owner).state != CONNECTING:
+            connection_exile(relay, <Connection *>link.owner)
+        link = after

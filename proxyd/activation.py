@@ -14,22 +14,43 @@ _FDS_START = 3
 _VARIABLES = ("LISTEN_PID", "LISTEN_PIDFDID", "LISTEN_FDS", "LISTEN_FDNAMES")
 
 
-def inherited(environ: MutableMapping[str, str], pid: int) -> list[Listener]:
+def inherited(
+    environ: MutableMapping[str, str], pid: int, *, by_name: bool = False
+) -> list[Listener]:
     """Return the sockets passed to process `pid`, checked, close-on-exec and non-blocking.
 
-    The LISTEN_ variables are removed from `environ` in any case, so that no child takes them for
-    its own. Sockets meant for another process are not ours: the list is empty then. Raises
-    UsageError.
+    With `by_name` each must have its name; otherwise a socket may be without one. The LISTEN_
+    variables are removed from `environ` in any case, so that no child takes them for its own.
+    Sockets meant for another process are not ours: the list is empty then. Raises UsageError.
     """
     values = {name: environ.pop(name) for name in _VARIABLES if name in environ}
     if not values or not _meant_for(values, pid):
         return []
     count = _number(values, "LISTEN_FDS", 1)
-    names = values["LISTEN_FDNAMES"].split(":") if "LISTEN_FDNAMES" in values else None
-    if names is not None and len(names) != count:
-        raise _garbage(values, "LISTEN_FDNAMES", f"{len(names)} names for {count} sockets")
+    names = _names(values, count, by_name)
     # The first fd that is not there ends this, however large the number is.
     return [_inherit(_FDS_START + n, names[n] if names else UNNAMED) for n in range(count)]
+
+
+def on_standard_fds() -> str:
+    """Return which setting of the service passes its socket as a standard fd; "" if none does.
+
+    systemd passes it there and nowhere else then, see systemd.exec(5). What is told from it: the
+    journal, and the socketpair of a remote shell, which have no address at our end.
+    """
+    for fd, setting in enumerate(("StandardInput", "StandardOutput", "StandardError")):
+        try:
+            sock = _socket.socket(fileno=fd)
+        except OSError:
+            continue
+        try:
+            if sock.type == _socket.SOCK_STREAM and sock.getsockname():
+                return f"{setting}=socket"
+        except OSError:
+            pass
+        finally:
+            sock.detach()
+    return ""
 
 
 def reject_mixture(listeners: list[Listener]) -> None:
@@ -50,6 +71,30 @@ def _meant_for(values: dict[str, str], pid: int) -> bool:
         if own is not None and _number(values, "LISTEN_PIDFDID", 0) != own:
             return False
     return "LISTEN_FDS" in values
+
+
+def _names(values: dict[str, str], count: int, by_name: bool) -> list[str]:
+    """Return the names of `count` sockets, or nothing if they have none. Raises UsageError.
+
+    A unit's name may contain the colon that separates names, as in web@127.0.0.1:8080.socket. Then
+    there are more names than sockets. Of one socket all of it is the name; of several nobody can
+    tell which belongs to which.
+    """
+    if "LISTEN_FDNAMES" not in values:
+        return []
+    names = values["LISTEN_FDNAMES"].split(":")
+    if len(names) == count:
+        return names
+    if count == 1:
+        return [values["LISTEN_FDNAMES"]]
+    if by_name:
+        raise _garbage(
+            values,
+            "LISTEN_FDNAMES",
+            f"{len(names)} names for {count} sockets. NAME=TARGET needs one name for each, without "
+            "a colon in it: set FileDescriptorName= in the socket units.",
+        )
+    return []
 
 
 def _pidfd_inode(pid: int) -> int | None:
@@ -118,7 +163,7 @@ def _was_connected(sock: _socket.socket) -> bool:
 def _number(values: dict[str, str], name: str, minimum: int) -> int:
     """Read a variable that is a decimal number of 64 bits. Raises UsageError."""
     try:
-        return sockaddr.parse_number(values[name], minimum, 2**64 - 1, "valid")
+        return sockaddr.parse_number(values[name], minimum, 2**64 - 1, "valid number")
     except ValueError:
         raise _garbage(values, name, "not a valid number") from None
 

@@ -12,6 +12,7 @@ An address is the `bytes` of a sockaddr. It begins with the family, two bytes in
 """
 
 import _socket
+import errno
 import os
 import sys
 
@@ -21,6 +22,12 @@ AF_INET6 = 10
 AF_VSOCK = 40
 
 VMADDR_CID_ANY = 2**32 - 1
+
+# asm-generic/socket.h; `_socket` has only the first, and that not everywhere
+_SO_BINDTODEVICE = 25
+_SO_BINDTOIFINDEX = 62
+
+_INTERFACE_MAX = 15  # IFNAMSIZ is 16 bytes, and the NUL belongs to it
 
 _UNIX_PATH_MAX = 107  # sun_path is 108 bytes, and the NUL belongs to it
 _V4_MAPPED = bytes(10) + b"\xff\xff"  # ::ffff:0:0/96, RFC 4291 2.5.5.2
@@ -33,8 +40,8 @@ class UnknownInterfaceError(ValueError):
 def pack_inet(host: str, port: int) -> bytes:
     """Pack an IPv4 or IPv6 literal, the latter with a `%SCOPE` if need be. Raises ValueError."""
     if ":" in host:
-        literal, percent, scope = host.partition("%")
-        return pack_inet6(literal, port, _scope_id(scope) if percent else 0)
+        literal, scope = split_scope(host)
+        return pack_inet6(literal, port, _scope_id(scope) if scope else 0)
     return _head(AF_INET) + port.to_bytes(2, "big") + _literal(AF_INET, host) + bytes(8)
 
 
@@ -49,6 +56,14 @@ def pack_inet6(host: str, port: int, scope_id: int = 0) -> bytes:
     )
 
 
+def split_scope(host: str) -> tuple[str, str]:
+    """Split `V6%SCOPE`; the scope is "" where there is none. Raises ValueError."""
+    literal, percent, scope = host.partition("%")
+    if percent and ":" in literal and not _can_be_scope(scope):
+        raise ValueError(f"'{scope}' is not a network interface")
+    return literal, scope
+
+
 def pack_unix(path: bytes | str) -> bytes:
     """Pack a path, or `@NAME` for the abstract namespace. Raises ValueError."""
     raw = os.fsencode(path)
@@ -60,9 +75,9 @@ def pack_unix(path: bytes | str) -> bytes:
     else:
         limit = _UNIX_PATH_MAX
     if raw in (b"", b"\0"):
-        raise ValueError("empty path")
+        raise ValueError("empty path; expected /PATH or @NAME")
     if len(raw) > limit:
-        raise ValueError("it doesn't fit in an AF_UNIX address")
+        raise ValueError(f"it doesn't fit in an AF_UNIX address of at most {limit} bytes")
     return _pack_sun_path(raw)
 
 
@@ -132,6 +147,25 @@ def with_port(address: bytes, number: int) -> bytes:
     return address[:2] + number.to_bytes(2, "big") + address[4:]
 
 
+def with_scope(address: bytes, scope_id: int) -> bytes:
+    """Return an IPv6 `address` with another scope."""
+    return address[:24] + scope_id.to_bytes(4, sys.byteorder)
+
+
+def interface_index(name: str) -> int:
+    """Return the index of a network interface. Raises OSError, ENODEV where it does not exist.
+
+    The loop calls this, so it must not wait. if_nametoindex(3) may: for an interface that does
+    not exist its ioctl has the kernel load a module, where the program may (CAP_NET_ADMIN).
+    """
+    probe = _socket.socket(AF_INET6, _socket.SOCK_DGRAM)
+    try:
+        probe.setsockopt(_socket.SOL_SOCKET, _SO_BINDTODEVICE, os.fsencode(name))
+        return probe.getsockopt(_socket.SOL_SOCKET, _SO_BINDTOIFINDEX)
+    finally:
+        probe.close()
+
+
 def unmapped(address: bytes) -> bytes:
     """Return the IPv4 address inside an IPv4-mapped IPv6 one; any other address unchanged."""
     if family(address) == AF_INET6 and address[8:20] == _V4_MAPPED:
@@ -175,6 +209,14 @@ def split_host(target: str) -> tuple[str, str | None]:
 
     The split is at the last colon, so `::1:80` is port 80 of ::1. Raises ValueError.
     """
+    scheme, is_url, rest = target.partition("://")
+    if is_url:
+        raise ValueError(f"a URL is not an address; write {_without_url(scheme, rest)}")
+    if "=" in target:
+        raise ValueError(
+            "'=' is not part of a host or port; a NAME in front of it is not empty, contains no "
+            "colon, and does not begin with a slash, @ or ["
+        )
     if target.startswith("["):
         host, bracket, rest = target[1:].rpartition("]")
         if not bracket or ":" not in host or (rest and rest[0] != ":"):
@@ -186,7 +228,7 @@ def split_host(target: str) -> tuple[str, str | None]:
 
 def parse_port(digits: str, minimum: int = 1) -> int:
     """Read a TCP port number. Raises ValueError."""
-    return parse_number(digits, minimum, 65535, "port")
+    return parse_number(digits, minimum, 65535, f"port number from {minimum} to 65535")
 
 
 def parse_number(digits: str, minimum: int, maximum: int, what: str) -> int:
@@ -196,16 +238,26 @@ def parse_number(digits: str, minimum: int, maximum: int, what: str) -> int:
         number = int(digits)
         if minimum <= number <= maximum:
             return number
-    raise ValueError(f"'{digits}' is not a {what} number")
+    raise ValueError(f"'{digits}' is not a {what}")
 
 
 def _parse_vsock(target: str) -> bytes:
     cid, _, number = target.partition(":")
     any_cid = VMADDR_CID_ANY
     return pack_vsock(
-        parse_number(cid, 0, any_cid, "CID") if cid else any_cid,
-        parse_number(number, 0, any_cid, "port"),
+        parse_number(cid, 0, any_cid, f"CID from 0 to {any_cid}") if cid else any_cid,
+        parse_number(number, 0, any_cid, f"VSOCK port number from 0 to {any_cid}"),
     )
+
+
+def _without_url(scheme: str, rest: str) -> str:
+    """Return the address that the URL SCHEME://REST leads to."""
+    host = rest.partition("/")[0].rpartition("@")[2]
+    if not host:
+        return "HOST:PORT"
+    port = {"http": 80, "https": 443}.get(scheme.lower(), "PORT")
+    has_port = host.rpartition("]")[2].rpartition(":")[2].isdigit()
+    return host if has_port else f"{host.rstrip(':')}:{port}"
 
 
 def _literal(kind: int, host: str) -> bytes:
@@ -215,12 +267,28 @@ def _literal(kind: int, host: str) -> bytes:
         raise ValueError(f"'{host}' is not an IP address") from None
 
 
-def _scope_id(scope: str) -> int:
-    if scope.isascii() and scope.isdigit():
-        return parse_number(scope, 0, 2**32 - 1, "scope")
+def _can_be_scope(scope: str) -> bool:
+    """Tell whether this can be the name of an interface, or its number (dev_valid_name())."""
     try:
-        return _socket.if_nametoindex(scope)
-    except (OSError, ValueError):
+        size = len(os.fsencode(scope))
+    except UnicodeError:
+        return False
+    return 0 < size <= _INTERFACE_MAX and not any(c in "/:\0" or c.isspace() for c in scope)
+
+
+def is_index(scope: str) -> bool:
+    """Tell whether a scope is an interface's number, not its name."""
+    return scope.isascii() and scope.isdigit()
+
+
+def _scope_id(scope: str) -> int:
+    if is_index(scope):
+        return parse_number(scope, 0, 2**32 - 1, "scope number")
+    try:
+        return interface_index(scope)
+    except OSError as error:
+        if error.errno != errno.ENODEV:
+            raise
         raise UnknownInterfaceError(f"there is no network interface '{scope}'") from None
 
 

@@ -10,12 +10,12 @@ import os
 import sys
 from _collections_abc import Callable, Iterator
 
-from proxyd import address, log
-from proxyd.activation import inherited, reject_mixture
+from proxyd import log
+from proxyd.activation import inherited, on_standard_fds, reject_mixture
 from proxyd.errors import UsageError, reason
 from proxyd.listen import ListenAddress, Listener, close_listener, open_listener
-from proxyd.names import match_targets, split_pair
-from proxyd.target import Target, parse_target
+from proxyd.names import list_names, match_targets, split_pair
+from proxyd.target import Target, looks_like_a_port, parse_target
 
 PROXY_V1, PROXY_V2 = 1, 2
 
@@ -36,6 +36,7 @@ class Options:
         "idle_timeout",
         "listen",
         "proxy_protocol",
+        "settle_time",
         "targets",
         "threads",
     )
@@ -53,6 +54,7 @@ class Options:
         self.listen: list[ListenAddress] = []
         self.proxy_protocol = 0
         """0 = off, or PROXY_V1 or PROXY_V2."""
+        self.settle_time = 0
         self.targets: list[tuple[str | None, Target]] = []
         """NAME and Target; a plain TARGET is the only one, with the name None."""
         self.threads = 1
@@ -80,6 +82,12 @@ class Option:
         self.metavar = metavar
         self.short = short
 
+    @property
+    def allowed(self) -> str:
+        """What the argument may be, for the message about one that it may not be."""
+        allowed = _ALLOWED.get(self.long) or _ALLOWED.get(self.metavar)
+        return allowed or self.metavar.replace("|", " or ")
+
 
 def parse_args(argv: list[str]) -> Options | Option:
     """Read the command line, `argv[0]` being the program.
@@ -95,9 +103,15 @@ def parse_args(argv: list[str]) -> Options | Option:
         try:
             option.convert(options, argument)
         except ValueError:
-            raise UsageError(f"Failed to parse --{option.long}= argument: {argument}") from None
+            raise UsageError(_not_allowed(option, argument)) from None
     options.targets = _parse_operands(operands)
     return options
+
+
+def _not_allowed(option: Option, argument: str) -> str:
+    """The message of the original, word for word where it has the option."""
+    text = f"Failed to parse --{option.long}= argument: {argument}"
+    return text if option.long in _ORIGINAL else f"{text}: expected {option.allowed}"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -105,7 +119,14 @@ def main(argv: list[str] | None = None) -> int:
     _open_standard_fds()
     log.setup(os.environ)
     try:
-        return _run(sys.argv if argv is None else argv)
+        return _run_or_say_why(sys.argv if argv is None else argv)
+    finally:
+        log.finish()
+
+
+def _run_or_say_why(argv: list[str]) -> int:
+    try:
+        return _run(argv)
     except UsageError as error:
         log.error(str(error))
     except OSError as error:
@@ -140,12 +161,14 @@ def _run(argv: list[str]) -> int:
     options = parse_args(argv)
     if isinstance(options, Option):
         return _print(_version() if options.long == "version" else _help())
-    listeners = inherited(os.environ, os.getpid())
+    by_name = any(name is not None for name, _ in options.targets)
+    passed = {name: os.environ.get(name, "") for name in ("LISTEN_FDS", "LISTEN_PID")}
+    listeners = inherited(os.environ, os.getpid(), by_name=by_name)
     try:
         _open_all(options.listen, listeners)
         if not listeners:
             log.error("Didn't get any sockets passed in.")
-            log.error("Start this from a .socket unit, or let it listen itself with --listen=.")
+            log.error(_why_no_sockets(options, passed))
             return 1
         reject_mixture(listeners)
         _assign_targets(options, listeners)
@@ -157,14 +180,29 @@ def _run(argv: list[str]) -> int:
             close_listener(listener)
 
 
+def _why_no_sockets(options: Options, passed: dict[str, str]) -> str:
+    """Return what has most likely gone wrong. `passed`: what the environment said of sockets."""
+    (_, target), *_ = options.targets
+    if target.text in ("help", "version"):
+        return f"'{target.text}' was taken for the target: did you mean --{target.text}?"
+    setting = on_standard_fds()
+    if setting:
+        return f"{setting} passes the socket where it is not expected: remove it from the unit."
+    if passed["LISTEN_FDS"] and passed["LISTEN_PID"]:
+        return (
+            f"They were passed to process {passed['LISTEN_PID']}, which is another one: "
+            "a shell or wrapper has to exec this program."
+        )
+    if passed["LISTEN_FDS"]:
+        return f"LISTEN_FDS={passed['LISTEN_FDS']} is set, but LISTEN_PID, the process id, is not."
+    return "Start this from a .socket unit, or let it listen itself with --listen=."
+
+
 def _open_all(wanted: list[ListenAddress], listeners: list[Listener]) -> None:
     """Open what --listen= asks for and append it to `listeners`. Raises UsageError."""
     for where in wanted:
         try:
-            listener = open_listener(where)
-            listeners.append(listener)
-            if address.port(where.address) != address.port(listener.address):
-                log.info(f"Listening on {listener.text}.")  # port 0: the kernel has chosen
+            listeners.append(open_listener(where))
         except OSError as error:
             raise UsageError(f"Failed to listen on {where.text}: {reason(error)}") from None
 
@@ -174,8 +212,18 @@ def _assign_targets(options: Options, listeners: list[Listener]) -> None:
     targets, unused = match_targets(options.targets, listeners)
     for listener, target in zip(listeners, targets, strict=True):
         listener.target = target
+    names = list_names(listener.name for listener in listeners)
     for name in unused:
-        log.warning(f"No listener has the name '{name}', its target is not used.")
+        log.warning(
+            f"No listener has the name '{name}', its target is not used. Listeners: {names}."
+        )
+    for target in dict.fromkeys(targets):
+        if looks_like_a_port(target):
+            port = target.text
+            log.warning(
+                f"Target {port} is a host, of which port 80 is used: "
+                f"for port {port} of this machine write localhost:{port}."
+            )
 
 
 def _open_standard_fds() -> None:
@@ -302,6 +350,13 @@ def _set_connect_timeout(options: Options, text: str) -> None:
     options.connect_timeout = _span(text)
 
 
+def _set_settle_time(options: Options, text: str) -> None:
+    span = _span(text)
+    if span is None:
+        raise UsageError("Settle time is too high, no client would ever be served.")
+    options.settle_time = span
+
+
 def _set_idle_timeout(options: Options, text: str) -> None:
     options.idle_timeout = _span(text)
     if options.idle_timeout == 0:
@@ -337,7 +392,7 @@ def _set_buffer_size(options: Options, text: str) -> None:
     if text == "auto":
         options.buffer_size = 0
         return
-    unit = {"K": 1 << 10, "M": 1 << 20}.get(text[-1:], 1)
+    unit = {"K": 1 << 10, "M": 1 << 20}.get(text[-1:].upper(), 1)
     options.buffer_size = _unsigned(text[:-1] if unit > 1 else text) * unit
     if not 4096 <= options.buffer_size < 1 << 31:  # a page; F_SETPIPE_SZ takes an int
         raise ValueError(text)
@@ -399,6 +454,12 @@ OPTIONS: tuple[Option, ...] = (
         "SPAN",
     ),
     Option(
+        "settle-time",
+        "Watch a target that was not reachable this long (0)\nbefore anything is sent to it",
+        _set_settle_time,
+        "SPAN",
+    ),
+    Option(
         "idle-timeout",
         "Close a connection over which nothing has moved\nfor this duration",
         _set_idle_timeout,
@@ -440,6 +501,14 @@ OPTIONS: tuple[Option, ...] = (
     Option("version", "Show package version"),
 )
 """The options that are accepted, in the order of --help."""
+
+_ALLOWED = {
+    "BYTES": "bytes from 4096 to 2047M, with K or M for KiB or MiB, or auto",
+    "N": "a number from 1 to 1024, or auto",  # of threads: --connections-max= has its own words
+    "SPAN": "a time span, such as 90, 5min 20s or infinity",
+    "settle-time": "a time span, such as 100ms or 2s",
+}
+"""What an argument may be, by the option or the word that stands for the argument in --help."""
 
 _ORIGINAL = ("connections-max", "exit-idle-time", "help", "version")
 

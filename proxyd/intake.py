@@ -9,8 +9,8 @@ import os
 from _collections_abc import Callable
 
 from proxyd import log
-from proxyd._relay import ACCEPTED, NOBODY, REFUSED, Gate, socket_names, tune
-from proxyd.address import text, unmapped
+from proxyd._relay import ACCEPTED, CHECK_PORT, NOBODY, REFUSED, Gate, socket_names, tune
+from proxyd.address import port, text, unmapped
 from proxyd.listen import Listener
 from proxyd.loop import Loop
 from proxyd.loops import what_to_check
@@ -19,6 +19,7 @@ from proxyd.reach import Reach
 TYPE_CHECKING = False  # as typing has it
 if TYPE_CHECKING:
     from proxyd._relay import Event
+    from proxyd.ports import Ports
 
 PAUSE_MS = 100
 """How long nobody is accepted when fds or memory have run out, unless a connection ends."""
@@ -44,16 +45,29 @@ _BROKEN = (errno.EBADF, errno.EINVAL, errno.ENOTSOCK, errno.EOPNOTSUPP)
 class Door:
     """A listener and the way to its target."""
 
-    __slots__ = ("broken", "gate", "index", "listener", "open", "way")
+    __slots__ = ("broken", "gate", "index", "listener", "open", "ports", "way")
 
-    def __init__(self, loop: Loop, index: int, listener: Listener, way: Reach) -> None:
+    def __init__(
+        self, loop: Loop, index: int, listener: Listener, way: Reach, ports: "Ports | None" = None
+    ) -> None:
         self.index = index
         """In Intake.doors; the relay's cookie."""
         self.listener = listener
         self.way = way
-        self.gate = Gate(loop.relay, listener.fd, listener.family, what_to_check(listener), index)
+        self.ports = ports
+        """With `HOST:*`: the ways of clients that connected to another port than the listener's."""
+        check = what_to_check(listener) | (CHECK_PORT if ports is not None else 0)
+        self.gate = Gate(loop.relay, listener.fd, listener.family, check, index)
+        way.gates.append(self.gate)
         self.open = False
         self.broken = False
+
+    def way_of(self, fd: int) -> Reach:
+        """The way for one client, which may have reset meanwhile: its socket knows its port."""
+        if self.ports is None:
+            return self.way
+        number = port(socket_names(fd)[1])
+        return self.ports.way(number) if number else self.way
 
 
 class Intake:
@@ -64,7 +78,8 @@ class Intake:
     ) -> None:
         self.doors = doors
         self.refused = 0
-        """Clients over the limit that were refused here, not by the relay."""
+        """Clients that were refused here, not by the relay: over the limit, or without an address
+        to tell the target."""
         self.passed_in = 0
         """Clients that were accepted for us (Accept=yes)."""
         self.broken = False
@@ -74,13 +89,16 @@ class Intake:
         self._loop = loop
         self._relay = loop.relay
         self._ways = list({id(door.way): door.way for door in doors}.values())
+        self._ports = {door.ports for door in doors if door.ports is not None}
         self._connections_max = connections_max
         self._proxy_protocol = proxy_protocol
-        self._header: Callable[[int, int], bytes] | None = None
+        self._header: Callable[[int, int, bytes], bytes] | None = None
+        self._no_header: type[Exception] = Exception
+        """What `_header` raises for a client whose address is not known."""
         if proxy_protocol:  # now, and not when there may be no fd left to load it with
-            from proxyd.proxy_protocol import header
+            from proxyd.proxy_protocol import UnknownAddressError, header
 
-            self._header = header
+            self._header, self._no_header = header, UnknownAddressError
         self._open_at_pause = 0
 
     def arm(self) -> None:
@@ -90,8 +108,8 @@ class Intake:
             if door.listener.connected:
                 fd, door.listener.fd = door.listener.fd, -1
                 self.passed_in += 1
-                self._relay.shared = True
-                self._admit(door, fd)
+                self._relay.take_over(fd, door.listener.family)
+                self._admit(door, fd, socket_names(fd)[0])
             else:
                 door.gate.open()
                 door.open = True
@@ -108,14 +126,14 @@ class Intake:
         self._relay.most = self._connections_max - self._held()
         asked = self._proxy_protocol or self._loop.notes is not None
         for door in self.doors:
-            door.gate.express(None if asked else door.way.express, door.way.timeout_ms or 0)
+            door.gate.express(None if asked else door.way.express, door.way.connect_ms)
 
     def event(self, event: "Event") -> None:
         """Take an event of a gate."""
         kind, *rest, index = event
         door = self.doors[index]
         if kind == ACCEPTED:
-            self._accepted(door, rest[0])
+            self._accepted(door, rest[0], rest[1])
         elif kind == NOBODY:
             self._not_accepted(door, rest[0])
         elif kind == REFUSED:
@@ -144,26 +162,50 @@ class Intake:
         """At how many open connections tick() wants to be called."""
         return -1 if self.resume_ms is None else self._open_at_pause - 1
 
-    def _accepted(self, door: Door, fd: int) -> None:
+    def _accepted(self, door: Door, fd: int, peer: bytes) -> None:
         if self._relay.open + self._held() < self._connections_max:
-            self._admit(door, fd)
+            self._admit(door, fd, peer)
             return
-        os.close(fd)
+        self._relay.hang_up(fd)
         self.refused += 1
         self._log_refusal()
 
     def _held(self) -> int:
         """How many wait for their target; they count as connections."""
-        return sum([len(way.held) for way in self._ways])
+        return sum([len(way.held) for way in self._ways] + [ports.held for ports in self._ports])
 
     def _log_refusal(self) -> None:
         log.limited("limit", "Hit connection limit, refusing connection.")
 
-    def _admit(self, door: Door, fd: int) -> None:
-        """Send a client on its way to the target."""
-        header = self._header(self._proxy_protocol, fd) if self._header is not None else None
-        name = text(unmapped(socket_names(fd)[0])) if self._loop.notes is not None else ""
-        door.way.take(fd, door.listener, door.index, header, name)
+    def _admit(self, door: Door, fd: int, peer: bytes) -> None:
+        """Send a client on its way to the target; `peer` is its packed address, if known."""
+        header = None
+        if self._header is not None:
+            try:
+                header = self._header(self._proxy_protocol, fd, peer)
+            except self._no_header:
+                self._refuse_unknown(door, fd)
+                return
+        way = door.way_of(fd)
+        name = ""
+        if self._loop.notes is not None:
+            name = text(unmapped(peer or socket_names(fd)[0]))
+            log.debug(f"New connection from {name} to {way.text}.")
+        way.take(fd, door.listener, door.index, header, name)
+
+    def _refuse_unknown(self, door: Door, fd: int) -> None:
+        """Refuse a client that has reset before its address could be asked for.
+
+        Announced as UNKNOWN or LOCAL, which stands for the proxy itself, it might get what it may
+        not have.
+        """
+        self._relay.hang_up(fd, reset=True)
+        self.refused += 1
+        log.limited(
+            "unknown",
+            f"Refusing connection to {door.listener.text}: "
+            "the client's address is not known any more, for a PROXY header.",
+        )
 
     def _not_accepted(self, door: Door, error: int) -> None:
         where = door.listener.text

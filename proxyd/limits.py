@@ -4,17 +4,24 @@ from proxyd import log
 from proxyd._relay import raise_fd_limit
 
 # What is open beside connections: stdio (3), epoll, signals, the service manager's socket, the
-# extension's eventfd, a client that is accepted only to be refused, and two to spare.
-_BASE = 10
+# extension's eventfd, a client that is accepted only to be refused, what writes to stderr, and two
+# to spare.
+_BASE = 11
 
-# What up to four look-ups have open at once: nsswitch.conf, hosts, sockets to name servers.
-_LOOKUPS = 8
+_PER_LOOKUP = 4
+"""A socket to each of up to three name servers, and a file; there is one look-up for each name."""
+
+_ATTEMPTS = 4
+"""Connects beyond one for each client that waits: race.SPARE_ALL."""
 
 _PER_THREAD = 2
 """Of each further thread: its epoll and the bell of its inbox; the first has such a bell then."""
 
+_QUARANTINE = 3
+"""With UNIX sockets: the epoll and the bell of its thread, and the bell of the first."""
+
 _STAT = 1
-"""With several threads /proc/stat is kept open."""
+"""With several threads /proc/stat or /proc/uptime is kept open."""
 
 _PER_CONNECTION = 2
 """Client and target. Pipes are had only while they can be."""
@@ -23,13 +30,17 @@ _WITH_PIPES = 6
 """A connection that stalls both ways holds two pipes."""
 
 
-def fit_connections(wanted: int, listeners: int, threads: int, *, lookups: bool) -> int:
+def fit_connections(
+    wanted: int, listeners: int, threads: int, *, names: int, unix: bool = False
+) -> int:
     """Raise the soft RLIMIT_NOFILE to what `wanted` connections need; return how many fit.
 
-    The limit is never lowered, and never raised past the hard one. A limit that is too small
-    costs one warning, and connections: at least one remains.
+    `names` is how many have to be looked up. The limit is never lowered, and never raised past
+    the hard one. One that is too small costs one warning, and connections: at least one remains.
     """
-    base = _BASE + listeners + (_LOOKUPS if lookups else 0)
+    base = _BASE + _ATTEMPTS + listeners + _PER_LOOKUP * names
+    if unix:
+        base += _QUARANTINE
     if threads > 1:
         base += 1 + _STAT + _PER_THREAD * (threads - 1)
     limit = raise_fd_limit(base + _WITH_PIPES * wanted)

@@ -5,12 +5,25 @@ import errno
 import os
 
 from proxyd import address as sockaddr
+from proxyd.errors import UsageError, reason
 from proxyd.target import Target
 
 UNNAMED = "unknown"
 """What sd_listen_fds_with_names(3) calls a socket that came without a name."""
 
 _BACKLOG = 65535  # the kernel caps it at net.core.somaxconn
+
+_NO_SUCH_ADDRESS = (
+    "No interface has it yet: start this after network-online.target, or from a socket unit with "
+    "FreeBind=yes"
+)
+
+LOCK_S = 5.0
+"""How long to wait at start for others that begin or end to listen in the same folder."""
+
+_LOCK_AT_EXIT_S = 0.1
+_LOCK_PAUSE_S = 0.01
+_SO_PASSRIGHTS = 83  # asm-generic/socket.h; Linux 6.16
 
 
 class ListenAddress:
@@ -61,13 +74,19 @@ class Listener:
 def parse_listen(text: str) -> ListenAddress:
     """Read [NAME=]ADDRESS, with the ADDRESS forms of ListenStream= (systemd.socket(5)).
 
-    Port 0 lets the kernel choose one. Raises ValueError.
+    Port 0 lets the kernel choose one. Raises ValueError, UsageError.
     """
     from proxyd.names import split_pair  # which imports Listener from here
 
     name, rest = split_pair(text)
     bare_port = rest.isascii() and rest.isdigit()
-    return ListenAddress(name or UNNAMED, _parse_address(rest, bare_port), rest, bare_port)
+    try:
+        return ListenAddress(name or UNNAMED, _parse_address(rest, bare_port), rest, bare_port)
+    except sockaddr.UnknownInterfaceError as error:
+        raise UsageError(
+            f"Failed to listen on {rest}: {error}. Start this once it is there, or from a socket "
+            "unit with BindToDevice=, which waits for it."
+        ) from None
 
 
 def open_listener(where: ListenAddress) -> Listener:
@@ -83,18 +102,42 @@ def open_listener(where: ListenAddress) -> Listener:
                 raise
             port = sockaddr.port(where.address)
             return _open(where.name, sockaddr.pack_inet("0.0.0.0", port))
-    return _open(where.name, where.address)
+    try:
+        return _open(where.name, where.address)
+    except OSError as error:
+        if error.errno != errno.EADDRNOTAVAIL:
+            raise
+        why = f"{error.strerror}. {_NO_SUCH_ADDRESS}"
+        raise OSError(error.errno, why) from None
 
 
 def close_listener(listener: Listener) -> None:
-    """Close the fd, and unlink the socket file if it is the one we made. Does not raise."""
+    """Close the fd, and unlink the socket file if it is the one we made. Does not raise.
+
+    A UNIX listener stays open until the process ends where its backlog may have file descriptors:
+    they are closed with it, which could take as long as their sender likes.
+    """
+    _unlink_at_exit(listener)
     fd, listener.fd = listener.fd, -1
-    try:
-        os.close(fd)
-    except OSError:
-        pass  # closed before
-    _unlink_ours(listener.address, listener.inode)
-    listener.inode = None
+    if fd >= 0 and (listener.family != sockaddr.AF_UNIX or _refuses_descriptors(fd)):
+        try:
+            os.close(fd)
+        except OSError:
+            pass  # closed before
+
+
+def _unlink_at_exit(listener: Listener) -> None:
+    """Unlink the socket file while it is still listened to.
+
+    Until then nobody takes it for stale, and no other file is given its inode.
+    """
+    inode, listener.inode = listener.inode, None
+    path = _file_path(listener.address)
+    if inode is None or not path:
+        return
+    lock = _FolderLock(path, _LOCK_AT_EXIT_S)  # against one that begins after the file was removed
+    _unlink_ours(listener.address, inode)
+    lock.release()
 
 
 def _parse_address(text: str, bare_port: bool) -> bytes:
@@ -110,6 +153,17 @@ def _parse_address(text: str, bare_port: bool) -> bytes:
 
 
 def _open(name: str, address: bytes) -> Listener:
+    path = _file_path(address)
+    if not path:
+        return _open_locked(name, address, None)
+    lock = _FolderLock(path, LOCK_S)
+    try:
+        return _open_locked(name, address, lock)
+    finally:
+        lock.release()
+
+
+def _open_locked(name: str, address: bytes, lock: "_FolderLock | None") -> Listener:
     family = sockaddr.family(address)
     sock = _socket.socket(family, _socket.SOCK_STREAM | _socket.SOCK_NONBLOCK)
     try:
@@ -117,7 +171,9 @@ def _open(name: str, address: bytes) -> Listener:
             sock.setsockopt(_socket.SOL_SOCKET, _socket.SO_REUSEADDR, 1)
         if family == sockaddr.AF_INET6:
             sock.setsockopt(_socket.IPPROTO_IPV6, _socket.IPV6_V6ONLY, 0)
-        inode = _bind(sock, address)
+        if family == sockaddr.AF_UNIX:
+            _refuse_descriptors(sock)
+        inode = _bind(sock, address, lock)
         try:
             sock.listen(_BACKLOG)
             bound = sockaddr.from_socket_name(family, sock.getsockname())
@@ -132,34 +188,114 @@ def _open(name: str, address: bytes) -> Listener:
         sock.close()  # nothing, once it is detached
 
 
-def _bind(sock: _socket.socket, address: bytes) -> tuple[int, int] | None:
+def _refuse_descriptors(sock: _socket.socket) -> None:
+    """Have clients refused that send them, from before they are accepted: ours alone is this."""
+    try:
+        sock.setsockopt(_socket.SOL_SOCKET, _SO_PASSRIGHTS, 0)
+    except OSError:
+        pass  # _rights.pxd has what is done instead
+
+
+def _refuses_descriptors(fd: int) -> bool:
+    try:
+        sock = _socket.socket(fileno=fd)
+    except OSError:
+        return True  # closed before, or no socket
+    try:
+        return sock.getsockopt(_socket.SOL_SOCKET, _SO_PASSRIGHTS) == 0
+    except OSError:
+        return False
+    finally:
+        sock.detach()
+
+
+def _bind(
+    sock: _socket.socket, address: bytes, lock: "_FolderLock | None"
+) -> tuple[int, int] | None:
     """Bind `sock`; return device and inode of the socket file, if there is one."""
     path = _file_path(address)
     try:
         sock.bind(sockaddr.to_socket_name(address))
-    except OSError:
-        if not path or not _remove_stale(path):
+    except OSError as error:
+        inode = _stale(path) if path else None
+        if not path or not lock or inode is None:
+            raise
+        if lock.missing:
+            raise OSError(
+                error.errno,
+                "there is a stale socket file, which cannot be replaced safely: "
+                f"failed to lock its folder: {lock.missing}",
+            ) from None
+        # Somebody else may have replaced it since, without the lock.
+        if _inode(path) != inode or not _unlink(path):
             raise
         sock.bind(path)
     return _inode(path) if path else None
 
 
-def _remove_stale(path: bytes) -> bool:
-    """Unlink the socket file at `path` if nobody listens on it; tell whether it is gone."""
+class _FolderLock:
+    """An exclusive lock of the folder of a socket file, flock(2); it leaves nothing behind.
+
+    It is held from before bind(2) until after listen(2): in between the socket looks as if nobody
+    listened on it any more, and another start would replace it. Where it cannot be had, `missing`
+    says why. Then a new file may still be made, but none replaced: those that would replace ours
+    need the lock, too.
+    """
+
+    __slots__ = ("_fd", "missing")
+
+    def __init__(self, path: bytes, patience_s: float) -> None:
+        self._fd = -1
+        self.missing = ""
+        try:
+            self._fd = os.open(
+                os.path.dirname(path) or b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+            )
+            self._take(patience_s)
+        except BlockingIOError:
+            self.missing = "another process holds it"
+        except (OSError, ImportError) as error:
+            self.missing = reason(error)
+        if self.missing:
+            self.release()
+
+    def release(self) -> None:
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def _take(self, patience_s: float) -> None:
+        """Wait for the lock, but not for one that is held for ever. Raises BlockingIOError."""
+        import fcntl
+        import time
+
+        deadline = time.monotonic() + patience_s
+        while True:
+            try:
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise
+                time.sleep(_LOCK_PAUSE_S)
+            else:
+                return
+
+
+def _stale(path: bytes) -> tuple[int, int] | None:
+    """Return what _inode() does if `path` is a socket file on which nobody listens."""
     inode = _inode(path)
     if inode is None:
-        return False
+        return None
     probe = _socket.socket(sockaddr.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_NONBLOCK)
     try:
         probe.connect(path)
     except ConnectionRefusedError:
-        # Somebody else may have replaced it since.
-        return _inode(path) == inode and _unlink(path)
+        return inode
     except OSError:
-        return False  # in use (EAGAIN), or not for us to judge
+        return None  # in use (EAGAIN), or not for us to judge
     finally:
         probe.close()
-    return False
+    return None
 
 
 def _file_path(address: bytes) -> bytes | None:

@@ -8,6 +8,7 @@ from proxyd._relay import READY, Relay
 TYPE_CHECKING = False  # as typing has it
 if TYPE_CHECKING:
     from proxyd._relay import Event
+    from proxyd.race import Race
 
 EPOLLIN = 1
 EPOLLET = 1 << 31
@@ -19,7 +20,7 @@ Handler = Callable[[int], object]
 class Loop:
     """A relay, the handlers of the fds it watches for us, and what the log calls connections."""
 
-    __slots__ = ("handlers", "heard", "notes", "relay")
+    __slots__ = ("handlers", "heard", "notes", "races", "relay")
 
     def __init__(self, buffer_size: int = 0) -> None:
         """`buffer_size`: bytes that may be on their way in each direction; 0: as measured."""
@@ -29,6 +30,8 @@ class Loop:
         self.handlers: dict[int, Handler] = {}
         self.notes: dict[int, str] | None = {} if log.enabled(log.DEBUG) else None
         """Connection id → who it is. None unless the log is at debug level."""
+        self.races: list[Race] = []
+        """Of all targets: their connects share a number of fds."""
         self.relay.report_ends = self.notes is not None
 
     def watch(self, fd: int, handler: Handler, events: int = EPOLLIN) -> None:

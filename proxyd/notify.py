@@ -1,6 +1,7 @@
 """Messages to the service manager, sd_notify(3), and its watchdog, sd_watchdog_enabled(3)."""
 
 import _socket
+import errno
 import os
 from _collections_abc import Mapping
 
@@ -8,19 +9,24 @@ from proxyd import address as sockaddr
 from proxyd import log
 from proxyd.errors import reason
 
+PASSING = (errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM, errno.EINTR)
+"""Errors of a service manager that is busy, or of a machine that is."""
+
 
 class Notifier:
     """Sends messages to NOTIFY_SOCKET, if there is one. Owns a datagram socket.
 
-    Nothing here blocks or raises: a message that cannot be sent is lost, and the first such loss
-    is logged.
+    Nothing here blocks or raises. A message that does not go out is the caller's to send again; why
+    it did not is logged, once until another one does.
     """
 
-    __slots__ = ("_complained", "_sock", "_to", "watchdog_usec")
+    __slots__ = ("_complained", "_sock", "_to", "error", "watchdog_usec")
 
     def __init__(self, environ: Mapping[str, str]) -> None:
         self._complained = False
         self._to = b""
+        self.error = 0
+        """The errno of the last send(), 0 if it went out."""
         where = environ.get("NOTIFY_SOCKET")
         self._sock = self._open(where) if where else None
         self.watchdog_usec = _watchdog_usec(environ) if self._sock is not None else 0
@@ -38,11 +44,13 @@ class Notifier:
         data = text.encode("utf-8", "backslashreplace")
         try:
             self._sock.sendto(data, _socket.MSG_DONTWAIT | _socket.MSG_NOSIGNAL, self._to)
-        except (BlockingIOError, InterruptedError):
-            return False  # a busy manager is no news
         except OSError as error:
-            self._complain(f"Failed to send to NOTIFY_SOCKET: {reason(error)}")
+            self.error = error.errno or errno.EIO
+            if self.error not in PASSING:
+                self._complain(f"Failed to send to NOTIFY_SOCKET: {reason(error)}")
             return False
+        self.error = 0
+        self._complained = False
         return True
 
     def ready(self) -> bool:
@@ -107,6 +115,6 @@ def _number(environ: Mapping[str, str], name: str) -> int:
     if text is None:
         return 0
     try:
-        return sockaddr.parse_number(text, 1, 2**64 - 2, "positive")
+        return sockaddr.parse_number(text, 1, 2**64 - 2, "positive number")
     except ValueError as error:
         raise ValueError(f"Ignoring {name}={text}: {error}.") from None

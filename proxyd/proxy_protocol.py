@@ -10,21 +10,30 @@ _LOCAL, _PROXY = b"\x20", b"\x21"
 _TCP4, _TCP6 = b"\x11", b"\x21"
 
 
-def header(version: int, client: int) -> bytes:
+_INET = (sockaddr.AF_INET, sockaddr.AF_INET6)
+
+
+class UnknownAddressError(Exception):
+    """A TCP client whose addresses the kernel does not tell (any more)."""
+
+
+def header(version: int, client: int, peer: bytes) -> bytes:
     """Return the header that tells a target who `client`, an accepted socket, is.
 
-    IPv4-mapped addresses are sent as IPv4. What is neither TCP over IPv4 nor over IPv6 is
-    UNKNOWN (v1), or LOCAL without addresses (v2): the receiver then uses the real ones.
+    `peer` is its packed address, as accept(2) has told it: getpeername(2) fails once the client
+    has reset. IPv4-mapped addresses are sent as IPv4. A client whose family has no such addresses
+    (UNIX, VSOCK) is UNKNOWN (v1), or LOCAL without addresses (v2): the receiver then uses the real
+    ones, which are ours. So a TCP client is never sent as that; raises UnknownAddressError.
     """
-    peer, own = (sockaddr.unmapped(name) if name else b"" for name in socket_names(client))
-    inet = (
-        len(peer) > 2
-        and sockaddr.family(peer) == sockaddr.family(own)
-        and sockaddr.family(peer) in (sockaddr.AF_INET, sockaddr.AF_INET6)
-    )
-    if version == 1:
-        return _v1(peer, own) if inet else b"PROXY UNKNOWN\r\n"
-    return _v2(peer, own) if inet else _SIGNATURE + _LOCAL + bytes(3)
+    own = socket_names(client)[1]
+    if sockaddr.family(peer or own) not in _INET:
+        if not own:
+            raise UnknownAddressError
+        return b"PROXY UNKNOWN\r\n" if version == 1 else _SIGNATURE + _LOCAL + bytes(3)
+    peer, own = sockaddr.unmapped(peer), sockaddr.unmapped(own)
+    if sockaddr.family(peer) != sockaddr.family(own):  # one of them is b""
+        raise UnknownAddressError
+    return _v1(peer, own) if version == 1 else _v2(peer, own)
 
 
 def _v1(peer: bytes, own: bytes) -> bytes:

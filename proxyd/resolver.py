@@ -1,8 +1,13 @@
 """Name look-ups, off the main thread.
 
-getaddrinfo(3) blocks, for as long as the name servers like. So it runs on a few threads, and the
-main loop hears of an answer through an eventfd. Nobody ever waits for these threads, not at exit
-either.
+getaddrinfo(3) blocks, for as long as the name servers like. So it runs on threads, at most one for
+each name: a look-up that hangs stops no other name's. The main loop hears of an answer through an
+eventfd. Nobody ever waits for these threads, not at exit either.
+
+An answer is one of three things. Addresses serve for a second, and are looked up again before that
+is over while clients come. That there is no such name, or that it has no address, is an answer too:
+what was known before is wrong from then on, for the address may be another service's by now. All
+else is a failure to get an answer, and then the last good one stands in (RFC 8767).
 """
 
 import _socket
@@ -17,15 +22,26 @@ from proxyd.errors import reason
 FRESH_MS = 1000
 """An answer, or the lack of one, serves for so long."""
 
+AHEAD_MS = 250
+"""Addresses in use are looked up again so long before, and as much earlier as that takes."""
+
 STALE_MS = 5 * 60 * 1000
 """While look-ups fail, the last good answer serves for so long."""
 
-_THREADS_MAX = 4
+LATE_MS = 1800
+"""A look-up that takes longer has failed so far (RFC 8767 section 5, client response timer)."""
+
+FAILING_MS = 30_000
+"""How long after a failure nobody waits for the next one (the same, failure recheck timer)."""
+
+_NODATA = getattr(_socket, "EAI_NODATA", -5)
+
+GONE = (_socket.EAI_NONAME, _NODATA)
+"""Errors that are answers: the name does not exist, or has no address."""
 
 RETRYABLE = (
+    *GONE,  # the name may appear: a container's does when it starts
     _socket.EAI_AGAIN,
-    _socket.EAI_NONAME,  # the name may appear: a container's does when it starts
-    getattr(_socket, "EAI_NODATA", -5),
     _socket.EAI_MEMORY,  # and these are ours, not the name's: they pass as well
     _socket.EAI_SYSTEM,
 )
@@ -37,26 +53,76 @@ Done = Callable[[list[bytes], "_socket.gaierror | None"], None]
 class Name:
     """One host name: the last good answer, and who waits for the next."""
 
-    __slots__ = ("addresses", "asked_ms", "error", "good_ms", "host", "waiting")
+    __slots__ = (
+        "addresses",
+        "asked_ms",
+        "began_ms",
+        "error",
+        "good_ms",
+        "host",
+        "took_ms",
+        "waiting",
+    )
 
     def __init__(self, host: bytes) -> None:
         self.host = host
         self.addresses: list[bytes] = []
-        """Packed, port 0, in the order to try them."""
+        """Packed, port 0, in the order to try them; a new list with every good answer."""
         self.good_ms: int | None = None
         """When they were looked up."""
         self.asked_ms: int | None = None
         """When the last look-up ended."""
         self.error: _socket.gaierror | None = None
         """How it ended."""
+        self.took_ms = 0
+        """How long it took."""
+        self.began_ms: int | None = None
+        """When the look-up that is under way has begun; None: none is."""
         self.waiting: list[Done] = []
-        """Not empty: a look-up is under way."""
+        """Who waits for it."""
+
+    def fresh(self, now_ms: int) -> bool:
+        """Tell whether the last look-up, however it ended, still serves."""
+        return self.asked_ms is not None and now_ms - self.asked_ms < FRESH_MS
+
+    def failing(self, now_ms: int) -> bool:
+        """Tell whether there has been no answer of late, or the next one is late."""
+        if self.began_ms is not None and now_ms - self.began_ms >= LATE_MS:
+            return True
+        failed = self.error is not None and self.asked_ms is not None
+        return failed and now_ms - (self.asked_ms or 0) < FAILING_MS
+
+    def usable(self, now_ms: int) -> list[bytes]:
+        """Return the addresses, if they may be used without another look-up."""
+        if self.good_ms is None:
+            return []
+        if self.error is None and self.fresh(now_ms):
+            return self.addresses
+        stands_in = self.failing(now_ms) and now_ms - self.good_ms < STALE_MS
+        return self.addresses if stands_in else []
+
+    def due(self, now_ms: int) -> bool:
+        """Tell whether to look it up again, for clients who do not wait for that."""
+        if self.began_ms is not None or self.asked_ms is None:
+            return False
+        ahead_ms = min(AHEAD_MS + self.took_ms, FRESH_MS) if self.error is None else 0
+        return now_ms - self.asked_ms >= FRESH_MS - ahead_ms
+
+    def learn(self, addresses: list[bytes], error: "_socket.gaierror | None", now_ms: int) -> None:
+        """Take in how the look-up that was under way has ended."""
+        self.took_ms = now_ms - (now_ms if self.began_ms is None else self.began_ms)
+        self.began_ms = None
+        self.asked_ms, self.error = now_ms, error
+        if error is None:
+            self.addresses, self.good_ms = addresses, now_ms
+        elif error.errno in GONE:
+            self.addresses, self.good_ms = [], None
 
 
 class Resolver:
     """Looks names up; belongs to the main thread but for _work()."""
 
-    __slots__ = ("_answers", "_jobs", "_names", "_threads", "_under_way", "fd")
+    __slots__ = ("_answers", "_jobs", "_names", "_sharing", "_threads", "_under_way", "fd")
 
     def __init__(self) -> None:
         from _queue import SimpleQueue
@@ -70,7 +136,9 @@ class Resolver:
         )
         self._threads = 0
         self._under_way = 0
-        """Look-ups whose answer was not collected yet."""
+        """Look-ups whose answer was not collected yet; one name has at most one."""
+        self._sharing = False
+        """A thread was refused, and that was told."""
 
     def start(self, hosts: list[bytes]) -> None:
         """Start a thread; where there can be none, look `hosts` up once and for all."""
@@ -83,10 +151,24 @@ class Resolver:
             if name.error is not None:
                 log.error(f"Failed to resolve host: {name.error.strerror} ({host.decode()})")
 
-    def fresh(self, host: bytes, now_ms: int) -> bool:
-        """Tell whether ask() would answer at once, with addresses."""
+    def current(self, host: bytes, now_ms: int) -> list[bytes]:
+        """Return the addresses of `host`, if nobody need wait for them; otherwise none.
+
+        To be called for each client: that keeps the answer fresh. It is the same list until there
+        is another answer.
+        """
         name = self._names.get(host)
-        return name is not None and name.good_ms is not None and now_ms - name.good_ms < FRESH_MS
+        if name is None:
+            return []
+        if self._threads == 0:
+            return name.addresses
+        addresses = name.usable(now_ms)
+        if addresses:
+            if name.error is not None or not name.fresh(now_ms):
+                _warn_of_stale(name)
+            if name.due(now_ms):
+                self._submit(name, now_ms)
+        return addresses
 
     def ask(self, host: bytes, now_ms: int, done: Done) -> None:
         """Call `done` with the addresses of `host`, or with none and the error; perhaps at once.
@@ -94,14 +176,15 @@ class Resolver:
         All who ask for one name while it is looked up wait for the same look-up.
         """
         name = self._names.setdefault(host, Name(host))
-        if self._threads == 0:
-            done(name.addresses, name.error)
-        elif not name.waiting and name.asked_ms is not None and now_ms - name.asked_ms < FRESH_MS:
-            self._tell(name, now_ms, [done])
+        addresses = self.current(host, now_ms)
+        if addresses:
+            done(addresses, None)
+        elif self._threads == 0 or (name.began_ms is None and name.fresh(now_ms)):
+            done([], name.error)
         else:
             name.waiting.append(done)
-            if len(name.waiting) == 1:
-                self._submit(name)
+            if name.began_ms is None:
+                self._submit(name, now_ms)
 
     def collect(self, now_ms: int) -> None:
         """Hand out the answers that have come."""
@@ -112,29 +195,23 @@ class Resolver:
         while not self._answers.empty():
             name, addresses, error = self._answers.get()
             self._under_way -= 1
-            name.asked_ms, name.error = now_ms, error
-            if name.error is None:
-                name.addresses, name.good_ms = addresses, now_ms
+            name.learn(addresses, error, now_ms)
             waiting, name.waiting = name.waiting, []
-            self._tell(name, now_ms, waiting)
+            addresses = name.usable(now_ms)
+            if waiting and addresses and error is not None:
+                _warn_of_stale(name)
+            for done in waiting:
+                done(addresses, None if addresses else error)
 
-    def _tell(self, name: Name, now_ms: int, waiting: list[Done]) -> None:
-        addresses: list[bytes] = []
-        if name.good_ms is not None and now_ms - name.good_ms < STALE_MS:
-            addresses = name.addresses
-        if addresses and name.error is not None:
-            log.limited(
-                f"resolve {name.host!r}",
-                f"Failed to resolve host: {name.error.strerror} ({name.host.decode()}); "
-                "using its last addresses.",
-            )
-        for done in waiting:
-            done(addresses, None if addresses else name.error)
-
-    def _submit(self, name: Name) -> None:
+    def _submit(self, name: Name, now_ms: int) -> None:
+        name.began_ms = now_ms
         self._under_way += 1
-        if self._threads < min(self._under_way, _THREADS_MAX):
-            self._add_thread()
+        if self._threads < self._under_way and not self._add_thread() and not self._sharing:
+            self._sharing = True
+            log.warning(
+                "No further thread can be started for name look-ups: "
+                f"all names share {self._threads}, and wait for each other."
+            )
         self._jobs.put(name)
 
     def _add_thread(self) -> bool:
@@ -153,13 +230,34 @@ class Resolver:
             os.eventfd_write(self.fd, 1)
 
 
+def _warn_of_stale(name: Name) -> None:
+    why = "no answer yet" if name.error is None else name.error.strerror
+    log.limited(
+        f"resolve {name.host!r}",
+        f"Failed to resolve host: {why} ({name.host.decode()}); using its last addresses.",
+    )
+
+
 def _look_up(host: bytes) -> tuple[list[bytes], "_socket.gaierror | None"]:
-    """Return the addresses of `host`, families interleaved, or the error. Blocks.
+    """Return the addresses of `host`, families interleaved, or the error. Blocks."""
+    addresses, error = _get(host, 0)
+    if error is None or error.errno != _NODATA:
+        return addresses, error
+    # glibc says that, too, where one family has no address and there was no answer for the other.
+    for family in (sockaddr.AF_INET6, sockaddr.AF_INET):
+        addresses, single = _get(host, family)
+        if single is None or single.errno not in GONE:
+            return addresses, single
+    return [], error
+
+
+def _get(host: bytes, family: int) -> tuple[list[bytes], "_socket.gaierror | None"]:
+    """Call getaddrinfo(3).
 
     No AI_ADDRCONFIG: it hides ::1 and 127.0.0.1 from a machine without a network.
     """
     try:
-        found = _socket.getaddrinfo(host, None, 0, _socket.SOCK_STREAM)
+        found = _socket.getaddrinfo(host, None, family, _socket.SOCK_STREAM)
         return interleaved([sockaddr.from_socket_name(info[0], info[4]) for info in found]), None
     except _socket.gaierror as error:
         return [], error

@@ -6,12 +6,10 @@ to the relay, which forwards until both sides are done.
 """
 
 import _signal  # type: ignore[import-not-found]
-import os
-import sys
 from _collections_abc import MutableMapping
 
 from proxyd import address, log
-from proxyd._relay import BUSY, ENDED, FAILED, signal_fd
+from proxyd._relay import BUSY, ENDED, FAILED, signal_fd, signals_come
 from proxyd.errors import reason
 from proxyd.intake import Door, Intake
 from proxyd.limits import fit_connections
@@ -25,9 +23,9 @@ TYPE_CHECKING = False  # as typing has it
 if TYPE_CHECKING:
     from proxyd._relay import Event
     from proxyd.cli import Options
+    from proxyd.ports import Ports
     from proxyd.resolver import Resolver
-
-_SIGINFO_SIZE = 128  # signalfd(2)
+    from proxyd.target import Target
 
 
 def run(options: "Options", listeners: list[Listener], environ: MutableMapping[str, str]) -> int:
@@ -37,6 +35,10 @@ def run(options: "Options", listeners: list[Listener], environ: MutableMapping[s
         return server.serve()
     finally:
         server.relay.close_all()  # after an error too: whoever is cut must not see a clean end
+        server.intake.disarm()  # before the listeners are closed, which others may have, too
+        for reach in server.reaches:
+            reach.drop_all()
+        server.manager.close()
         log.flush_limited()
 
 
@@ -50,15 +52,21 @@ class Server:
         self.loop = Loop(options.buffer_size)
         self.relay = self.loop.relay
         self.relay.idle_ms = _milliseconds(options.idle_timeout) or 0
-        self._handle_signals()  # before there are threads, which inherit the mask
+        self._handle_signals()
         hosts = [one.target.host for one in listeners if one.target.host is not None]
         self.resolver = self._make_resolver(hosts) if hosts else None
         self.reaches: list[Reach] = []
+        self.ports: dict[Target, Ports] = {}
+        """By their target."""
         self.intake = Intake(
             self.loop,
-            [Door(self.loop, i, one, self._way_of(one)) for i, one in enumerate(listeners)],
+            [self._door(index, listener) for index, listener in enumerate(listeners)],
             fit_connections(
-                options.connections_max, len(listeners), options.threads, lookups=bool(hosts)
+                options.connections_max,
+                len(listeners),
+                options.threads,
+                names=len(set(hosts)),
+                unix=any(_is_unix(one) for one in listeners),
             ),
             options.proxy_protocol,
         )
@@ -74,6 +82,8 @@ class Server:
         self.exit_idle_ms = _milliseconds(options.exit_idle_time)
         if single:
             self.exit_idle_ms = 0  # Accept=yes: with the one connection all ends
+        self.asked = False
+        """Whether to log the counters; after the batch, for in the midst they do not add up."""
         self.stopping = False
         self.stop_ms: int | None = None
         """When to end in any case, once stopping; None: when the last connection has ended."""
@@ -83,6 +93,7 @@ class Server:
     def serve(self) -> int:
         """Serve until there is a reason to end; the exit status."""
         self.intake.arm()
+        self._log_listening()
         self.manager.ready()
         self._tick()
         while not self._over():
@@ -98,7 +109,7 @@ class Server:
     def _relay_event(self, event: "Event") -> None:
         if event[0] == FAILED:
             door = self.intake.doors[event[3]]
-            door.way.take_back(door.listener, event)
+            door.way_of(event[1]).take_back(door.listener, event)
         elif event[0] == ENDED:
             self._log_end(event)
         elif event[0] == BUSY:
@@ -115,6 +126,9 @@ class Server:
                 reach.step(now_ms)
         self.intake.tick(now_ms)
         self.intake.set_terms()
+        if self.asked:
+            self.asked = False
+            self._log_summary()
         busy = self._busy()
         self.manager.tick(now_ms, busy)
         ends = self.stopping or self.exit_idle_ms is not None or self.intake.broken
@@ -157,7 +171,7 @@ class Server:
         return self._busy() or self.intake.resume_ms is not None
 
     def _stop(self) -> None:
-        """On SIGTERM or SIGINT: no more clients, and an end; the second time at once."""
+        """On SIGTERM, SIGINT or SIGHUP: no more clients, and an end; the second time at once."""
         now_ms = self.relay.now_ms
         if self.stopping:
             self.stop_ms = now_ms
@@ -183,18 +197,16 @@ class Server:
     # ── signals ──────────────────────────────────────────────────────────────────────────────
 
     def _handle_signals(self) -> None:
-        signals = signal_fd((_signal.SIGTERM, _signal.SIGINT, _signal.SIGUSR1))
-        self.loop.watch(signals, lambda _events: self._signalled(signals))
+        ends = (_signal.SIGTERM, _signal.SIGINT, _signal.SIGHUP)
+        signals = signal_fd((*ends, _signal.SIGUSR1))
+        self.loop.watch(signals, lambda _events: self._signalled())
 
-    def _signalled(self, signals: int) -> None:
-        try:
-            number = int.from_bytes(os.read(signals, _SIGINFO_SIZE)[:4], sys.byteorder)
-        except BlockingIOError:
-            return  # a false alarm
-        if number == _signal.SIGUSR1:
-            self._log_summary()
-        else:
-            self._stop()
+    def _signalled(self) -> None:
+        for number in signals_come():
+            if number == _signal.SIGUSR1:
+                self.asked = True
+            else:
+                self._stop()
 
     # ── parts ────────────────────────────────────────────────────────────────────────────────
 
@@ -220,6 +232,17 @@ class Server:
         self.loop.watch(resolver.fd, lambda _events: resolver.collect(self.relay.now_ms))
         return resolver
 
+    def _door(self, index: int, listener: Listener) -> Door:
+        way, target = self._way_of(listener), listener.target
+        if not target.any_port or listener.connected:
+            return Door(self.loop, index, listener, way)
+        if target not in self.ports:
+            from proxyd.ports import Ports
+
+            self.ports[target] = Ports(lambda port: self._make_way(target, port), self.reaches)
+        self.ports[target].fixed[way.port] = way
+        return Door(self.loop, index, listener, way, self.ports[target])
+
     def _way_of(self, listener: Listener) -> Reach:
         """The Reach for a listener's target: one for all that lead to the same place."""
         target = listener.target
@@ -227,11 +250,22 @@ class Server:
         for reach in self.reaches:
             if reach.target is target and reach.port == port:
                 return reach
-        timeout_ms = _milliseconds(self.options.connect_timeout)
-        self.reaches.append(Reach(self.loop, self.resolver, target, port, timeout_ms))
+        self.reaches.append(self._make_way(target, port))
         return self.reaches[-1]
 
+    def _make_way(self, target: "Target", port: int) -> Reach:
+        timeout_ms = _milliseconds(self.options.connect_timeout)
+        way = Reach(self.loop, self.resolver, target, port, timeout_ms)
+        way.settle(_milliseconds(self.options.settle_time) or 0)
+        return way
+
     # ── words ────────────────────────────────────────────────────────────────────────────────
+
+    def _log_listening(self) -> None:
+        """Tell where --listen= listens, with the port that the kernel has chosen for 0."""
+        inherited = len(self.intake.doors) - len(self.options.listen)
+        for door in self.intake.doors[inherited:]:
+            log.info(f"Listening on {door.listener.text}.")
 
     def _log_summary(self) -> None:
         try:
@@ -252,6 +286,11 @@ class Server:
 
         note = self.loop.notes.pop(event[1], "") if self.loop.notes is not None else ""
         log.debug(ending(note, event))
+
+
+def _is_unix(listener: Listener) -> bool:
+    target = listener.target.address
+    return address.AF_UNIX in (listener.family, address.family(target) if target else None)
 
 
 def _milliseconds(usec: int | None) -> int | None:

@@ -17,7 +17,7 @@ class Target:
     Literal addresses are packed here, once; names are left for the resolver.
     """
 
-    __slots__ = ("address", "host", "service", "text")
+    __slots__ = ("address", "host", "scope", "service", "text")
 
     text: str
     """As it was given, without NAME=; for messages."""
@@ -29,11 +29,20 @@ class Target:
     not a TCP one."""
     address: bytes | None
     """The packed address, None for a name. With `*` its port is 0."""
+    scope: str
+    """The interface of a link-local address, where it was given by its name; "" otherwise.
+    `address` lacks it, for the same name may be another interface tomorrow."""
 
     def __init__(
-        self, text: str, host: bytes | None, service: int | None, address: bytes | None
+        self,
+        text: str,
+        host: bytes | None,
+        service: int | None,
+        address: bytes | None,
+        scope: str = "",
     ) -> None:
         self.text = text
+        self.scope = scope
         self.host = host
         self.service = service
         self.address = address
@@ -42,6 +51,10 @@ class Target:
     def any_port(self) -> bool:
         """Tell whether this is `HOST:*`."""
         return self.service is None
+
+    def scoped(self) -> bytes:
+        """Return `address` with the present index of `scope`. Raises OSError."""
+        return sockaddr.with_scope(self.address or b"", sockaddr.interface_index(self.scope))
 
 
 def parse_target(text: str) -> Target:
@@ -60,12 +73,13 @@ def _parse(text: str) -> Target:
         return Target(text, None, 0, local)
     host, service = sockaddr.split_host(text)
     if not host:
-        raise ValueError("no host")
+        raise ValueError("no host; expected HOST:PORT")
     port = _parse_service(service)
     try:
+        literal, scope = sockaddr.split_scope(host) if ":" in host else (host, "")
+        if scope and not sockaddr.is_index(scope):
+            return Target(text, None, port, sockaddr.pack_inet6(literal, port or 0), scope)
         return Target(text, None, port, sockaddr.pack_inet(host, port or 0))
-    except sockaddr.UnknownInterfaceError:
-        return Target(text, _encode(host), port, None)  # the interface may appear later
     except ValueError as error:
         if ":" in host:
             raise ValueError(f"{error}; write IPv6 addresses as [ADDRESS]:PORT") from None
@@ -79,7 +93,7 @@ def _parse_service(service: str | None) -> int | None:
     if service == "*":
         return None
     if not service:
-        raise ValueError("no port")
+        raise ValueError("no port; expected HOST:PORT")
     if service.isdigit():
         return sockaddr.parse_port(service)
     import _socket
@@ -87,7 +101,12 @@ def _parse_service(service: str | None) -> int | None:
     try:
         return sockaddr.parse_port(str(_socket.getservbyname(service, "tcp")))
     except (OSError, ValueError):
-        raise ValueError(f"'{service}' is not a port") from None
+        raise ValueError(f"'{service}' is not a port number, nor a TCP service") from None
+
+
+def looks_like_a_port(target: Target) -> bool:
+    """Tell whether somebody has most likely forgotten the host: 8080 is port 80 of a host 8080."""
+    return target.text.isascii() and target.text.isdigit()
 
 
 def _encode(host: str) -> bytes:
@@ -97,7 +116,8 @@ def _encode(host: str) -> bytes:
             return host.encode("ascii" if host.isascii() else "idna")
         except UnicodeError:
             pass
-    raise ValueError(f"'{host}' is not a host name")
+    hint = "; a path begins with a slash, or with unix:" if "/" in host else ""
+    raise ValueError(f"'{host}' is not a host name{hint}")
 
 
 def _never_in_host(char: str) -> bool:

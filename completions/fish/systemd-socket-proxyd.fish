@@ -170,7 +170,7 @@ end
 # --listen= has given.
 function __fish_systemd_socket_proxyd_said
     set -l with_value -c --connections-max --exit-idle-time --proxy-protocol --connect-timeout \
-        --idle-timeout --drain-timeout --listen --threads --hand-over --buffer-size
+        --settle-time --idle-timeout --drain-timeout --listen --threads --hand-over --buffer-size
     set -l option
     set -l ended
     for word in (commandline -opc)[2..]
@@ -226,6 +226,8 @@ complete -c systemd-socket-proxyd -l exit-idle-time -x -k -a "$spans" \
 complete -c systemd-socket-proxyd -l proxy-protocol -x -a 'v1 v2' -d 'Tell the target who calls'
 complete -c systemd-socket-proxyd -l connect-timeout -x -k -a "$spans" \
     -d 'Hold clients this long while the target cannot be reached'
+complete -c systemd-socket-proxyd -l settle-time -x -k -a '0 10ms 50ms 200ms 1s' \
+    -d 'Watch a target that was not reachable this long before anything is sent'
 complete -c systemd-socket-proxyd -l idle-timeout -x -k -a "$spans[2..]" \
     -d 'Close a connection over which nothing has moved for this long'
 complete -c systemd-socket-proxyd -l drain-timeout -x -k -a "$spans" \

@@ -8,7 +8,7 @@ import time
 import pytest
 from harness.differences import differs
 from harness.sockets import FAMILIES, read_exactly, read_to_end
-from harness.waiting import never_within, wait_until
+from harness.waiting import never_within, patience, wait_until
 
 says_nothing = differs("original-252", reason="sends neither READY=1 nor STATUS=")
 
@@ -268,6 +268,26 @@ def test_notification_socket_that_is_full(stage):
             greet(stage.connect())
 
 
+@differs("original", reason="252 does not send it, 262 serves nobody until it is sent", run=False)
+def test_ready_comes_once_there_is_room_for_it(stage):
+    """READY=1 finds the service manager's queue full: it is sent once that has been read."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as busy:
+        busy.bind(stage.path("busy"))
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as filler:
+            filler.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                while filler.sendto(b"x", stage.path("busy")):
+                    pass
+        environment = {"NOTIFY_SOCKET": stage.path("busy")}
+        stage.launch(
+            stage.echo(), listeners=[stage.listener()], environment=environment, wait=False
+        )
+        greet(stage.connect())  # it is up, and has tried
+        busy.settimeout(patience())
+        while not busy.recv(4096).startswith(b"READY=1"):
+            pass
+
+
 @differs("original", reason="writes to the journal's socket, or without a prefix")
 def test_journal_prefix(stage):
     """When stderr is the journal, each line begins with its priority, as in sd-daemon(3)."""
@@ -291,8 +311,23 @@ def test_log_level_debug(stage, level):
     stage.launch(stage.echo(), listeners=[stage.listener()], environment=environment)
     client = stage.connect()
     greet(client)
-    client.close()
-    wait_until(stage.proxy.log_lines, "a line about the connection")
+    address = ":".join(map(str, client.getsockname()))
+    wait_until(lambda: stage.proxy.log_lines(f"New connection from {address}"), "its beginning")
+    if stage.is_ours:
+        assert not stage.proxy.log_lines("bytes up")
+        client.close()
+        wait_until(lambda: stage.proxy.log_lines("5 bytes up, 5 bytes down"), "its end")
+
+
+@differs("original", reason="does not say where to")
+def test_a_connection_that_waits_is_told_when_it_comes(stage):
+    """At debug level, while its target cannot be reached: the client's address, and the target."""
+    environment = {"SYSTEMD_LOG_LEVEL": "debug"}
+    backend = stage.absent()
+    stage.launch(backend.target, listeners=[stage.listener("unix")], environment=environment)
+    stage.connect()
+    line = f"New connection from unix client to {backend.target}."
+    wait_until(lambda: stage.proxy.log_lines(line), "its beginning")
 
 
 def test_log_level_error(stage):

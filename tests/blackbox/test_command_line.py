@@ -3,6 +3,7 @@
 import os
 import re
 import socket
+import subprocess
 
 import pytest
 from harness.differences import differs
@@ -252,20 +253,132 @@ def test_garbage_in_the_activation(stage, variable, value):
     assert variable in outcome.stderr
 
 
-@differs("original", reason="does not look at the names")
-@pytest.mark.parametrize("names", ["one:two", "one:two:three"])
+@pytest.mark.parametrize("names", ["web@127.0.0.1:8080.socket", "one:two:three", ""])
 def test_names_that_do_not_fit(stage, names):
-    """More names than sockets is one line that names the variable, and exit status 1."""
-    outcome = stage.run("127.0.0.1:1", listeners=[stage.listener()], names=names)
+    """A unit with a colon in its name looks like more names than sockets; nobody needs them."""
+    stage.launch(stage.echo(), listeners=[stage.listener()], names=names)
+    client = stage.connect()
+    client.sendall(b"hello")
+    assert read_exactly(client, 5) == b"hello"
+    assert stage.proxy.log() == ""
+
+
+@differs("original", reason="does not look at the names")
+def test_names_that_do_not_fit_where_they_are_needed(stage):
+    """NAME=TARGET needs a name for each socket: one line, exit status 1."""
+    listeners = [stage.listener(), stage.listener()]
+    outcome = stage.run("one=127.0.0.1:1", listeners=listeners, names="one:two:three")
     assert outcome.status == 1
-    assert len(outcome.stderr.splitlines()) == 1
-    assert "LISTEN_FDNAMES" in outcome.stderr
+    (line,) = outcome.stderr.splitlines()
+    assert "LISTEN_FDNAMES=one:two:three: 3 names for 2 sockets" in line
+    assert "FileDescriptorName=" in line
 
 
 def test_sockets_of_another_process(stage):
     """LISTEN_PID of another process: the sockets are not ours, as if there were none."""
     outcome = stage.run("127.0.0.1:1", listeners=[stage.listener()], listen_pid="1")
     assert is_accepted(outcome)
+
+
+@differs("original", reason="says it on one line, without a way out")
+@pytest.mark.parametrize(
+    ("arguments", "environment", "redirect", "hint"),
+    [
+        (["a:1"], {}, "<&3", "StandardInput=socket passes the socket where"),
+        (["a:1"], {}, ">&3", "StandardOutput=socket passes the socket where"),
+        (["a:1"], {"LISTEN_FDS": "1", "LISTEN_PID": "1"}, "", "process 1, which is another one"),
+        (["a:1"], {"LISTEN_FDS": "1"}, "", "LISTEN_FDS=1 is set, but LISTEN_PID"),
+        (["help"], {}, "", "did you mean --help?"),
+        (["version"], {}, "", "did you mean --version?"),
+    ],
+)
+def test_no_sockets_says_what_is_missing(stage, arguments, environment, redirect, hint):
+    """The original's line comes first; the second one says what has gone wrong."""
+    outcome = stage.run(
+        *arguments,
+        listeners=[stage.listener()],
+        listen_pid=None,
+        environment={"LISTEN_FDS": None} | environment,
+        prefix=["sh", "-c", f'exec "$@" {redirect}', "sh"],
+    )
+    assert outcome.status == 1
+    first, second = outcome.stderr.splitlines()
+    assert first == NO_SOCKETS
+    assert hint in second
+
+
+def test_accepted_socket_as_standard_input(stage):
+    """Accept=yes with StandardInput=socket, as inetd does it: there is nobody to serve."""
+    listener = stage.listener()
+    client = stage.connect(listener)
+    connection, _ = listener.accept()
+    outcome = stage.run(
+        "a:1",
+        listeners=[connection],
+        listen_pid=None,
+        environment={"LISTEN_FDS": None},
+        prefix=["sh", "-c", 'exec "$@" <&3', "sh"],
+    )
+    connection.close()
+    assert is_accepted(outcome)
+    if stage.is_ours:
+        assert "StandardInput=socket" in outcome.stderr
+    client.close()
+
+
+WRONG = [
+    (["--buffer-size=256q", "a:1"], ["256q", "4096", "2047M", "K or M", "auto"]),
+    (["--buffer-size=1k", "a:1"], ["1k", "4096"]),
+    (["--buffer-size=", "a:1"], ["4096"]),
+    (["--connect-timeout=soon", "a:1"], ["soon", "5min 20s", "infinity"]),
+    (["--drain-timeout=-1", "a:1"], ["-1", "5min 20s", "infinity"]),
+    (["--idle-timeout=1 fortnight", "a:1"], ["fortnight", "5min 20s", "infinity"]),
+    (["--idle-timeout=0", "a:1"], ["too low", "infinity"]),
+    (["--hand-over=sometimes", "a:1"], ["sometimes", "busy or always"]),
+    (["--listen=127.0.0.1", "a:1"], ["a port, HOST:PORT, a path, @NAME or vsock:CID:PORT"]),
+    (["--listen=http://localhost:80", "a:1"], ["a URL is not an address", "localhost:80"]),
+    (["--listen=localhost:80", "a:1"], ["'localhost' is not an IP address"]),
+    (["--listen=we:b=8080", "a:1"], ["a NAME in front", "contains no colon"]),
+    (["--listen=99999", "a:1"], ["from 0 to 65535"]),
+    (["--listen=vsock:x:1", "a:1"], ["CID from 0 to 4294967295"]),
+    (["--proxy-protocol=2", "a:1"], ["v1 or v2"]),
+    (["--threads=0", "a:1"], ["from 1 to 1024, or auto"]),
+    (["--threads=two", "a:1"], ["from 1 to 1024, or auto"]),
+    (["http://localhost:80"], ["a URL is not an address", "write localhost:80"]),
+    (["https://[::1]/x"], ["write [::1]:443"]),
+    (["web=http://host/"], ["write host:80"]),
+    (["a:"], ["expected HOST:PORT"]),
+    ([":80"], ["expected HOST:PORT"]),
+    (["a:99999"], ["from 1 to 65535"]),
+    (["a:nosuchservice"], ["port number, nor a TCP service"]),
+    (["run/x"], ["a path begins with a slash, or with unix:"]),
+    (["we:b=a:1"], ["contains no colon"]),
+    (["=a:1"], ["is not empty"]),
+    (["::1"], ["[ADDRESS]:PORT"]),
+    (["[::1"], ["[IPV6-ADDRESS]:PORT"]),
+    (["vsock:x:1"], ["CID from 0 to 4294967295"]),
+    (["wbe=a:1"], ["'web'", "'wbe'", "is 'wbe' meant for it?"]),
+]
+"""Arguments, and what the line about them must say: what was given, and what is allowed."""
+
+
+@differs("original", reason="knows none of these options, and takes any text for a target")
+@pytest.mark.parametrize(("arguments", "words"), WRONG)
+def test_a_wrong_input_says_what_is_allowed(stage, arguments, words):
+    """One line, which helps somebody who sees the program for the first time."""
+    outcome = stage.run(*arguments, listeners=[stage.listener()], names="web")
+    assert outcome.status == 1
+    (line,) = outcome.stderr.splitlines()
+    for word in words:
+        assert word in line
+
+
+@differs("original", reason="takes the port for a host name without a word", run=False)
+def test_a_port_alone_is_a_host_name(stage):
+    """As in the original; but hardly anybody means that, so there is a warning."""
+    proxy = stage.launch("8080", listeners=[stage.listener()])
+    (line,) = proxy.log_lines()
+    assert "localhost:8080" in line
 
 
 @pytest.mark.parametrize("count", ["5", "99999999999"])
@@ -345,6 +458,15 @@ class TestListen:
         stage.launch(f"--listen=127.0.0.1:{port}", stage.echo())
         assert self.served_at(stage, ("127.0.0.1", port))
 
+    def test_it_says_where(self, stage):
+        """One line for each, at info level, once it is up: with the port that the kernel chose."""
+        path = stage.path("one")
+        proxy = stage.launch(f"--listen={path}", "--listen=127.0.0.1:0", stage.echo())
+        first, second = proxy.log_lines()
+        assert first == f"Listening on {path}."
+        port = int(re.fullmatch(r"Listening on 127\.0\.0\.1:(\d+)\.", second)[1])
+        assert self.served_at(stage, ("127.0.0.1", port))
+
     def test_bracketed_ipv6_and_port(self, stage):
         """[V6]:PORT."""
         port = self.free_port()
@@ -400,6 +522,39 @@ class TestListen:
         assert len(outcome.stderr.splitlines()) == 1
         assert path in outcome.stderr
         open_connection(path, socket.AF_UNIX).close()
+
+    @pytest.mark.parametrize("round_", range(3))
+    def test_many_starts_at_the_same_moment(self, stage, round_):
+        """On one stale path: one serves and is reachable, all others end with one clear line."""
+        path, target = stage.path("stale"), stage.echo()
+        with socket.socket(socket.AF_UNIX) as stale:
+            stale.bind(path)
+        command = [stage.executable, *stage.arguments, f"--listen={path}", target]
+        starts = [
+            subprocess.Popen(command, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True)
+            for _ in range(16)
+        ]
+        try:
+            wait_until(
+                lambda: [start.poll() is None for start in starts].count(True) <= 1,
+                "all but one have ended",
+            )
+            assert [start.poll() is None for start in starts].count(True) == 1
+            assert self.served_at(stage, path, socket.AF_UNIX)
+            for start in starts:
+                if start.poll() is None:
+                    continue
+                assert start.returncode == 1
+                assert start.stderr.read() == (
+                    f"Failed to listen on {path}: Address already in use\n"
+                )
+        finally:
+            for start in starts:
+                start.terminate()
+                start.wait()
+                start.stderr.close()
+        assert not os.path.exists(path)
+        assert os.listdir(stage.directory) == []
 
     def test_other_file_is_left_alone(self, stage):
         """A file that is not a socket is not removed: one line, exit status 1."""

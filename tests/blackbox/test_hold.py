@@ -296,28 +296,31 @@ def test_wrong_kind_of_target_fails_at_once(stage):
 
 
 def test_socket_between_bind_and_chmod(stage):
-    """A UNIX target that the program may not open yet is tried again for a second."""
+    """A UNIX target that the program may not open yet is tried again, and that is told at once."""
     prefix = as_unprivileged_user(stage.executable)
     backend = stage.backend("unix")
     path = backend.listener.getsockname()
     os.chmod(path, 0o600)
     stage.launch(backend.target, listeners=[stage.listener()], prefix=prefix)
     client = stage.connect()
-    stays_held(client, seconds=0.3)
+    stage.proxy.wait_for_log("Permission denied")
+    stays_held(client, seconds=1.3)
     os.chmod(path, 0o666)
     talk(client, backend.accept())
 
 
 def test_forbidden_socket(stage):
-    """One that stays forbidden is given up long before --connect-timeout=, with the reason."""
+    """One that stays forbidden is given up after --connect-timeout=, with the reason."""
     prefix = as_unprivileged_user(stage.executable)
     backend = stage.backend("unix")
     os.chmod(backend.listener.getsockname(), 0o600)
     stage.launch(
-        "--connect-timeout=1h", backend.target, listeners=[stage.listener()], prefix=prefix
+        "--connect-timeout=300ms", backend.target, listeners=[stage.listener()], prefix=prefix
     )
     assert read_to_end(stage.connect())[0] == b""
-    stage.proxy.wait_for_log("Failed to connect to remote host: Permission denied")
+    stage.proxy.wait_for_log(
+        f"Failed to connect to remote host: Permission denied ({backend.target})."
+    )
 
 
 def test_stop_while_clients_are_held(stage):
@@ -378,20 +381,6 @@ def test_name_that_stays_away(stage):
     )
     assert read_to_end(stage.connect())[0] == b""
     stage.proxy.wait_for_log("Failed to resolve host: ")
-
-
-def test_last_good_answer_serves_when_names_fail(stage):
-    """A look-up that fails later does not end a service that has worked before."""
-    prefix = with_hosts(stage.directory, ["127.0.0.1 flaky.test"])
-    backend = stage.backend()
-    stage.launch(f"flaky.test:{backend.port()}", listeners=[stage.listener()], prefix=prefix)
-    talk(stage.connect(), backend.accept())
-    with open(stage.path("hosts"), "w") as hosts:
-        hosts.write("127.0.0.1 localhost\n")
-    for _ in range(3):
-        never_within(0.5, stage.proxy.has_ended, "the end")  # an answer serves for one second
-        talk(stage.connect(), backend.accept())
-    assert stage.proxy.log_lines("flaky.test")
 
 
 def test_dead_first_address_does_not_hold_the_second(stage):

@@ -1,13 +1,16 @@
 """--proxy-protocol=: the target is told who calls, byte for byte as the specification has it."""
 
+import os
+import shutil
 import socket
+import subprocess
 
 import pytest
 from harness.differences import differs
 from harness.proxy_header import LOCAL, header_of
-from harness.sockets import is_quiet, read_exactly, read_to_end
+from harness.sockets import is_quiet, read_exactly, read_to_end, reset
 from harness.traffic import Payload, expected, receive_digest, send_payload
-from harness.waiting import never_within
+from harness.waiting import never_within, patience
 
 pytestmark = differs("original", reason="has no --proxy-protocol= (262 has one)", run=False)
 
@@ -132,6 +135,102 @@ def test_header_of_a_connected_socket(stage, version):
     connection.close()
     server = backend.accept()
     arrives(server, header_of(version, client, "TCP4"))
+
+
+@both_versions
+@pytest.mark.parametrize(
+    ("listen", "family"), [("tcp4", "TCP4"), ("tcp6", "TCP6"), ("dual", "TCP4")]
+)
+def test_client_that_reset_before_it_was_accepted(stage, listen, family, version):
+    """It is announced by its own address. As UNKNOWN or LOCAL it would be the proxy itself, and
+    its request be carried out with what the proxy may do."""
+    backend = stage.backend("unix")  # which is connected at once: all that was sent arrives
+    if listen == "dual":
+        listener = socket.create_server(("::", 0), family=socket.AF_INET6, dualstack_ipv6=True)
+        client = stage.connect_to(("127.0.0.1", listener.getsockname()[1]), socket.AF_INET)
+    else:
+        listener = stage.listener(listen)
+        client = stage.connect(listener)
+    with listener:
+        header = header_of(version, client, family)
+        client.sendall(b"request")
+        reset(client)
+        stage.launch(f"--proxy-protocol={version}", backend.target, listeners=[listener])
+        assert read_to_end(backend.accept())[0] == header + b"request"
+
+
+@both_versions
+def test_connected_socket_that_was_reset(stage, version):
+    """With Accept=yes nobody has told the address of a client that has reset: it is refused."""
+    listener, backend = stage.listener(), stage.backend()
+    client = stage.connect(listener)
+    connection, _ = listener.accept()
+    client.sendall(b"request")
+    reset(client)
+    outcome = stage.run(
+        f"--proxy-protocol={version}", backend.target, listeners=[connection], names="connection"
+    )
+    connection.close()
+    assert outcome.status == 0
+    assert [line.partition(" to ")[0] for line in outcome.stderr.splitlines()] == [
+        "Refusing connection"
+    ]
+    assert is_quiet(backend.listener)
+
+
+NGINX = """
+daemon off; master_process off; pid {folder}/pid; error_log {folder}/error;
+events {{}}
+http {{
+  access_log {folder}/access; log_format main "$remote_addr $status"; access_log {folder}/log main;
+  client_body_temp_path {folder}; proxy_temp_path {folder}; fastcgi_temp_path {folder};
+  uwsgi_temp_path {folder}; scgi_temp_path {folder};
+  set_real_ip_from 127.0.0.1; set_real_ip_from unix:; real_ip_header proxy_protocol;
+  server {{
+    listen {listen} proxy_protocol; root {folder};
+    allow 127.0.0.1; allow unix:; deny all;
+  }}
+}}
+"""
+
+
+@both_versions
+@pytest.mark.parametrize("family", ["tcp4", "unix"])
+def test_nginx_lets_nobody_in_by_a_reset(stage, version, family):
+    """A real receiver that allows the proxy's own address, and not the clients'."""
+    nginx = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
+    if nginx is None:
+        pytest.skip("nginx is not installed")
+    folder = stage.path("nginx")
+    os.mkdir(folder)
+    os.chmod(folder, 0o755)
+    backend = stage.absent(family)
+    at = backend.target if family == "tcp4" else f"unix:{folder}/socket"
+    target = backend.target if family == "tcp4" else f"{folder}/socket"
+    backend.close()
+    with open(f"{folder}/secret", "w") as secret, open(f"{folder}/conf", "w") as conf:
+        secret.write("secret")
+        conf.write(NGINX.format(folder=folder, listen=at))
+    listener = stage.listener()
+    for _ in range(20):
+        client = socket.create_connection(listener.getsockname(), source_address=("127.0.0.5", 0))
+        client.sendall(b"GET /secret HTTP/1.0\r\n\r\n")
+        reset(client)
+    with subprocess.Popen([nginx, "-c", f"{folder}/conf"], stderr=subprocess.DEVNULL) as server:
+        try:
+            stage.launch(f"--proxy-protocol={version}", target, listeners=[listener])
+            for source, status in (("127.0.0.5", b"403"), ("127.0.0.1", b"200")):
+                with socket.create_connection(
+                    listener.getsockname(), timeout=patience(), source_address=(source, 0)
+                ) as client:
+                    client.sendall(b"GET /secret HTTP/1.0\r\n\r\n")
+                    assert client.recv(12).endswith(status)
+        finally:
+            server.terminate()
+    with open(f"{folder}/log") as log:
+        lines = [line.split() for line in log]
+    assert [source for source, status in lines if status == "200"] == ["127.0.0.1"]
+    assert {source for source, _ in lines} == {"127.0.0.1", "127.0.0.5"}
 
 
 def test_no_header_without_the_option(stage):

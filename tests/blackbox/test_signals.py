@@ -86,14 +86,6 @@ def test_many_counter_signals(stage):
         greet(client)
 
 
-def test_sighup_is_not_handled(stage):
-    """SIGHUP means what it means to any program that has nothing to reload."""
-    stage.launch(stage.echo(), listeners=[stage.listener()])
-    greet(stage.connect())
-    stage.proxy.send_signal(signal.SIGHUP)
-    assert stage.proxy.wait() == -signal.SIGHUP
-
-
 @differs("original", reason="dies of SIGPIPE unless its parent ignores it", always=False)
 def test_sigpipe_not_ignored_by_the_parent(stage):
     """Started from a shell, which leaves SIGPIPE alone, a write to a gone peer is survived."""

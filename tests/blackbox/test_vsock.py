@@ -1,15 +1,92 @@
 """vsock:CID:PORT as a target and with --listen=, where the kernel has it."""
 
+import shutil
 import socket
+import subprocess
+from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 from harness.differences import differs
-from harness.sockets import read_exactly, read_to_end
+from harness.sockets import is_quiet, read_exactly, read_to_end
+from harness.waiting import never_within, patience
 
 pytestmark = differs("original", reason="has no AF_VSOCK", run=False)
 
 LOOPBACK = 1
 """VMADDR_CID_LOCAL, see vsock(7)."""
+
+
+STANDIN = Path(__file__).parent / "harness/vsock_standin.c"
+
+
+@pytest.fixture(scope="module")
+def standin(tmp_path_factory):
+    """A library to preload that has AF_VSOCK be TCP, with the errors of a real one."""
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("no C compiler for the stand-in of vsock")
+    library = tmp_path_factory.mktemp("vsock") / "standin.so"
+    subprocess.run(
+        [compiler, "-Wall", "-Werror", "-shared", "-fPIC", "-o", library, STANDIN, "-ldl"],
+        check=True,
+    )
+    return {"LD_PRELOAD": str(library)}
+
+
+class Loopback:
+    """A target on a real vsock loopback."""
+
+    environment = MappingProxyType({})
+
+    def __init__(self, listener):
+        self.listener = listener
+        cid, port = listener.getsockname()
+        self.target = f"vsock:{cid}:{port}"
+
+    @classmethod
+    def open(cls, request):
+        return cls(vsock_listener())
+
+    def stop(self):
+        """Listen no more; the address of where to start again."""
+        address = self.listener.getsockname()
+        self.listener.close()
+        return address
+
+    def start(self, address):
+        self.listener = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
+        self.listener.bind(address)
+        self.listener.listen(64)
+
+    def accept(self):
+        self.listener.settimeout(patience())
+        return self.listener.accept()[0]
+
+
+class StandIn(Loopback):
+    """The same with TCP sockets that the program takes for vsock ones."""
+
+    def __init__(self, listener, environment):
+        self.listener = listener
+        self.environment = environment
+        self.target = f"vsock:1:{listener.getsockname()[1]}"
+
+    @classmethod
+    def open(cls, request):
+        environment = request.getfixturevalue("standin")
+        return cls(socket.create_server(("127.0.0.1", 0), backlog=64), environment)
+
+    def start(self, address):
+        self.listener = socket.create_server(address, backlog=64)
+
+
+@pytest.fixture(params=[Loopback, StandIn])
+def vsock(request, stage):
+    """A vsock target that can be stopped and started."""
+    target = request.param.open(request)
+    yield target
+    target.listener.close()
 
 
 def vsock_listener():
@@ -51,6 +128,60 @@ def test_target(stage):
             assert read_exactly(server, 5) == b"hello"
             server.sendall(b"world")
         assert read_to_end(client) == (b"world", "eof")
+
+
+def test_words_that_come_before_the_connect_is_done(stage, vsock):
+    """ENOTCONN, which TCP answers with EAGAIN, is not the end of the client."""
+    stage.launch(vsock.target, listeners=[stage.listener()], environment=vsock.environment)
+    for number in range(60):
+        client = stage.connect()
+        client.sendall(b"hello %d" % number)
+        with vsock.accept() as server:
+            client.shutdown(socket.SHUT_WR)
+            assert read_to_end(server) == (b"hello %d" % number, "eof")
+
+
+def test_header_and_words_before_the_connect_is_done(stage, vsock):
+    stage.launch(
+        "--proxy-protocol=v1",
+        vsock.target,
+        listeners=[stage.listener("unix")],
+        environment=vsock.environment,
+    )
+    client = stage.connect()
+    client.sendall(b"hello")
+    with vsock.accept() as server:
+        assert read_exactly(server, 20) == b"PROXY UNKNOWN\r\nhello"
+
+
+def test_nobody_listens_yet(stage, vsock):
+    """ECONNRESET is how a vsock connect is refused: the clients wait, words and all."""
+    address = vsock.stop()
+    stage.launch(vsock.target, listeners=[stage.listener()], environment=vsock.environment)
+    clients = [stage.connect() for _ in range(10)]
+    for number, client in enumerate(clients):
+        client.sendall(b"%d" % number)
+    stage.proxy.wait_for_log("holding clients")
+    never_within(0.3, lambda: not all(map(is_quiet, clients)), "an end of a held client")
+    vsock.start(address)
+    seen = set()
+    for _ in clients:
+        with vsock.accept() as server:
+            seen.add(read_exactly(server, 1))
+    assert seen == {b"%d" % number for number in range(10)}
+
+
+def test_nobody_listens_and_nobody_waits(stage, vsock):
+    vsock.stop()
+    stage.launch(
+        "--connect-timeout=0",
+        vsock.target,
+        listeners=[stage.listener()],
+        environment=vsock.environment,
+    )
+    client = stage.connect()
+    assert read_to_end(client)[0] == b""
+    stage.proxy.wait_for_log("Failed to connect to remote host: Connection refused")
 
 
 def test_listen(stage):

@@ -32,7 +32,6 @@
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
-#include <sys/signalfd.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
@@ -46,8 +45,8 @@
     X(fcntl) X(fcntl_setpipe) X(fstat) X(getaddrinfo) X(getpeername) X(getrlimit) X(getsockname) \
     X(getsockopt) X(getsockopt_error) X(ioctl) X(listen) X(lseek) X(lstat) X(malloc) X(open) \
     X(opendir) X(pidfd_open) X(pipe2) X(poll) X(pthread_create) X(read) X(read_file) X(readlink) X(recv) \
-    X(recvfrom) X(recvmsg) X(send) X(sendto) X(setrlimit) X(setsockopt) X(shutdown) X(signalfd) \
-    X(pthread_sigmask) X(realloc) X(sigprocmask) X(socket) X(splice_in) X(splice_out) X(stat) X(unlink) \
+    X(recvfrom) X(recvmsg) X(send) X(sendto) X(setrlimit) X(setsockopt) X(shutdown) \
+    X(pthread_sigmask) X(realloc) X(socket) X(splice_in) X(splice_out) X(stat) X(unlink) \
     X(write)
 
 #define AS_ENUM(name) P_##name,
@@ -308,7 +307,6 @@ PLAIN(epoll_create1, epoll_create1, -1, int, (int flags), (flags))
 PLAIN(eventfd, eventfd, -1, int, (unsigned int value, int flags), (value, flags))
 PLAIN(eventfd_read, eventfd_read, fd, int, (int fd, eventfd_t *value), (fd, value))
 PLAIN(eventfd_write, eventfd_write, fd, int, (int fd, eventfd_t value), (fd, value))
-PLAIN(signalfd, signalfd, -1, int, (int fd, const sigset_t *mask, int flags), (fd, mask, flags))
 PLAIN(pipe2, pipe2, -1, int, (int ends[2], int flags), (ends, flags))
 PLAIN(poll, poll, -1, int, (struct pollfd *fds, nfds_t count, int timeout), (fds, count, timeout))
 PLAIN(unlink, unlink, -1, int, (const char *path), (path))
@@ -320,7 +318,6 @@ PLAIN(fstat64, fstat, fd, int, (int fd, struct stat64 *s), (fd, s))
 PLAIN(fstatat64, stat, -1, int, (int fd, const char *path, struct stat64 *s, int flags), (fd, path, s, flags))
 PLAIN(getrlimit64, getrlimit, -1, int, (__rlimit_resource_t which, struct rlimit64 *limit), (which, limit))
 PLAIN(setrlimit64, setrlimit, -1, int, (__rlimit_resource_t which, const struct rlimit64 *limit), (which, limit))
-PLAIN(sigprocmask, sigprocmask, -1, int, (int how, const sigset_t *mask, sigset_t *old), (how, mask, old))
 
 int getsockopt(int fd, int level, int name, void *value, socklen_t *size) {
     int point = level == SOL_SOCKET && name == SO_ERROR ? P_getsockopt_error : P_getsockopt;

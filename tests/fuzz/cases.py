@@ -52,6 +52,7 @@ OPTIONS = {
     b"--exit-idle-time": SPANS,
     b"--proxy-protocol": (b"v1", b"v2", b"v3", b"", b"V1", b"v1v2", b"1"),
     b"--connect-timeout": SPANS,
+    b"--settle-time": SPANS,
     b"--idle-timeout": SPANS,
     b"--drain-timeout": SPANS,
     b"--threads": (*NUMBERS[:6], b"auto", b"2", b"3"),

@@ -35,6 +35,8 @@ NOTE = re.compile(
     r"|Failed to resolve host: "
     r"|No thread can be started for name look-ups"
     r"|Stopped; "
+    r"|Target \d+ is a host"
+    r"|WATCHDOG=1 is \d+ ms late"
 )
 """Lines that come before or beside the one that says why."""
 

@@ -5,6 +5,7 @@ Each scenario runs as a program of its own under strace; what it does in `watche
 at.
 """
 
+import functools
 import itertools
 import os
 import re
@@ -19,6 +20,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 from relaykit.rig import Rigs, payload
+from relaykit.rights import kernel_refuses
 from relaykit.sockets import accept, close, open_client
 
 from proxyd._relay import CHECK_TCP, Gate
@@ -143,10 +145,11 @@ SCENARIOS = {
 }
 
 
-def play(name, client, target):
+def play(name, client, target, *options):
     with tempfile.TemporaryDirectory() as folder:
         rigs = Rigs(folder)
-        SCENARIOS[name](rigs, client, target)
+        make = functools.partial(rigs, may_refuse=False) if "older" in options else rigs
+        SCENARIOS[name](make, client, target)
         rigs.close()
 
 
@@ -174,9 +177,9 @@ def calls(tmp_path):
     if probe.returncode:
         pytest.skip(f"SKIPPED LOUDLY: strace may not trace here: {probe.stderr.decode()[-200:]}")
 
-    def trace(scenario, pair):
+    def trace(scenario, pair, *options):
         out = tmp_path / "trace"
-        command = [sys.executable, "-P", __file__, scenario, *pair]
+        command = [sys.executable, "-P", __file__, scenario, *pair, *options]
         strace = ["strace", "-o", str(out), "-s", "8", "-e", "signal=none"]
         done = subprocess.run(
             [*strace, *command], capture_output=True, text=True, check=False, timeout=60
@@ -191,6 +194,8 @@ def calls(tmp_path):
 def names(found):
     return [call.name for call in found]
 
+
+needs_refusal = pytest.mark.skipif(not kernel_refuses(), reason="SO_PASSRIGHTS: Linux 6.16")
 
 PAIRS = pytest.mark.parametrize(
     "pair", [("tcp4", "tcp4"), ("tcp4", "unix"), ("unix", "tcp4"), ("unix", "unix")], ids="-".join
@@ -209,6 +214,13 @@ def test_three_calls_for_a_message_and_none_to_see_that_it_was_the_last(calls, p
     assert names(first) == ["epoll_wait", recv_of(pair), "sendto"]
     assert names(second) == ["epoll_wait"]
     assert second[0].result == 0
+
+
+@PAIRS
+def test_a_look_more_for_a_message_from_a_unix_socket_that_cannot_refuse_descriptors(calls, pair):
+    first, second = calls("message", pair, "older")
+    assert names(first) == ["epoll_wait", *CARE[pair[0]], "sendto"]
+    assert names(second) == ["epoll_wait"]
 
 
 @PAIRS
@@ -264,28 +276,40 @@ def test_a_stalled_reader_costs_waits_alone(calls, pair):
     assert [names(turn) for turn in turns[20:30]] == [["epoll_wait"]] * 10
 
 
-ACCEPT = ["accept4"]
+# Is the listener still non-blocking? A TCP client must not have its SO_LINGER.
+ACCEPT = {"tcp4": ["fcntl", "accept4", "setsockopt"], "unix": ["fcntl", "accept4"]}
 TO = {
     # Urgent bytes inline, keepalive, no delay; and our own address, to recognise loops.
     "tcp4": ["socket", *["setsockopt"] * 3, "connect", "getsockname"],
-    "unix": ["socket", "setsockopt", "connect"],
+    # Urgent bytes inline, no descriptors.
+    "unix": ["socket", *["setsockopt"] * 2, "connect"],
 }
-FROM = {"tcp4": [], "unix": ["setsockopt"]}  # what TCP inherits from its listener
+FROM = {"tcp4": [], "unix": ["setsockopt"] * 2}  # what TCP inherits from its listener
+READ = {"tcp4": ["recvfrom"], "unix": ["recvmsg"]}
+CARE = {"tcp4": ["recvfrom"], "unix": ["recvmsg", "recvfrom"]}
+"""Of a client that may have sent descriptors before it was accepted: a look first."""
 
 
+@needs_refusal
 @PAIRS
 def test_the_calls_of_a_short_connection(calls, pair):
     """All of them, in order."""
     client, target = pair
-    read = {"tcp4": "recvfrom", "unix": "recvmsg"}
     opened, answered, ended, closed = calls("short_connection", pair)
-    begun = [*ACCEPT, *TO[target], *FROM[client], read[client], "sendto", *["epoll_ctl"] * 2]
+    begun = [*ACCEPT[client], *TO[target], *FROM[client], *CARE[client], "sendto"]
+    begun += ["epoll_ctl"] * 2
     assert names(opened) == ["epoll_wait", *begun]
-    assert names(answered) == ["epoll_wait", read[target], "sendto"]
-    # A UNIX target that has closed says so; a TCP one may only have half-closed.
-    gone = target == "unix"
-    assert names(ended) == ["epoll_wait", read[target], "shutdown", *["close"] * gone]
-    assert names(closed) == ["epoll_wait", read[client], *["close"] * (2 - gone)]
+    assert names(answered) == ["epoll_wait", *READ[target], "sendto"]
+    gone = ["epoll_ctl", "close"]
+    if target == "tcp4":  # it may only have half-closed
+        assert names(ended) == ["epoll_wait", *READ[target], "shutdown"]
+        assert names(closed) == ["epoll_wait", *READ[client], *gone, *gone]
+    elif client == "tcp4":  # its queue is looked at; it closes before that is empty
+        assert names(ended) == ["epoll_wait", *READ[target], "shutdown", *gone, "ioctl"]
+        assert names(closed) == ["epoll_wait", *READ[client], *gone]
+    else:  # what is unread in it is read before it is closed
+        assert names(ended) == ["epoll_wait", *READ[target], *gone, *READ[client], *gone]
+        assert names(closed) == ["epoll_wait"]
 
 
 if __name__ == "__main__":

@@ -2,11 +2,12 @@
 
 import errno
 import os
+import select
 import socket
 
 import pytest
 from relaykit.child import in_child, in_own_network
-from relaykit.rig import HOW, payload
+from relaykit.rig import HOW, PATIENCE_S, payload
 from relaykit.sockets import (
     FAMILIES,
     Incoming,
@@ -21,7 +22,8 @@ from relaykit.sockets import (
     unread,
 )
 
-from proxyd._relay import connected, socket_names, tune
+from proxyd._relay import connected, peek, socket_names, tune
+from proxyd._relay import failure as why
 
 EPOLLOUT = 4
 
@@ -227,6 +229,46 @@ def test_client_that_has_reset_before_the_connect(rigs):
     assert rig.until_ended(number) == ("gone", 0, 0)
 
 
+def test_target_hears_of_a_client_that_had_reset_before(rigs):
+    """The target may have accepted: what happened to the client is no clean end."""
+    rig = rigs()
+    client, fd = rig.knock()
+    reset(client)
+    number = rig.connect(fd)
+    assert rig.read_to_end(rig.meet()) == (b"", "reset")
+    assert rig.until_ended(number) == ("gone", 0, 0)
+
+
+@pytest.mark.parametrize("word", [b"", b"something"])
+def test_target_hears_of_a_client_that_resets_while_connecting(rigs, word):
+    """The relay hears of the reset first, but the target has accepted by then."""
+    rig = rigs()
+    crowd = unreachable(rig)
+    client, fd = rig.knock()
+    client.send(word)
+    number = rig.connect(fd)
+    rig.settle()
+    reset(client)
+    rig.backend.listen(8)
+    rig.backend.accept()[0].close()
+    close(crowd)
+    # No turn for the relay until the kernel has repeated its SYN, after a second.
+    assert select.select([rig.backend], [], [], PATIENCE_S)[0]
+    assert rig.relay.open == 1
+    target = rig.meet()
+    assert rig.read_to_end(target) == (b"", "reset")
+    assert rig.until_ended(number)[0] == "gone"
+
+
+def test_unix_client_that_leaves_without_a_word_is_a_clean_end(rigs):
+    """As close(2) is on a direct connection; a UNIX socket has no reset."""
+    rig = rigs("unix", "tcp4")
+    client, fd = rig.knock()
+    close(client)
+    rig.connect(fd)
+    assert rig.read_to_end(rig.meet()) == (b"", "eof")
+
+
 def test_client_that_half_closes_while_connecting(rigs):
     """close() and a half-close look the same on TCP: it is still served."""
     rig = rigs()
@@ -331,10 +373,40 @@ def test_connect_to_itself_is_refused(rigs, family, word):
         client, fd = rig.knock()
         client.send(word) if word else None
         choose_local_port(rig.address)
-        rig.connect(fd, cookie=3)
-        assert failure(rig)[:3] == (fd, errno.ELOOP, 3)
+        rig.connect(fd, cookie=3, preamble=b"PROXY UNKNOWN\r\n")
+        assert failure(rig) == (fd, errno.ELOOP, 3, b"PROXY UNKNOWN\r\n")
+        # What the next target is to get is lost in no case, nor is the client's word.
+        assert not word or os.read(fd, 99) == word
 
     in_child(in_own_network(scenario))
+
+
+@pytest.mark.parametrize("family", ["tcp4", "unix"])
+def test_a_look_at_what_a_socket_has_to_say(rigs, family):
+    """Nothing is taken by it, nor does it wait."""
+    with open_listener(family, rigs.directory) as listener:
+        client = open_client(listener)
+        server, _ = listener.accept()
+        with client, server:
+            assert peek(server.fileno()) == -errno.EAGAIN  # though it is a blocking socket
+            client.sendall(b"ab")
+            assert peek(server.fileno()) == 1
+            assert peek(server.fileno()) == 1
+            assert server.recv(10) == b"ab"
+            client.shutdown(socket.SHUT_WR)
+            assert peek(server.fileno()) == 0
+            assert why(server.fileno()) == 0
+
+
+def test_why_a_socket_has_failed():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        client = socket.create_connection(listener.getsockname())
+        server, _ = listener.accept()
+        with server:
+            client.sendall(b"unread")
+            reset(client)
+            assert why(server.fileno()) == errno.ECONNRESET
+            assert why(server.fileno()) == 0  # it was read
 
 
 @pytest.mark.parametrize("family", ["tcp4", "tcp6"])

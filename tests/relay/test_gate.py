@@ -19,6 +19,7 @@ from relaykit.sockets import (
 
 from proxyd._relay import (
     ACCEPTED,
+    CHECK_PORT,
     CHECK_TCP,
     CHECK_UNIX,
     FAILED,
@@ -49,7 +50,7 @@ def test_clients_come_in_order(rigs, pair):
     rig = rigs(*pair)
     clients = [rig.keep(open_client(rig.door)) for _ in range(40)]
     rig.until(lambda: len(rig.of_kind(ACCEPTED)) == 40, "forty clients")
-    for number, (_, fd, index) in enumerate(rig.of_kind(ACCEPTED)):
+    for number, (_, fd, _, index) in enumerate(rig.of_kind(ACCEPTED)):
         assert index == 0
         os.write(fd, b"%d" % number)
     assert [client.recv(10) for client in clients] == [b"%d" % n for n in range(40)]
@@ -75,6 +76,27 @@ def test_express_connects_without_the_policy(rigs, pair, way):
     rig.until(lambda: rig.of_kind(ACCEPTED), "a client for the policy")
 
 
+def test_a_client_of_another_port_comes_to_the_policy(rigs, gates):
+    """As TPROXY brings them; here another listener takes the place of the gate's."""
+    rig = rigs()
+    first, second = (rig.keep(open_listener("tcp4", rigs.directory)) for _ in range(2))
+    gate = gates(rig, first, CHECK_PORT)
+    gate.express(rig.address)
+    client = rig.keep(open_client(first))
+    target = rig.meet()
+    rig.send(client, b"mine")
+    assert rig.read(target, 4) == b"mine"
+    gate.shut()
+    os.dup2(second.fileno(), first.fileno())
+    gate.open()
+    other = rig.keep(open_client(second))
+    rig.until(lambda: rig.of_kind(ACCEPTED), "a client for the policy")
+    fd, index = rig.of_kind(ACCEPTED)[0][1], rig.of_kind(ACCEPTED)[0][-1]
+    assert index == 9
+    assert socket_names(fd)[0] == socket_names(other.fileno())[1]
+    assert gate.served == 1
+
+
 def test_express_that_fails_at_once(rigs, tmp_path):
     """A UNIX target that is not there: the client comes to the policy as a failed one."""
     rig = rigs("tcp4", "unix")
@@ -85,6 +107,17 @@ def test_express_that_fails_at_once(rigs, tmp_path):
     assert (error, cookie, pending) == (errno.ENOENT, 0, b"")
     assert os.fstat(fd)
     assert rig.relay.open == 0
+
+
+def test_nobody_overtakes_one_that_fails_at_once(rigs):
+    """Its place is before those who come after it, so they are for the policy too."""
+    rig = rigs("tcp4", "unix")
+    rig.gate.express(b"\x01\x00/nowhere\x00")
+    for _ in range(3):
+        rig.keep(open_client(rig.door))
+    rig.until(lambda: len(rig.of_kind(ACCEPTED)) == 2, "two for the policy")
+    assert len(rig.failures()) == 1
+    assert rig.gate.served == 1
 
 
 def test_express_that_is_refused_later(rigs):
@@ -418,6 +451,6 @@ def test_one_gate_does_not_starve_another(rigs, gates):
         rig.keep(open_client(rig.door))
         rig.keep(open_client(other))
     rig.turn(100)
-    assert {event[2] for event in rig.of_kind(ACCEPTED)} == {0, 9}
+    assert {event[3] for event in rig.of_kind(ACCEPTED)} == {0, 9}
     rig.until(lambda: len(rig.of_kind(ACCEPTED)) == 60, "all clients")
     assert FAILED not in {event[0] for event in rig.events}

@@ -1,16 +1,21 @@
 """Promise: when a side cannot be written any more, what it had already sent is still delivered."""
 
+import time
+
 import pytest
 from relaykit.rig import payload
 from relaykit.sockets import (
     RELUCTANT,
+    Incoming,
     Outgoing,
     close,
     half_close,
+    is_unix,
     reset,
     send_once,
     unacknowledged,
     unread,
+    was_reset,
     write_error,
 )
 
@@ -111,16 +116,78 @@ def test_client_that_reads_only_after_its_upload(rigs, way, size):
     assert rig.until_ended(link.id)[0] == "reset"
 
 
-def test_drained_side_is_not_reset_while_it_goes_on_sending(rigs, way):
-    """Closing with input unread would reset the client and might take the answer from it."""
-    rig = rigs("tcp4", "unix", **way)
-    link = rig.link()
-    rig.send(link.target, VERDICT)
-    close(link.target)
-    rig.settle()
-    for _ in range(5):
-        assert send_once(link.client, b"x" * 1000)
+GONE_WITHIN = 20
+"""Sends, a millisecond apart, within which one must fail; on a direct connection the second does,
+and with a grace of a second hundreds are taken."""
+
+
+def sends_into_nothing(rig, side):
+    """How many sends `side` is let make until one fails."""
+    for count in range(GONE_WITHIN):
+        if write_error(side):
+            return count
+        rig.turn(1)
         rig.settle()
-    assert rig.read_to_end(link.client) == (VERDICT, "eof")
-    half_close(link.client)
-    assert rig.until_ended(link.id)[0] == "ended"
+        time.sleep(0.001)
+    return GONE_WITHIN
+
+
+@pytest.mark.parametrize("leaver", ["client", "target"])
+@pytest.mark.parametrize("how", [close, reset])
+def test_nobody_sends_for_long_to_a_side_that_is_gone(rigs, pair, way, leaver, how):
+    """Sent its end before, or with it; what it had been sent stays readable."""
+    rig = rigs(*pair, **way)
+    link = rig.link()
+    gone, survivor = (
+        (link.client, link.target) if leaver == "client" else (link.target, link.client)
+    )
+    rig.send(gone, VERDICT)
+    rig.until(lambda: unread(survivor) == len(VERDICT), "the last words")
+    half_close(gone)
+    rig.settle()
+    how(gone)
+    assert sends_into_nothing(rig, survivor) < GONE_WITHIN
+    assert rig.read_to_end(survivor) == (VERDICT, "eof")
+    rig.until_ended(link.id)
+
+
+@pytest.mark.parametrize("leaver", ["client", "target"])
+def test_reset_after_a_clean_end_needs_no_send_to_be_told(rigs, way, leaver):
+    """The survivor is reset as soon as it has everything, though it says nothing."""
+    rig = rigs("tcp4", "tcp4", **way)
+    link = rig.link()
+    broken, survivor = (
+        (link.client, link.target) if leaver == "client" else (link.target, link.client)
+    )
+    half_close(broken)
+    assert rig.read_to_end(survivor) == (b"", "eof")
+    reset(broken)
+    looks = 0
+    while not was_reset(survivor):
+        looks += 1
+        assert looks < GONE_WITHIN
+        rig.turn(1)
+    assert rig.until_ended(link.id)[0] == "reset"
+
+
+@pytest.mark.parametrize("size", [300_000, 3_000_000])
+@pytest.mark.parametrize("how", [close, reset])
+def test_slow_reader_has_everything_after_a_clean_end_and_worse(rigs, pair, way, size, how):
+    """Queues towards it are not cut by what happens to the side that has sent its end."""
+    rig = rigs(*pair, **way, target_buffers={"receive_buffer": RELUCTANT})
+    link = rig.link()
+    data = payload(size)
+    words = Outgoing(link.client, data, half_close)
+    heard = Incoming(link.target, unit=10_000)
+    rig.until(lambda: (words.step(), heard.step(), words.done)[2], "the sending")
+    rig.settle()
+    if how is reset:  # once all of it is with the relay: a reset takes the rest along
+
+        def all_taken():
+            heard.step()
+            return is_unix(link.client) or not unacknowledged(link.client.fileno())
+
+        rig.until(all_taken, "the last byte")
+    how(link.client)
+    rig.run(heard)
+    assert (bytes(heard.data), heard.end) == (data, "eof")

@@ -1,15 +1,38 @@
 """What the policy relies on: events, counters, limits of time, and that nothing is left behind."""
 
+import contextlib
 import gc
 import os
+import re
+import select
+import socket
 import time
 
 import pytest
 from relaykit.child import in_child
-from relaykit.rig import HOW, Rig, open_fds, payload
-from relaykit.sockets import FAMILIES, Incoming, Outgoing, close, half_close, reset
+from relaykit.rig import HOW, Link, Rig, open_fds, payload
+from relaykit.sockets import (
+    FAMILIES,
+    Incoming,
+    Outgoing,
+    close,
+    half_close,
+    open_client,
+    open_listener,
+    reset,
+)
 
-from proxyd._relay import ENDED, Relay, raise_fd_limit, socket_names
+from proxyd._relay import (
+    ACCEPTED,
+    BUSY,
+    ENDED,
+    NOBODY,
+    READY,
+    Gate,
+    Relay,
+    raise_fd_limit,
+    socket_names,
+)
 
 
 def exchange(rig, link, up, down):
@@ -219,8 +242,8 @@ def test_close_all_before_any_turn(rigs, pair):
 
 
 def test_relay_that_goes_with_live_connections(rigs, pair, way, tmp_path):
-    """Its fds are closed; the peers see an end. Also the pipes of a stuck stream, clients of failed
-    connects that nobody fetched, and watched fds that stay the caller's."""
+    """Its fds are closed; the peers see that they were cut. Also the pipes of a stuck stream,
+    clients of failed connects that nobody fetched, and watched fds that stay the caller's."""
     rig = Rig(rigs.directory, *pair, **way, target_buffers={"receive_buffer": 4096})
     rigs.made.append(rig)
     links = [rig.link() for _ in range(5)]
@@ -241,9 +264,13 @@ def test_relay_that_goes_with_live_connections(rigs, pair, way, tmp_path):
     assert {link.client_fd for link in links} | {fd, rig.epoll} <= closed
     assert len(closed) >= 5 * 2 + 2
     assert not closed & {rd, wr}
-    for link in links[1:]:
+    for link in links[2:]:
         link.target.setblocking(True)
-        assert link.target.recv(10) == b""
+        if pair[1] == "unix":
+            assert link.target.recv(10) == b""
+        else:
+            with pytest.raises(ConnectionResetError):
+                link.target.recv(10)
     os.close(rd)
     os.close(wr)
     rigs.forget(rig)
@@ -275,28 +302,162 @@ def test_many_short_connections_leave_nothing(rigs, pair):
     assert rig.ended(link.id) is None
 
 
-def test_client_that_another_process_has_too(rigs):
-    """With Accept=yes the service manager keeps the client open: then close(2) does not take it
-    out of epoll, which would go on announcing what was freed long ago."""
-    rig = rigs("unix", "unix")
-    rig.relay.shared = True
-    link = rig.link()
-    copy = os.dup(link.client_fd)
+def registered(rig, copies):
+    """Those of `copies` whose socket the relay's epoll instance still knows, by whatever fd."""
+    inodes = {os.fstat(copy).st_ino for copy in copies}
+    with open(f"/proc/self/fdinfo/{rig.epoll}") as info:
+        known = re.findall(r"^tfd:.* ino:([0-9a-f]+)", info.read(), re.MULTILINE)
+    return inodes & {int(inode, 16) for inode in known}
+
+
+def closed_by_both(rig, link):
+    close(link.target)
+    close(link.client)
+    rig.until_ended(link.id)
+
+
+def reset_by_one(rig, link):
+    reset(link.client)
+    rig.until_ended(link.id)
+
+
+def cut(rig, link):
+    rig.relay.close_all()
+
+
+def idle(rig, link):
+    rig.relay.idle_ms = 1
+    rig.until_ended(link.id)
+
+
+@pytest.mark.parametrize("end", [closed_by_both, reset_by_one, cut, idle])
+def test_sockets_that_another_process_has_too(rigs, pair, end):
+    """Then close(2) does not take them out of epoll, which would go on pointing to what was freed
+    long ago. Others get them by pidfd_getfd(2), a fork, or Accept=yes."""
+    rig = rigs(*pair)
+    client, fd = rig.knock()
+    before = open_fds()
+    link = Link(client, None, rig.connect(fd), fd)
+    (target_fd,) = map(int, open_fds() - before)
+    copies = [os.dup(fd), os.dup(target_fd)]
     try:
-        close(link.target)
-        close(link.client)
-        rig.until_ended(link.id)
-        with open(f"/proc/self/fdinfo/{rig.epoll}") as info:
-            watched = [line.split()[1] for line in info if line.startswith("tfd:")]
-        assert watched == [str(rig.door.fileno())]
+        link.target = rig.meet()
+        rig.settle()
+        assert len(registered(rig, copies)) == 2
+        end(rig, link)
+        assert not registered(rig, copies)
+        for copy in copies:  # what the others do with it is heard of no more
+            with socket.socket(fileno=os.dup(copy)) as other, contextlib.suppress(OSError):
+                other.shutdown(socket.SHUT_RDWR)
+        rig.settle()
     finally:
+        for copy in copies:
+            os.close(copy)
+
+
+@pytest.mark.parametrize("word", [b"", b"something"])
+def test_failed_connect_of_sockets_that_another_process_has_too(rigs, word):
+    rig = rigs()
+    client, fd = rig.knock()
+    client.send(word)
+    rig.backend.close()
+    before = open_fds()
+    rig.connect(fd)
+    copies = [os.dup(int(one)) for one in {str(fd), *(open_fds() - before)}]
+    try:
+        rig.until(rig.failures, "the failure")
+        assert not registered(rig, copies)
+    finally:
+        for copy in copies:
+            os.close(copy)
+
+
+def test_watched_fds_that_another_process_has_too(rigs):
+    """A held client, a socket that was dialled, and a listener whose gate is gone."""
+    rig = rigs()
+    _, fd = rig.knock()
+    rig.relay.watch(fd, 0)
+    target = rig.relay.dial(rig.address)
+    door = open_listener("tcp4", rigs.directory)
+    gate = Gate(rig.relay, door.fileno(), FAMILIES["tcp4"], 0, 1)
+    gate.open()
+    copies = [os.dup(fd), os.dup(target), os.dup(door.fileno())]
+    try:
+        assert len(registered(rig, copies)) == 3
+        rig.relay.hang_up(fd)
+        rig.relay.hang_up(target)
+        del gate
+        gc.collect()
+        assert not registered(rig, copies)
+    finally:
+        for copy in [*copies, door.detach()]:
+            os.close(copy)
+
+
+def test_client_that_is_still_watched_is_taken_over(rigs):
+    """connect() and adopt() leave nothing behind of a watch of the client."""
+    rig = rigs()
+    for way in ("connect", "adopt"):
+        client, fd = rig.knock()
+        rig.relay.watch(fd, 0)
+        if way == "connect":
+            number = rig.connect(fd)
+        else:
+            target = rig.relay.dial(rig.address)
+            number = rig.relay.adopt(fd, FAMILIES["tcp4"], target)
+        link = Link(client, rig.meet(), number, fd)
+        link.client.send(b"hello")
+        assert rig.read(link.target, 5) == b"hello"
+
+
+def test_more_notes_than_there_is_room_for(rigs):
+    """Hundreds of listeners that break while they are full, and a thread that could help: each of
+    them is told, in as many turns as it takes."""
+    rig = rigs()
+    rig.relay.share(-1, 0)
+    rig.relay.most = 0
+    rig.gate.shut()
+    copies = [os.dup(rig.door.fileno()) for _ in range(600)]
+    gates = [Gate(rig.relay, copy, FAMILIES["tcp4"], 0, index) for index, copy in enumerate(copies)]
+    for gate in gates:
+        gate.open()
+    while True:  # until all have heard of a client, and wait for room: then none is watched
+        if not select.select([rig.door], [], [], 0)[0]:
+            rig.keep(open_client(rig.door))
+        for _ in range(4):
+            rig.turn()
+        if select.select([rig.door], [], [], 0)[0] and not select.select([rig.epoll], [], [], 0)[0]:
+            break
+    for copy in copies:
         os.close(copy)
+    rig.until(lambda: len(rig.of_kind(NOBODY)) == 600, "all of them")
+    assert {event[2] for event in rig.of_kind(NOBODY)} == set(range(600))
+    assert rig.of_kind(BUSY) == [(BUSY,)]
+    for gate in gates:
+        gate.shut()
+
+
+def test_as_many_ready_fds_as_a_batch_holds(rigs):
+    rig = rigs()
+    pipes = [os.pipe() for _ in range(300)]
+    try:
+        for reading, writing in pipes:
+            rig.relay.watch(reading, 1 | 1 << 31)  # EPOLLIN | EPOLLET: told once
+            os.write(writing, b"x")
+        clients = [rig.keep(open_client(rig.door)) for _ in range(40)]
+        rig.until(lambda: len(rig.of_kind(ACCEPTED)) == len(clients), "all clients")
+        assert {event[1] for event in rig.of_kind(READY)} == {reading for reading, _ in pipes}
+    finally:
+        for reading, writing in pipes:
+            rig.relay.unwatch(reading)
+            os.close(reading)
+            os.close(writing)
 
 
 # ── arguments ────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("arguments", [("many",), (-1,), (0,), (1, 2, 3, 4)])
+@pytest.mark.parametrize("arguments", [("many",), (-1,), (0,), (1, 2, 3, 4, 5)])
 def test_bad_arguments_are_errors(arguments):
     """A relay that could not be made is taken apart without harm; fd 0 is not its own."""
 

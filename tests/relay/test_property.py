@@ -111,6 +111,8 @@ class Side:
             self.sent += self.socket.sendmsg([data], ancillary, flags | socket.MSG_NOSIGNAL)
         except BlockingIOError:
             pass
+        except PermissionError:
+            assert fds  # the relay refuses them, where the kernel can (SO_PASSRIGHTS)
         except (ConnectionResetError, BrokenPipeError) as error:
             self.heard_of_reset = True
             return error.errno

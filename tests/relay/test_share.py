@@ -6,7 +6,10 @@ is idle says a file in the place of /proc/stat.
 
 import os
 import socket
+import subprocess
+import sys
 import time
+from types import MappingProxyType
 
 import pytest
 from relaykit.crew import Crewed
@@ -17,6 +20,8 @@ from proxyd._relay import BUSY
 
 NOBODY_KNOWS = -1
 """The fd of a /proc/stat that cannot be had: a CPU is idle then."""
+
+NO_RULES = MappingProxyType({})
 
 HZ = os.sysconf("SC_CLK_TCK")
 
@@ -57,9 +62,9 @@ def machine(tmp_path):
 
 @pytest.fixture
 def sharing(rigs):
-    def make(*pair, stat=NOBODY_KNOWS, threads=1, window_ms=1, **options):
+    def make(*pair, stat=NOBODY_KNOWS, threads=1, window_ms=1, rules=NO_RULES, **options):
         rig = rigs(*pair, **options)
-        rig.relay.share(stat, window_ms)
+        rig.relay.share(stat, window_ms, **rules)
         rig.pace_ms = 0
         return Crewed(rig, threads)
 
@@ -265,6 +270,64 @@ def test_idle_time_is_read(sharing, machine, field):
     keep_busy(crew, links, each=lambda: machine.set(field, time.monotonic() - began))
 
 
+class Cpus(Machine):
+    """Four CPUs; `idle` ones were idle all the time since the start, the others never."""
+
+    def __init__(self, path, idle, form):
+        self.idle, self.form, self.began = idle, form, time.monotonic()
+        super().__init__(path)
+
+    def write(self):
+        seconds = time.monotonic() - self.began
+        if self.form == "uptime":
+            text = f"{12345 + seconds:.2f} {500 + seconds * len(self.idle):.2f}\n"
+        else:
+            ticks = [5000 + int(seconds * HZ) * (number in self.idle) for number in range(4)]
+            text = f"cpu  1 2 3 {sum(ticks)} 7 0 0 0 0 0\n"
+            text += "".join(
+                f"cpu{number} 1 2 3 {ticks[number]} 7 0 0 0 0 0\n" for number in range(4)
+            )
+            text += "intr 1 2 3\nctxt 4\n"
+        os.pwrite(self.file.fileno(), text.encode(), 0)
+
+
+@pytest.fixture
+def cpus(tmp_path):
+    """Makes Cpus."""
+    made = []
+
+    def make(idle, form="stat"):
+        made.append(Cpus(tmp_path / "cpus", idle, form))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.file.close()
+
+
+@pytest.mark.parametrize("usable", [{2}, {1, 2}, {2, 3, 5000}, {0, 1, 2, 3}])
+def test_an_idle_cpu_that_may_be_used(sharing, cpus, usable):
+    machine = cpus({2})
+    crew = sharing(stat=machine.open(), window_ms=50, rules={"cpus": usable})
+    links = [crew.rig.link() for _ in range(4)]
+    keep_busy(crew, links, each=machine.write)
+
+
+def test_a_large_machine_is_asked_for_less(sharing, cpus):
+    """/proc/uptime says how long all CPUs were idle as well."""
+    machine = cpus({0}, "uptime")
+    crew = sharing(stat=machine.open(), window_ms=50)
+    links = [crew.rig.link() for _ in range(4)]
+    keep_busy(crew, links, each=machine.write)
+
+
+def test_a_quota_that_has_room(sharing):
+    """Ten CPUs: whatever this process needs meanwhile."""
+    crew = sharing(window_ms=50, rules={"quota": 1000})
+    links = [crew.rig.link() for _ in range(4)]
+    keep_busy(crew, links)
+
+
 # ── what is not ──────────────────────────────────────────────────────────────────────────────────
 
 
@@ -291,6 +354,54 @@ def test_everything_stays_without_an_idle_cpu(sharing, machine, field):
     links.append(crew.rig.link())
     assert [crew.place_of(link.client_fd) for link in links] == [0] * 5
     assert crew.rig.relay.handed_over == 0
+
+
+@pytest.mark.parametrize("usable", [{0}, {0, 1, 3}, {5000, 100_000}, set()])
+def test_an_idle_cpu_that_may_not_be_used(sharing, cpus, usable):
+    """A cpuset or an affinity leaves it to others."""
+    machine = cpus({2})
+    crew = sharing(stat=machine.open(), window_ms=20, rules={"cpus": usable})
+    links = [crew.rig.link() for _ in range(4)]
+    stay_busy(crew, links, 0.3, machine.write)
+    assert crew.rig.relay.handed_over == 0
+
+
+def test_a_large_machine_that_is_busy(sharing, cpus):
+    machine = cpus((), "uptime")
+    crew = sharing(stat=machine.open(), window_ms=20)
+    links = [crew.rig.link() for _ in range(4)]
+    stay_busy(crew, links, 0.3, machine.write)
+    assert crew.rig.relay.handed_over == 0
+
+
+@pytest.mark.parametrize("stat", ["idle", "unknown"])
+def test_everything_stays_where_a_quota_is_used_up(sharing, cpus, stat):
+    """CPUQuota=: an idle CPU is of no use then. One per cent is less than anything that is busy
+    has used."""
+    machine = cpus({0, 1, 2, 3})
+    fd = machine.open() if stat == "idle" else NOBODY_KNOWS
+    crew = sharing(stat=fd, window_ms=20, rules={"quota": 1})
+    links = [crew.rig.link() for _ in range(4)]
+    stay_busy(crew, links, 0.3, machine.write)
+    assert crew.rig.relay.handed_over == 0
+
+
+def test_everything_stays_where_the_relay_waits_for_a_cpu(sharing, cpus):
+    """Be it for a quota that cannot be seen from inside. Four others want the only CPU it has."""
+    usable = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(usable)})
+    rivals = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(4)]
+    try:
+        machine = cpus({0, 1, 2, 3})
+        crew = sharing(stat=machine.open(), window_ms=200, rules={"wait_most": 25})
+        links = [crew.rig.link() for _ in range(4)]
+        stay_busy(crew, links, 1.5, machine.write)
+        assert crew.rig.relay.handed_over == 0
+    finally:
+        os.sched_setaffinity(0, usable)
+        for rival in rivals:
+            rival.kill()
+            rival.wait()
 
 
 def test_a_little_idle_time_is_not_enough(sharing, machine):

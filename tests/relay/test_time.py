@@ -12,16 +12,12 @@ from relaykit.sockets import (
     is_unix,
     open_client,
     reset,
-    send_once,
     was_reset,
     write_error,
 )
 
 STUCK_S = 5.0
 """A queue that has not moved for so long is given up."""
-
-DRAIN_S = 1.0
-"""A side that was sent a clean end may go on sending for so long."""
 
 LATE_S = 4.0
 """How much later than promised is still in time, on a machine that has other things to do."""
@@ -146,38 +142,6 @@ def writer_hears_that_a_polite_reader_is_gone(rigs, client, target, leaver):
         "an upload that fails, or is swallowed",
         patience=STUCK_S + LATE_S,
     )
-
-
-@scenario(*[(*pair, side) for pair in PAIRS for side in ("client", "target")])
-def reset_after_a_clean_end(rigs, client, target, breaker):
-    """The end was passed on, so the other side may go on sending for a while, in vain; then a write
-    fails."""
-    rig = patient(rigs, client, target)
-    link = rig.link()
-    broken, survivor = sides(link, breaker)
-    half_close(broken)
-    assert rig.read_to_end(survivor) == (b"", "eof")
-    reset(broken)
-    rig.until(lambda: write_error(survivor), "a write that fails", patience=DRAIN_S + LATE_S)
-    close(survivor)
-    rig.until(lambda: rig.ended(link.id), "the end")
-
-
-@scenario(("unix", "tcp4"), ("unix", "unix"))
-def side_that_was_sent_a_clean_end_is_drained_for_a_while(rigs, client, target):
-    """The client closes for good. The target may still send for a second, then it is closed."""
-    rig = patient(rigs, client, target)
-    link = rig.link()
-    rig.send(link.client, b"goodbye")
-    close(link.client)
-    clock = Clock()
-    assert rig.read_to_end(link.target) == (b"goodbye", "eof")
-    while not rig.ended(link.id):
-        send_once(link.target, b"still talking") if clock() < DRAIN_S / 2 else None
-        rig.turn(20)
-        assert clock() < DRAIN_S + LATE_S
-    assert clock() > DRAIN_S - 0.2
-    rig.until(lambda: write_error(link.target), "a write that fails")
 
 
 @scenario(("tcp4", "tcp4"), ("unix", "unix"))

@@ -1,11 +1,22 @@
-"""What only UNIX sockets do: messages with fds or credentials attached cut a read short."""
+"""What only UNIX sockets do: messages with fds or credentials attached cut a read short.
+
+The fds are taken here, as by a kernel that cannot refuse them; test_rights.py has the rest.
+"""
 
 import os
 import socket
 
 import pytest
 from relaykit.rig import payload
-from relaykit.sockets import FAMILIES, Incoming, half_close, set_option
+from relaykit.sockets import (
+    FAMILIES,
+    Incoming,
+    Outgoing,
+    half_close,
+    is_writable,
+    option,
+    set_option,
+)
 
 targets = pytest.mark.parametrize("target", ["tcp4", "unix"])
 
@@ -24,7 +35,7 @@ def send_with_fd(connection, data):
 def test_bytes_after_a_message_with_an_fd(rigs, way, target):
     """recv ends after a message that carries an fd, though there are more bytes: a short read does
     not mean that the socket is empty."""
-    rig = rigs("unix", target, **way)
+    rig = rigs("unix", target, may_refuse=False, **way)
     link = rig.link()
     rig.settle()
     send_with_fd(link.client, b"with an fd, ")
@@ -35,7 +46,7 @@ def test_bytes_after_a_message_with_an_fd(rigs, way, target):
 @targets
 def test_bytes_after_a_message_with_an_fd_before_the_target_is_there(rigs, way, target):
     """The same for the relay's very first read."""
-    rig = rigs("unix", target, **way)
+    rig = rigs("unix", target, may_refuse=False, **way)
     client, fd = rig.knock()
     send_with_fd(client, b"with an fd, ")
     client.send(b"and without")
@@ -44,7 +55,7 @@ def test_bytes_after_a_message_with_an_fd_before_the_target_is_there(rigs, way, 
 
 
 def test_messages_with_fds_from_the_target(rigs, way):
-    rig = rigs("tcp4", "unix", **way)
+    rig = rigs("tcp4", "unix", may_refuse=False, **way)
     link = rig.link()
     rig.settle()
     for number in range(5):
@@ -56,16 +67,16 @@ def test_messages_with_fds_from_the_target(rigs, way):
 @targets
 def test_messages_with_fds_within_a_stream(rigs, way, target):
     """Many of them, between large ones."""
-    rig = rigs("unix", target, **way)
+    rig = rigs("unix", target, may_refuse=False, **way)
     link = rig.link()
     incoming = Incoming(link.target)
     expected = b""
     for number in range(12):
         block = payload(60_000, number)
-        link.client.send(block)
-        send_with_fd(link.client, b"!")
         expected += block + b"!"
-        rig.settle()
+        rig.run(Outgoing(link.client, block))
+        rig.until(lambda: is_writable(link.client), "room for more")
+        send_with_fd(link.client, b"!")
         incoming.step()
     half_close(link.client)
     rig.run(incoming)
@@ -89,3 +100,28 @@ def test_writers_with_different_credentials(rigs, way):
     os.waitpid(child, 0)
     assert rig.read(target, 22) == b"from one, from another"
     assert number
+
+
+SO_SNDBUFFORCE = 32  # asm-generic/socket.h; CAP_NET_ADMIN
+
+
+def test_a_send_buffer_is_never_reduced(rigs, way):
+    """A stream asks for a larger one, but net.core.wmem_default may have given more than that."""
+    rig = rigs("unix", "unix", **way)
+    link = rig.adopted()
+    before = option(link.target_fd, socket.SOL_SOCKET, socket.SO_SNDBUF)
+    words = payload(1_000_000)
+    heard = Incoming(link.target)
+    rig.run(Outgoing(link.client, words, half_close), heard)
+    assert heard.data == words
+    ordinary = option(link.target_fd, socket.SOL_SOCKET, socket.SO_SNDBUF)
+    assert ordinary > before
+    link = rig.adopted()
+    try:
+        set_option(link.target_fd, socket.SOL_SOCKET, SO_SNDBUFFORCE, 4 << 20)
+    except PermissionError:
+        pytest.skip("SKIPPED LOUDLY: only root may have a larger send buffer than others")
+    heard = Incoming(link.target)
+    rig.run(Outgoing(link.client, words, half_close), heard)
+    assert heard.data == words
+    assert option(link.target_fd, socket.SOL_SOCKET, socket.SO_SNDBUF) == 8 << 20

@@ -171,10 +171,57 @@ def test_not_there(passed):
         inherited(environ)
 
 
-def test_names_must_match(passed):
-    environ = passed(tcp()) | {"LISTEN_FDNAMES": "a:b"}
-    with pytest.raises(UsageError, match="LISTEN_FDNAMES=a:b: 2 names for 1 sockets"):
-        inherited(environ)
+@pytest.mark.parametrize(
+    ("sockets", "value", "names"),
+    [
+        (1, "web@127.0.0.1:8080.socket", ["web@127.0.0.1:8080.socket"]),
+        (1, "a:b", ["a:b"]),
+        (1, "", [""]),
+        (2, "a", ["unknown", "unknown"]),
+        (2, "web@[::1]:80.socket:b", ["unknown", "unknown"]),
+        (2, "", ["unknown", "unknown"]),
+    ],
+)
+def test_names_that_do_not_fit_the_sockets(passed, sockets, value, names):
+    """A unit may have a colon in its name, which is what separates names."""
+    environ = passed(*(tcp() for _ in range(sockets))) | {"LISTEN_FDNAMES": value}
+    assert [listener.name for listener in inherited(environ)] == names
+
+
+def test_names_must_fit_where_they_are_needed(passed):
+    environ = passed(tcp(), tcp()) | {"LISTEN_FDNAMES": "a:b:c"}
+    with pytest.raises(UsageError, match=r"=a:b:c: 3 names for 2 sockets\. NAME=TARGET needs one"):
+        activation.inherited(environ, os.getpid(), by_name=True)
+
+
+@contextlib.contextmanager
+def standard_fds(sock, *fds):
+    """As a service manager passes a socket with StandardInput=socket."""
+    saved = {fd: os.dup(fd) for fd in fds}
+    for fd in fds:
+        os.dup2(sock.fileno(), fd)
+    try:
+        yield
+    finally:
+        for fd, copy in saved.items():
+            os.dup2(copy, fd)
+            os.close(copy)
+
+
+def test_sockets_on_standard_fds(tmp_path):
+    with tcp() as listener, standard_fds(listener, 0):
+        assert activation.on_standard_fds() == "StandardInput=socket"
+    accepted, client = tcp_pair()
+    with accepted, client, standard_fds(accepted, 0):
+        assert activation.on_standard_fds() == "StandardInput=socket"
+    with unix(tmp_path / "s") as listener, standard_fds(listener, 1):
+        assert activation.on_standard_fds() == "StandardOutput=socket"
+    left, right = socket.socketpair()  # a remote shell's, or the journal
+    with left, right, standard_fds(left, 0, 1):
+        assert activation.on_standard_fds() == ""
+    fds = os.listdir("/proc/self/fd")
+    assert activation.on_standard_fds() == ""
+    assert os.listdir("/proc/self/fd") == fds
 
 
 @pytest.mark.parametrize("name", ["LISTEN_PID", "LISTEN_FDS"])

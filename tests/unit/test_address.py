@@ -1,5 +1,6 @@
 """Packed addresses: against the kernel, which is the reader they are made for."""
 
+import errno
 import os
 import socket
 
@@ -93,6 +94,27 @@ def test_text(packed, text):
 def test_not_an_address(host):
     with pytest.raises(ValueError, match="is not an IP address"):
         address.pack_inet(host, 80)
+
+
+def test_the_index_of_an_interface():
+    assert address.interface_index("lo") == socket.if_nametoindex("lo")
+    with pytest.raises(OSError, match="No such device") as caught:
+        address.interface_index("nope")
+    assert caught.value.errno == errno.ENODEV
+
+
+def test_the_index_of_an_interface_without_a_descriptor_to_ask_with(monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(address._socket, "socket", refuse)
+    with pytest.raises(OSError, match="Too many"):  # and not: there is no such interface
+        address.pack_inet("fe80::1%lo", 80)
+
+
+def test_with_scope():
+    packed = address.pack_inet6("fe80::1", 80, 3)
+    assert address.with_scope(address.pack_inet6("fe80::1", 80), 3) == packed
 
 
 def test_unknown_interface():
@@ -212,5 +234,5 @@ def test_parse_local(text, packed):
 
 @pytest.mark.parametrize("text", ["vsock:x:80", "vsock:2:", "vsock:2:4294967296", "vsock:2:80:1"])
 def test_parse_local_garbage(text):
-    with pytest.raises(ValueError, match="number"):
+    with pytest.raises(ValueError, match="is not a (CID|VSOCK port number) from 0 to 4294967295"):
         address.parse_local(text)

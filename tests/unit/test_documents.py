@@ -1,12 +1,14 @@
 """The units that README and manual page show are those in examples/."""
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
+INSTALLED = Path(sys.prefix) / "share/doc/systemd-socket-proxyd"
 PAGE = ROOT / "man/systemd-socket-proxyd.1"
 
 NOT_A_FILE = re.compile(r"[#$] \w")
@@ -50,7 +52,20 @@ def test_there_is_something_to_compare():
     assert len(blocks_of_page()) > 5
 
 
+def broken_links(page):
+    """(links to other files, those of them that lead nowhere)."""
+    links = re.findall(r"\]\(([^)#:]+)[)#]", page.read_text())
+    return links, [link for link in links if not (page.parent / link).exists()]
+
+
 def test_what_the_readme_links_to_is_there():
-    links = re.findall(r"\]\(([^)#:]+)\)", README.read_text())
+    links, broken = broken_links(README)
     assert links
-    assert [link for link in links if not (ROOT / link).exists()] == []
+    assert broken == []
+
+
+@pytest.mark.skipif(not INSTALLED.exists(), reason=f"SKIPPED LOUDLY: no {INSTALLED}")
+def test_what_installed_documents_link_to_is_installed():
+    pages = list(INSTALLED.rglob("*.md"))
+    assert INSTALLED / "README.md" in pages
+    assert {str(page): broken for page in pages if (broken := broken_links(page)[1])} == {}

@@ -39,6 +39,8 @@ SLOW = {
 """Each of them costs more than all that the program needs. Their submodules count as well."""
 
 RARE = {
+    "proxyd.lookup",
+    "proxyd.ports",
     "proxyd.proxy_protocol",
     "proxyd.resolver",
     "proxyd.stats",

@@ -4,6 +4,7 @@ import errno
 import os
 import resource
 import socket
+import struct
 
 import pytest
 
@@ -294,10 +295,10 @@ def test_a_literal_target_that_is_up_is_on_express_terms(world, gates):
     door = world.door(world.listen(), "/run/x", timeout_ms=7000)
     world.start()
     assert door.gate.is_open
-    assert door.gate.terms == (sockaddr.pack_unix("/run/x"), 7000)
+    assert door.gate.terms == (sockaddr.pack_unix("/run/x"), 1000)
 
 
-@pytest.mark.parametrize(("timeout_ms", "told"), [(None, 0), (0, 0), (1, 1)])
+@pytest.mark.parametrize(("timeout_ms", "told"), [(None, 1000), (0, 0), (1, 1)])
 def test_how_long_a_connect_may_take(world, gates, timeout_ms, told):
     door = world.door(world.listen(), "/run/x")
     door.way.timeout_ms = timeout_ms
@@ -355,6 +356,57 @@ def test_a_client_gets_its_header(world):
         assert received == b"PROXY TCP4 127.0.0.1 127.0.0.1 %d %d\r\nhello" % ports
 
 
+def reset(sock):
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    sock.close()
+
+
+@pytest.mark.parametrize("target", ["up", "absent"])
+def test_a_client_that_reset_before_it_was_accepted_keeps_its_address(world, target):
+    """In the header, in the log at debug level, and while it is held."""
+    world.loop.notes = {}
+    sock = world.listen()
+    way = world.door(sock, world.target(target)).way
+    client = world.client(sock)
+    ports = client.getsockname()[1], client.getpeername()[1]
+    client.send(b"hello")
+    reset(client)
+    world.start(proxy_protocol=1)
+    expected = b"PROXY TCP4 127.0.0.1 127.0.0.1 %d %d\r\n" % ports
+    seen = []
+    take = way.take
+    way.take = lambda fd, listener, cookie, header, name: (
+        seen.append((header, name)),
+        take(fd, listener, cookie, header, name),
+    )
+    world.settle(1)
+    assert seen == [(expected, f"127.0.0.1:{ports[0]}")]
+    if target == "up":
+        served, _ = world.backend.accept()
+        with served:
+            assert served.recv(100).startswith(expected)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_client_without_an_address_is_refused(world, capfd, version):
+    """Passed in (Accept=yes), and reset by then: accept(2) was somebody else's."""
+    sock = world.listen()
+    client = world.keep(socket.create_connection(sock.getsockname()))
+    served, _ = sock.accept()
+    served.setblocking(False)
+    reset(client)
+    world.door(served, world.target("up"), connected=True)
+    served.detach()
+    intake = world.start(proxy_protocol=version)
+    assert world.relay.open == 0
+    assert world.held == 0
+    assert (intake.passed_in, intake.refused) == (1, 1)
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("Refusing connection to 127.0.0.1:")
+    with pytest.raises(BlockingIOError):
+        world.backend.accept()
+
+
 def test_a_client_has_a_name_at_debug_level(world):
     world.loop.notes = {}
     sock = world.listen(socket.AF_INET)
@@ -379,7 +431,6 @@ def test_a_connection_that_was_passed_in(world):
     assert world.relay.open == 1
     assert door.listener.fd == -1
     assert intake.passed_in == 1
-    assert world.relay.shared
     assert not door.open
     assert not intake.broken
     ours.send(b"hello")
@@ -637,11 +688,11 @@ def test_events_go_to_their_door(world, gates, capfd):
     assert capfd.readouterr().err == f"{LIMIT_LINE}\n"
     ours, theirs = socket.socketpair()
     with ours:
-        intake.event((ACCEPTED, theirs.detach(), 1))
+        intake.event((ACCEPTED, theirs.detach(), b"", 1))
         assert len(doors[1].way.held) == 1
         assert not doors[0].way.held
         again, last = socket.socketpair()
         with again:
-            intake.event((ACCEPTED, last.detach(), 0))
+            intake.event((ACCEPTED, last.detach(), b"", 0))
             assert again.recv(1) == b""
     assert intake.refused == 1

@@ -12,19 +12,19 @@ from proxyd import limits, log
 
 PROGRAM = """
 import resource, sys
-soft, hard, wanted, listeners, threads, lookups = map(int, sys.argv[1:])
+soft, hard, wanted, listeners, threads, names = map(int, sys.argv[1:])
 from proxyd.limits import fit_connections
 resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-print(fit_connections(wanted, listeners, threads, lookups=bool(lookups)))
+print(fit_connections(wanted, listeners, threads, names=names))
 print(*resource.getrlimit(resource.RLIMIT_NOFILE))
 """
 
 
-def fit(soft, hard, wanted, listeners=1, threads=1, lookups=0):
+def fit(soft, hard, wanted, listeners=1, threads=1, names=0):
     """(connections that fit, soft limit afterwards, what was logged)."""
     if resource.getrlimit(resource.RLIMIT_NOFILE)[1] < hard:
         pytest.skip(f"SKIPPED LOUDLY: the hard limit here is below {hard} open files")
-    arguments = [str(number) for number in (soft, hard, wanted, listeners, threads, lookups)]
+    arguments = [str(number) for number in (soft, hard, wanted, listeners, threads, names)]
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, *arguments],
         capture_output=True,
@@ -73,7 +73,8 @@ def test_one_connection_always_remains(limit):
 def test_listeners_and_look_ups_need_fds_too():
     base, _, _ = fit(64, 64, 256)
     assert fit(64, 64, 256, listeners=11)[0] == base - 5
-    assert fit(64, 64, 256, lookups=1)[0] == base - 4
+    assert fit(64, 64, 256, names=1)[0] == base - 2
+    assert fit(64, 64, 256, names=4)[0] == base - 8
 
 
 def test_threads_need_fds_too():
@@ -93,10 +94,10 @@ def test_the_largest_cap():
     st.integers(1, 2**32 - 1),
     st.integers(0, 100),
     st.integers(1, 1024),
-    st.booleans(),
+    st.integers(0, 20),
     st.integers(3, 1 << 30),
 )
-def test_what_fits_never_needs_more_fds_than_there_are(wanted, listeners, threads, lookups, hard):
+def test_what_fits_never_needs_more_fds_than_there_are(wanted, listeners, threads, names, hard):
     asked, said = [], []
 
     def raise_fd_limit(number):
@@ -106,8 +107,8 @@ def test_what_fits_never_needs_more_fds_than_there_are(wanted, listeners, thread
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(limits, "raise_fd_limit", raise_fd_limit)
         patch.setattr(log, "_log", lambda level, text: said.append(text))
-        fitting = limits.fit_connections(wanted, listeners, threads, lookups=lookups)
+        fitting = limits.fit_connections(wanted, listeners, threads, names=names)
     assert 1 <= fitting <= wanted
-    assert fitting == 1 or listeners + 2 * (threads - 1) + 2 * fitting < hard
+    assert fitting == 1 or listeners + 2 * (threads - 1) + 4 * names + 2 * fitting < hard
     assert len(said) == (fitting < wanted)
     assert asked[0] > 2 * wanted

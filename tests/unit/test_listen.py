@@ -1,14 +1,20 @@
 """--listen=: addresses, sockets, and socket files that are replaced or left alone."""
 
+import _socket
 import errno
+import fcntl
 import os
 import socket
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from proxyd import address, listen
+from proxyd.errors import UsageError
 from proxyd.listen import close_listener, open_listener, parse_listen
 
 
@@ -68,7 +74,7 @@ def test_addresses(text, name, packed):
         "/" + "a" * 107,
         "vsock:1",
         "-1",
-        "[fe80::1%nope]:80",
+        "[fe80::1%]:80",
     ],
 )
 def test_garbage(text):
@@ -76,11 +82,22 @@ def test_garbage(text):
         parse_listen(text)
 
 
+def test_an_interface_that_is_not_there():
+    with pytest.raises(UsageError, match=r"^Failed to listen on \[fe80::1%nope\]:80: there is no"):
+        parse_listen("web=[fe80::1%nope]:80")
+
+
+def test_an_address_that_is_not_there():
+    with pytest.raises(OSError, match=r"Cannot assign requested address\. .* FreeBind=") as caught:
+        open_listener(parse_listen("192.0.2.1:0"))
+    assert caught.value.errno == errno.EADDRNOTAVAIL
+
+
 @given(st.one_of(st.text(), st.text("ab:/@[]%*=.1\udcff")))
 def test_anything_is_an_address_or_a_value_error(text):
     try:
         where = parse_listen(text)
-    except ValueError:
+    except (ValueError, UsageError):
         return
     assert address.family(where.address) in (1, 2, 10, 40)
 
@@ -195,6 +212,136 @@ def test_a_live_socket_file_is_an_error(opened, tmp_path, backlog):
         with pytest.raises(OSError, match="in use"):
             opened(str(path))
         assert path.stat().st_ino == inode
+
+
+# ── two at the same moment ───────────────────────────────────────────────────────────────────────
+
+
+class Slow(_socket.socket):
+    """A socket whose listen() waits until somebody else had their chance."""
+
+    bound = threading.Event()
+    tried = threading.Event()
+
+    def listen(self, backlog):
+        self.bound.set()
+        self.tried.wait(0.5)  # the other must not get through: it has until then to show
+        super().listen(backlog)
+
+
+@pytest.mark.parametrize("stale", [False, True])
+def test_a_socket_that_is_about_to_listen_is_not_stale(opened, tmp_path, monkeypatch, stale):
+    """Of two starts with one path at the same moment one serves, and the other is told."""
+    path = tmp_path / "s"
+    if stale:
+        with socket.socket(socket.AF_UNIX) as dead:
+            dead.bind(str(path))
+    shim = SimpleNamespace(**vars(_socket))
+    shim.socket = Slow
+    monkeypatch.setattr(listen, "_socket", shim)
+    Slow.bound.clear()
+    Slow.tried.clear()
+    with ThreadPoolExecutor(1) as other:
+        first = other.submit(opened, str(path))
+        assert Slow.bound.wait(20)
+        monkeypatch.setattr(listen, "_socket", _socket)
+        try:
+            with pytest.raises(OSError, match="in use"):
+                opened(str(path))
+        finally:
+            Slow.tried.set()
+        listener = first.result()
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(path))
+        with socket.socket(fileno=os.dup(listener.fd)) as listening:
+            listening.accept()[0].close()
+    assert os.listdir(tmp_path) == ["s"]
+
+
+@pytest.fixture(params=["held", "unreadable"])
+def no_lock(request, tmp_path, monkeypatch):
+    """The folder cannot be locked; why."""
+    if request.param == "held":  # by somebody who does not give it back
+        monkeypatch.setattr(listen, "LOCK_S", 0.05)
+        fd = os.open(tmp_path, os.O_RDONLY)
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield "another process holds it"
+        os.close(fd)
+        return
+
+    def refuse(path, flags):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        shim = SimpleNamespace(**vars(os))
+        shim.open = refuse
+        patch.setattr(listen, "os", shim)
+        yield "Permission denied"
+
+
+def test_without_the_lock_a_new_file_is_made(opened, tmp_path, no_lock):
+    path = tmp_path / "s"
+    listener = opened(str(path))
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(path))
+    close_listener(listener)
+    assert not path.exists()
+
+
+def test_without_the_lock_no_file_is_replaced(opened, tmp_path, no_lock):
+    path = tmp_path / "s"
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(path))
+    with pytest.raises(OSError, match="cannot be replaced safely") as caught:
+        opened(str(path))
+    assert caught.value.strerror.endswith(f"failed to lock its folder: {no_lock}")
+    assert path.exists()
+
+
+def test_without_the_lock_one_in_use_is_in_use(opened, tmp_path, no_lock):
+    path = tmp_path / "s"
+    with socket.socket(socket.AF_UNIX) as live:
+        live.bind(str(path))
+        live.listen()
+        with pytest.raises(OSError, match="in use"):
+            opened(str(path))
+
+
+def test_a_socket_file_is_unlinked_while_it_is_listened_to(opened, tmp_path, monkeypatch):
+    """Once nobody listens on it, another start may replace it, and have the same inode."""
+    path = tmp_path / "s"
+    listener = opened(str(path))
+    seen = []
+    shim = SimpleNamespace(**vars(os))
+
+    def close(fd):
+        if fd == listening:
+            seen.append(path.exists())
+        os.close(fd)
+
+    shim.close, listening = close, listener.fd
+    monkeypatch.setattr(listen, "os", shim)
+    close_listener(listener)
+    assert seen == [False]
+
+
+def test_the_lock_is_free_afterwards(opened, tmp_path):
+    close_listener(opened(str(tmp_path / "one")))
+    opened(str(tmp_path / "other"))
+    fd = os.open(tmp_path, os.O_RDONLY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        os.close(fd)
+
+
+def test_a_path_without_a_folder(opened, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    opened("unix:./s")
+    assert os.listdir(tmp_path) == ["s"]
+
+
+# ── what is not ours to replace ──────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("make", ["write", "mkdir", "symlink"])

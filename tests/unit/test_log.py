@@ -1,6 +1,18 @@
 """Lines on stderr: one each, escaped, never a block and never an exception."""
 
+import errno
+import fcntl
 import os
+import pty
+import re
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import tty
 
 import pytest
 from hypothesis import given
@@ -8,9 +20,16 @@ from hypothesis import strategies as st
 
 from proxyd import log
 
+PATIENCE = 30
+"""Seconds until what does not come counts as lost."""
+
+LOST = b"Lines lost here, because standard error did not take them: %d.\n"
+
 
 @pytest.fixture(autouse=True)
-def _default_setup():
+def _default_setup(monkeypatch):
+    for name in ("_rest", "_lost", "_way"):
+        monkeypatch.setattr(log, name, getattr(log, name))
     log.setup({})
     yield
     log.setup({})
@@ -125,19 +144,304 @@ def with_stderr(fd, write):
         os.close(saved)
 
 
-def test_a_full_pipe_costs_the_line():
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
+def fill(fd):
+    """Fill a pipe or socket that others write to as well: it is blocking again afterwards."""
+    os.set_blocking(fd, False)
     with pytest.raises(BlockingIOError):
         while True:
-            os.write(writer, bytes(4096))
-    os.set_blocking(writer, True)  # a write(2) would block from here on
-    with_stderr(writer, lambda: log.error("lost"))
-    os.read(reader, 65536)
-    with_stderr(writer, lambda: log.error("kept"))
+            os.write(fd, bytes(4096))
+    os.set_blocking(fd, True)
+
+
+def read_all(fd, until):
+    """What comes out at `fd` until it ends with `until`."""
+    data = b""
+    while not data.endswith(until):
+        assert select.select([fd], [], [], PATIENCE)[0], data
+        data += os.read(fd, 65536)
+    return data
+
+
+def hide_proc(monkeypatch):
+    really = os.open
+
+    def hidden(path, *args, **more):
+        if str(path).startswith("/proc/"):
+            raise FileNotFoundError(errno.ENOENT, "")
+        return really(path, *args, **more)
+
+    monkeypatch.setattr(log.os, "open", hidden)
+
+
+def in_a_child(stderr, program):
+    """Run `program` with this stderr, and tell what it printed; a write that waits is a failure."""
+    done = subprocess.run(
+        [sys.executable, "-c", "import os\nfrom proxyd import log\nlog.setup({})\n" + program],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        timeout=PATIENCE,
+        check=True,
+    )
+    return done.stdout.decode()
+
+
+@pytest.fixture
+def terminal():
+    """(master, slave) of a terminal that adds nothing to what is written to it."""
+    master, slave = pty.openpty()
+    tty.setraw(slave)
+    yield master, slave
+    os.close(slave)
+    os.close(master)
+
+
+HIDDEN = """
+real = os.open
+def hidden(path, *args, **more):
+    if path == "/proc/self/fd/2":
+        raise FileNotFoundError
+    return real(path, *args, **more)
+log.os.open = hidden
+"""
+"""As behind InaccessiblePaths=/proc; or a stderr that belongs to another user."""
+
+
+@pytest.mark.parametrize("proc", ["", HIDDEN], ids=["proc", "no proc"])
+def test_a_full_pipe_costs_lines_which_are_counted(proc):
+    """Others write to it as well: it is filled, and its description stays as it is."""
+    reader, writer = os.pipe()
+    fill(writer)
+    program = proc + (
+        f"log.error('lost'); log.error('lost as well'); os.read({reader}, 1 << 20)\n"
+        "log.error('kept'); log.error('and more')\n"
+        "print(os.get_blocking(2), len(os.listdir('/proc/self/task')))"
+    )
+    os.set_inheritable(reader, True)
+    done = subprocess.run(
+        [sys.executable, "-c", "import os\nfrom proxyd import log\nlog.setup({})\n" + program],
+        stdout=subprocess.PIPE,
+        stderr=writer,
+        close_fds=False,
+        timeout=PATIENCE,
+        check=True,
+    )
     os.close(writer)
+    assert done.stdout == b"True 1\n"
     with open(reader, "rb") as rest:
-        assert rest.read().strip(b"\0") == b"kept\n"
+        assert rest.read() == (LOST % 2 + b"kept\nand more\n")
+
+
+def test_a_pipe_without_proc_takes_lines_in_order(monkeypatch):
+    hide_proc(monkeypatch)
+    reader, writer = os.pipe()
+    with_stderr(writer, lambda: [log.error(f"line {number}") for number in range(10)])
+    assert os.read(reader, 65536) == b"".join(b"line %d\n" % number for number in range(10))
+    for fd in (reader, writer):
+        os.close(fd)
+
+
+def test_a_full_socket_costs_lines_which_are_counted():
+    """The journal's is one."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        program = "for _ in range(1000): log.error('x' * 900)\nprint(os.get_blocking(2))"
+        assert in_a_child(ours, program) == "True\n"
+        with_stderr(ours.fileno(), lambda: log.error("lost"))
+        theirs.settimeout(PATIENCE)
+        while len(theirs.recv(1 << 20)) >= 900:
+            theirs.setblocking(False)
+            try:
+                theirs.recv(1, socket.MSG_PEEK)
+            except BlockingIOError:
+                break
+            theirs.setblocking(True)
+        with_stderr(ours.fileno(), lambda: log.error("kept"))
+        assert theirs.recv(4096).startswith(LOST % 1)
+
+
+@pytest.mark.parametrize("proc", ["", HIDDEN], ids=["proc", "no proc"])
+def test_a_terminal_that_nobody_reads_costs_lines(terminal, proc):
+    _, slave = terminal
+    program = proc + (
+        "for _ in range(5000): log.error('x' * 99)\n"
+        "assert log._lost or len(log._way[1]._queue) == log._THREAD_LINES_MAX\n"
+        "log.finish(); print(os.get_blocking(2))"
+    )
+    assert in_a_child(slave, program) == "True\n"
+
+
+@pytest.mark.parametrize("proc", ["", HIDDEN], ids=["proc", "no proc"])
+def test_a_terminal_that_is_read_takes_every_line(terminal, proc):
+    master, slave = terminal
+    said = b""
+
+    def read():
+        nonlocal said
+        said = read_all(master, b"last\n")
+
+    reading = threading.Thread(target=read)
+    reading.start()
+    program = proc + "for n in range(20): log.error(f'line {n}')\nlog.error('last'); log.finish()"
+    in_a_child(slave, program)
+    reading.join(PATIENCE)
+    assert said == b"".join(b"line %d\n" % number for number in range(20)) + b"last\n"
+
+
+def test_a_line_that_a_terminal_takes_in_part_is_not_torn(terminal):
+    master, slave = terminal
+    lines = [f"{number:04d} " + "x" * 700 for number in range(1000)]
+
+    def write():
+        for line in lines:
+            log.error(line)
+            if log._lost:
+                return
+        raise AssertionError("the terminal took everything")
+
+    with_stderr(slave, write)
+    said = b""
+    while not said.endswith(b"kept\n"):
+        assert select.select([master], [], [], PATIENCE)[0], said[-2000:]
+        said += os.read(master, 65536)
+        if b"Lines lost" not in said:
+            with_stderr(slave, lambda: log.error("kept"))
+    got = [line for line in said.decode().splitlines() if line != "kept"]
+    number = next(at for at, line in enumerate(got) if "Lines lost" in line)
+    assert got[:number] == lines[:number]
+    assert re.fullmatch(
+        r"Lines lost here, because standard error did not take them: \d+\.", got[number]
+    )
+
+
+def test_a_terminal_does_not_stop_us_in_the_background(terminal):
+    """With `stty tostop` a line from the background stops the one that writes it."""
+    master, slave = terminal
+    attributes = tty.tcgetattr(slave)
+    attributes[tty.LFLAG] |= tty.TOSTOP
+    tty.tcsetattr(slave, tty.TCSANOW, attributes)
+    program = (
+        "import fcntl, sys, termios; from proxyd import log;"
+        "log.setup({}); log.error('from the background')"
+    )
+    shell = "import os, subprocess, sys, termios; fcntl = __import__('fcntl'); os.setsid(); "
+    shell += "fcntl.ioctl(2, termios.TIOCSCTTY, 0); "
+    shell += "import signal; "
+    shell += f"child = subprocess.Popen([sys.executable, '-c', {program!r}], process_group=0); "
+    shell += "print(os.waitpid(child.pid, os.WUNTRACED)[1])"
+    done = subprocess.run(
+        [sys.executable, "-c", shell],
+        stdout=subprocess.PIPE,
+        stderr=slave,
+        timeout=PATIENCE,
+        check=True,
+    )
+    assert done.stdout == b"0\n"
+    assert read_all(master, b"background\n") == b"from the background\n"
+
+
+def test_no_fd_is_left_to_write_with():
+    """A thread writes then: it needs none."""
+    reader, writer = os.pipe()
+    program = (
+        "import resource; fds = len(os.listdir('/proc/self/fd')) - 1\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (fds, fds))\n"
+        "log.error('kept'); log.finish()"
+    )
+    in_a_child(writer, program)
+    assert read_all(reader, b"\n") == b"kept\n"
+    os.close(reader)
+    os.close(writer)
+
+
+def test_the_thread_takes_no_signal(terminal):
+    """SIGTERM to the process is the main thread's, which may not have set its mask yet."""
+    _, slave = terminal
+    program = HIDDEN + (
+        "log.error('x'); log.finish()\n"
+        "masks = {}\n"
+        "for task in os.listdir('/proc/self/task'):\n"
+        "    status = open(f'/proc/self/task/{task}/status').read()\n"
+        "    masks[int(task) == os.getpid()] = int(status.split('SigBlk:')[1].split()[0], 16)\n"
+        "print(masks[True], bool(masks[False] & (1 << 14)))"
+    )
+    assert in_a_child(slave, program) == "0 True\n"
+
+
+def test_no_thread_to_be_had_costs_the_line(terminal, monkeypatch):
+    hide_proc(monkeypatch)
+
+    def refused(*_):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(log._thread, "start_new_thread", refused)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    with_stderr(terminal[1], lambda: log.error("lost"))
+    assert log._lost == 1
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == mask
+
+
+def test_the_end_waits_for_the_thread_but_not_for_a_reader(terminal):
+    _, slave = terminal
+    program = HIDDEN + "for _ in range(5000): log.error('x' * 99)\nlog.finish(); log.finish()"
+    start = time.monotonic()
+    in_a_child(slave, program)
+    assert time.monotonic() - start < PATIENCE
+
+
+def test_another_file_at_proc_is_not_written_to(tmp_path, monkeypatch):
+    """As in a folder that is the root and only looks like it."""
+    really = os.open
+    fake = tmp_path / "fake"
+    fake.touch()
+    monkeypatch.setattr(
+        log.os, "open", lambda path, *a: really(fake if "/proc/" in str(path) else path, *a)
+    )
+    reader, writer = os.pipe()
+    fds = os.listdir("/proc/self/fd")
+    with_stderr(writer, lambda: log.error("kept"))
+    assert os.read(reader, 100) == b"kept\n"
+    assert fake.read_bytes() == b""
+    assert len(os.listdir("/proc/self/fd")) <= len(fds) + 2  # the pipe of our own
+    os.close(reader)
+    os.close(writer)
+
+
+def test_a_second_thread_leaves_its_line_to_the_first(capfd, monkeypatch):
+    """A resolver's thread that logs while the main thread writes."""
+    put = log._put
+
+    def slowly(data):
+        if data == b"first\n":
+            other = threading.Thread(target=log.error, args=["second"])
+            other.start()
+            other.join(PATIENCE)  # it does not wait for us
+            assert not other.is_alive()
+        return put(data)
+
+    monkeypatch.setattr(log, "_put", slowly)
+    log.error("first")
+    assert capfd.readouterr().err == "first\nsecond\n"
+
+
+def test_what_was_lost_is_told_at_the_end():
+    reader, writer = os.pipe()
+    fill(writer)
+    with_stderr(writer, lambda: log.error("lost"))
+    os.read(reader, 1 << 20)
+    with_stderr(writer, log.finish)
+    assert os.read(reader, 1 << 20).startswith(LOST % 1)
+    os.close(reader)
+    os.close(writer)
+
+
+def test_the_description_of_our_own_is_closed_on_exec():
+    reader, writer = os.pipe()
+    with_stderr(writer, lambda: log.error("x"))
+    assert fcntl.fcntl(log._way[1]._fd, fcntl.F_GETFD) & fcntl.FD_CLOEXEC
+    os.close(reader)
+    os.close(writer)
 
 
 def test_a_closed_pipe_costs_the_line():

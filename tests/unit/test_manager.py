@@ -7,8 +7,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxyd import notify
-from proxyd.manager import EXTEND_BY_USEC, EXTEND_EVERY_MS, STATUS_MS, Manager
+from proxyd import log, notify
+from proxyd.manager import (
+    EXTEND_BY_USEC,
+    EXTEND_EVERY_MS,
+    RETRY_GONE_MS,
+    RETRY_MS,
+    RETRY_SLOWEST_MS,
+    STATUS_MS,
+    Manager,
+)
 from proxyd.notify import Notifier
 
 
@@ -24,13 +32,18 @@ class Relay:
         self.asked += 1
 
 
+FILLER = "STATUS=of another service"
+
+
 class World:
     """A Manager, the clock and the status it shows."""
 
-    def __init__(self, notifier, hear):
+    def __init__(self, notifier, hear, fill):
         self.now_ms = 0
         self.text = "0 connections"
         self.hear = hear
+        self.fill = fill
+        """Fills the queue of the service manager, as other services do."""
         self.relay = Relay()
         self.manager = Manager(notifier, lambda: self.text, self.relay)
 
@@ -64,12 +77,19 @@ def world(tmp_path):
             try:
                 heard.append(sock.recv(4096).decode())
             except BlockingIOError:
-                return heard
+                return [text for text in heard if text != FILLER]
+
+    def fill():
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as others:
+            others.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                while True:
+                    others.sendto(FILLER.encode(), sock.getsockname())
 
     def make(wanted=True, **environ):
         environ |= {"NOTIFY_SOCKET": sock.getsockname()} if wanted else {}
         notifiers.append(Notifier(environ))
-        return World(notifiers[-1], hear)
+        return World(notifiers[-1], hear, fill)
 
     notifiers = []
     yield make
@@ -228,3 +248,139 @@ def test_the_stop_timeout_is_put_off_while_connections_finish(world):
     assert {text for _, text in heard} == {"EXTEND_TIMEOUT_USEC=30000000"}
     # The next one comes well before the last one's time is over.
     assert EXTEND_EVERY_MS * 1000 * 2 < EXTEND_BY_USEC
+
+
+# ── a service manager that is busy ───────────────────────────────────────────────────────────────
+
+
+def wait(one, until_ms, busy=False):
+    """Let time go by while nothing is read; when tick() was asked for."""
+    asked = []
+    while (next_ms := one.manager.next_ms()) is not None and next_ms <= until_ms:
+        one.now_ms = next_ms
+        asked.append(next_ms)
+        one.manager.tick(next_ms, busy)
+        assert one.manager.next_ms() is None or one.manager.next_ms() > next_ms
+    one.now_ms = until_ms
+    return asked
+
+
+def test_ready_is_repeated_until_it_is_sent(world):
+    one = world()
+    one.fill()
+    one.manager.ready()
+    asked = wait(one, 10_000)
+    pauses = [after - before for before, after in zip([0, *asked], asked, strict=False)]
+    assert pauses[:4] == [RETRY_MS, 2 * RETRY_MS, 4 * RETRY_MS, 8 * RETRY_MS]
+    assert max(pauses) == RETRY_SLOWEST_MS
+    assert one.hear() == []
+    ((_, text),) = one.run(one.manager.next_ms())
+    assert text == "READY=1\nSTATUS=0 connections"
+    assert one.run(one.now_ms + 60_000) == []
+    assert one.manager.next_ms() is None
+
+
+def test_each_message_is_kept_once_and_sent_in_order(world):
+    one = world(WATCHDOG_USEC="60000000")
+    one.fill()
+    one.manager.ready()
+    for number in range(3):
+        one.text = f"{number} connections"
+        wait(one, 40_000 + number, busy=True)
+    one.manager.stopping(one.now_ms, waits=True)
+    wait(one, 60_000, busy=True)
+    one.text = "the last status"
+    wait(one, 70_000, busy=True)
+    one.hear()
+    said = [text for _, text in one.run(one.manager.next_ms(), busy=True)]
+    assert said == [
+        "READY=1\nSTATUS=0 connections",
+        "STOPPING=1",
+        "WATCHDOG=1",
+        f"EXTEND_TIMEOUT_USEC={EXTEND_BY_USEC}",
+        "STATUS=the last status",
+    ]
+
+
+def test_a_pause_begins_short_again(world):
+    one = world()
+    one.fill()
+    one.manager.ready()
+    wait(one, 10_000)
+    one.hear()
+    one.run(20_000)
+    one.fill()
+    one.manager.stopping(20_000, waits=True)
+    assert one.manager.next_ms() in (20_000, 20_000 + RETRY_MS)
+
+
+@pytest.mark.parametrize("interval_ms", [1, 20, 1000, 30_000])
+def test_a_watchdog_is_told_as_soon_as_there_is_room(world, interval_ms):
+    """Within an eighth of the time that is left for it, and in time if there is room in time."""
+    one = world(WATCHDOG_USEC=str(interval_ms * 1000))
+    half = max(interval_ms // 2, 1)
+    one.fill()
+    wait(one, half)
+    one.hear()
+    heard = one.run(2 * half)
+    assert heard[0][1] == "WATCHDOG=1"
+    assert heard[0][0] <= half + -(-half // 8)
+
+
+def test_a_watchdog_that_could_not_be_told_in_time_is_logged(world, capfd):
+    log.setup({})
+    one = world(WATCHDOG_USEC="2000000")
+    one.fill()
+    wait(one, 1999)
+    assert capfd.readouterr().err == ""
+    wait(one, 9000)
+    (line,) = capfd.readouterr().err.splitlines()  # at most one in 5 s of the real time
+    assert line.startswith("WATCHDOG=1 is ")
+    assert line.endswith(" ms late: the queue of NOTIFY_SOCKET is full.")
+    one.hear()
+    wait(one, 10_000)
+    assert "WATCHDOG=1" in one.hear()
+    log.setup({})
+
+
+def test_a_thread_that_does_not_answer_in_time_is_logged(world, capfd):
+    log.setup({})
+    one = world(WATCHDOG_USEC="2000000")
+    one.relay.answered = False
+    wait(one, 2500)
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.endswith("late: a thread does not answer.")
+    log.setup({})
+
+
+def test_an_old_sign_of_life_is_not_sent_for_a_thread_that_has_stopped(world):
+    one = world(WATCHDOG_USEC="2000000")
+    one.fill()
+    wait(one, 1500)
+    one.relay.answered = False
+    wait(one, 2500)
+    one.hear()
+    assert one.run(10_000) == []
+
+
+def test_the_end_waits_for_nobody(world):
+    one = world()
+    one.fill()
+    one.manager.stopping(0, waits=False)  # returns
+
+
+def test_a_socket_that_nobody_has_is_tried_seldom(tmp_path, capfd):
+    log.setup({})
+    path = tmp_path / "notify"
+    one = World(Notifier({"NOTIFY_SOCKET": str(path)}), list, None)
+    one.manager.ready()
+    asked = wait(one, 100_000)
+    assert asked[-1] - asked[-2] == RETRY_GONE_MS
+    assert len(capfd.readouterr().err.splitlines()) == 1
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.bind(str(path))
+        sock.setblocking(False)
+        wait(one, one.manager.next_ms())
+        assert sock.recv(4096).startswith(b"READY=1")
+    one.manager._notifier.close()
+    log.setup({})

@@ -1,5 +1,7 @@
 """NAME=TARGET: which target serves which listener."""
 
+import re
+
 import pytest
 
 from proxyd import address
@@ -51,8 +53,24 @@ def test_pairs_serve_by_name():
 
 
 def test_a_listener_without_a_pair_is_named():
-    with pytest.raises(UsageError, match=r"^No target for listener 'b' \(/run/x\)\.$"):
+    expected = "No target for listener 'b' (/run/x): the targets are for 'a'."
+    with pytest.raises(UsageError, match=f"^{re.escape(expected)}$"):
         match_targets(pairs("a=@1"), [listener("a"), listener("b", UNIX)])
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "end"),
+    [
+        ("web", ["wbe=@1", "db=@2"], "the targets are for 'wbe', 'db'; is 'wbe' meant for it?"),
+        ("unknown", ["a=@1"], "set FileDescriptorName= in the socket unit, or use --listen="),
+        ("web@127.0.0.1:80.socket", ["a=@1"], "set FileDescriptorName= in the socket unit to one"),
+        ("web", [f"{n:x}0=@{n}" for n in range(30)], "'80', '90' and 20 more."),
+    ],
+)
+def test_a_listener_without_a_pair_says_what_there_is(name, given, end):
+    with pytest.raises(UsageError) as caught:
+        match_targets(pairs(*given), [listener(name)])
+    assert end in str(caught.value)
 
 
 @pytest.mark.parametrize("packed", [UNIX, address.pack_vsock(2, 80)])

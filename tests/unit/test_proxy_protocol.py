@@ -6,7 +6,8 @@ import struct
 
 import pytest
 
-from proxyd.proxy_protocol import header
+from proxyd._relay import socket_names
+from proxyd.proxy_protocol import UnknownAddressError, header
 
 SIGNATURE = bytes.fromhex("0d0a0d0a000d0a515549540a")
 
@@ -45,14 +46,24 @@ def ports(client):
     return client.getsockname()[1], client.getpeername()[1]
 
 
+def peer_of(served):
+    return socket_names(served.fileno())[0]
+
+
+def header_of(version, served):
+    return header(version, served.fileno(), peer_of(served))
+
+
 def test_tcp4(accepted):
     client, served = accepted(socket.AF_INET, ("127.0.0.1", 0), bind_to=("127.0.0.2", 0))
     theirs, ours = ports(client)
-    assert header(1, served.fileno()) == b"PROXY TCP4 127.0.0.2 127.0.0.1 %d %d\r\n" % (
+    assert header(
+        1, served.fileno(), peer_of(served)
+    ) == b"PROXY TCP4 127.0.0.2 127.0.0.1 %d %d\r\n" % (
         theirs,
         ours,
     )
-    assert header(2, served.fileno()) == (
+    assert header_of(2, served) == (
         SIGNATURE
         + b"\x21\x11\x00\x0c"
         + bytes([127, 0, 0, 2, 127, 0, 0, 1])
@@ -63,8 +74,11 @@ def test_tcp4(accepted):
 def test_tcp6(accepted):
     client, served = accepted(socket.AF_INET6, ("::1", 0))
     theirs, ours = ports(client)
-    assert header(1, served.fileno()) == b"PROXY TCP6 ::1 ::1 %d %d\r\n" % (theirs, ours)
-    assert header(2, served.fileno()) == (
+    assert header_of(1, served) == b"PROXY TCP6 ::1 ::1 %d %d\r\n" % (
+        theirs,
+        ours,
+    )
+    assert header_of(2, served) == (
         SIGNATURE
         + b"\x21\x21\x00\x24"
         + (bytes(15) + b"\x01") * 2
@@ -78,11 +92,13 @@ def test_mapped_addresses_are_ipv4(accepted):
     )
     assert served.getpeername()[0] == "::ffff:127.0.0.3"
     theirs, ours = ports(client)
-    assert header(1, served.fileno()) == b"PROXY TCP4 127.0.0.3 127.0.0.1 %d %d\r\n" % (
+    assert header(
+        1, served.fileno(), peer_of(served)
+    ) == b"PROXY TCP4 127.0.0.3 127.0.0.1 %d %d\r\n" % (
         theirs,
         ours,
     )
-    assert header(2, served.fileno()) == (
+    assert header_of(2, served) == (
         SIGNATURE
         + b"\x21\x11\x00\x0c"
         + bytes([127, 0, 0, 3, 127, 0, 0, 1])
@@ -91,8 +107,9 @@ def test_mapped_addresses_are_ipv4(accepted):
 
 
 def assert_unknown(fd):
-    assert header(1, fd) == b"PROXY UNKNOWN\r\n"
-    assert header(2, fd) == SIGNATURE + b"\x20\x00\x00\x00"
+    for peer in (socket_names(fd)[0], b""):
+        assert header(1, fd, peer) == b"PROXY UNKNOWN\r\n"
+        assert header(2, fd, peer) == SIGNATURE + b"\x20\x00\x00\x00"
 
 
 @pytest.mark.parametrize("bound", [False, True])
@@ -110,16 +127,38 @@ def test_a_pair():
         assert_unknown(one.fileno())
 
 
-def test_a_client_that_has_reset_already(accepted):
-    client, served = accepted(socket.AF_INET, ("127.0.0.1", 0))
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize(
+    ("listen", "connect"),
+    [
+        ((socket.AF_INET, ("127.0.0.1", 0)), ()),
+        ((socket.AF_INET6, ("::1", 0)), ()),
+        ((socket.AF_INET6, ("::", 0)), (socket.AF_INET, "127.0.0.1")),
+    ],
+)
+def test_a_client_that_has_reset_already(accepted, listen, connect, version):
+    """What accept(2) has told is still known, and so is our own address."""
+    client, served = accepted(*listen, *connect)
+    peer = peer_of(served)
+    expected = header(version, served.fileno(), peer)
     client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     client.close()
     with pytest.raises(ConnectionResetError):
         served.recv(1)
-    assert_unknown(served.fileno())
+    assert peer_of(served) == b""
+    assert header(version, served.fileno(), peer) == expected
+    assert b"UNKNOWN" not in expected
+    # It must not be taken for the proxy itself where the address is not known.
+    with pytest.raises(UnknownAddressError):
+        header(version, served.fileno(), b"")
+
+
+def test_what_is_no_socket_is_nobody():
+    with open("/dev/null") as file, pytest.raises(UnknownAddressError):
+        header(1, file.fileno(), b"")
 
 
 def test_v1_fits_the_buffer_of_the_specification(accepted):
     """107 characters at most, section 2.1."""
     _, served = accepted(socket.AF_INET6, ("::1", 0))
-    assert len(header(1, served.fileno())) <= 107
+    assert len(header_of(1, served)) <= 107

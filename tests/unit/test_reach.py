@@ -8,17 +8,19 @@ import os
 import socket
 import struct
 import sys
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from proxyd import address as sockaddr
-from proxyd import log, race, reach
+from proxyd import log, outage, race, resolver
 from proxyd._relay import FAILED
 from proxyd.listen import Listener
+from proxyd.lookup import LATE_MS
 from proxyd.loop import EPOLLET, Loop
-from proxyd.race import STAGGER_MS
+from proxyd.race import SILENT_MS, STAGGER_MS
 from proxyd.reach import Reach
 from proxyd.target import parse_target
 
@@ -55,8 +57,12 @@ class Relay:
         self.served = []
         self.watched = {}
         self.dialled = {}
+        self.said = {}
         self.last_id = 0
         self.adopt_error = 0
+        self.failed = 0
+        self.resets, self.closes = [], []  # sockets to the target
+        self.cut, self.let_go = [], []  # clients
 
     def outcome(self, address):
         outcome = self.plan[address]
@@ -82,8 +88,17 @@ class Relay:
     def connected(self, fd):
         return self.dialled[fd]
 
+    def peek(self, fd):
+        return self.said.get(fd, -errno.EAGAIN)
+
     def hang_up(self, fd, reset=False):
-        del self.dialled[fd]
+        if fd in self.dialled:
+            del self.dialled[fd]
+            self.resets.append(fd) if reset else self.closes.append(fd)
+        else:
+            self.unwatch(fd)
+            (self.cut if reset else self.let_go).append(fd)
+            os.close(fd)
 
     def adopt(self, client, family, fd, preamble=None, *_):
         if self.adopt_error:
@@ -114,6 +129,7 @@ class Names:
         self.asked = []
         self.waiting = []
         self.is_fresh = True
+        self.stands_in = []
 
     def ask(self, host, now_ms, done):
         assert host == b"backend"
@@ -124,8 +140,23 @@ class Names:
         else:
             done(*self.answer)
 
-    def fresh(self, host, now_ms):
-        return self.is_fresh and self.answer is not None and bool(self.answer[0])
+    def current(self, host, now_ms):
+        assert host == b"backend"
+        assert now_ms == self.relay.now_ms
+        if self.stands_in:
+            return self.stands_in
+        return self.answer[0] if self.is_fresh and self.answer and self.asked else []
+
+    def say(self, choice):
+        """Any of all that a resolver may say, at any time."""
+        self.is_fresh = bool(choice % 2)
+        self.stands_in = [inet(1, 0)] if choice % 3 == 0 else []
+        gone = _socket.gaierror(_socket.EAI_NONAME, "no such thing")
+        both = [inet(1, 0), inet(2, 0)]
+        answers = [None, ([], gone), (both, None), (both[::-1], None), (both[:1], None)]
+        self.answer = answers[choice % 5]
+        if self.answer is not None:
+            self.reply(*self.answer)
 
     def reply(self, addresses, error=None):
         """The name servers have thought, and their answer serves from now on."""
@@ -138,7 +169,7 @@ class Names:
 class World:
     """A Reach, and the main loop around it."""
 
-    def __init__(self, target=TCP, plan=UP, timeout_ms=10_000, answer=None, port=80):
+    def __init__(self, target=TCP, plan=UP, timeout_ms=10_000, answer=None, port=80, settle_ms=0):
         target = parse_target(target)
         self.address = target.address
         self.relay = Relay(plan if isinstance(plan, dict) else {self.address: plan})
@@ -146,6 +177,8 @@ class World:
         self.loop.relay = self.relay
         self.names = Names(self.relay, answer) if target.host is not None else None
         self.reach = Reach(self.loop, self.names, target, port, timeout_ms)
+        self.reach.settle(settle_ms)
+        self.come_total = 0
         self.peers = {}
         self.numbers = itertools.count()
         self.listener = Listener(-1, "x", sockaddr.pack_unix("/listener"))
@@ -161,6 +194,7 @@ class World:
         with ours:  # a number that no later client is going to have
             fd = fcntl.fcntl(ours, fcntl.F_DUPFD_CLOEXEC, 200 + next(self.numbers))
         self.peers[fd] = peer
+        self.come_total += 1
         self.reach.take(fd, self.listener, 3, header, f"client{fd}")
         return fd
 
@@ -198,10 +232,24 @@ class World:
     def fail(self, fd, error, pending=b"", since_ms=None):
         """A connect of the relay has failed."""
         self.relay.served.pop([client for client, _ in self.relay.served].index(fd))
+        self.relay.failed += 1
         since_ms = START_MS + (self.now_ms if since_ms is None else since_ms)
         self.reach.take_back(
             self.listener, (FAILED, fd, error, 3, pending, since_ms, self.relay.last_id)
         )
+
+    def say(self, address, what, which=-1):
+        """A dialled target sends a byte (1), its end (0) or a reset (-errno.ECONNRESET)."""
+        places = [n for n, (_, a, timeout) in enumerate(self.relay.attempts) if a == address]
+        fd = [100_001 + n for n in places if 100_001 + n in self.relay.dialled][which]
+        self.relay.said[fd] = what
+        self.happen(fd, 1)
+
+    def assert_counted(self):
+        """Every client is in one counter, and in one only."""
+        reach = self.reach
+        ends = len(reach.held) + reach.failed + reach.gone + reach.cut
+        assert self.come_total == reach.served - reach.returned + ends
 
     def gone(self, fd):
         """Whether our end of a client is closed."""
@@ -209,6 +257,8 @@ class World:
             return self.peers[fd].recv(1) == b""
         except BlockingIOError:
             return False
+        except ConnectionResetError:
+            return True  # with bytes unread
 
     @property
     def served(self):
@@ -216,11 +266,13 @@ class World:
 
     def close(self):
         """The end: nothing may be left over."""
+        self.assert_counted()
         self.reach.drop_all()
+        self.assert_counted()
+        assert self.relay.closes == [], "an empty probe that ended cleanly"
         assert self.relay.watched == {}
         assert self.relay.dialled == {}
         assert self.loop.handlers == {}
-        assert self.reach._racing == {}
         for fd, peer in self.peers.items():
             if fd in self.served:
                 os.close(fd)
@@ -236,6 +288,7 @@ def world(monkeypatch):
     def make(*arguments, **keywords):
         one = World(*arguments, **keywords)
         monkeypatch.setattr(race, "connected", one.relay.connected)
+        monkeypatch.setattr(race, "peek", one.relay.peek)
         monkeypatch.setattr(log.time, "monotonic", lambda: one.relay.now_ms / 1000)
         worlds.append(one)
         return one
@@ -258,9 +311,8 @@ def test_while_all_is_well_the_relay_does_it_all(world):
     one = world()
     clients = [one.come(), one.come()]
     assert one.served == clients
-    assert one.relay.attempts == [(0, one.address, 10_000)] * 2
+    assert one.relay.attempts == [(0, one.address, SILENT_MS)] * 2
     assert not one.reach.held
-    assert one.reach.next_ms() is None
     assert one.reach.served == 2
     assert one.relay.watched == {}
 
@@ -278,7 +330,9 @@ def test_any_port_is_the_listener_s(world):
     assert one.reach.text == "192.0.2.9:443"
 
 
-@pytest.mark.parametrize(("timeout_ms", "kernel_ms"), [(10_000, 10_000), (None, 0), (0, 0)])
+@pytest.mark.parametrize(
+    ("timeout_ms", "kernel_ms"), [(10_000, 1000), (None, 1000), (300, 300), (0, 0)]
+)
 def test_how_long_a_connect_may_take(world, timeout_ms, kernel_ms):
     one = world(timeout_ms=timeout_ms)
     one.come()
@@ -294,9 +348,12 @@ PASSING = [
     errno.ETIMEDOUT,
     errno.EADDRNOTAVAIL,
     errno.EAGAIN,
-    errno.ENOENT,
     errno.EMFILE,
     errno.ENOBUFS,
+    errno.EPERM,
+    errno.EACCES,
+    errno.EINVAL,
+    errno.ENETDOWN,
 ]
 
 
@@ -371,11 +428,10 @@ def test_the_oldest_probes_even_if_younger_ones_came_meanwhile(world):
     one.run(5)
     one.come()
     one.relay.plan[one.address] = LATER
-    one.run(10)
-    assert list(one.reach._racing) == [oldest]
-    one.run(5000)
-    assert list(one.reach._racing) == [oldest]
+    one.run(500)
     assert one.relay.times == [0, 10]
+    one.answer(one.address, 0)
+    assert one.served == [oldest]
 
 
 def test_the_oldest_probes_even_if_its_connect_failed_later(world):
@@ -389,7 +445,8 @@ def test_the_oldest_probes_even_if_its_connect_failed_later(world):
     assert list(one.reach.held) == [oldest, younger]
     one.relay.plan[one.address] = LATER
     one.run(30)
-    assert list(one.reach._racing) == [oldest]
+    one.answer(one.address, 0)
+    assert one.served == [oldest]
 
 
 def test_the_next_oldest_probes_when_the_oldest_hangs_up(world):
@@ -400,10 +457,8 @@ def test_the_next_oldest_probes_when_the_oldest_hangs_up(world):
     one.happen(oldest, EPOLLHUP)
     assert one.gone(oldest)
     one.run(20)
-    assert list(one.reach._racing) == [second]
     one.answer(one.address, 0)
     assert one.served == [second]
-    assert set(one.reach._racing) == {third}
     one.answer(one.address, 0)
     assert one.served == [second, third]
 
@@ -412,12 +467,12 @@ def test_the_others_wait_while_a_probe_is_under_way(world):
     one = world(plan=errno.ECONNREFUSED)
     clients = [one.come(), one.come()]
     one.relay.plan[one.address] = LATER
-    one.run(9000)
+    one.run(900)
     assert one.relay.times == [0, 10]
     one.answer(one.address, errno.ECONNREFUSED)
     assert one.relay.times == [0, 10]
     one.relay.plan[one.address] = UP
-    one.run(9250)
+    one.run(1150)
     assert one.served == clients
 
 
@@ -545,7 +600,8 @@ def test_a_probe_under_way_at_the_deadline_is_given_up(world):
     one.relay.plan[one.address] = LATER
     one.run(1000)
     assert one.gone(first)
-    assert list(one.reach._racing) == [second]
+    assert list(one.reach.held) == [second]
+    assert one.relay.dialled
     one.run(1005)
     assert one.gone(second)
     assert one.relay.dialled == {}
@@ -598,7 +654,7 @@ def test_without_connect_timeout_a_late_failure_is_the_end_too(world, capfd):
 
 
 @pytest.mark.parametrize("target", [TCP, UNIX])
-@pytest.mark.parametrize("error", [errno.ENOTSOCK, errno.EPROTOTYPE, errno.EPERM, errno.EINVAL])
+@pytest.mark.parametrize("error", [errno.ENOTSOCK, errno.EPROTOTYPE, errno.EAFNOSUPPORT])
 def test_other_errors_fail_at_once(world, capfd, target, error):
     one = world(target, plan=error)
     fd = one.come()
@@ -610,40 +666,35 @@ def test_other_errors_fail_at_once(world, capfd, target, error):
     assert one.come() in one.served
 
 
-def test_eacces_of_a_unix_target_is_retried_for_a_second(world):
-    one = world(UNIX, plan=errno.EACCES)
+@pytest.mark.parametrize("target", [TCP, UNIX])
+@pytest.mark.parametrize("error", [errno.EACCES, errno.EPERM])
+def test_a_permission_that_is_missing_is_waited_for_and_told_at_once(world, capfd, target, error):
+    one = world(target, plan=up_at(8000, error))
     fd = one.come()
-    one.run(999)
+    one.tick()
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.endswith(f"{os.strerror(error)} ({target}), holding clients until it answers.")
+    one.run(7999)
     assert fd in one.reach.held
-    assert one.relay.times == [0, *SCHEDULE[: SCHEDULE.index(950) + 1]]
-    one.run(1200)
-    assert one.gone(fd)
-    assert one.relay.times[-1] == 1200
-
-
-def test_eacces_that_passes_in_time(world):
-    one = world(UNIX, plan=up_at(400, errno.EACCES))
-    fd = one.come()
-    one.run(450)
+    one.run(8500)
     assert one.served == [fd]
 
 
-def test_eacces_fails_each_client_after_its_own_second(world):
-    one = world(UNIX, plan=errno.EACCES)
-    first = one.come()
-    one.run(600)
-    second = one.come()
-    one.run(1590)
-    assert one.gone(first)
-    assert second in one.reach.held
-    one.run(2000)
-    assert one.gone(second)
-    assert one.reach.failed == 2
+def test_a_permission_that_gets_lost_in_an_outage_is_told(world, capfd):
+    one = world(UNIX, plan=lambda now_ms: errno.ENOENT if now_ms < 6000 else errno.EACCES)
+    one.come()
+    one.run(7000)
+    levels = capfd.readouterr().err.splitlines()
+    assert [line.split(": ")[1].split(" (")[0] for line in levels] == [
+        "No such file or directory",
+        "Permission denied",
+    ]
 
 
-def test_eacces_of_a_tcp_target_fails_at_once(world):
-    one = world(TCP, plan=errno.EACCES)
+def test_link_local_without_a_scope_is_no_route_that_may_come(world):
+    one = world("[fe80::1]:80", plan=errno.EINVAL)
     assert one.gone(one.come())
+    assert one.relay.times == [0]
 
 
 def test_an_outage_that_turns_into_a_lasting_error(world):
@@ -684,8 +735,9 @@ def test_a_client_that_goes_when_its_race_was_won_in_the_same_batch(world, other
     one.loop.handlers[fd](EPOLLHUP)
     one.tick()
     assert one.gone(fd)
-    assert one.served == []
-    assert list(one.reach.held) == held
+    assert one.served == held  # its connection is for the next
+    assert one.relay.resets == ([] if others else [dialled])  # or is reset, with nobody left
+    assert one.relay.closes == []
 
 
 def test_drop_all(world):
@@ -698,7 +750,442 @@ def test_drop_all(world):
     assert one.reach.drop_all() == 0
 
 
+@pytest.mark.parametrize("taken", [False, True])
+def test_a_unix_client_that_has_spoken_and_hung_up_is_served(world, taken):
+    """It has sent its message and closed: the message is delivered."""
+    one = world(plan=LATER if taken else errno.ECONNREFUSED)
+    fd = one.come()
+    if taken:  # the relay had read it already
+        one.relay.plan[one.address] = errno.ECONNREFUSED
+        one.relay.served[:] = [(fd, b"")]
+        one.fail(fd, errno.ECONNREFUSED, pending=b"message")
+        one.reach.served = 1
+    else:
+        one.peers[fd].send(b"message")
+    one.peers[fd].shutdown(socket.SHUT_RDWR)
+    one.happen(fd, EPOLLHUP)
+    assert fd in one.reach.held
+    one.relay.plan[one.address] = UP
+    one.run(500)
+    assert one.relay.served == [(fd, b"message" if taken else b"")]
+    assert one.reach.gone == 0
+
+
+def test_a_unix_client_that_has_hung_up_silently_is_dropped_and_counted(world):
+    one = world(plan=errno.ECONNREFUSED)
+    fd = one.come(header=b"PROXY UNKNOWN\r\n")  # this is not of its own
+    one.peers[fd].shutdown(socket.SHUT_RDWR)
+    one.happen(fd, EPOLLHUP)
+    assert one.gone(fd)
+    assert (one.reach.gone, one.reach.failed, one.reach.cut) == (1, 0, 0)
+
+
+def test_a_header_that_comes_back_is_no_word_of_the_client(world):
+    one = world()
+    fd = one.come(header=b"PROXY")
+    one.relay.plan[one.address] = errno.ECONNREFUSED
+    one.fail(fd, errno.ECONNREFUSED, pending=b"PROXY")
+    one.happen(fd, EPOLLHUP)
+    assert one.gone(fd)
+    assert one.reach.gone == 1
+
+
+def test_a_client_that_leaves_is_told_at_debug_level(world, capfd):
+    log.setup({"SYSTEMD_LOG_LEVEL": "debug"})
+    one = world(plan=errno.ECONNREFUSED)
+    fd = one.come()
+    one.happen(fd, EPOLLHUP)
+    assert f"client{fd} → {TCP}: client gone while it was held." in capfd.readouterr().err
+
+
+def test_who_is_cut_sees_a_reset_and_who_is_given_up_a_plain_end(world):
+    one = world(plan=errno.ECONNREFUSED, timeout_ms=1000)
+    given_up = one.come()
+    one.run(500)
+    cut = one.come()
+    one.run(1000)
+    one.reach.drop_all()
+    assert (one.relay.let_go, one.relay.cut) == ([given_up], [cut])
+    assert (one.reach.failed, one.reach.cut) == (1, 1)
+
+
+# ── a full backlog ───────────────────────────────────────────────────────────────────────────────
+
+
+class Backlog:
+    """A plan for a UNIX target with so much room."""
+
+    def __init__(self, room):
+        self.room = room
+
+    def __call__(self, now_ms):
+        if self.room == 0:
+            return errno.EAGAIN
+        self.room -= 1
+        return UP
+
+
+def test_a_full_backlog_is_tried_again_steadily(world, capfd):
+    one = world(UNIX, plan=errno.EAGAIN)
+    one.come()
+    one.run(900)
+    assert one.relay.times == [0, *range(5, 901, 5)]
+    assert capfd.readouterr().err == ""  # it is no outage
+    one.run(1100)
+    one.relay.plan[one.address] = UP
+    one.run(1105)
+    reason = f"Failed to connect to remote host: {os.strerror(errno.EAGAIN)} ({UNIX})"
+    assert capfd.readouterr().err.splitlines() == [
+        f"{reason}, holding clients until it answers.",
+        f"{UNIX} answers after 1.105s, 1 client was held.",
+    ]
+
+
+def test_as_many_as_fit_are_let_in_in_their_order(world):
+    room = Backlog(0)
+    one = world(UNIX, plan=room)
+    clients = [one.come() for _ in range(20)]
+    one.run(7)
+    room.room = 6
+    younger = one.come()
+    one.run(10)
+    assert one.served == clients[:6]
+    room.room = 100
+    one.run(15)
+    assert one.served == [*clients, younger]
+    assert one.reach.express
+
+
+def test_nobody_overtakes_while_others_wait_for_room(world):
+    room = Backlog(0)
+    one = world(UNIX, plan=room)
+    first = one.come()
+    assert one.reach.express is None
+    room.room = 2
+    second = one.come()
+    assert one.served == []
+    one.run(5)
+    assert one.served == [first, second]
+
+
+def test_many_that_find_it_full_in_one_batch_stay_in_order(world):
+    room = Backlog(3)
+    one = world(UNIX, plan=room)
+    clients = [one.come() for _ in range(3)]
+    for fd in clients:  # the gate had connected them
+        one.fail(fd, errno.EAGAIN)
+    clients += [one.come() for _ in range(3)]
+    room.room = 6
+    one.run(5)
+    assert one.served == clients
+
+
+def test_a_backlog_that_is_full_ends_an_outage(world):
+    one = world(UNIX, plan=lambda now_ms: errno.ENOENT if now_ms < 1000 else errno.EAGAIN)
+    clients = [one.come() for _ in range(2)]
+    one.run(1200)
+    one.relay.plan[one.address] = UP
+    one.run(1205)
+    assert one.served == clients
+
+
+def test_a_full_backlog_with_no_connect_timeout_is_one_attempt(world):
+    one = world(UNIX, plan=errno.EAGAIN, timeout_ms=0)
+    assert one.gone(one.come())
+    assert one.relay.times == [0]
+
+
+# ── a silent host ────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_connect_without_an_answer_is_ours_after_a_second(world, capfd):
+    """No outage yet: one lost packet looks the same."""
+    one = world()
+    fd = one.come()
+    one.relay.plan[one.address] = LATER
+    one.run(1000)
+    one.fail(fd, errno.ETIMEDOUT, since_ms=0)
+    one.tick()
+    assert one.relay.times == [0, 1000]
+    assert capfd.readouterr().err == ""
+    one.run(1050)
+    one.answer(one.address, 0)
+    assert one.served == [fd]
+    assert capfd.readouterr().err == ""
+
+
+def test_a_silent_host_is_tried_every_second_and_is_an_outage_after_one(world, capfd):
+    one = world(plan=errno.ECONNREFUSED, timeout_ms=None)
+    one.come()
+    one.relay.plan[one.address] = LATER
+    one.relay.attempts.clear()
+    one.run(6500)
+    assert one.relay.times == [10, 1010, 2010, 3010, 4010, 5010, 6010]
+    assert len(one.relay.dialled) == 4
+
+
+def test_a_silent_name_is_an_outage_after_a_second(world, capfd):
+    one = world(NAME, plan={inet(1): LATER}, answer=([inet(1, 0)], None))
+    one.come()
+    one.run(999)
+    assert capfd.readouterr().err == ""
+    one.run(1000)
+    assert "Connection timed out (backend:80), holding clients" in capfd.readouterr().err
+
+
+def test_the_host_comes_and_everybody_is_served(world):
+    """By the youngest attempt; the others' connections are for the next clients."""
+    one = world(plan=errno.ECONNREFUSED, timeout_ms=None)
+    clients = [one.come() for _ in range(6)]
+    one.relay.plan[one.address] = LATER
+    one.run(3500)
+    late = one.come()
+    one.relay.plan[one.address] = UP
+    one.answer(one.address, 0)
+    assert one.served == [*clients, late]  # the older attempts, still silent, have lost
+    assert one.relay.dialled == {}
+
+
+def test_new_clients_do_not_wait_behind_a_silent_attempt(world):
+    one = world(plan=errno.ECONNREFUSED, timeout_ms=None)
+    one.come()
+    one.relay.plan[one.address] = LATER
+    one.run(18_500)
+    one.relay.plan[one.address] = UP
+    fd = one.come()
+    one.run(19_100)
+    assert fd in one.served
+
+
+def test_a_surplus_connection_is_reset_where_nobody_is_left(world):
+    one = world(plan=errno.ECONNREFUSED, timeout_ms=None)
+    one.come()
+    one.relay.plan[one.address] = LATER
+    one.run(2500)
+    assert len(one.relay.dialled) == 3
+    one.answer(one.address, 0)
+    assert len(one.relay.resets) == 2
+    assert one.relay.closes == []
+
+
+def test_thirty_silent_addresses_and_many_clients(world):
+    many = [inet(last) for last in range(1, 31)]
+    one = world(NAME, plan=dict.fromkeys(many, LATER), answer=(many, None), timeout_ms=None)
+    for _ in range(150):
+        one.come()
+    most = 0
+    for at_ms in range(0, 20_000, 100):
+        one.run(at_ms)
+        most = max(most, len(one.relay.dialled))
+    assert most <= 32
+    assert len(one.relay.dialled) <= 4
+    assert {address for _, address, _ in one.relay.attempts} == set(many)
+
+
+def test_an_address_that_refuses_is_tried_again_while_another_is_silent(world):
+    plan = {inet(1): LATER, inet(2): up_at(600)}
+    one = world(NAME, plan=plan, answer=([inet(1, 0), inet(2, 0)], None))
+    fd = one.come()
+    one.run(900)
+    assert one.served == [fd]
+
+
+# ── a port that accepts before anybody is there ──────────────────────────────────────────────────
+
+
+def test_nothing_is_sent_before_a_target_is_proven(world):
+    one = world(settle_ms=50)
+    assert one.reach.express is None
+    fd = one.come(header=b"PROXY")
+    one.run(49)
+    assert one.served == []
+    assert one.reach.express is None
+    one.run(50)
+    assert one.relay.served == [(fd, b"PROXY")]
+    assert one.reach.express == one.address
+    late = one.come()
+    assert one.served == [fd, late]
+
+
+def test_the_first_byte_proves_it(world):
+    one = world(settle_ms=5000)
+    fd = one.come()
+    one.tick()
+    one.say(one.address, 1)
+    assert one.served == [fd]
+    assert one.reach.express
+
+
+@pytest.mark.parametrize("how", [0, -errno.ECONNRESET])
+def test_a_target_that_lets_go_is_tried_again_as_after_a_refusal(world, capfd, how):
+    one = world(settle_ms=50)
+    clients = [one.come() for _ in range(3)]
+    one.tick()
+    assert len(one.relay.dialled) == 1  # the others wait behind the probe
+    one.say(one.address, how)
+    assert set(one.reach.held) == set(clients)
+    assert capfd.readouterr().err == (
+        "Failed to connect to remote host: it accepts and closes at once "
+        f"({TCP}), holding clients until it answers.\n"
+    )
+    one.run(10)
+    assert one.relay.times == [0, 10]
+    one.say(one.address, how)
+    one.run(70)
+    assert one.served == clients
+    assert len(one.relay.resets) == 2
+
+
+def test_a_target_that_always_lets_go_is_given_up(world, capfd):
+    one = world(settle_ms=50, timeout_ms=300)
+    fd = one.come()
+    for _ in range(50):
+        one.run(one.now_ms + 10)
+        if one.relay.dialled:
+            one.say(one.address, 0)
+    assert one.gone(fd)
+    assert one.reach.failed == 1
+    assert "it accepts and closes at once" in capfd.readouterr().err.splitlines()[-1]
+
+
+def test_with_no_connect_timeout_letting_go_is_the_end(world):
+    one = world(settle_ms=50, timeout_ms=0)
+    fd = one.come()
+    one.tick()
+    one.say(one.address, 0)
+    assert one.gone(fd)
+    assert one.relay.times == [0]
+
+
+def test_a_client_that_has_ended_without_a_word_is_not_held(world):
+    one = world(settle_ms=50)
+    fd = one.come()
+    one.peers[fd].shutdown(socket.SHUT_WR)
+    one.tick()
+    one.say(one.address, 0)
+    assert one.served == [fd]
+    assert one.reach.express is None  # it is not proven by that
+
+
+def test_a_client_that_has_spoken_and_ended_is_held(world):
+    one = world(settle_ms=50)
+    fd = one.come()
+    one.peers[fd].send(b"message")
+    one.peers[fd].shutdown(socket.SHUT_WR)
+    one.tick()
+    one.say(one.address, 0)
+    assert fd in one.reach.held
+    one.run(200)
+    assert one.served == [fd]
+
+
+def test_a_client_that_leaves_while_the_target_is_watched(world):
+    one = world(settle_ms=50)
+    fd = one.come()
+    one.tick()
+    one.happen(fd, EPOLLHUP)
+    assert one.reach.gone == 1
+    assert len(one.relay.resets) == 1
+
+
+def test_an_outage_has_a_target_proven_anew(world):
+    one = world(settle_ms=50)
+    fd = one.come()
+    one.run(50)
+    one.relay.plan[one.address] = errno.ECONNREFUSED
+    second = one.come()
+    one.relay.plan[one.address] = UP
+    one.run(60)
+    assert one.served == [fd]
+    one.run(110)
+    assert one.served == [fd, second]
+
+
+def test_congestion_does_not(world):
+    room = Backlog(1)
+    one = world(UNIX, plan=room, settle_ms=50)
+    one.come()
+    one.run(50)
+    fd = one.come()
+    room.room = 1
+    one.run(55)
+    assert one.served[-1] == fd
+
+
+def test_a_name_with_an_address_that_lets_go(world):
+    plan = {inet(1): UP, inet(2): UP}
+    one = world(NAME, plan=plan, answer=([inet(1, 0), inet(2, 0)], None), settle_ms=50)
+    fd = one.come()
+    one.tick()
+    one.say(inet(1), 0)
+    one.run(60)
+    assert one.served == [fd]
+    assert [address for _, address, _ in one.relay.attempts] == [inet(1), inet(2)]
+
+
 # ── what the log says ────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def levels(monkeypatch):
+    """(level, text) of every line."""
+    lines = []
+    monkeypatch.setattr(log, "_log", lambda level, text: lines.append((level, text)))
+    return lines
+
+
+def test_a_target_that_is_still_starting_is_no_warning(world, levels):
+    one = world(plan=up_at(3000))
+    one.come()
+    one.run(5000)
+    assert [level for level, _ in levels] == [log.INFO, log.INFO]
+
+
+def test_a_start_that_takes_long_is_a_warning(world, levels):
+    one = world(plan=errno.ECONNREFUSED, timeout_ms=None)
+    one.come()
+    one.run(9999)
+    assert [level for level, _ in levels] == [log.INFO]
+    one.run(60_000)
+    (last,) = levels[1:]
+    assert last == (log.WARNING, f"{REFUSED}, clients have been held for 10s.")
+
+
+def test_a_target_that_has_been_reached_before_is_a_warning(world, levels):
+    one = world(plan=up_at(0))
+    one.come()
+    one.run(1000)
+    one.relay.plan[one.address] = errno.ECONNREFUSED
+    one.come()
+    one.tick()
+    assert [level for level, _ in levels] == [log.WARNING]
+
+
+def test_clients_that_came_back_do_not_mean_that_it_was_reached(world, levels):
+    one = world()
+    clients = [one.come(), one.come()]
+    one.relay.plan[one.address] = errno.ECONNREFUSED
+    for fd in clients:
+        one.fail(fd, errno.ECONNREFUSED)
+    one.run(50)
+    assert [level for level, _ in levels] == [log.INFO]
+
+
+def test_a_connection_of_a_gate_counts_as_reached(world, levels):
+    one = world()
+    one.reach.gates.append(SimpleNamespace(served=1))
+    one.relay.plan[one.address] = errno.ECONNREFUSED
+    one.come()
+    one.tick()
+    assert [level for level, _ in levels] == [log.WARNING]
+
+
+@pytest.mark.parametrize("error", [errno.EACCES, errno.EPERM])
+def test_a_permission_that_is_missing_is_a_warning_at_once(world, levels, error):
+    one = world(UNIX, plan=error)
+    one.come()
+    one.run(20_000)
+    assert levels[0][0] == log.WARNING
 
 
 def test_one_line_when_an_outage_begins_and_one_when_it_ends(world, capfd):
@@ -764,6 +1251,7 @@ def test_an_outage_ends_even_if_the_last_follower_hangs_up(world, capfd):
     one.run(60_000)
     one.relay.plan[one.address] = errno.ECONNREFUSED
     one.come()
+    one.tick()
     assert "holding clients" in capfd.readouterr().err, "the second outage is not told"
 
 
@@ -796,14 +1284,14 @@ def test_the_reason_is_not_an_earlier_outage_s(world, capfd):
     fd = one.come()
     one.run(40_000)
     assert one.gone(fd)
-    assert capfd.readouterr().err == (
-        f"Failed to connect to remote host: Connection timed out ({NAME}).\n"
-    )
+    for line in capfd.readouterr().err.splitlines():
+        assert line.startswith(f"Failed to connect to remote host: Connection timed out ({NAME})")
 
 
 def test_a_target_that_is_our_own_port(world, capfd):
     one = world(plan=errno.ELOOP)
     one.come()
+    one.tick()
     assert "it met itself, since nobody listens there" in capfd.readouterr().err
 
 
@@ -838,12 +1326,12 @@ def test_the_address_that_answered_is_remembered_while_the_look_up_is_fresh(worl
     one = world(NAME, plan={inet(1): UP, inet(2): UP}, answer=([inet(1, 0), inet(2, 0)], None))
     one.come()
     one.tick()
-    one.names.asked.clear()
     one.relay.attempts.clear()
     fd = one.come()
     assert one.served[-1] == fd
     assert one.relay.attempts == [(0, inet(1), STAGGER_MS)]
-    assert one.names.asked == []
+    assert one.names.asked == [0]
+    one.names.asked.clear()
     one.names.is_fresh = False
     one.come()
     one.tick()
@@ -861,7 +1349,7 @@ def test_a_remembered_address_that_fails_late_is_not_the_only_one(world, capfd):
     one.tick()
     one.run(500)
     assert one.relay.served[-1] == (fd, b"GET")
-    assert one.relay.attempts[-1] == (500, inet(2), None)
+    assert one.relay.attempts[-1] == (250, inet(2), None)  # the slow one would be the last
     assert capfd.readouterr().err == ""
 
 
@@ -947,6 +1435,26 @@ def test_without_connect_timeout_each_address_is_tried_once(world, capfd):
     assert line.startswith("Failed to connect to remote host: ")
 
 
+def test_each_client_has_an_attempt_of_its_own_without_connect_timeout(world):
+    plan = {inet(1): errno.EHOSTUNREACH, inet(2): errno.ECONNREFUSED}
+    one = world(NAME, plan=plan, answer=([inet(1, 0), inet(2, 0)], None), timeout_ms=0)
+    clients = [one.come() for _ in range(3)]
+    one.run(1000)
+    assert all(map(one.gone, clients))
+    assert one.relay.times == [0] * 6
+
+
+def test_a_connection_is_used_though_the_name_is_just_looked_up_again(world):
+    plan = {inet(1): LATER, inet(2): errno.ECONNREFUSED}
+    one = world(NAME, plan=plan, answer=([inet(1, 0), inet(2, 0)], None))
+    fd = one.come()
+    one.run(255)
+    one.names.answer = None  # from now on the name servers think
+    one.run(900)
+    one.answer(inet(1), 0)
+    assert one.served == [fd]
+
+
 NOT_YET = [
     _socket.EAI_AGAIN,
     _socket.EAI_NONAME,
@@ -1011,8 +1519,210 @@ def test_a_look_up_that_hangs(world, capfd):
     assert fd in one.reach.held
     one.run(10_000)
     assert one.gone(fd)
-    assert len(capfd.readouterr().err.splitlines()) == 1
+    assert capfd.readouterr().err.splitlines() == [
+        "Failed to resolve host: no answer yet (backend), holding clients until it answers.",
+        "Failed to resolve host: no answer yet (backend).",
+    ]
     one.names.reply([inet(1, 0)])  # at last: nobody is there any more
+
+
+def test_a_look_up_that_is_late_is_used_when_it_comes(world, capfd):
+    one = world(NAME, plan={inet(1): UP})
+    fd = one.come()
+    one.run(LATE_MS - 1)
+    assert capfd.readouterr().err == ""
+    one.run(5000)
+    one.names.reply([inet(1, 0)])
+    one.tick()
+    assert one.relay.served == [(fd, b"")]
+    assert one.relay.attempts == [(5000, inet(1), None)]
+    assert one.names.asked == [0, 5000]  # the second was answered at once
+
+
+def test_without_connect_timeout_a_late_look_up_is_waited_for(world, capfd):
+    one = world(NAME, plan={inet(1): UP}, timeout_ms=0)
+    fd = one.come()
+    one.run(5000)
+    assert fd in one.reach.held
+    one.names.reply([inet(1, 0)])
+    one.tick()
+    assert one.served == [fd]
+    assert capfd.readouterr().err == ""
+
+
+def test_the_last_good_answer_stands_in_for_a_late_one(world, capfd):
+    assert LATE_MS == resolver.LATE_MS
+    one = world(NAME, plan={inet(1): UP})
+    clients = [one.come(), one.come()]
+    one.run(LATE_MS - 1)
+    assert one.served == []
+    one.names.stands_in = [inet(1, 0)]  # current() says so from then on
+    one.run(LATE_MS)
+    assert one.served == clients
+    clients.append(one.come())
+    assert one.served == clients
+    assert one.names.asked == [0]
+    one.names.stands_in = []
+    one.names.reply([inet(1, 0)])  # it comes after all
+    one.come()
+    assert len(one.served) == 4
+    assert capfd.readouterr().err == ""
+
+
+def test_a_client_whose_look_up_is_prompt_does_not_wait_in_the_status(world):
+    one = world(NAME, plan={inet(1): UP})
+    one.come()
+    one.run(STAGGER_MS - 1)
+    assert (len(one.reach.held), one.reach.waiting) == (1, 0)
+    one.run(STAGGER_MS)
+    assert one.reach.waiting == 1
+    one.names.reply([], _socket.gaierror(_socket.EAI_NONAME, "no such thing"))
+    one.tick()
+    one.come()
+    assert one.reach.waiting == 2
+
+
+def test_a_new_address_is_followed_without_holding_a_client(world):
+    one = world(NAME, plan={inet(1): UP, inet(2): UP}, answer=([inet(1, 0)], None))
+    one.come()
+    one.tick()
+    one.names.answer = ([inet(2, 0)], None)
+    fd = one.come()
+    assert one.served[-1] == fd
+    assert not one.reach.held
+    assert [address for _, address, _ in one.relay.attempts] == [inet(1), inet(2)]
+    assert one.names.asked == [0]
+
+
+def test_a_prompt_address_stays_while_it_is_among_the_answers(world):
+    plan = dict.fromkeys([inet(1), inet(2), inet(3)], UP)
+    one = world(NAME, plan=plan, answer=([inet(1, 0), inet(2, 0)], None))
+    one.come()
+    one.tick()
+    for answer in ([2, 1], [3, 1, 2], [1]):  # as name servers rotate them
+        one.names.answer = ([inet(last, 0) for last in answer], None)
+        one.come()
+        assert one.relay.attempts[-1][1] == inet(1)
+    assert not one.reach.held
+
+
+def test_the_only_address_of_a_name_has_all_the_time_that_a_literal_one_has(world):
+    one = world(NAME, plan={inet(1): UP}, answer=([inet(1, 0)], None), timeout_ms=7000)
+    one.come()
+    one.tick()
+    one.come()
+    assert one.relay.attempts[-1] == (0, inet(1), SILENT_MS)
+
+
+def test_dead_addresses_cost_their_time_once(world):
+    plan = {inet(1): LATER, inet(2): LATER, inet(3): UP}
+    answer = ([inet(1, 0), inet(2, 0), inet(3, 0)], None)
+    one = world(NAME, plan=plan, answer=answer)
+    one.come()
+    one.run(500)
+    assert len(one.served) == 1
+    one.relay.attempts.clear()
+    for number in range(2, 6):
+        one.names.answer = (list(answer[0]), None)  # looked up again, and the same
+        fd = one.come()
+        one.tick()
+        assert one.served[-1] == fd
+        assert len(one.served) == number
+    assert {address for _, address, _ in one.relay.attempts} == {inet(3)}
+
+
+def test_a_name_that_is_gone_is_an_outage_as_at_a_cold_start(world, capfd):
+    one = world(NAME, plan={inet(1): UP, inet(2): UP}, answer=([inet(1, 0)], None))
+    one.come()
+    one.tick()
+    one.names.answer = ([], _socket.gaierror(_socket.EAI_NONAME, "no such thing"))
+    clients = [one.come() for _ in range(3)]
+    one.run(2500)
+    assert len(one.served) == 1
+    assert list(one.reach.held) == clients
+    assert one.names.asked == [0, 0, 1000, 2000]
+    assert len(capfd.readouterr().err.splitlines()) == 1
+    one.names.answer = ([inet(2, 0)], None)
+    one.run(3000)
+    assert one.served[1:] == clients
+    assert {address for _, address, _ in one.relay.attempts[1:]} == {inet(2)}
+
+
+# ── an interface ─────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def interfaces(monkeypatch):
+    """Indexes of interfaces, by name."""
+    known = {}
+
+    def index(name):
+        if isinstance(known.get(name, errno.ENODEV), int):
+            raise OSError(known.get(name, errno.ENODEV), "")
+        return known[name][0]
+
+    monkeypatch.setattr(sockaddr, "interface_index", index)
+    return known
+
+
+def scoped(index):
+    return sockaddr.pack_inet6("fe80::1", 80, index)
+
+
+def test_the_interface_of_a_target_is_looked_up_for_each_client(world, interfaces):
+    interfaces["eth0"] = (3,)
+    one = world("[fe80::1%eth0]:80", plan={scoped(3): UP, scoped(9): UP})
+    assert one.reach.express is None  # or the relay would connect there without asking
+    for index in (3, 9, 3):
+        interfaces["eth0"] = (index,)
+        one.come()
+        assert not one.reach.held
+        assert one.relay.attempts[-1] == (0, scoped(index), SILENT_MS)
+
+
+def test_an_interface_that_is_not_there_yet_is_waited_for(world, interfaces, capfd):
+    one = world("[fe80::1%eth0]:80", plan={scoped(3): UP})
+    clients = [one.come(), one.come()]
+    one.run(1000)
+    assert list(one.reach.held) == clients
+    interfaces["eth0"] = (3,)
+    one.run(1300)
+    assert one.served == clients
+    assert capfd.readouterr().err.splitlines()[0] == (
+        "Failed to connect to remote host: No such device ([fe80::1%eth0]:80), "
+        "holding clients until it answers."
+    )
+
+
+@pytest.mark.parametrize("error", [errno.ENETUNREACH, errno.ENODEV, errno.EADDRNOTAVAIL])
+def test_an_interface_that_is_made_anew_is_followed_within_an_outage(world, interfaces, error):
+    interfaces["eth0"] = (3,)
+    one = world("[fe80::1%eth0]:80", plan={scoped(3): error, scoped(9): UP})
+    fd = one.come()
+    one.tick()
+    interfaces["eth0"] = (9,)
+    one.run(10)
+    assert one.served == [fd]
+
+
+@pytest.mark.parametrize(
+    ("error", "timeout_ms"), [(errno.ENODEV, 0), (errno.EMFILE, 0), (errno.EAFNOSUPPORT, 10_000)]
+)
+def test_an_interface_that_cannot_be_waited_for(world, interfaces, capfd, error, timeout_ms):
+    interfaces["eth0"] = error
+    one = world("[fe80::1%eth0]:80", plan={}, timeout_ms=timeout_ms)
+    fd = one.come()
+    one.tick()
+    assert one.gone(fd)
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line == f"Failed to connect to remote host: {os.strerror(error)} ([fe80::1%eth0]:80)."
+
+
+def test_the_port_of_the_listener_with_an_interface(world, interfaces):
+    interfaces["eth0"] = (3,)
+    one = world("[fe80::1%eth0]:*", plan={sockaddr.with_port(scoped(3), 8443): UP}, port=8443)
+    one.come()
+    assert len(one.served) == 1
 
 
 def test_an_outage_of_a_name_probes_all_addresses(world):
@@ -1054,7 +1764,7 @@ STATES = st.sampled_from(
 MOMENTS = st.lists(
     st.tuples(
         st.integers(0, 3000),
-        st.sampled_from(["come", "come", "go", "change", "answer", "fail"]),
+        st.sampled_from(["come", "come", "go", "change", "answer", "fail", "say", "look"]),
         STATES,
         st.integers(0, 100),
     ),
@@ -1062,8 +1772,8 @@ MOMENTS = st.lists(
 )
 
 
-@given(STATES, MOMENTS, st.sampled_from([0, 700, None]), st.booleans())
-def test_whatever_happens_each_client_is_in_one_place(first, moments, timeout_ms, named):
+@given(STATES, MOMENTS, st.sampled_from([0, 700, None]), st.booleans(), st.sampled_from([0, 50]))
+def test_whatever_happens_each_client_is_in_one_place(first, moments, timeout_ms, named, settle_ms):
     """Served, held or closed; those held are probed for; and nothing spins (see run())."""
     addresses = [inet(1), inet(2)]
     if named:
@@ -1072,12 +1782,14 @@ def test_whatever_happens_each_client_is_in_one_place(first, moments, timeout_ms
             dict.fromkeys(addresses, first),
             timeout_ms,
             answer=([inet(1, 0), inet(2, 0)], None),
+            settle_ms=settle_ms,
         )
     else:
-        one = World(TCP, first, timeout_ms)
+        one = World(TCP, first, timeout_ms, settle_ms=settle_ms)
         addresses = [one.address]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(race, "connected", one.relay.connected)
+        patch.setattr(race, "peek", one.relay.peek)
         patch.setattr(log, "_log", lambda level, text: None)
         for after_ms, what, state, choice in moments:
             one.run(one.now_ms + after_ms)
@@ -1087,22 +1799,38 @@ def test_whatever_happens_each_client_is_in_one_place(first, moments, timeout_ms
             if what == "come":
                 one.come()
             elif what == "go" and held:
-                one.loop.handlers[held[choice % len(held)]](EPOLLHUP)
+                fd = held[choice % len(held)]
+                if choice % 3:  # it has spoken, and is served all the same
+                    one.peers[fd].send(b"x")
+                one.loop.handlers[fd](EPOLLHUP)
+            elif what == "say" and racing:
+                fd = racing[choice % len(racing)]
+                one.relay.said[fd] = (1, 0, -errno.ECONNRESET)[choice % 3]
+                one.loop.handlers[fd](1)
+            elif what == "look" and named:
+                one.names.say(choice)
             elif what == "change":
                 one.relay.plan[address] = state
             elif what == "answer" and racing:
                 fd = racing[choice % len(racing)]
+                if one.reach._race._attempts[fd].settled_ms is not None:
+                    continue  # it is connected already
                 one.relay.dialled[fd] = {UP: 0, LATER: errno.EINPROGRESS}.get(state, state)
                 one.loop.handlers[fd](4)
             one.tick()
+            one.assert_counted()
+            assert len(one.relay.dialled) <= max(len(one.reach.held), 1) + race.SPARE
             served, held = set(one.served), set(one.reach.held)
             assert served.isdisjoint(held)
             assert all(one.gone(fd) == (fd not in served | held) for fd in one.peers)
             assert set(one.relay.watched) == held
-            if held:  # somebody will call us again, or the target must answer
-                assert one.reach.next_ms() is not None or one.relay.dialled
+            if held:  # somebody will call us again, or the target or a name server must answer
+                waits = one.relay.dialled or (named and one.names.waiting)
+                assert one.reach.next_ms() is not None or waits
             if held and timeout_ms:
                 assert one.reach.next_ms() <= one.relay.now_ms + timeout_ms
+            if not held:
+                assert not one.relay.dialled
         one.close()
 
 
@@ -1256,12 +1984,14 @@ class RealNames:
 
     def __init__(self, *addresses):
         self.addresses = list(addresses)
+        self.asked = False
 
     def ask(self, host, now_ms, done):
+        self.asked = True
         done(self.addresses, None)
 
-    def fresh(self, host, now_ms):
-        return True
+    def current(self, host, now_ms):
+        return self.addresses if self.asked else []
 
 
 def bound_to_one_port(*hosts):
@@ -1321,6 +2051,5 @@ def test_a_real_target_that_has_reset_before_it_was_noticed(real, quiet, monkeyp
                 one.receive(peer)
 
 
-def test_eacces_is_a_unix_matter():
-    assert reach.ACCESS_MS == 1000
-    assert (reach.PROBE_MS, reach.EAGER_MS, reach.PROBE_SLOWEST_MS) == (10, 150, 250)
+def test_the_pauses_of_the_probes():
+    assert (outage.PROBE_MS, outage.EAGER_MS, outage.PROBE_SLOWEST_MS) == (10, 150, 250)

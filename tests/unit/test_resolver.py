@@ -4,6 +4,7 @@ import _socket
 import itertools
 import os
 import select
+import socket
 import subprocess
 import sys
 import threading
@@ -14,7 +15,16 @@ from hypothesis import strategies as st
 
 from proxyd import address as sockaddr
 from proxyd import log, resolver
-from proxyd.resolver import FRESH_MS, RETRYABLE, STALE_MS, Resolver, interleaved
+from proxyd.resolver import (
+    AHEAD_MS,
+    FAILING_MS,
+    FRESH_MS,
+    LATE_MS,
+    RETRYABLE,
+    STALE_MS,
+    Resolver,
+    interleaved,
+)
 
 PATIENCE = 20
 """Seconds until what does not come counts as lost."""
@@ -26,6 +36,8 @@ V6 = sockaddr.pack_inet("2001:db8::1", 0)
 
 NONAME = _socket.gaierror(_socket.EAI_NONAME, "Name or service not known")
 AGAIN = _socket.gaierror(_socket.EAI_AGAIN, "Temporary failure in name resolution")
+NODATA = _socket.gaierror(_socket.EAI_NODATA, "No address associated with hostname")
+FAIL = _socket.gaierror(_socket.EAI_FAIL, "Non-recoverable failure in name resolution")
 
 
 def found(*addresses):
@@ -45,24 +57,29 @@ class NameServer:
         self.threads = set()
         self.let_go = threading.Event()
         self.hanging = set()
-        self._called = threading.Semaphore(0)
+        self._called = threading.Condition()
 
     def __call__(self, host, port, family=0, kind=0, protocol=0, flags=0):
         assert isinstance(host, bytes)  # a str loads the IDNA codec
         assert kind == _socket.SOCK_STREAM
         assert not flags & _socket.AI_ADDRCONFIG
-        self.asked.append(host)
         self.threads.add(threading.get_ident())
-        self._called.release()
+        with self._called:
+            self.asked += [host] if family == 0 else []
+            self._called.notify()
         if host in self.hanging:
             self.let_go.wait(PATIENCE)
         answer = self.answers[host]
+        if isinstance(answer, dict):  # by family, where the families differ
+            answer = answer[family]
         if isinstance(answer, BaseException):
             raise answer
         return answer
 
-    def wait_called(self):
-        assert self._called.acquire(timeout=PATIENCE)
+    def wait_asked(self, count):
+        """Wait until that many look-ups have begun."""
+        with self._called:
+            assert self._called.wait_for(lambda: len(self.asked) >= count, PATIENCE)
 
 
 @pytest.fixture
@@ -85,7 +102,10 @@ def names(server):
     """A started resolver. Its threads outlive the test, as they outlive the program's end."""
     one = Resolver()
     one.start([HOST])
-    return one
+    yield one
+    server.let_go.set()
+    while one._under_way:  # or they would ask the next test's name server
+        collect(one, 0)
 
 
 class Asker:
@@ -105,7 +125,7 @@ def ask(names, host, now_ms):
 
 
 def collect(names, now_ms):
-    """What the main loop does when it hears that there are answers."""
+    """What the main loop does when it hears of an answer, which is waited for."""
     assert select.select([names.fd], [], [], PATIENCE)[0]
     names.collect(now_ms)
 
@@ -175,7 +195,7 @@ def test_concurrent_look_ups_of_a_name_are_one(names, server):
     server.answers[HOST] = found(V4)
     server.hanging.add(HOST)
     askers = [ask(names, HOST, now_ms) for now_ms in (0, 1, 5000)]
-    server.wait_called()
+    server.wait_asked(1)
     assert [asker.heard for asker in askers] == [[], [], []]
     server.let_go.set()
     collect(names, 6000)
@@ -192,14 +212,18 @@ def test_two_names_are_two_look_ups(names, server):
 def test_an_answer_serves_for_a_second(names, server):
     assert FRESH_MS == 1000
     server.answers[HOST] = found(V4)
-    assert not names.fresh(HOST, 100)
+    assert names.current(HOST, 100) == []
     look_up(names, HOST, 100)
-    assert names.fresh(HOST, 100 + FRESH_MS - 1)
-    assert not names.fresh(HOST, 100 + FRESH_MS)
     server.answers[HOST] = found(V6)
+    server.hanging.add(HOST)  # what looks it up again before the second is over
+    assert names.current(HOST, 100 + FRESH_MS - 1) == [V4]
     assert ask(names, HOST, 100 + FRESH_MS - 1).heard == [([V4], None)]
-    assert server.asked == [HOST]
-    assert look_up(names, HOST, 100 + FRESH_MS) == [([V6], None)]
+    assert names.current(HOST, 100 + FRESH_MS) == []
+    asker = ask(names, HOST, 100 + FRESH_MS)
+    server.let_go.set()
+    collect(names, 100 + FRESH_MS)
+    assert asker.heard == [([V6], None)]
+    assert server.asked == [HOST, HOST]
 
 
 def test_the_second_counts_from_the_answer(names, server):
@@ -210,10 +234,49 @@ def test_the_second_counts_from_the_answer(names, server):
     assert ask(names, HOST, 30_000 + FRESH_MS - 1).heard == [([V4], None)]
 
 
+@pytest.mark.parametrize("took_ms", [0, 100, FRESH_MS - AHEAD_MS])
+def test_clients_keep_an_answer_fresh_and_wait_for_none(names, server, took_ms):
+    server.answers[HOST] = found(V4)
+    look_up(names, HOST, 0)
+    now_ms = 0
+    for last in range(1, 4):
+        due_ms = now_ms + FRESH_MS - AHEAD_MS - (took_ms if last > 1 else 0)
+        assert names.current(HOST, due_ms - 1) == [sockaddr.pack_inet(f"192.0.2.{last}", 0)]
+        assert len(server.asked) == last
+        server.answers[HOST] = found(sockaddr.pack_inet(f"192.0.2.{last + 1}", 0))
+        for ms in (0, took_ms // 2, took_ms):  # one look-up, whoever comes meanwhile
+            if due_ms + ms < now_ms + FRESH_MS:
+                assert names.current(HOST, due_ms + ms) == [
+                    sockaddr.pack_inet(f"192.0.2.{last}", 0)
+                ]
+        now_ms = due_ms + took_ms
+        collect(names, now_ms)
+        assert len(server.asked) == last + 1
+        assert names.current(HOST, now_ms) == [sockaddr.pack_inet(f"192.0.2.{last + 1}", 0)]
+
+
+def test_nothing_is_looked_up_while_nobody_comes(names, server):
+    server.answers[HOST] = found(V4)
+    look_up(names, HOST, 0)
+    assert names.current(HOST, STALE_MS) == []
+    assert not select.select([names.fd], [], [], 0)[0]
+    assert server.asked == [HOST]
+
+
+def test_the_list_of_addresses_is_the_same_until_there_is_another_answer(names, server):
+    server.answers[HOST] = found(V4)
+    look_up(names, HOST, 0)
+    known = names.current(HOST, 0)
+    assert names.current(HOST, FRESH_MS - AHEAD_MS) is known
+    collect(names, FRESH_MS - AHEAD_MS)
+    assert names.current(HOST, FRESH_MS) == known
+    assert names.current(HOST, FRESH_MS) is not known
+
+
 def test_a_failure_serves_for_a_second_too(names, server):
     server.answers[HOST] = NONAME
     look_up(names, HOST, 0)
-    assert not names.fresh(HOST, 0)
+    assert names.current(HOST, 0) == []
     server.answers[HOST] = found(V4)
     assert ask(names, HOST, FRESH_MS - 1).heard == [([], NONAME)]
     assert server.asked == [HOST]
@@ -223,7 +286,10 @@ def test_a_failure_serves_for_a_second_too(names, server):
 # ── the last good answer ─────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("error", [AGAIN, NONAME, OSError(5, "Input/output error")])
+FAILURES = [AGAIN, FAIL, OSError(5, "Input/output error"), OSError(24, "no fd"), MemoryError()]
+
+
+@pytest.mark.parametrize("error", FAILURES)
 def test_the_last_good_answer_serves_when_a_look_up_fails(names, server, capfd, error):
     server.answers[HOST] = found(V4, V6)
     look_up(names, HOST, 0)
@@ -232,8 +298,104 @@ def test_the_last_good_answer_serves_when_a_look_up_fails(names, server, capfd, 
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith("Failed to resolve host: ")
     assert "(backend.example); using its last addresses." in line
-    # It does not make the answer fresh: look-ups go on.
-    assert not names.fresh(HOST, STALE_MS - 1)
+
+
+@pytest.mark.parametrize("error", FAILURES)
+def test_while_look_ups_fail_nobody_waits_for_them(names, server, error):
+    server.answers[HOST] = found(V4)
+    look_up(names, HOST, 0)
+    server.answers[HOST] = error
+    look_up(names, HOST, 5000)
+    for number in range(1, 4):  # and they go on, one per second
+        now_ms = 5000 + number * FRESH_MS
+        assert names.current(HOST, now_ms - 1) == [V4]
+        assert len(server.asked) == number + 1
+        assert names.current(HOST, now_ms) == [V4]
+        collect(names, now_ms)
+    # A failure long ago says nothing of the next look-up.
+    assert names.current(HOST, now_ms + FAILING_MS - 1) == [V4]
+    collect(names, now_ms)
+    server.answers[HOST] = found(V6)
+    assert look_up(names, HOST, now_ms + FAILING_MS) == [([V6], None)]
+
+
+@pytest.mark.parametrize("answer", [NONAME, NODATA])
+def test_a_name_that_is_gone_has_no_address(names, server, capfd, answer):
+    server.answers[HOST] = found(V4)
+    look_up(names, HOST, 0)
+    server.answers[HOST] = answer
+    assert look_up(names, HOST, FRESH_MS) == [([], answer)]
+    assert names.current(HOST, FRESH_MS) == []
+    # Its address does not come back by a failure, not even of those that stand for one.
+    server.answers[HOST] = AGAIN
+    assert look_up(names, HOST, 2 * FRESH_MS) == [([], AGAIN)]
+    assert names.current(HOST, 2 * FRESH_MS) == []
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("answer", [NONAME, NODATA])
+def test_that_a_name_is_gone_is_seen_by_the_look_up_that_nobody_waits_for(names, server, answer):
+    server.answers[HOST] = found(V4)
+    look_up(names, HOST, 0)
+    server.answers[HOST] = answer
+    assert names.current(HOST, FRESH_MS - AHEAD_MS) == [V4]
+    collect(names, FRESH_MS - AHEAD_MS)
+    assert names.current(HOST, FRESH_MS - AHEAD_MS) == []
+    assert ask(names, HOST, FRESH_MS - AHEAD_MS).heard == [([], answer)]
+
+
+@pytest.mark.parametrize("failure", [AGAIN, OSError(16, "Device or resource busy")])
+@pytest.mark.parametrize("failing", [socket.AF_INET, socket.AF_INET6])
+def test_no_data_of_one_family_and_no_answer_for_the_other_is_a_failure(
+    names, server, failure, failing
+):
+    """glibc says NODATA then: measured with name servers that answer SERVFAIL to one."""
+    server.answers[HOST] = found(V4)
+    look_up(names, HOST, 0)
+    both = {0: NODATA, socket.AF_INET: NODATA, socket.AF_INET6: NODATA}
+    server.answers[HOST] = {**both, failing: failure}
+    assert look_up(names, HOST, FRESH_MS) == [([V4], None)]
+    server.answers[HOST] = both
+    assert names.current(HOST, 2 * FRESH_MS) == [V4]
+    collect(names, 2 * FRESH_MS)
+    assert names.current(HOST, 2 * FRESH_MS) == []
+
+
+def test_an_address_that_one_family_has_after_all(names, server):
+    server.answers[HOST] = {0: NODATA, socket.AF_INET6: NODATA, socket.AF_INET: found(V4)}
+    assert look_up(names, HOST, 0) == [([V4], None)]
+
+
+def test_the_last_good_answer_serves_while_the_next_is_late(names, server, capfd):
+    """RFC 8767 section 5: a client waits for no longer than 1.8 s, and the next not at all."""
+    assert LATE_MS == 1800
+    server.answers[HOST] = found(V4)
+    look_up(names, HOST, 0)
+    server.hanging.add(HOST)
+    first = ask(names, HOST, 5000)
+    server.wait_asked(2)
+    assert names.current(HOST, 5000 + LATE_MS - 1) == []
+    assert names.current(HOST, 5000 + LATE_MS) == [V4]
+    assert ask(names, HOST, 5000 + LATE_MS).heard == [([V4], None)]
+    assert first.heard == []  # who waits looks at current() once it is late
+    assert server.asked == [HOST, HOST]
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line == (
+        "Failed to resolve host: no answer yet (backend.example); using its last addresses."
+    )
+    server.answers[HOST] = NONAME
+    server.let_go.set()
+    collect(names, 9000)
+    assert first.heard == [([], NONAME)]
+    assert names.current(HOST, 9000) == []
+
+
+def test_a_late_answer_has_nothing_to_stand_in_where_none_was_good(names, server):
+    server.hanging.add(HOST)
+    server.answers[HOST] = found(V4)
+    asker = ask(names, HOST, 0)
+    assert names.current(HOST, LATE_MS) == []
+    assert asker.heard == []
 
 
 def test_the_last_good_answer_serves_for_five_minutes(names, server, capfd):
@@ -267,15 +429,14 @@ def test_the_warning_about_old_addresses_is_limited(names, server, capfd):
 # ── threads ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_hanging_look_ups_block_neither_us_nor_three_others(names, server):
-    hosts = [b"slow0", b"slow1", b"slow2"]
+def test_hanging_look_ups_block_neither_us_nor_others(names, server):
+    hosts = [f"slow{number}".encode() for number in range(50)]
     server.hanging.update(hosts)
     server.answers = dict.fromkeys([*hosts, HOST], found(V4))
     askers = [ask(names, host, 0) for host in hosts]
-    for _ in hosts:
-        server.wait_called()
+    server.wait_asked(len(hosts))
     assert look_up(names, HOST, 0) == [([V4], None)]
-    assert [asker.heard for asker in askers] == [[], [], []]
+    assert [asker.heard for asker in askers] == [[]] * 50
 
 
 @pytest.fixture
@@ -292,18 +453,18 @@ def started(monkeypatch):
     return threads
 
 
-def test_four_threads_and_no_more(started, names, server):
+def test_a_thread_for_each_name_and_no_more(started, names, server):
+    """However often a name is asked for while its look-up hangs."""
     hosts = [f"slow{number}".encode() for number in range(8)]
     server.hanging.update(hosts)
     server.answers = dict.fromkeys(hosts, found(V4))
-    askers = [ask(names, host, 0) for host in hosts]
-    for _ in range(4):
-        server.wait_called()
+    askers = [ask(names, host, now_ms) for now_ms in range(0, 90_000, 900) for host in hosts]
+    server.wait_asked(len(hosts))
     server.let_go.set()
     while not all(asker.heard for asker in askers):
-        collect(names, 0)
+        collect(names, 90_000)
     assert sorted(server.asked) == sorted(hosts)
-    assert len(started) == 4
+    assert len(started) == 8
 
 
 def test_one_look_up_after_the_other_needs_one_thread(started, names, server):
@@ -365,6 +526,7 @@ def test_without_threads_names_are_resolved_once(server, monkeypatch, capfd, err
     assert "No thread can be started" in line
     server.answers = {}
     for now_ms in (0, FRESH_MS, STALE_MS * 10):
+        assert names.current(HOST, now_ms) == [V6, V4]  # nobody is held for it
         assert ask(names, HOST, now_ms).heard == [([V6, V4], None)]
         assert ask(names, b"other", now_ms).heard == [([V4_TOO], None)]
     assert server.asked == [HOST, b"other"]
@@ -380,17 +542,41 @@ def test_without_threads_a_failure_is_told_and_stays(server, monkeypatch, capfd)
     assert ask(names, HOST, FRESH_MS).heard == [([], NONAME)]
 
 
-def test_one_thread_is_enough_where_the_system_gives_no_more(names, server, monkeypatch):
-    server.answers = {HOST: found(V4), b"other": found(V6)}
+def test_one_thread_is_enough_where_the_system_gives_no_more(names, server, monkeypatch, capfd):
+    hosts = [f"other{number}".encode() for number in range(5)]
+    server.answers = {HOST: found(V4), **dict.fromkeys(hosts, found(V6))}
     server.hanging.add(HOST)
     first = ask(names, HOST, 0)
-    server.wait_called()
+    server.wait_asked(1)
     refuse_threads(monkeypatch, RuntimeError())
-    second = ask(names, b"other", 0)
+    others = [ask(names, host, 0) for host in hosts]
     server.let_go.set()
-    while not (first.heard and second.heard):
+    while not all(asker.heard for asker in [first, *others]):
         collect(names, 0)
-    assert (first.heard, second.heard) == ([([V4], None)], [([V6], None)])
+    assert first.heard == [([V4], None)]
+    assert [asker.heard for asker in others] == [[([V6], None)]] * 5
+    assert capfd.readouterr().err == (
+        "No further thread can be started for name look-ups: "
+        "all names share 1, and wait for each other.\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("answer", "addresses", "code"),
+    [
+        (found(V6, V4), [V6, V4], None),
+        (NONAME, [], _socket.EAI_NONAME),
+        (NODATA, [], _socket.EAI_NODATA),
+        ({0: NODATA, socket.AF_INET6: NODATA, socket.AF_INET: AGAIN}, [], _socket.EAI_AGAIN),
+        ({0: NODATA, socket.AF_INET6: found(V6)}, [V6], None),
+        (OSError(24, "Too many open files"), [], _socket.EAI_SYSTEM),
+        (ValueError("address family 99 is not supported"), [], _socket.EAI_FAIL),
+    ],
+)
+def test_what_a_thread_does(server, answer, addresses, code):
+    server.answers[HOST] = answer
+    told, error = resolver._look_up(HOST)
+    assert (told, error and error.errno) == (addresses, code)
 
 
 def test_exit_does_not_wait_for_a_look_up():

@@ -79,6 +79,9 @@ class Relay:
 
     # what the server uses
 
+    def hang_up(self, fd, reset=False):
+        os.close(fd)
+
     def run(self, timeout_ms=-1):
         until_ms = self.now_ms + timeout_ms if timeout_ms >= 0 else None
         began_ms = self.now_ms
@@ -131,10 +134,13 @@ class Relay:
     def unwatch(self, fd):
         pass
 
+    def take_over(self, fd, family):
+        pass
+
     def trim(self):
         pass
 
-    def share(self, stat):
+    def share(self, stat, **rules):
         self.shares.append(stat)
 
     def hire(self):
@@ -174,9 +180,11 @@ class World:
         self.relay = Relay()
         monkeypatch.setattr(server_module, "Loop", self.make_loop)
         monkeypatch.setattr(server_module, "signal_fd", self.signal_fd)
+        monkeypatch.setattr(server_module, "signals_come", self.signals_come)
         monkeypatch.setattr(intake_module, "Gate", Gate)
         monkeypatch.setattr(log.time, "monotonic", lambda: self.relay.now_ms / 1000)
         self.signals, self.send_signal = os.pipe()
+        self.come = []
         self.manager = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.manager.bind(str(tmp_path / "notify"))
         self.manager.setblocking(False)
@@ -193,6 +201,10 @@ class World:
     def signal_fd(self, numbers):
         self.numbers = set(numbers)
         return self.signals
+
+    def signals_come(self):
+        come, self.come[:] = list(self.come), []
+        return come
 
     def listen(self, target, address="/listener", connected=False, fd=-1):
         pack = sockaddr.pack_inet if isinstance(address, tuple) else sockaddr.pack_unix
@@ -216,7 +228,7 @@ class World:
         """What the test puts into the script: a signal comes."""
 
         def come():
-            os.write(self.send_signal, number.to_bytes(4, sys.byteorder) + bytes(124))
+            self.come.append(number)
             return [(READY, self.signals, 1)]
 
         return come
@@ -381,7 +393,7 @@ def test_with_the_one_connection_all_ends(world):
 
 # ── signals ──────────────────────────────────────────────────────────────────────────────────────
 
-STOP = [signal.SIGTERM, signal.SIGINT]
+STOP = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
 
 
 @pytest.mark.parametrize("number", STOP)
@@ -390,7 +402,7 @@ def test_a_signal_ends_it(world, capfd, number):
     assert world.serve() == 0
     assert world.now_ms == 3000
     assert world.told == ["READY=1", "STOPPING=1"]
-    assert world.numbers == {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1}
+    assert world.numbers == {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1}
     assert capfd.readouterr().err == ""
 
 
@@ -488,6 +500,26 @@ def test_sigusr1_logs_the_counters_and_nothing_else(world, capfd):
     assert second == "/run/backend: 0 served, 0 waiting, 0 failed"
 
 
+def test_sigusr1_counts_the_clients_of_its_own_batch(world, capfd):
+    """One that comes with the signal is in the counters already, but not yet with the policy."""
+    world.environ.clear()
+    ours, theirs = socket.socketpair()
+    fd = theirs.detach()
+    failed = (FAILED, fd, errno.ENOENT, 0, b"", START_MS + 500, 1)
+    usr1 = world.signal(signal.SIGUSR1)
+
+    def both():
+        world.relay.accepted += 1
+        return [*usr1(), failed]
+
+    world.relay.at(500, both)
+    world.relay.at(501, world.signal(signal.SIGTERM))
+    with ours:
+        assert world.serve() == 0
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if " accepted, " in line]
+    assert line.startswith("1 accepted, 0 open, 1 waiting, 0 refused, 0 failed; ")
+
+
 def test_sigusr1_when_nothing_can_be_loaded(world, capfd, monkeypatch):
     monkeypatch.setitem(sys.modules, "proxyd.stats", None)  # as if no fd were left
     world.environ.clear()
@@ -500,7 +532,6 @@ def test_sigusr1_when_nothing_can_be_loaded(world, capfd, monkeypatch):
 
 
 def test_a_false_alarm_of_the_signals(world):
-    os.set_blocking(world.signals, False)
     world.relay.at(1000, lambda: [(READY, world.signals, 1)])
     world.relay.at(2000, world.signal(signal.SIGTERM))
     assert world.serve() == 0
@@ -519,11 +550,23 @@ def test_when_it_cannot_go_on_connections_are_cut(world):
     assert world.relay.open == 0
 
 
-def test_the_signals_are_those_of_signalfd():
-    """signalfd(2): the number is the first of the 128 bytes, in the host's order."""
-    own = server_module.signal_fd(())
-    os.close(own)
-    assert server_module._SIGINFO_SIZE == 128
+def test_when_it_cannot_go_on_held_clients_are_cut_too(world):
+    def break_down():
+        raise OSError(errno.EBADF, "broken")
+
+    ours, theirs = socket.socketpair()
+    fd = theirs.detach()
+    cut = []
+    world.patch.setattr(
+        world.relay, "hang_up", lambda fd, reset: (os.close(fd), cut.append((fd, reset))), False
+    )
+    failed = (FAILED, fd, errno.ENOENT, 0, b"", START_MS, 1)
+    world.relay.at(0, lambda: [failed])
+    world.relay.at(5, break_down)
+    world.listen("/run/backend")
+    with ours, pytest.raises(OSError, match="broken"):
+        run(world.options, world.listeners, {})
+    assert cut == [(fd, True)]
 
 
 # ── the end, and what it is called ───────────────────────────────────────────────────────────────
@@ -610,6 +653,33 @@ def test_any_port_is_a_way_for_each_port(world):
         world.listen(target, ("127.0.0.1", port))
     server = world.make()
     assert [reach.text for reach in server.reaches] == ["127.0.0.1:80", "127.0.0.1:443"]
+
+
+def test_any_port_of_a_client_is_a_way_made_for_it(world):
+    world.patch.setattr(intake_module, "what_to_check", lambda listener: 0)
+    target = parse_target("127.0.0.1:*")
+    for port in (80, 443):
+        world.listen(target, ("127.0.0.1", port))
+    server = world.make()
+    own = sockaddr.pack_inet("198.51.100.1", 8443)
+    world.patch.setattr(intake_module, "socket_names", lambda fd: (b"", own))
+    doors = server.intake.doors
+    assert doors[0].way_of(7) is doors[1].way_of(7) is server.reaches[2]
+    own = sockaddr.pack_inet("198.51.100.1", 443)
+    assert doors[0].way_of(7) is doors[1].way
+    assert [reach.text for reach in server.reaches] == [
+        "127.0.0.1:80",
+        "127.0.0.1:443",
+        "127.0.0.1:8443",
+    ]
+    ours, theirs = socket.socketpair()
+    with ours:
+        own = sockaddr.pack_inet("198.51.100.1", 8443)
+        event = (FAILED, theirs.detach(), errno.ECONNREFUSED, 0, b"", START_MS, 1)
+        server._relay_event(event)
+        assert [len(reach.held) for reach in server.reaches] == [0, 0, 1]
+        assert server.intake._held() == 1
+        server.reaches[2].drop_all()
 
 
 def test_a_failed_connect_goes_back_to_its_way(world):
@@ -749,3 +819,16 @@ def test_a_machine_that_does_not_say_how_idle_it_is(world, monkeypatch):
     world.options.threads = 2
     world.make()
     assert world.relay.shares == [-1]
+
+
+# ── --listen= ────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_it_says_where_it_listens_and_not_where_the_service_manager_does(world, capfd):
+    world.listen("/run/backend", "/theirs")
+    world.listen("/run/backend", "@ours")
+    world.listen("/run/backend", "/ours")
+    world.options.listen = [None, None]  # the last two
+    world.options.exit_idle_time = 0
+    assert world.serve() == 0
+    assert capfd.readouterr().err == "Listening on @ours.\nListening on /ours.\n"

@@ -58,9 +58,17 @@ def relay(opened=0, up=0, down=0, **more):
     )
 
 
-def reach(text, held=0, served=0, failed=0, returned=0):
+def reach(text, held=0, waiting=None, served=0, failed=0, returned=0, gone=0, cut=0):
     return SimpleNamespace(
-        text=text, held=dict.fromkeys(range(held)), served=served, failed=failed, returned=returned
+        text=text,
+        kind=text,
+        held=dict.fromkeys(range(held)),
+        waiting=held if waiting is None else waiting,
+        served=served,
+        failed=failed,
+        returned=returned,
+        gone=gone,
+        cut=cut,
     )
 
 
@@ -79,6 +87,11 @@ def test_status():
 def test_status_of_one_and_of_none():
     assert status(relay(1), []) == "1 connection, 0B forwarded"
     assert status(relay(0), []) == "0 connections, 0B forwarded"
+
+
+def test_who_waits_for_no_more_than_a_prompt_look_up_is_a_connection_already():
+    ways = [reach("a:1", held=2, waiting=0), reach("b:2", held=3)]
+    assert status(relay(1), ways) == "3 connections, 3 waiting for b:2, 0B forwarded"
 
 
 def test_status_of_several_targets():
@@ -103,6 +116,12 @@ def test_summary():
         "a:1: 13 served, 2 waiting, 1 failed",
         "b:2: 6 served, 0 waiting, 4 failed",
     ]
+
+
+def test_held_clients_that_have_ended_count_with_the_others():
+    one, other = reach("a:1", gone=2, cut=5), reach("b:2", gone=1)
+    (line, *_) = summary(intake(), relay(ends=(0, 0, 0, 1, 4)), [one, other])
+    assert line.endswith("; 6 cut, 7 client gone")
 
 
 def test_summary_with_threads():

@@ -22,7 +22,6 @@ HTTP = 80
         ("::1:8080", address.pack_inet("::1", 8080)),
         ("[::1]:8080", address.pack_inet("::1", 8080)),
         ("[::1]", address.pack_inet("::1", HTTP)),
-        ("[fe80::1%lo]:8080", address.pack_inet("fe80::1%lo", 8080)),
         ("[fe80::1%2]:8080", address.pack_inet6("fe80::1", 8080, 2)),
         ("/run/a=b:c", address.pack_unix("/run/a=b:c")),
         ("@a", address.pack_unix("@a")),
@@ -47,13 +46,27 @@ def test_literals_are_packed(text, packed):
         ("vsock:8080", b"vsock", 8080),
         ("127.1:8080", b"127.1", 8080),  # getaddrinfo(3) knows what that is
         ("b\u00fccher.example:8080", b"xn--bcher-kva.example", 8080),
-        ("[fe80::1%nope]:8080", b"fe80::1%nope", 8080),
         ("a_b-c.example.:8080", b"a_b-c.example.", 8080),
     ],
 )
 def test_names_are_left_to_the_resolver(text, host, port):
     target = parse_target(text)
     assert (target.host, target.service, target.address) == (host, port, None)
+
+
+@pytest.mark.parametrize("scope", ["lo", "nope", "a-b.c"])
+@pytest.mark.parametrize(("port", "service"), [("8080", 8080), ("*", None)])
+def test_the_interface_of_a_literal_is_left_until_it_is_needed(scope, port, service):
+    target = parse_target(f"[fe80::1%{scope}]:{port}")
+    assert (target.host, target.scope, target.service) == (None, scope, service)
+    assert target.address == address.pack_inet6("fe80::1", service or 0)
+
+
+def test_the_index_of_an_interface_is_the_present_one(monkeypatch):
+    target = parse_target("[fe80::1%eth0]:8080")
+    for index in (3, 7):
+        monkeypatch.setattr(address, "interface_index", {"eth0": index}.__getitem__)
+        assert target.scoped() == address.pack_inet6("fe80::1", 8080, index)
 
 
 def test_any_port_of_a_literal():
@@ -79,7 +92,7 @@ def test_targets_without_a_port_do_not_look_like_any_port(text):
         ("", "no host"),
         (":80", "no host"),
         ("h:", "no port"),
-        ("h:0", "is not a port number"),
+        ("h:0", "is not a port number from 1 to 65535"),
         ("h:65536", "is not a port number"),
         ("h:-1", "'-1' is not a port"),
         ("h:nosuchservice", "'nosuchservice' is not a port"),
@@ -88,8 +101,23 @@ def test_targets_without_a_port_do_not_look_like_any_port(text):
         ("::1", r"write IPv6 addresses as \[ADDRESS\]:PORT"),
         ("[::1", "expected"),
         ("[::g]:80", "is not an IP address"),
+        ("[fe80::1%]:80", "'' is not a network interface"),
+        ("[fe80::1%a/b]:80", "'a/b' is not a network interface"),
+        ("[fe80::1%a b]:80", "'a b' is not a network interface"),
+        ("[fe80::1%a-very-long-name]:80", "'a-very-long-name' is not a network interface"),
+        ("[fe80::1%4294967296]:80", "is not a scope number"),
+        ("[fe80::g%eth0]:80", "is not an IP address"),
         ("a/b", "is not a host name"),
-        ("=/run/x", "is not a host name"),
+        ("=/run/x", "a NAME in front of it is not empty"),
+        ("a:b=@x", "a NAME in front of it is not empty, contains no colon"),
+        ("run/x", "a path begins with a slash"),
+        ("http://localhost:80", "a URL is not an address; write localhost:80$"),
+        ("http://localhost/x/y:z", "write localhost:80$"),
+        ("HTTPS://user:word@[::1]/", r"write \[::1\]:443$"),
+        ("tcp://host", "write host:PORT$"),
+        ("http://[::1]:8080/x", r"write \[::1\]:8080$"),
+        ("http://h:/", "write h:80$"),
+        ("://", "write HOST:PORT$"),
         ("a b:80", "is not a host name"),
         ("\udcff:80", "is not a host name"),
         ("\u0665\u200b..:80", "is not a host name"),
@@ -98,7 +126,7 @@ def test_targets_without_a_port_do_not_look_like_any_port(text):
         ("@", "empty path"),
         ("/" + "a" * 107, "doesn't fit in an AF_UNIX address"),
         ("vsock::80", "expected vsock:CID:PORT"),
-        ("vsock:a:80", "is not a CID number"),
+        ("vsock:a:80", "is not a CID from 0"),
     ],
 )
 def test_garbage(text, why):

@@ -43,12 +43,17 @@ def with_hosts(directory, lines):
     )
 
 
-def with_name_server(directory, address):
-    """A prefix that runs the program with this name server, at port 53, and no other."""
+def with_name_server(directory, address, hosts=(), timeout=30):
+    """A prefix that runs the program with this name server, at port 53, and no other.
+
+    `hosts` are lines of /etc/hosts, which is looked at before. A look-up without an answer fails
+    after `timeout` seconds.
+    """
     return _with_files(
         directory,
         {
-            "resolv.conf": f"nameserver {address}\noptions timeout:30 attempts:1\n",
+            "hosts": "".join(f"{line}\n" for line in ["127.0.0.1 localhost", *hosts]),
+            "resolv.conf": f"nameserver {address}\noptions timeout:{timeout} attempts:1\n",
             "nsswitch.conf": "hosts: files dns\nservices: files\n",
         },
     )

@@ -29,10 +29,10 @@ from proxyd import cli, loop
 PASSED_ON = 3
 """The fd at which the service manager puts a socket."""
 
-FOR_LIFE = ("anon_inode:[signalfd]", "anon_inode:[eventfd]")
+FOR_LIFE = ("anon_inode:[eventfd]",)
 """What the program opens once and leaves to the end of its process."""
 
-LATE = ("stats", "timespan", "proxy_protocol", "resolver")
+LATE = ("stats", "timespan", "proxy_protocol", "resolver", "lookup", "ports")
 """Modules that the program imports when it needs them: each life does it again."""
 
 STILL_TURNS = 25
@@ -55,6 +55,16 @@ LONGEST_S = 15.0
 
 LINES_MOST = 12
 """More lines on stderr are a flood."""
+
+
+def is_unix_listener(fd):
+    """Whether the program leaves it open until its process ends: see close_listener()."""
+    sock = socket.socket(fileno=fd)
+    try:
+        listens = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+        return bool(listens) and sock.family == socket.AF_UNIX
+    finally:
+        sock.detach()
 
 
 class Outcome(NamedTuple):
@@ -391,8 +401,9 @@ class Life:
         left = []
         for fd in open_fds() - self.before - self.world.fds() - {str(PASSED_ON)}:
             what = os.readlink(f"/proc/self/fd/{fd}")
+            kept = what.startswith("socket:") and is_unix_listener(int(fd))
             os.close(int(fd))
-            if what not in FOR_LIFE:
+            if what not in FOR_LIFE and not kept:
                 left.append(f"{fd} ({what})")
         return left
 

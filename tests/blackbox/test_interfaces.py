@@ -1,0 +1,111 @@
+"""Link-local addresses: their interface is looked up when it is needed, for it may be made anew."""
+
+import socket
+import subprocess
+
+import pytest
+from harness.differences import differs
+from harness.kernel import in_network_namespace_of
+from harness.privileges import namespace_prefix
+from harness.sockets import is_quiet, read_exactly
+from harness.stage import Backend
+from harness.waiting import never_within
+
+PORT = 4000
+LINK = "eth9"
+
+MAKE = f"""
+ip link add {LINK} type veth peer name peer9
+ip link set peer9 up
+ip link set {LINK} up
+"""
+ADDRESS = f"ip -6 address add fe80::9/64 dev {LINK} nodad"
+
+
+def in_namespace(stage, command):
+    """Run a shell command where the program runs."""
+    enter = ["nsenter", f"--target={stage.proxy.pid}", "--net", "sh", "-ec", command]
+    subprocess.run(enter, check=True)
+
+
+def talk(client, server):
+    """One word each way."""
+    client.sendall(b"question")
+    assert read_exactly(server, 8) == b"question"
+    server.sendall(b"answer")
+    assert read_exactly(client, 6) == b"answer"
+
+
+def launch(stage, *arguments, setup="true"):
+    """The program in a new network namespace, and a target that listens at all its addresses."""
+    prefix = namespace_prefix(f"ip link set lo up\n{setup}")
+    notify = stage.notify_socket(stage.path("notify"))  # abstract names end at the namespace
+    stage.launch(*arguments, listeners=[stage.listener()], prefix=prefix, notify=notify)
+    return Backend(
+        in_network_namespace_of(
+            stage.proxy.pid,
+            lambda: socket.create_server(("::", PORT), family=socket.AF_INET6),
+        )
+    )
+
+
+@differs("original", reason="takes the brackets for part of the name", run=False)
+def test_an_interface_that_comes_later_and_is_made_anew(stage):
+    """As those of containers, VPNs and USB adapters are: its index is another one each time."""
+    backend = launch(stage, f"[fe80::9%{LINK}]:{PORT}")
+    client = stage.connect()
+    stage.proxy.wait_for_log("Failed to connect to remote host: No such device")
+    assert is_quiet(client)
+    in_namespace(stage, f"{MAKE}\n{ADDRESS}")
+    talk(client, backend.accept())
+    for _ in range(2):
+        talk(stage.connect(), backend.accept())
+        in_namespace(stage, f"ip link delete {LINK}")
+        client = stage.connect()
+        never_within(0.3, lambda held=client: not is_quiet(held), "the end of a held client")
+        in_namespace(stage, f"{MAKE}\n{ADDRESS}")
+        talk(client, backend.accept())
+    backend.close()
+
+
+@differs("original", reason="takes the brackets for part of the name", run=False)
+def test_an_interface_that_is_made_anew_while_nobody_comes(stage):
+    """The next client is not even held."""
+    backend = launch(stage, f"[fe80::9%{LINK}]:{PORT}", setup=f"{MAKE}\n{ADDRESS}")
+    talk(stage.connect(), backend.accept())
+    in_namespace(stage, f"ip link delete {LINK}\n{MAKE}\n{ADDRESS}")
+    talk(stage.connect(), backend.accept())
+    assert stage.proxy.log() == ""
+    backend.close()
+
+
+@differs("original", reason="takes the brackets for part of the name", run=False)
+def test_a_name_that_is_another_interface_s_now(stage):
+    """The first one is still there, under another name."""
+    backend = launch(stage, f"[fe80::9%{LINK}]:{PORT}", setup=f"{MAKE}\n{ADDRESS}")
+    talk(stage.connect(), backend.accept())
+    in_namespace(stage, f"ip link set {LINK} down\nip link set {LINK} name old9 up")
+    client = stage.connect()
+    stage.proxy.wait_for_log("Failed to connect to remote host: No such device")
+    assert is_quiet(client)
+    in_namespace(stage, f"{MAKE.replace('peer9', 'more9')}\n{ADDRESS}")
+    talk(client, backend.accept())
+    backend.close()
+
+
+@differs("original", reason="has no --listen=", run=False)
+@pytest.mark.parametrize(
+    ("address", "why", "helps"),
+    [
+        ("[fe80::9%eth9]:80", "there is no network interface 'eth9'", "BindToDevice="),
+        ("[fe80::9%lo]:80", "Cannot assign requested address", "FreeBind="),
+        ("192.0.2.1:80", "Cannot assign requested address", "FreeBind="),
+    ],
+)
+def test_listen_where_there_is_no_such_address_yet(stage, address, why, helps):
+    """One line that says what is missing, and what waits for it."""
+    outcome = stage.run(f"--listen={address}", "/run/target")
+    assert outcome.status == 1
+    (line,) = outcome.stderr.splitlines()
+    assert line.startswith(f"Failed to listen on {address}: {why}")
+    assert helps in line

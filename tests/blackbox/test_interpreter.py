@@ -1,0 +1,113 @@
+"""What a user has set for Python programs of their own is not for this one."""
+
+import os
+from pathlib import Path
+
+import pytest
+from harness.differences import differs
+from harness.sockets import read_exactly
+
+pytestmark = differs("original", reason="is no Python program", run=False)
+
+IMPORTED = ("errno", "time", "_socket", "socket", "select", "_signal", "selectors", "signal", "re")
+"""Modules that the program or a library of Python might import."""
+
+PROXYD = ("proxyd", "proxyd/cli", "cli", "log")
+"""Names that the package's own modules have."""
+
+HARMLESS = [
+    ("PYTHONASYNCIODEBUG", "1"),
+    ("PYTHONBREAKPOINT", "nosuch.module"),
+    ("PYTHONCASEOK", "1"),
+    ("PYTHONDEVMODE", "1"),
+    ("PYTHONDONTWRITEBYTECODE", "1"),
+    ("PYTHONFAULTHANDLER", "1"),
+    ("PYTHONHASHSEED", "1"),
+    ("PYTHONINSPECT", "1"),
+    ("PYTHONINTMAXSTRDIGITS", "640"),
+    ("PYTHONIOENCODING", "utf-16"),
+    ("PYTHONMALLOC", "debug"),
+    ("PYTHONNODEBUGRANGES", "1"),
+    ("PYTHONNOUSERSITE", "1"),
+    ("PYTHONOPTIMIZE", "2"),
+    ("PYTHONPYCACHEPREFIX", "/dev/null"),
+    ("PYTHONSAFEPATH", "1"),
+    ("PYTHONSTARTUP", "/nosuch"),
+    ("PYTHONTRACEMALLOC", "5"),
+    ("PYTHONUNBUFFERED", "1"),
+    ("PYTHONUSERBASE", "/nosuch"),
+    ("PYTHONUTF8", "0"),
+    ("PYTHONWARNINGS", "error"),
+    ("PYTHON_CPU_COUNT", "1"),
+]
+
+TALKATIVE = [("PYTHONPROFILEIMPORTTIME", "1"), ("PYTHONVERBOSE", "1"), ("PYTHONWARNINGS", "bad")]
+"""With these the interpreter itself writes to stderr."""
+
+
+def serves(stage, **launch):
+    """It starts, serves and ends with 0; what it wrote to stderr, but for what it cut off."""
+    proxy = stage.launch(stage.echo(), listeners=[stage.listener()], **launch)
+    client = stage.connect()
+    client.sendall(b"hello")
+    assert read_exactly(client, 5) == b"hello"
+    client.close()
+    assert proxy.end()
+    assert proxy.status == 0, proxy.log()
+    return "\n".join(line for line in proxy.log_lines() if not line.startswith("Stopped; "))
+
+
+@pytest.mark.parametrize(("variable", "value"), HARMLESS)
+def test_variable_of_the_interpreter(stage, variable, value):
+    """It serves as ever, and says nothing."""
+    assert serves(stage, environment={variable: value}) == ""
+
+
+@pytest.mark.parametrize(("variable", "value"), TALKATIVE)
+def test_talkative_variable_of_the_interpreter(stage, variable, value):
+    """It serves as ever."""
+    serves(stage, environment={variable: value})
+
+
+def broken_modules(stage, names):
+    """A folder of a user whose modules have our modules' names."""
+    folder = Path(stage.path("modules"))
+    folder.mkdir()
+    for name in names:
+        module = folder / f"{name}.py"
+        module.parent.mkdir(exist_ok=True)
+        module.write_text("raise RuntimeError('imported the module of a user')\n")
+    return folder
+
+
+@pytest.mark.parametrize("names", [IMPORTED, PROXYD], ids=["library", "package"])
+@pytest.mark.parametrize("form", ["{}", "/nosuch:{}", "{}:/nosuch", "{}/", "{}/../modules"])
+def test_modules_in_pythonpath(stage, names, form):
+    """They come after the interpreter's own, and after ours where those are installed."""
+    folder = broken_modules(stage, names)
+    assert serves(stage, environment={"PYTHONPATH": form.format(folder)}) == ""
+
+
+@pytest.mark.parametrize("value", ["", ":", "."])
+def test_modules_in_the_current_folder(stage, value):
+    """An empty part of PYTHONPATH is the current folder."""
+    folder = broken_modules(stage, IMPORTED)
+    prefix = ["sh", "-c", f'cd {folder} && exec "$@"', "sh"]
+    assert serves(stage, environment={"PYTHONPATH": value}, prefix=prefix) == ""
+
+
+def test_library_in_pythonpath(stage):
+    """Where PYTHONPATH names the interpreter's own folders, they are still found."""
+    assert serves(stage, environment={"PYTHONPATH": os.path.dirname(os.__file__)}) == ""
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["-c0", "a:1"], ["a:1"]])
+def test_inspect_does_not_change_the_exit_status(stage, arguments):
+    """Nor is there a prompt: PYTHONINSPECT would read commands from stdin."""
+    plain = stage.run(*arguments)
+    inspected = stage.run(*arguments, environment={"PYTHONINSPECT": "1"})
+    assert (inspected.status, inspected.stdout, inspected.stderr) == (
+        plain.status,
+        plain.stdout,
+        plain.stderr,
+    )

@@ -1,0 +1,61 @@
+"""Lines on stderr, whoever reads them, or does not."""
+
+import os
+import pty
+import signal
+
+import pytest
+from harness.differences import differs
+from harness.traffic import read_exactly
+
+CLIENTS = 1500
+"""Whose lines, at debug level, are more than any log takes that is not read."""
+
+
+def greet(client):
+    """One byte there and back."""
+    client.sendall(b"x")
+    assert read_exactly(client, 1) == b"x"
+
+
+def open_terminal(stage):
+    """(reader, writer, path) of a terminal."""
+    reader, writer = pty.openpty()
+    return reader, writer, os.ttyname(writer)
+
+
+def open_fifo(stage):
+    """The same of a named pipe."""
+    path = stage.path(f"log{len(os.listdir(stage.directory))}")
+    os.mkfifo(path)
+    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    return reader, os.open(path, os.O_WRONLY), path
+
+
+@differs("original", reason="waits for whoever reads its log", run=False)
+@pytest.mark.parametrize("open_log", [open_terminal, open_fifo])
+@pytest.mark.parametrize("proc", ["proc", "no proc"])
+def test_a_log_that_nobody_reads(stage, open_log, proc):
+    """It costs lines, never a client, and SIGTERM is heard."""
+    if proc == "no proc" and os.geteuid() != 0:
+        pytest.skip("only root can hide /proc")
+    hide, unshare = "", []
+    if proc == "no proc":
+        hide, unshare = "mount -t tmpfs none /proc && ", ["unshare", "-m"]
+    reader, writer, path = open_log(stage)
+    try:
+        proxy = stage.launch(
+            stage.echo(),
+            listeners=[stage.listener()],
+            environment={"SYSTEMD_LOG_LEVEL": "debug"},
+            prefix=[*unshare, "sh", "-c", f'{hide}exec "$@" 2>{path}', "sh"],
+        )
+        for _ in range(CLIENTS):
+            client = stage.connect()
+            greet(client)
+            client.close()
+        proxy.send_signal(signal.SIGTERM)
+        assert proxy.wait() == 0
+    finally:
+        os.close(reader)
+        os.close(writer)

@@ -1,0 +1,190 @@
+"""A port that accepts before anybody is there, as docker-proxy's does (--settle-time=)."""
+
+import socket
+import threading
+
+import pytest
+from harness.differences import differs
+from harness.sockets import is_quiet, read_exactly, read_to_end, reset
+from harness.waiting import never_within, wait_until
+
+pytestmark = differs("original", reason="has no such option", run=False)
+
+
+class Forwarder:
+    """A port that accepts at once, and lets go until there is an application behind it."""
+
+    def __init__(self, listener, resets):
+        self.listener = listener
+        self.resets = resets
+        self.let_go = 0
+        self.heard = b""
+        self.there = threading.Event()
+        self.served = []
+        self.thread = threading.Thread(target=self._accept, daemon=True)
+        self.thread.start()
+
+    def _accept(self):
+        while True:
+            try:
+                connection, _ = self.listener.accept()
+            except OSError:
+                return
+            if self.there.is_set():
+                connection.settimeout(15)
+                self.served.append(connection)
+                continue
+            connection.setblocking(False)
+            try:
+                self.heard += connection.recv(100)
+            except BlockingIOError:
+                pass
+            self.let_go += 1
+            if self.resets:
+                reset(connection)
+            else:
+                connection.close()
+
+    def next(self):
+        """The next connection that the application gets."""
+        wait_until(lambda: self.served, "a connection that is served")
+        return self.served.pop(0)
+
+    def close(self):
+        self.listener.shutdown(socket.SHUT_RDWR)
+        self.thread.join()
+        for one in self.served:
+            one.close()
+
+
+@pytest.fixture
+def forwarder(stage):
+    made = []
+
+    def make(family="tcp4", resets=False):
+        backend = stage.backend(family)
+        backend.listener.settimeout(None)
+        made.append(Forwarder(backend.listener, resets))
+        return backend, made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+@pytest.mark.parametrize("resets", [False, True])
+@pytest.mark.parametrize("family", ["tcp4", "unix"])
+@pytest.mark.parametrize("header", [[], ["--proxy-protocol=v1"]])
+def test_clients_wait_until_the_application_is_there(stage, forwarder, family, resets, header):
+    """Nothing is sent before, not even a PROXY header, and nothing is sent twice."""
+    backend, port = forwarder(family, resets)
+    stage.launch("--settle-time=1s", *header, backend.target, listeners=[stage.listener()])
+    clients = [stage.connect() for _ in range(3)]
+    for number, client in enumerate(clients):
+        client.sendall(b"question %d" % number)
+    never_within(0.5, lambda: not all(map(is_quiet, clients)), "an end")
+    assert port.let_go >= 2
+    port.there.set()
+    heard = []
+    for _ in clients:
+        server = port.next()
+        line = b""
+        while header and not line.endswith(b"\r\n"):
+            line += read_exactly(server, 1)
+        assert line.startswith(b"PROXY") == bool(header)
+        heard.append(read_exactly(server, 10))
+        server.sendall(b"answer")
+        server.close()
+    assert sorted(heard) == [b"question %d" % number for number in range(3)]
+    for client in clients:
+        assert read_to_end(client) == (b"answer", "eof")
+    assert port.heard == b""
+
+
+def test_without_it_the_client_sees_what_happened(stage, forwarder):
+    """By default a target that has accepted has been reached."""
+    backend, port = forwarder(resets=True)
+    stage.launch(backend.target, listeners=[stage.listener()])
+    assert read_to_end(stage.connect())[0] == b""
+    wait_until(lambda: port.let_go == 1, "one connection")
+
+
+def test_a_proven_target_is_not_watched(stage, forwarder):
+    """Then its end is the client's to see again, at once."""
+    backend, port = forwarder()
+    port.there.set()
+    stage.launch("--settle-time=50ms", backend.target, listeners=[stage.listener()])
+    first = stage.connect()
+    server = port.next()
+    first.sendall(b"x")
+    assert read_exactly(server, 1) == b"x"
+    port.there.clear()
+    assert read_to_end(stage.connect()) == (b"", "eof")
+    assert port.let_go == 1
+    server.close()
+
+
+def test_a_server_that_speaks_first_is_not_waited_for(stage, forwarder):
+    """Its first byte proves it, long before the time is over."""
+    backend, port = forwarder()
+    port.there.set()
+    stage.launch("--settle-time=1h", backend.target, listeners=[stage.listener()])
+    client = stage.connect()
+    server = port.next()
+    server.sendall(b"220 ready")
+    assert read_exactly(client, 9) == b"220 ready"
+    later = stage.connect()
+    with port.next() as other:
+        later.sendall(b"x")
+        assert read_exactly(other, 1) == b"x"
+    server.close()
+
+
+def test_it_ends_with_connect_timeout(stage, forwarder):
+    backend, _ = forwarder()
+    stage.launch(
+        "--settle-time=5s",  # more than a busy machine takes to let go
+        "--connect-timeout=500ms",
+        backend.target,
+        listeners=[stage.listener()],
+    )
+    assert read_to_end(stage.connect())[0] == b""
+    stage.proxy.wait_for_log(
+        f"Failed to connect to remote host: it accepts and closes at once ({backend.target})."
+    )
+
+
+def test_a_client_that_sends_its_request_and_its_end(stage, forwarder):
+    backend, port = forwarder()
+    stage.launch("--settle-time=1s", backend.target, listeners=[stage.listener("unix")])
+    client = stage.connect()
+    client.sendall(b"message")
+    client.close()
+    wait_until(lambda: port.let_go >= 2, "a second attempt")
+    port.there.set()
+    with port.next() as server:
+        assert read_to_end(server) == (b"message", "eof")
+
+
+def test_a_client_that_only_looks_whether_somebody_accepts(stage, forwarder):
+    """It has ended without a word: there is nothing to hold it for."""
+    backend, port = forwarder()
+    stage.launch(
+        "--settle-time=5s", "--connect-timeout=1h", backend.target, listeners=[stage.listener()]
+    )
+    client = stage.connect()
+    client.shutdown(socket.SHUT_WR)
+    assert read_to_end(client) == (b"", "eof")
+    assert port.let_go == 1
+
+
+def test_stop_while_a_target_is_watched(stage, forwarder):
+    backend, port = forwarder()
+    port.there.set()
+    stage.launch("--settle-time=1h", backend.target, listeners=[stage.listener()])
+    client = stage.connect()
+    server = port.next()
+    assert stage.proxy.end()
+    assert read_to_end(client) == (b"", "reset")
+    assert read_to_end(server) == (b"", "reset")
+    server.close()

@@ -1,0 +1,194 @@
+"""`HOST:*` behind Transparent=yes: a firewall leads every port to one listener (TPROXY).
+
+All of it in a network namespace of its own, in which 198.51.100.0/24 is this machine.
+"""
+
+import contextlib
+import shutil
+import socket
+import subprocess
+
+import pytest
+from harness.differences import differs
+from harness.kernel import in_network_namespace_of
+from harness.privileges import need_root
+from harness.sockets import open_connection, read_exactly, read_to_end
+from harness.stage import Backend
+from harness.waiting import patience, wait_until
+
+OURS = "198.51.100.1"
+"""Where clients connect to."""
+
+HOST = "127.0.0.2"
+"""Where the target is."""
+
+DIVERTED = range(4000, 5000)
+
+RULES = """
+ip link set lo up
+ip route add local 198.51.100.0/24 dev lo
+nft add table ip t
+nft 'add chain ip t divert {{ type filter hook prerouting priority mangle; }}'
+nft add rule ip t divert ip daddr {ours} tcp dport {first}-{last} tproxy to 127.0.0.1:{port}
+"""
+
+pytestmark = differs("original", reason="has no HOST:*", run=False)
+
+
+class Namespace:
+    """A network namespace, and what a test has in it."""
+
+    def __init__(self):
+        need_root("for a network namespace")
+        if shutil.which("nft") is None:
+            pytest.skip("no nft, to have TPROXY rules")
+        self.keeper = subprocess.Popen(["unshare", "--net", "sleep", "infinity"])
+        self.stack = contextlib.ExitStack()
+        wait_until(lambda: self.inside(_only_lo), "the namespace")
+        self.listener = self.open(("127.0.0.1", 0), transparent=True)
+        port = self.listener.getsockname()[1]
+        rules = RULES.format(ours=OURS, first=DIVERTED[0], last=DIVERTED[-1], port=port)
+        done = subprocess.run(
+            [*self.prefix, "sh", "-ec", rules], capture_output=True, text=True, check=False
+        )
+        if done.returncode != 0:
+            self.close()
+            pytest.skip(f"no TPROXY here: {done.stderr.strip()}")
+
+    @property
+    def prefix(self):
+        """What a command begins with that is run in it."""
+        return ["nsenter", f"--target={self.keeper.pid}", "--net"]
+
+    def inside(self, work):
+        """Have `work` done in it."""
+        return in_network_namespace_of(self.keeper.pid, work)
+
+    def open(self, address, transparent=False):
+        """A listening socket."""
+
+        def work():
+            listener = socket.socket()
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if transparent:
+                listener.setsockopt(socket.SOL_IP, _IP_TRANSPARENT, 1)
+            listener.bind(address)
+            listener.listen()
+            return listener
+
+        return self.stack.enter_context(self.inside(work))
+
+    def backend(self, port):
+        """A target that listens on `port`."""
+        backend = Backend(self.open((HOST, port)))
+        self.stack.callback(backend.close)
+        return backend
+
+    def connect(self, port):
+        """A client that connects to `port`."""
+        client = self.inside(lambda: open_connection((OURS, port), socket.AF_INET))
+        return self.stack.enter_context(client)
+
+    def close(self):
+        """End all of it."""
+        self.stack.close()
+        self.keeper.kill()
+        self.keeper.wait()
+
+
+_IP_TRANSPARENT = 19  # linux/in.h
+
+
+def _only_lo():
+    return len(socket.if_nameindex()) <= 1 and socket.if_nameindex()[0][1] == "lo" and not _is_up()
+
+
+def _is_up():
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", 0))
+            probe.connect(("127.0.0.1", 9))
+        except ConnectionRefusedError:
+            return True
+        except OSError:
+            return False
+    return True
+
+
+@pytest.fixture
+def namespace():
+    """A network namespace with a transparent listener."""
+    one = Namespace()
+    yield one
+    one.close()
+
+
+def talk(client, server):
+    """One word each way."""
+    client.sendall(b"question")
+    assert read_exactly(server, 8) == b"question"
+    server.sendall(b"answer")
+    assert read_exactly(client, 6) == b"answer"
+
+
+def launch(stage, namespace, *arguments, **options):
+    """The program, in the namespace."""
+    notify = stage.notify_socket(stage.path("notify"))  # abstract names end at the namespace
+    stage.launch(
+        *arguments,
+        listeners=[namespace.listener],
+        prefix=namespace.prefix,
+        notify=notify,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("arguments", [[], ["--proxy-protocol=v1"]], ids=["express", "asked"])
+def test_each_client_is_led_to_the_port_that_it_connected_to(stage, namespace, arguments):
+    """Not to the listener's, where there is only the program itself."""
+    backends = {port: namespace.backend(port) for port in DIVERTED[:3]}
+    launch(stage, namespace, *arguments, f"{HOST}:*")
+    for port, backend in [*backends.items()] * 2:
+        client = namespace.connect(port)
+        server = backend.accept()
+        if arguments:
+            peer = client.getsockname()
+            header = f"PROXY TCP4 {peer[0]} {OURS} {peer[1]} {port}\r\n".encode()
+            assert read_exactly(server, len(header)) == header
+        talk(client, server)
+    assert stage.proxy.log() == ""
+
+
+def test_a_port_whose_target_comes_later(stage, namespace):
+    """Each port has its own outage: the others' clients are served meanwhile."""
+    absent, there = DIVERTED[:2]
+    launch(stage, namespace, f"{HOST}:*")
+    waiting = [namespace.connect(absent) for _ in range(3)]
+    stage.proxy.wait_for_log(f"({HOST}:{absent}), holding clients")
+    backend = namespace.backend(there)
+    talk(namespace.connect(there), backend.accept())
+    late = namespace.backend(absent)
+    for client in waiting:
+        talk(client, late.accept())
+
+
+def test_many_ports_are_not_kept(stage, namespace):
+    """A client for each of 300 ports: they cost neither descriptors nor a flood of lines."""
+    launch(stage, namespace, "--connect-timeout=0", f"{HOST}:*")
+    for port in DIVERTED[:300]:
+        assert read_to_end(namespace.connect(port))[0] == b""
+    assert 1 <= len(stage.proxy.log_lines("Failed to connect")) <= 5
+    stage.proxy.send_signal(_SIGUSR1)
+    stage.proxy.wait_for_log("300 accepted, 0 open, 0 waiting, 0 refused, 300 failed")
+    (line,) = stage.proxy.log_lines(f"{HOST}:*:")
+    assert "0 served, 0 waiting, 300 failed" in line
+
+
+def test_a_target_that_leads_back_is_a_loop(stage, namespace):
+    """What leads every port to the program leads its own connections to it, too."""
+    launch(stage, namespace, f"{OURS}:*")
+    assert read_to_end(namespace.connect(DIVERTED[0]), timeout=patience())[0] == b""
+    stage.proxy.wait_for_log("leads back to our own listener")
+
+
+_SIGUSR1 = 10

@@ -1,0 +1,61 @@
+"""Sockets whose last close(2) waits, and peers that send them (SCM_RIGHTS)."""
+
+import array
+import contextlib
+import os
+import socket
+import struct
+
+LINGER_S = 600
+
+
+class Slow:
+    """A TCP socket whose close(2) waits LINGER_S, for its peer does not read; until release()."""
+
+    def __init__(self):
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            self.socket = socket.create_connection(server.getsockname())
+            self.peer, _ = server.accept()
+        self.socket.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                self.socket.send(bytes(65536))
+        linger = struct.pack("ii", 1, LINGER_S)
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+
+    def release(self):
+        """Have the close(2) that waits end. Again: nothing."""
+        if self.peer.fileno() < 0:
+            return
+        self.peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.peer.close()
+
+
+def send_slow(connection, data):
+    """Send bytes with a slow socket that nobody else holds; the Slow. OSError: refused."""
+    slow = Slow()
+    fds = array.array("i", [slow.socket.fileno()])
+    try:
+        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)]
+        assert connection.sendmsg([data], ancillary) == len(data)
+    except OSError:
+        slow.release()
+        raise
+    finally:
+        slow.socket.close()
+    return slow
+
+
+def kernel_refuses():
+    """Whether this kernel can refuse descriptors (SO_PASSRIGHTS, Linux 6.16)."""
+    with contextlib.closing(socket.socket(socket.AF_UNIX)) as probe:
+        try:
+            probe.setsockopt(socket.SOL_SOCKET, 83, 0)
+        except OSError:
+            return False
+    return True
+
+
+def tasks():
+    """The threads of this process."""
+    return set(os.listdir("/proc/self/task"))
