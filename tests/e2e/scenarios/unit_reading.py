@@ -82,8 +82,6 @@ UNITS = ("read-a.service", "read-b.service", "read-t@one-two.service", "read-t@x
 PROPERTIES = (
     "Id,Names,FragmentPath,DropInPaths,Wants,Requires,Upholds,Environment,Restart,StopWhenUnneeded"
 )
-    "Id,Names,FragmentPath,DropInPaths,Wants,Requires,Upholds,Environment,Restart,StopWhenUnneeded"
-)
 
 
 @scenario()
