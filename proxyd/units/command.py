@@ -11,6 +11,9 @@ PROGRAM = "systemd-socket-proxyd"
 
 _PREFIXES = "@-:+!|"
 _ORIGINALS_OPTIONS = ("connections-max", "exit-idle-time", "help", "version")
+_SHELL = "$`'\"\\*?[]{}()<>|&;#~!" + UNKNOWN
+"""What means something to a shell."""
+
 _NETWORK_WRAPPERS = ("ip", "nsenter", "unshare", "firejail", "chroot")
 
 
@@ -100,9 +103,15 @@ def _read(unit: Unit, setting: Setting) -> Command | None:
 
 
 def _wrapped(setting: Setting, script: str, line: list[str]) -> Command:
-    """Return the command of a shell script: what its arguments are, only the shell knows."""
-    path = next((word for word in script.split() if _is_program(word)), PROGRAM)
-    command = Command(setting, path)
+    """Return the command of a shell script; its arguments, if the shell changes nothing in them."""
+    words_ = script.split()
+    at = next((at for at, word in enumerate(words_) if _is_program(word)), len(words_))
+    command = Command(setting, words_[at] if at < len(words_) else PROGRAM)
+    arguments = words_[at + 1 :]
+    if arguments and not set("".join(arguments)).intersection(_SHELL):
+        command.sure = True
+        command.arguments = arguments
+        _parse(command)
     command.elsewhere = any(word in _NETWORK_WRAPPERS for word in script.split()) or (
         _base(line[0]) in _NETWORK_WRAPPERS
     )

@@ -41,10 +41,16 @@ def is_oneshot(unit: Unit) -> bool:
     return kind == "oneshot" or (not kind and not unit.entries("Service", "ExecStart"))
 
 
-def is_helper(backend: Backend) -> bool:
-    """Tell whether this only prepares something, such as a namespace: a oneshot that remains."""
+def is_helper(found: Set, backend: Backend) -> bool:
+    """Tell whether this is not what the proxy leads to, but what that needs.
+
+    It is a oneshot that remains, such as one that makes a namespace, or, with another backend
+    beside it, a service that many others need.
+    """
     unit = backend.unit
-    return unit is not None and is_oneshot(unit) and unit.flag("Service", "RemainAfterExit")
+    if unit is not None and is_oneshot(unit) and unit.flag("Service", "RemainAfterExit"):
+        return True
+    return len(found.backends) > 1 and backend.name.startswith(_NEEDED_BY_MANY)
 
 
 def is_enabled(unit: Unit) -> str:
@@ -78,6 +84,18 @@ def container_command(unit: Unit) -> list[str]:
             return [piece for word in line for piece in word.split()]
     return []
 
+
+_NEEDED_BY_MANY = (
+    "containerd.",
+    "dbus.",
+    "docker.",
+    "network",
+    "NetworkManager",
+    "podman.",
+    "systemd-",
+    "tailscaled.",
+    "wg-quick@",
+)
 
 _ENGINES = ("podman", "docker", "docker-compose", "podman-compose", "nerdctl")
 
@@ -129,8 +147,13 @@ def required(found: Set, socket: Unit) -> bool:
 
 
 def ordered(unit: Unit, other: Unit | None, name: str) -> bool:
-    """Tell whether `unit` is After= the other, which is called `name`."""
+    """Tell whether the two wait for each other, `other` being called `name`.
+
+    A unit that starts waits for one that stops, whichever of the two is After= the other.
+    """
     known = {name, *(other.aliases if other else ())}
-    if known.intersection(unit.dependencies("After")):
+    if known.intersection(unit.dependencies("After", "Before")):
         return True
-    return other is not None and bool(unit.aliases.intersection(other.dependencies("Before")))
+    return other is not None and bool(
+        unit.aliases.intersection(other.dependencies("After", "Before"))
+    )

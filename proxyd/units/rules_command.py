@@ -29,6 +29,8 @@ def _bad_command(rule: Rule, found: Set) -> Iterator[Finding]:
     if command.options is None:
         return
     listeners = _listeners(found, command.options)
+    if not found.sockets and not command.options.listen and _has_sockets(found):
+        yield rule.found(_where(command), "no socket unit starts it, and it has no --listen=")
     yield from _unmatched(rule, found, command.options, [listener for listener, _ in listeners])
     if facts.network_is_own(found):
         return
@@ -38,6 +40,11 @@ def _bad_command(rule: Rule, found: Set) -> Iterator[Finding]:
                 yield rule.found(
                     _where(command), f"the target {target.text} is the listener {where.text} itself"
                 )
+
+
+def _has_sockets(found: Set) -> bool:
+    """Tell whether there are sockets at all; a set may be incomplete."""
+    return any(name.endswith(".socket") for name in found.library.own_names())
 
 
 def _listeners(found: Set, options: cli.Options) -> list[tuple[Listener, ListenAddress]]:
@@ -113,7 +120,7 @@ def _too_short(rule: Rule, found: Set) -> Iterator[Finding]:
     given = "connect-timeout" in command.given
     for backend in found.backends:
         unit = backend.unit
-        if unit is None or (facts.is_helper(backend) and not facts.is_heavy(backend)):
+        if unit is None or (facts.is_helper(found, backend) and not facts.is_heavy(backend)):
             continue
         if _tells_readiness(unit):
             longest = unit.span("Service", "TimeoutStartSec", "0")

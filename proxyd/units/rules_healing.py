@@ -9,24 +9,22 @@ from proxyd.units.sets import Backend, Set
 
 def _crash_not_healed(rule: Rule, found: Set) -> Iterator[Finding]:
     for backend in found.backends:
-        if "BindsTo" in backend.kinds or "Upholds" in backend.kinds or facts.is_helper(backend):
+        if (
+            "BindsTo" in backend.kinds
+            or "Upholds" in backend.kinds
+            or facts.is_helper(found, backend)
+        ):
             continue
         unit = backend.unit
-        kind = next(iter(backend.kinds))
-        where = at(backend.kinds[kind], found.proxy)
-        if unit is None:
-            if "Requires" in backend.kinds:
-                continue  # failing-start-kills-socket says what there is to do
-            message = f"a crash of {backend.name} is not healed, unless it has Restart= itself"
-            yield rule.found(where, message, "warning")
-        elif (
-            not facts.restarts(unit) and not _upheld(found, backend) and not facts.is_oneshot(unit)
-        ):
-            message = (
+        if unit is None or facts.restarts(unit) or facts.is_oneshot(unit):
+            continue  # what is not known may have Restart= as well
+        if not _upheld(found, backend):
+            kind = next(iter(backend.kinds))
+            yield rule.found(
+                at(backend.kinds[kind], found.proxy),
                 f"{kind}={backend.name}: after a crash of it this proxy stays active, and holds "
-                "its clients until they give up"
+                "its clients until they give up",
             )
-            yield rule.found(where, message)
 
 
 def _upheld(found: Set, backend: Backend) -> bool:
@@ -98,7 +96,7 @@ def _cannot_start(rule: Rule, found: Set) -> Iterator[Finding]:
 def _backend_limit(rule: Rule, found: Set) -> Iterator[Finding]:
     for backend in found.backends:
         unit = backend.unit
-        if unit is None or facts.is_helper(backend):
+        if unit is None or facts.is_helper(found, backend):
             continue
         if not facts.start_limit_off(unit, facts.restart_pause(unit)):
             yield rule.found(

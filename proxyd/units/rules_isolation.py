@@ -59,11 +59,14 @@ def _alone(rule: Rule, found: Set) -> Iterator[Finding]:
         return
     for backend in found.backends:
         unit = backend.unit
-        if unit is not None and facts.private_network(unit) and _is_local(target):
+        apart = unit is not None and (
+            facts.private_network(unit) or unit.value("Service", "NetworkNamespacePath")
+        )
+        if apart and _is_local(target):
             yield rule.found(
                 proxy.where(("Unit", "JoinsNamespaceOf"), ("Service", "ExecStart")),
-                f"{target.text} cannot be reached: {backend.name} is in a private network, and the "
-                "proxy has no PrivateNetwork=yes to join it",
+                f"{target.text} cannot be reached: {backend.name} is in another network than the "
+                "proxy",
             )
 
 

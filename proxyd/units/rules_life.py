@@ -24,6 +24,8 @@ def _restart_refused(rule: Rule, found: Set) -> Iterator[Finding]:
 
 def _no_order(rule: Rule, found: Set) -> Iterator[Finding]:
     for backend in found.backends:
+        if facts.is_helper(found, backend) and not facts.is_heavy(backend):
+            continue
         if not facts.ordered(found.proxy, backend.unit, backend.name):
             kind = next(iter(backend.kinds))
             yield rule.found(
@@ -37,7 +39,8 @@ def _never_stops(rule: Rule, found: Set) -> Iterator[Finding]:
         unit = backend.unit
         if unit is None or not found.command.sure or found.command.options is None:
             continue
-        if facts.is_oneshot(unit) and not facts.is_heavy(backend):
+        helper = facts.is_helper(found, backend) or facts.is_oneshot(unit)
+        if helper and not facts.is_heavy(backend):
             continue
         stops = unit.flag("Unit", "StopWhenUnneeded")
         if stops and not found.command.rests and not found.per_connection:

@@ -20,6 +20,8 @@ _LATE_TARGETS = (
     "sockets.target",
 )
 _MAYBE_LATE = ("network.target",)
+_EARLY = ("systemd-", "networking.", "nftables.", "netfilter-persistent.")
+"""Services that start before basic.target, by the names that they are known by."""
 
 
 def listens_on(socket: Unit) -> list[tuple[ListenAddress, Setting]]:
@@ -62,6 +64,8 @@ def _lateness(found: Set, other: str) -> str:
     if not other.endswith(".service"):
         return ""
     unit = found.library.get(other)
+    if unit is None and other.startswith(_EARLY):
+        return ""
     return "error" if unit is None or _has_defaults(unit) else ""
 
 
@@ -71,7 +75,8 @@ def _has_defaults(unit: Unit) -> bool:
 
 def _without_freebind(rule: Rule, found: Set) -> Iterator[Finding]:
     for socket in found.sockets:
-        if socket.user or socket.flag("Socket", "FreeBind") or _waits_for_network(socket):
+        free = socket.flag("Socket", "FreeBind") or socket.flag("Socket", "Transparent")
+        if socket.user or free or _waits_for_network(socket):
             continue
         for where, setting in listens_on(socket):
             if _is_one_of_ours(where.address):

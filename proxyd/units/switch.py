@@ -96,7 +96,7 @@ def _plan_sockets(one: Set, plan: Plan) -> None:
 
 def _plan_backend(one: Set, backend: Backend, plan: Plan) -> None:
     name = _generic(one, backend.name)
-    if facts.is_helper(backend) and not facts.is_heavy(backend):
+    if facts.is_helper(one, backend) and not facts.is_heavy(backend):
         return
     for kind in _GOES:
         if kind in backend.kinds:
@@ -226,7 +226,7 @@ def _without(one: Set, setting: Setting, plan: Plan) -> str | None:
 
 
 def _own_backends(one: Set) -> list[Backend]:
-    return [b for b in one.backends if not facts.is_helper(b) or facts.is_heavy(b)]
+    return [b for b in one.backends if not facts.is_helper(one, b) or facts.is_heavy(b)]
 
 
 def _for_backend(one: Set, backend: Backend) -> Text:

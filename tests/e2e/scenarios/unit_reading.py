@@ -58,8 +58,8 @@ RestartSec=2min 3s
     "service.d/10-y.conf": "[Service]\nEnvironment=HIDDEN=2\n",
     "read-b.service": "-> read-a.service",
     "read-b.service.d/60-b.conf": "[Service]\nEnvironment=H=b\n",
-    "read-t@.service": "[Unit]\nWants=w@%i.service v@.service %I.mount\n[Service]\nExecStart=/bin/true\n"
-    "Environment=I=%i J=%I K=%j\n",
+    "read-t@.service": "[Unit]\nWants=w@%i.service v@.service\n"
+    "[Service]\nExecStart=/bin/true\nEnvironment=I=%i J=%I K=%j\n",
     "read-t@one-two.service.d/x.conf": "[Service]\nEnvironment=L=one\n",
     "read-t@.service.d/x.conf": "[Service]\nEnvironment=M=all\n",
     "read-t@.service.d/y.conf": "[Service]\nEnvironment=N=%N\n",
