@@ -118,10 +118,12 @@ def _check_machine(wanted: list[str], scope: Scope, findings: list[Finding]) -> 
             _complain(findings, name, problem)
         else:
             known.append(name)
-    sets = find_sets(library, known if wanted else library.all_names())
+    meant = known if wanted else library.all_names()
+    sets = find_sets(library, meant)
     if scope.manager is not None and scope.manager.answers():
-        told = [unit for one in sets for unit in _units_of(one)]
-        findings += scope.manager.tell(told)
+        for _ in range(2):  # once for the dependencies, then for what they have added
+            findings += scope.manager.tell([unit for one in sets for unit in _units_of(one)])
+            sets = find_sets(library, meant)
     _judge(sets, findings)
     _report_files(library, known, sets, "", findings)
     files = {f"{os.path.dirname(u.shown)}/{u.text}" for one in sets for u in _units_of(one)}

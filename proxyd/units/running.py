@@ -46,6 +46,7 @@ class Manager:
 
     def tell(self, units: list[Unit]) -> list[Finding]:
         """Complete `units` by what the manager has loaded; return what has to be said of that."""
+        units = [unit for unit in units if not unit.told]
         by_name = {alias: unit for unit in units for alias in unit.aliases}
         if not by_name:
             return []
