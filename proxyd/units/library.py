@@ -103,7 +103,7 @@ class Library:
         known = {link[:2] for link in links}
         for path in self._scan(folder):
             name = os.path.basename(path)
-            if (key, name) not in known:
+            if (key, name) not in known and os.path.islink(path):
                 links.append((key, name, path))
                 self._linked.setdefault(name, []).append((owner, path))
 

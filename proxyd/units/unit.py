@@ -28,6 +28,30 @@ _SPELLINGS = {
 """What else systemd still takes for a setting."""
 
 
+_CHOICES = {
+    "Restart": (
+        "no",
+        "always",
+        "on-success",
+        "on-failure",
+        "on-abnormal",
+        "on-watchdog",
+        "on-abort",
+    ),
+    "Type": (
+        "simple",
+        "exec",
+        "forking",
+        "oneshot",
+        "dbus",
+        "notify",
+        "notify-reload",
+        "idle",
+    ),
+}
+"""The words of settings for which it matters."""
+
+
 class Unit:
     """The settings of a unit in the order in which systemd reads them.
 
@@ -114,8 +138,10 @@ class Unit:
         return self.expand(setting.value) if setting else default
 
     def choice(self, section: str, key: str, default: str = "") -> str:
-        """Return a setting that is one of a few words; an empty value does not reset it."""
-        values = [setting.value for setting in self.all(section, key) if setting.value]
+        """Return a setting that is one of a few words. Any other is ignored, and resets nothing."""
+        allowed = _CHOICES.get(key)
+        settings = self.all(section, key)
+        values = [s.value for s in settings if s.value and (not allowed or s.value in allowed)]
         return self.told.get(key, self.expand(values[-1]) if values else default)
 
     def flag(self, section: str, key: str, default: bool = False) -> bool:

@@ -8,7 +8,7 @@ import re
 import time
 from collections.abc import Callable
 
-from machine import TOOLS, Failure, Machine, check, same
+from machine import TOOLS, UNIT_FOLDER, Failure, Machine, check, same
 
 CONTROL = "/run/heal"
 BACKEND = f"/usr/bin/python3 {TOOLS}/backend.py"
@@ -46,11 +46,14 @@ StartLimitIntervalSec=0
 UNITS = {"heal.socket": SOCKET, "heal.service": PROXY, "back.service": BACK}
 
 # The link that ExecStart= runs: taking it away is a proxy that cannot start.
-PROGRAM = f"{CONTROL}/program"
+PROGRAM = f"{CONTROL}/systemd-socket-proxyd"
 
 
 class Subject:
-    """Units in the machine. `sockets` are started, and a client connects to `address`."""
+    """Units in the machine: {name: text}, `-> X` being a symlink.
+
+    `sockets` are started, and a client connects to `address`.
+    """
 
     def __init__(
         self,
@@ -68,7 +71,11 @@ class Subject:
         self.backend = backend
         self.address = address
         for name, text in units.items():
-            machine.unit(name, text.replace("{program}", PROGRAM), load=False)
+            if text.startswith("-> "):
+                path = machine.write(f"{UNIT_FOLDER}/{name}", "")
+                machine.sh(f"ln -sf {text[3:]} {path}")
+            else:
+                machine.unit(name, text.replace("{program}", PROGRAM), load=False)
         machine.uses(*sockets.split(), proxy, backend)
         self.begin()
 
@@ -79,7 +86,7 @@ class Subject:
         m.run(f"rm -rf {CONTROL}; systemctl stop {everything}", timeout=60)
         m.sh(f"mkdir -p {CONTROL}; ln -sf {m.program} {PROGRAM}")
         m.sh("systemctl daemon-reload; systemctl reset-failed")
-        m.sh(f"systemctl start {self.sockets}")
+        m.run(f"systemctl start {self.sockets}")
 
     def ask(self, seconds: float = 20) -> bool:
         """Tell whether a client is answered within `seconds`."""

@@ -111,6 +111,7 @@ def test_a_list_is_reset_and_dependencies_are_not(units):
             "a.service.d/x.conf": "[Unit]\nRequires=\nWants=c.service\n",
             "a.service.wants/d.service": "-> /dev/null",
             "a.service.requires/e.service": "-> ../e.service",
+            "a.service.requires/f.service": "no symlink, which systemd ignores\n",
         }
     )
     unit = library(folder).get("a.service")
@@ -120,9 +121,10 @@ def test_a_list_is_reset_and_dependencies_are_not(units):
 
 
 def test_booleans_and_spans_that_are_none_are_ignored(units):
-    text = "[Service]\nB=yes\nB=\nB=maybe\nS=5\nS=soon\n[Unit]\n"
+    text = "[Service]\nB=yes\nB=\nB=maybe\nS=5\nS=soon\nRestart=always\nRestart=ever\n"
     unit = library(units({"a.service": text})).get("a.service")
     assert unit.flag("Service", "B")
+    assert unit.choice("Service", "Restart") == "always"
     assert unit.span("Service", "S", "1") == 5_000_000
 
 

@@ -382,7 +382,7 @@ CASES = (
         "backend-pinned",
         {
             B: [("[Service]", "[Install]\nWantedBy=basic.target\n[Service]")],
-            "basic.target.wants/back.service": [("", edited({})[B])],
+            "basic.target.wants/back.service": [("", "-> ../back.service")],
         },
         runs_on,
         healing.idle_stop,
