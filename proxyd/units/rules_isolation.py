@@ -235,9 +235,10 @@ RULES = (
         "families-without-unix",
         "error",
         "AF_UNIX in RestrictAddressFamilies=",
-        "Type=notify tells the service manager over a UNIX socket that the proxy is ready. "
-        "Without AF_UNIX in RestrictAddressFamilies= that message is not sent.\n"
-        "Seen as: 'Failed with result 'protocol'' at the start of the proxy.",
+        "Type=notify tells the service manager over a UNIX socket that the proxy is ready. Without "
+        "AF_UNIX in RestrictAddressFamilies= that message is not sent: the proxy serves, but counts "
+        "as starting, until its start times out, or fails because the proxy ends when idle.\n"
+        "Seen as: activating in `systemctl status PROXY`, and 'Failed with result 'protocol''.",
         _families,
     ),
 )
