@@ -160,7 +160,7 @@ def _families(rule: Rule, found: Set) -> Iterator[Finding]:
     if settings and "AF_UNIX" not in _allowed_families([s.value for s in settings]):
         yield rule.found(
             (settings[-1].path, settings[-1].line),
-            "without AF_UNIX the proxy cannot tell that it is ready: its start fails",
+            "without AF_UNIX the proxy cannot say that it is ready: its start never ends, or fails",
         )
 
 
@@ -238,7 +238,7 @@ RULES = (
         "Type=notify tells the service manager over a UNIX socket that the proxy is ready. Without "
         "AF_UNIX in RestrictAddressFamilies= that message is not sent: the proxy serves, but counts "
         "as starting, until its start times out, or fails because the proxy ends when idle.\n"
-        "Seen as: activating in `systemctl status PROXY`, and 'Failed with result 'protocol''.",
+        "Seen as: activating in `systemctl status PROXY`; 'Failed with result 'protocol''.",
         _families,
     ),
 )
