@@ -95,11 +95,18 @@ def _without_requirement(rule: Rule, found: Set) -> Iterator[Finding]:
     for name, (setting, unit) in _joined(found).items():
         known = {name, *(unit.aliases if unit else ())}
         installed = any(backend.name in known for backend in found.backends)
-        if not known.intersection(wanted) and not installed:
+        if known.intersection(wanted) or installed:
+            continue
+        if unit is None or not facts.joins_back(found.proxy, unit):
             yield rule.found(
                 at(setting, found.proxy),
                 f"JoinsNamespaceOf={name} without Wants=: a proxy that starts before it is not in "
                 "its namespace",
+            )
+        elif not facts.is_enabled(unit):
+            yield rule.found(
+                at(setting, found.proxy),
+                f"JoinsNamespaceOf={name} without Wants=: nothing starts it with the proxy",
             )
 
 
@@ -198,8 +205,8 @@ RULES = (
         "join-without-requirement",
         "error",
         "Wants= and After= the unit that is joined",
-        "A namespace is joined when the proxy starts, if the other unit is running by then; "
-        "otherwise the proxy gets one of its own. After= alone orders two starts, but makes "
+        "A namespace is joined by the unit that starts second; a proxy that starts first, and that "
+        "the other does not join, gets one of its own. After= alone orders two starts, but makes "
         "none: Wants= (or Requires=) does.",
         _without_requirement,
     ),
@@ -236,8 +243,8 @@ RULES = (
         "error",
         "AF_UNIX in RestrictAddressFamilies=",
         "Type=notify tells the service manager over a UNIX socket that the proxy is ready. Without "
-        "AF_UNIX in RestrictAddressFamilies= that message is not sent: the proxy serves, but counts "
-        "as starting, until its start times out, or fails because the proxy ends when idle.\n"
+        "AF_UNIX in RestrictAddressFamilies= that message is not sent: the proxy serves, but is "
+        "starting until its start times out, or fails because the proxy ends when idle.\n"
         "Seen as: activating in `systemctl status PROXY`; 'Failed with result 'protocol''.",
         _families,
     ),

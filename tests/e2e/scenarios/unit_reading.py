@@ -44,7 +44,7 @@ StopWhenUnneeded=perhaps
 [Service]
 Environment=A=1
 Environment=
-Environment=B=%n C=%p \\
+Environment=B=b C=c \\
   D=%%
 ExecStart=/bin/sleep 60
 Restart=always
