@@ -73,8 +73,10 @@ def check(arguments: list[str], scope: Scope) -> tuple[list[Finding], int]:
             folder, unit = of_file(argument)
             if not names.is_unit(unit):
                 _complain(findings, argument, "is not a unit file, a drop-in or a folder")
-                continue
-            proxies += _check_files(folder, [unit], scope, findings)
+            elif not os.path.lexists(argument):
+                _complain(findings, argument, "no such file")
+            else:
+                proxies += _check_files(folder, [unit], scope, findings)
         else:
             units.append(argument)
     if units or not arguments:
@@ -89,7 +91,8 @@ def _check_files(folder: str, wanted: list[str], scope: Scope, findings: list[Fi
     sets = find_sets(library, units)
     _judge(sets, findings)
     _report_files(library, units, sets, folder, findings)
-    files = [f"{folder}/{name}" for name in _startable(units, sets)]
+    real = [name for name in units if names.is_unit(os.path.basename(library.path(name)))]
+    files = [f"{folder}/{name}" for name in _startable(real, sets)]
     if scope.ask_systemd:
         _pass_through(verify.run(folder, files, library.user), sets, findings)
     return len(sets)

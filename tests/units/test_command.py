@@ -160,7 +160,7 @@ def test_what_is_no_unit(tmp_path):
     (tmp_path / "text").write_text("words\n")
     done = run("check", "text", "no.service", "/nowhere/x.service", "x/y", cwd=tmp_path)
     assert done.returncode == 1
-    for name in ("text", "no.service", "x/y"):
+    for name in ("text", "no.service", "x/y", "/nowhere/x.service"):
         assert f"{name}: error: " in done.stdout
 
 
