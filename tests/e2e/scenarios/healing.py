@@ -86,7 +86,10 @@ def heals_template(m: Machine) -> str:
 @scenario(needs="--connect-timeout", original="has no --connect-timeout=")
 def heals_accept(m: Machine) -> str:
     """examples/accept, a proxy for each connection: what can happen to the backend"""
-    proxies = (
+    not_of_it = (  # a connection is all that keeps the backend up, and no proxy is the next one's
+        healing.crash,
+        healing.crash_with_clients,
+        healing.reload,
         healing.proxy_killed,
         healing.proxy_killed_often,
         healing.proxy_cannot_start,
@@ -95,7 +98,12 @@ def heals_accept(m: Machine) -> str:
         healing.slow_stop,
         healing.stop_all,
     )
-    return heals(app(m, "accept", proxy="app-proxy@.service"), without=proxies)
+    subject = app(m, "accept", proxy="app-proxy@*.service")
+    m.client(f"exec socat -u {subject.address} -")
+    subject.wait("the backend runs", lambda: m.is_active("app.service"))
+    subject.kill("app.service")
+    subject.served("after a crash")
+    return heals(subject, without=not_of_it)
 
 
 NGINX = {"sockets": "proxy-to-nginx.socket", "proxy": "proxy-to-nginx.service"}
