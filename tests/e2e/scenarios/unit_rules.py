@@ -10,8 +10,10 @@ from collections.abc import Callable
 
 import healing
 from harness import SCENARIOS, scenario
-from healing import BACKEND, CONTROL, UNITS, Subject
+from healing import BACK, BACKEND, CONTROL, PROXY, UNITS, Subject
 from machine import Failure, Machine, check
+
+from scenarios.user_manager import USER, UserManager
 
 Units = dict[str, str]
 
@@ -604,4 +606,30 @@ def add_scenario(case: Case) -> None:
 for one in CASES:
     add_scenario(one)
 
-assert len([name for name in SCENARIOS if name.startswith("rule-")]) == len(CASES)
+USERS_SOCKET = "[Socket]\nListenStream=%t/heal\n[Install]\nWantedBy={target}\n"
+
+
+@scenario(needs="--connect-timeout", original="has no --connect-timeout=")
+def rule_user_unit_wanted_by_multi_user(m: Machine) -> str:
+    """user-unit-wanted-by-multi-user: enabled, it is not there after a start of the manager"""
+    for target, there in (("multi-user.target", False), ("sockets.target", True)):
+        user = UserManager(m)
+        try:
+            user.unit("heal.socket", USERS_SOCKET.format(target=target))
+            user.unit("heal.service", PROXY.replace("{program}", m.program))
+            user.unit("back.service", BACK)
+            user.sh("systemctl --user daemon-reload; systemctl --user enable heal.socket")
+            m.sh(f"systemctl restart user@{user.number}.service")
+            m.wait_for(
+                "it has started", lambda u=user: u.show("default.target", "ActiveState") == "active"
+            )
+            check((user.show("heal.socket", "ActiveState") == "active") == there, f"with {target}")
+            folder = f"/home/{USER}/.config/systemd/user"
+            found = m.run(f"{m.program}-units check --json=short {folder}").stdout
+            check(("user-unit-wanted-by-multi-user" in found) != there, f"check says {found}")
+        finally:
+            user.end()
+    return "bites, is found, and is mended"
+
+
+assert len([name for name in SCENARIOS if name.startswith("rule-")]) == len(CASES) + 1
