@@ -222,16 +222,17 @@ class Library:
 
 
 def _drop_in_names(name: names.Name) -> list[str]:
-    """Return the names that a unit's drop-ins may be under, the most specific first."""
+    """Return the names that a unit's drop-ins may be under, the most specific first.
+
+    The prefixes of an instance are those of a plain unit: a-b@i.service has a-.service.d.
+    """
     found = [name.text]
     if name.template and not name.is_template:
         found.append(name.template)
-    for stem in list(found):
-        prefix, at, rest = stem.partition("@")
-        base = prefix if at else prefix.removesuffix(f".{name.type}")
-        while "-" in base.rstrip("-"):
-            base = base.rstrip("-").rpartition("-")[0]
-            found.append(f"{base}-{at}{rest}" if at else f"{base}-.{name.type}")
+    base = name.prefix.rstrip("-")
+    while "-" in base:
+        base = base.rpartition("-")[0].rstrip("-")
+        found.append(f"{base}-.{name.type}")
     return found
 
 

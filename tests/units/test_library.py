@@ -58,9 +58,12 @@ def test_a_template_and_its_instances(units):
             "a@.service.d/x.conf": "[Service]\nK=all\n",
             "a@one.service.d/y.conf": "[Service]\nK=one\n",
             "a@two.service": "[Service]\nK=own\n",
+            "b-c@.service": "[Service]\nK=file\n",
+            "b-.service.d/x.conf": "[Service]\nK=prefix\n",
         }
     )
     found = library(folder)
+    assert values(found.get("b-c@one.service")) == ["file", "prefix"]
     assert values(found.get("a@one.service")) == ["%i", "all", "one"]
     assert found.get("a@one.service").value("Service", "K") == "one"
     assert values(found.get("a@two.service")) == ["own", "all"]

@@ -618,6 +618,7 @@ def rule_user_unit_wanted_by_multi_user(m: Machine) -> str:
             user.unit("heal.socket", USERS_SOCKET.format(target=target))
             user.unit("heal.service", PROXY.replace("{program}", m.program))
             user.unit("back.service", BACK)
+            m.sh(f"chown -R {USER} /home/{USER}")
             user.sh("systemctl --user daemon-reload; systemctl --user enable heal.socket")
             m.sh(f"systemctl restart user@{user.number}.service")
             m.wait_for(
