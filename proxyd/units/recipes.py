@@ -1,7 +1,7 @@
 """The recipes: which units make a proxy that heals, as data.
 
-Each was run under a real systemd, with every part of it killed, failing and slow: see the healing
-scenarios of the project.
+The scenarios of ci/e2e run them under a real systemd, with every part of them killed, failing and
+slow.
 """
 
 from proxyd.units import names
