@@ -110,8 +110,9 @@ def compare(m: Machine, unit: str, read: dict) -> None:
         f"StopWhenUnneeded= of {unit}", read["StopWhenUnneeded"], shown["StopWhenUnneeded"] == "yes"
     )
     same(f"drop-ins of {unit}", read["DropInPaths"], shown["DropInPaths"].split())
-    words = [word for value in read["Environment"] for word in value.split()]
-    same(f"Environment= of {unit}", words, shown["Environment"].split())
+    words = (word.split("=") for value in read["Environment"] for word in value.split())
+    merged = [f"{name}={value}" for name, value in dict(words).items()]  # the last of a name counts
+    same(f"Environment= of {unit}", merged, shown["Environment"].split())
     for name in ("Names", "Wants", "Requires", "Upholds"):
         # The manager adds dependencies of its own, on what is there before any service.
         told = {w for w in shown[name].split() if not w.endswith((".target", ".slice", "-.mount"))}
