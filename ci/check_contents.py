@@ -26,13 +26,19 @@ WHEEL_HAS = (
     "proxyd/_relay.*.so",
     "proxyd/_relay.pyi",
     "proxyd/py.typed",
+    "proxyd/units/__init__.py",
     "*.data/scripts/systemd-socket-proxyd",
+    "*.data/scripts/systemd-socket-proxyd-units",
     f"{DATA}/man/man1/systemd-socket-proxyd.1",
+    f"{DATA}/man/man1/systemd-socket-proxyd-units.1",
     f"{DOC}/README.md",
     f"{DOC}/CHANGELOG.md",
     f"{DATA}/bash-completion/completions/systemd-socket-proxyd",
     f"{DATA}/zsh/site-functions/_systemd-socket-proxyd",
     f"{DATA}/fish/vendor_completions.d/systemd-socket-proxyd.fish",
+    f"{DATA}/bash-completion/completions/systemd-socket-proxyd-units",
+    f"{DATA}/zsh/site-functions/_systemd-socket-proxyd-units",
+    f"{DATA}/fish/vendor_completions.d/systemd-socket-proxyd-units.fish",
     "*.dist-info/licenses/LICENSE",
 )
 WHEEL_MAY_HAVE = (
@@ -146,8 +152,11 @@ def link_faults(archive: zipfile.ZipFile, files: set[str]) -> list[str]:
 
 def text_faults(archive: zipfile.ZipFile, files: set[str]) -> list[str]:
     faults = []
-    if not text(archive, files, "scripts/systemd-socket-proxyd").startswith("#!python\n"):
-        faults.append("the script's first line is not '#!python', which installers replace")
+    faults += [
+        f"the first line of {script} is not '#!python', which installers replace"
+        for script in ("scripts/systemd-socket-proxyd", "scripts/systemd-socket-proxyd-units")
+        if not text(archive, files, script).startswith("#!python\n")
+    ]
     if "Requires-Dist:" in text(archive, files, "/METADATA"):
         faults.append("requires other distributions at run time")
     return faults

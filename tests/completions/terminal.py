@@ -11,6 +11,13 @@ from harness.waiting import wait_until
 PREFIX = Path(sys.prefix)
 """Where the command, and its completions, were installed."""
 
+UNITS = {
+    "bash": PREFIX / "share/bash-completion/completions/systemd-socket-proxyd-units",
+    "zsh": PREFIX / "share/zsh/site-functions/_systemd-socket-proxyd-units",
+    "fish": PREFIX / "share/fish/vendor_completions.d/systemd-socket-proxyd-units.fish",
+}
+"""Those of the other command."""
+
 INSTALLED = {
     "bash": PREFIX / "share/bash-completion/completions/systemd-socket-proxyd",
     "zsh": PREFIX / "share/zsh/site-functions/_systemd-socket-proxyd",
@@ -63,7 +70,7 @@ def program(kind):
 def write_settings(home):
     """Make settings for all shells: a short prompt, and nothing on the screen but what is asked."""
     (home / ".inputrc").write_text(INPUTRC)
-    (home / "bashrc").write_text(BASHRC + f". {INSTALLED['bash']}\n")
+    (home / "bashrc").write_text(BASHRC + f". {INSTALLED['bash']}\n. {UNITS['bash']}\n")
     # The package finds the completion itself, when it is first asked for.
     (home / "bashrc-with-package").write_text(BASHRC + f". {BASH_COMPLETION}\n")
     (home / ".zshrc").write_text(ZSHRC)
@@ -117,17 +124,17 @@ class Terminal:
         self.press("C-u", "C-l")
         self._wait(self._is_empty, "an empty screen")
 
-    def completed(self, typed, then, line):
+    def completed(self, typed, then, line, command=COMMAND):
         """Type `typed` after the command, Tab and `then`; wait for the command line `line`."""
-        self.type(COMMAND + typed)
+        self.type(command + typed)
         self.press("Tab")
         self.type(then)
-        wanted = f"{PROMPT} {COMMAND}{line}".rstrip()
+        wanted = f"{PROMPT} {command}{line}".rstrip()
         self._wait(lambda: self.lines()[-1] == wanted, f"{wanted!r} after {typed!r} and Tab")
 
-    def offers(self, typed, words):
+    def offers(self, typed, words, command=COMMAND):
         """Type `typed` after the command and Tab; wait for a list with `words`, and return it."""
-        self.type(COMMAND + typed)
+        self.type(command + typed)
         self.press("Tab")
         return self._wait(lambda: self._list_with(words), f"{sorted(words)} for {typed!r}")
 

@@ -4,19 +4,23 @@ import shutil
 import subprocess
 
 import pytest
-from terminal import INSTALLED
+from terminal import INSTALLED, UNITS
 
 CHECKS = {
     "shellcheck": ["shellcheck", INSTALLED["bash"]],
     "bash": ["bash", "-n", INSTALLED["bash"]],
     "zsh": ["zsh", "-n", INSTALLED["zsh"]],
     "fish": ["fish", "--no-execute", INSTALLED["fish"]],
+    "shellcheck of units": ["shellcheck", UNITS["bash"]],
+    "bash of units": ["bash", "-n", UNITS["bash"]],
+    "zsh of units": ["zsh", "-n", UNITS["zsh"]],
+    "fish of units": ["fish", "--no-execute", UNITS["fish"]],
 }
 
 
 @pytest.mark.parametrize("program", CHECKS)
 def test_nothing_is_to_be_said(program):
-    if not shutil.which(program):
+    if not shutil.which(CHECKS[program][0]):
         pytest.skip(f"no {program} here")
     done = subprocess.run(CHECKS[program], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

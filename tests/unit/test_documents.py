@@ -24,7 +24,8 @@ def settings(text):
 
 def examples():
     """{name of a file in examples/, with its folder: its lines}."""
-    files = [path for path in (ROOT / "examples").rglob("*") if path.suffix not in ("", ".md")]
+    paths = (path for path in (ROOT / "examples").rglob("*") if path.is_file())
+    files = [path for path in paths if path.suffix not in ("", ".md")]
     return {str(path.relative_to(ROOT / "examples")): settings(path.read_text()) for path in files}
 
 

@@ -12,9 +12,11 @@ NGINX = "user www-data;\npid /run/nginx.pid;\nevents {{}}\nhttp {{\n{server}\n}}
 
 
 def install(m: Machine, folder: str) -> None:
-    """Copy the units of an example, without [Install]'s business, which is systemd's."""
-    for unit in sorted((EXAMPLES / folder).glob("*.s*")):
-        m.unit(unit.name, unit.read_text().replace("/usr/bin/systemd-socket-proxyd", m.program))
+    """Copy the units and drop-ins of an example; enabling them is systemd's business."""
+    for path in sorted((EXAMPLES / folder).rglob("*")):
+        if path.suffix in (".service", ".socket") or path.parent.suffix == ".d":
+            name = str(path.relative_to(EXAMPLES / folder))
+            m.unit(name, path.read_text().replace("/usr/bin/systemd-socket-proxyd", m.program))
 
 
 def install_nginx(m: Machine, folder: str, service: str) -> None:
@@ -71,7 +73,7 @@ def example_on_demand(m: Machine) -> None:
     check(not m.is_active("app.service"), "the application runs before it has a client")
     check("Directory listing" in m.sh(f"{CURL} http://127.0.0.1:8000/"), "no answer")
     check(m.is_active("app.service"), "app.service was not started")
-    # The proxy ends by itself after ten minutes: here it is told to.
+    # The proxy ends by itself after a quarter of an hour: here it is told to.
     m.stop("app-proxy.service")
     m.wait_for("the application ends", lambda: not m.is_active("app.service"))
     check("Directory listing" in m.sh(f"{CURL} http://127.0.0.1:8000/"), "no second answer")

@@ -1,0 +1,159 @@
+"""What the rules ask about services: does it come back, can it hit a limit, is it always on."""
+
+from proxyd.units import command
+from proxyd.units.sets import Backend, Set
+from proxyd.units.unit import Unit
+
+AFTER_A_CRASH = ("always", "on-failure", "on-abnormal", "on-abort")
+"""Restart= that brings a service back that was killed."""
+
+_SEC = 1_000_000
+
+
+def restarts(unit: Unit) -> bool:
+    """Tell whether the service manager starts the service again after a crash."""
+    return unit.choice("Service", "Restart", "no") in AFTER_A_CRASH
+
+
+def start_limit_off(unit: Unit, period: int) -> bool:
+    """Tell whether StartLimitIntervalSec= and StartLimitBurst= cannot be hit.
+
+    `period` is the shortest time between two starts, in microseconds.
+    """
+    interval = unit.span("Unit", "StartLimitIntervalSec", "10s")
+    burst = unit.choice("Unit", "StartLimitBurst", "5")
+    count = int(burst) if burst.isascii() and burst.isdigit() else 5
+    if interval == 0 or count == 0:
+        return True
+    return interval is not None and period * count >= interval
+
+
+def restart_pause(unit: Unit) -> int:
+    """Return the microseconds from a crash to the next start; 0 if a client may cause that."""
+    if not restarts(unit):
+        return 0
+    return unit.span("Service", "RestartSec", "100ms") or 0
+
+
+def is_oneshot(unit: Unit) -> bool:
+    """Tell whether this is a Type=oneshot: a command without a process that stays."""
+    kind = unit.choice("Service", "Type")
+    return kind == "oneshot" or (not kind and not unit.entries("Service", "ExecStart"))
+
+
+def is_helper(found: Set, backend: Backend) -> bool:
+    """Tell whether this is not what the proxy leads to, but what that needs.
+
+    It is a oneshot that remains, such as one that makes a namespace, or, with another backend
+    beside it, a service that many others need.
+    """
+    unit = backend.unit
+    if unit is not None and is_oneshot(unit) and unit.flag("Service", "RemainAfterExit"):
+        return True
+    return len(found.backends) > 1 and backend.name.startswith(_NEEDED_BY_MANY)
+
+
+def is_enabled(unit: Unit) -> str:
+    """Return the unit that starts this one at boot, or empty.
+
+    A unit of the administrator's that has WantedBy= is meant to be enabled; a package's is only if
+    it is.
+    """
+    for owner, _ in unit.wanted_by:
+        if owner.endswith(".target"):
+            return owner
+    if unit.vendors:
+        return ""
+    for owner, _ in unit.installed_by("WantedBy", "RequiredBy", "UpheldBy"):
+        if owner.endswith(".target"):
+            return owner
+    return ""
+
+
+def is_heavy(backend: Backend) -> bool:
+    """Tell whether the service runs containers by a command, such as docker compose up."""
+    return backend.unit is not None and bool(container_command(backend.unit))
+
+
+def container_command(unit: Unit) -> list[str]:
+    """Return the words of the command that starts containers, empty if there is none."""
+    for line in command.programs(unit, "ExecStart"):
+        if any(word.rpartition("/")[2] in _ENGINES for word in line[:2]) or any(
+            f"{engine} " in word for engine in _ENGINES for word in line[1:]
+        ):
+            return [piece for word in line for piece in word.split()]
+    return []
+
+
+_NEEDED_BY_MANY = (
+    "containerd.",
+    "dbus.",
+    "docker.",
+    "network",
+    "NetworkManager",
+    "podman.",
+    "systemd-",
+    "tailscaled.",
+    "wg-quick@",
+)
+
+_ENGINES = ("podman", "docker", "docker-compose", "podman-compose", "nerdctl")
+
+
+def joins(first: Unit, other: Unit | None, name: str) -> bool:
+    """Tell whether one of the two has JoinsNamespaceOf= of the other, which is called `name`."""
+    names = {name, *(other.aliases if other else ())}
+    if names.intersection(first.dependencies("JoinsNamespaceOf")):
+        return True
+    return other is not None and bool(
+        first.aliases.intersection(other.dependencies("JoinsNamespaceOf"))
+    )
+
+
+def joins_back(proxy: Unit, unit: Unit) -> bool:
+    """Tell whether the backend joins the namespace of the proxy."""
+    return bool(proxy.aliases.intersection(unit.dependencies("JoinsNamespaceOf")))
+
+
+def private_network(unit: Unit) -> bool:
+    """Tell whether the service has a network of its own, or of those that it joins."""
+    return unit.flag("Service", "PrivateNetwork")
+
+
+def private_tmp(unit: Unit) -> bool:
+    """Tell whether /tmp and /var/tmp are the service's own."""
+    value = unit.choice("Service", "PrivateTmp")
+    return (
+        value == "disconnected"
+        or unit.flag("Service", "PrivateTmp")
+        or unit.flag("Service", "DynamicUser")
+    )
+
+
+def network_is_own(found: Set) -> bool:
+    """Tell whether the proxy looks at another network than its sockets: no loop can be seen."""
+    proxy = found.proxy
+    return (
+        found.command.elsewhere
+        or private_network(proxy)
+        or bool(proxy.value("Service", "NetworkNamespacePath"))
+        or bool(proxy.value("Service", "RootDirectory") or proxy.value("Service", "RootImage"))
+    )
+
+
+def required(found: Set, socket: Unit) -> bool:
+    """Tell whether the proxy stops and starts with this socket."""
+    return bool(socket.aliases.intersection(found.proxy.dependencies("Requires", "BindsTo")))
+
+
+def ordered(unit: Unit, other: Unit | None, name: str) -> bool:
+    """Tell whether the two wait for each other, `other` being called `name`.
+
+    A unit that starts waits for one that stops, whichever of the two is After= the other.
+    """
+    known = {name, *(other.aliases if other else ())}
+    if known.intersection(unit.dependencies("After", "Before")):
+        return True
+    return other is not None and bool(
+        unit.aliases.intersection(other.dependencies("After", "Before"))
+    )

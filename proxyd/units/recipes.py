@@ -1,0 +1,190 @@
+"""The recipes: which units make a proxy that heals, as data.
+
+The scenarios of ci/e2e run them under a real systemd, with every part of them killed, failing and
+slow.
+"""
+
+from proxyd.units import names
+from proxyd.units.rules_command import knows_settle_time
+from proxyd.units.text import Section, Text
+
+PROGRAM = "/usr/bin/systemd-socket-proxyd"
+
+DROP_IN = "50-socket-proxyd.conf"
+"""How the drop-ins are called that we write for units of others."""
+
+HEALS = [("StartLimitIntervalSec", "0")]
+RESTARTS = [("Restart", "on-failure"), ("RestartSec", "1s")]
+ON_DEMAND = [("StopWhenUnneeded", "yes"), ("StartLimitIntervalSec", "0")]
+ALWAYS = [("Restart", "always"), ("RestartSec", "1s")]
+
+Rows = list[tuple[str, str]]
+
+
+class Request:
+    """What `create` was asked for."""
+
+    __slots__ = (
+        "backend",
+        "compose",
+        "container",
+        "idle",
+        "listen",
+        "name",
+        "namespace",
+        "start",
+        "targets",
+        "user",
+    )
+
+    def __init__(self) -> None:
+        self.name = ""
+        """Of the proxy's units, without a type; it ends with @ for a template."""
+        self.listen: list[tuple[str, str]] = []
+        """NAME, or nothing, and ADDRESS."""
+        self.targets: list[str] = []
+        self.backend = ""
+        """The service that the proxy starts; empty for none."""
+        self.container = False
+        """Whether Quadlet or compose publishes the target."""
+        self.compose = ""
+        """The compose file that the backend is to be made of."""
+        self.idle = ""
+        """After what time without clients all ends; empty for never."""
+        self.start = ""
+        """How long a start of the backend may take."""
+        self.namespace = False
+        self.user = False
+
+    @property
+    def is_template(self) -> bool:
+        """Tell whether there is to be one set of units for many instances."""
+        return self.name.endswith("@")
+
+    def unit(self, kind: str, suffix: str = "") -> str:
+        """Return the name of a unit of the proxy's, for a file."""
+        stem = self.name.removesuffix("@")
+        return f"{stem}{suffix}{'@' if self.is_template else ''}.{kind}"
+
+    def meant(self, unit: str) -> str:
+        """Return what a dependency on `unit` is called in a unit of the set."""
+        parsed = names.parse(unit)
+        return names.Name(parsed.prefix, "%i", parsed.type).text if parsed.is_template else unit
+
+
+def write_set(request: Request) -> list[Text]:
+    """Return the units of a set: sockets, the proxy, and what its backend needs."""
+    sockets = _sockets(request)
+    files = [*sockets, _proxy(request, [socket.name for socket in sockets])]
+    if request.compose:
+        files.append(_compose(request))
+    elif request.backend:
+        files.append(_backend(request))
+    return files
+
+
+def for_backend(idle: bool, joined: str = "") -> list[Section]:
+    """Return what a backend needs: to rest with its proxy, or to run always.
+
+    `joined` is the proxy whose namespace it shares.
+    """
+    unit = list(ON_DEMAND if idle else HEALS)
+    service: Rows = [] if idle else list(ALWAYS)
+    if joined:
+        unit.insert(0, ("JoinsNamespaceOf", joined))
+        service.insert(0, ("PrivateNetwork", "yes"))
+    return [("Unit", unit), ("Service", service)]
+
+
+def _sockets(request: Request) -> list[Text]:
+    """Return one socket for all listeners, or one for each that has a name."""
+    install: Section = ("Install", [("WantedBy", "sockets.target")])
+    plain = [address for name, address in request.listen if not name]
+    files = []
+    if plain:
+        rows = list(dict.fromkeys(row for address in plain for row in _stream(request, address)))
+        files.append(Text(request.unit("socket"), [("Socket", rows), install], []))
+    for name, address in request.listen:
+        if name:
+            rows = [
+                *_stream(request, address),
+                ("FileDescriptorName", name),
+                ("Service", request.meant(request.unit("service"))),
+            ]
+            unit = request.unit("socket", f"-{names.escape(name)}")
+            files.append(Text(unit, [("Socket", rows), install], []))
+    return files
+
+
+def _stream(request: Request, address: str) -> Rows:
+    rows = [("ListenStream", address)]
+    return rows if request.user or not _needs_interface(address) else [*rows, ("FreeBind", "yes")]
+
+
+def _needs_interface(address: str) -> bool:
+    """Tell whether an address may not be there yet at boot."""
+    if address.startswith(("/", "@", "%", "vsock:", "unix:")) or address.isdigit():
+        return False
+    return not address.startswith(("127.", "0.0.0.0:", "[::1]:", "[::]:"))
+
+
+def _proxy(request: Request, sockets: list[str]) -> Text:
+    own = " ".join(request.meant(socket) for socket in sockets)
+    unit: Rows = [("Requires", own), ("After", own)]
+    service: Rows = [("Type", "notify")]
+    if request.backend:
+        backend = request.meant(request.backend)
+        unit += [("Wants", backend), ("Upholds", backend), ("After", backend)]
+        if request.namespace:
+            unit.append(("JoinsNamespaceOf", backend))
+    unit += HEALS
+    if len(sockets) > 1:
+        service.append(("Sockets", own))
+    service += [("ExecStart", command(request)), *RESTARTS]
+    if request.namespace:
+        service.append(("PrivateNetwork", "yes"))
+    return Text(request.unit("service"), [("Unit", unit), ("Service", service)], [])
+
+
+def command(request: Request) -> str:
+    """Return the command line of the proxy."""
+    options = []
+    if request.backend:
+        options.append(f"--connect-timeout={_quoted(request.start)}")
+    if request.container and knows_settle_time():
+        options.append("--settle-time=100ms")
+    if request.idle:
+        idle = _quoted(request.idle)
+        options += [f"--exit-idle-time={idle}", f"--idle-timeout={idle}"]
+    return " ".join([PROGRAM, *options, *map(_quoted, request.targets)])
+
+
+def _quoted(word: str) -> str:
+    """Write a word of a command line; %i is meant, and no variable is."""
+    escaped = word.replace("\\", "\\\\").replace('"', '\\"').replace("$", "$$")
+    return f'"{escaped}"' if any(char in escaped for char in " \t;'\"*") else escaped
+
+
+def _backend(request: Request) -> Text:
+    joined = request.meant(request.unit("service")) if request.namespace else ""
+    name = f"{request.backend}.d/{DROP_IN}"
+    return Text(name, for_backend(bool(request.idle), joined), [])
+
+
+def _compose(request: Request) -> Text:
+    run = f"/usr/bin/docker compose --file={_quoted(request.compose)}"
+    service = [
+        ("Type", "oneshot"),
+        ("RemainAfterExit", "yes"),
+        ("ExecStart", f"{run} up --detach"),
+        ("ExecStop", f"{run} stop"),
+    ]
+    unit = [("Wants", "docker.service"), ("After", "docker.service")]
+    unit += ON_DEMAND if request.idle else HEALS
+    sections: list[Section] = [("Unit", unit), ("Service", service)]
+    if not request.idle:
+        sections.append(("Install", [("WantedBy", "multi-user.target")]))
+    comment = (
+        'systemd does not see when a container dies: the project needs "restart: unless-stopped".'
+    )
+    return Text(request.backend, sections, [comment])

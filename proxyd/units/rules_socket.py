@@ -1,0 +1,258 @@
+"""Rules: socket units."""
+
+from collections.abc import Iterator
+
+from proxyd import address
+from proxyd.listen import ListenAddress, parse_listen
+from proxyd.units import facts
+from proxyd.units.rule import Finding, Rule, at
+from proxyd.units.sets import Set, service_of
+from proxyd.units.specifiers import UNKNOWN
+from proxyd.units.unit import Unit
+from proxyd.units.unitfile import Setting
+
+_LATE_TARGETS = (
+    "basic.target",
+    "default.target",
+    "graphical.target",
+    "multi-user.target",
+    "network-online.target",
+    "sockets.target",
+)
+_MAYBE_LATE = ("network.target",)
+_EARLY = ("systemd-", "networking.", "nftables.", "netfilter-persistent.")
+"""Services that start before basic.target, by the names that they are known by."""
+
+
+def listens_on(socket: Unit) -> list[tuple[ListenAddress, Setting]]:
+    """Return the stream addresses of a socket unit; those that cannot be read are left out."""
+    found = []
+    for setting in socket.entries("Socket", "ListenStream"):
+        text = socket.expand(setting.value)
+        if UNKNOWN in text:
+            continue
+        try:
+            found.append((parse_listen(text), setting))
+        except ValueError:
+            continue
+    return found
+
+
+def _ordered_after(rule: Rule, found: Set) -> Iterator[Finding]:
+    for socket in found.sockets:
+        if not _has_defaults(socket):
+            continue
+        for other, setting in sorted(socket.dependencies("After").items()):
+            if setting is None:
+                continue
+            severity = _lateness(found, other)
+            if severity:
+                yield rule.found(
+                    (setting.path, setting.line),
+                    f"After={other}: at boot that waits for sockets.target, which waits for this "
+                    "socket; the cycle is broken by leaving out one of them",
+                    severity,
+                )
+
+
+def _lateness(found: Set, other: str) -> str:
+    """Return how sure it is that `other` comes after sockets.target: a severity, or empty."""
+    if other in _LATE_TARGETS:
+        return "warning" if other == "network-online.target" else "error"
+    if other in _MAYBE_LATE:
+        return "warning"
+    if not other.endswith(".service"):
+        return ""
+    unit = found.library.get(other)
+    if unit is None and other.startswith(_EARLY):
+        return ""
+    return "error" if unit is None or _has_defaults(unit) else ""
+
+
+def _has_defaults(unit: Unit) -> bool:
+    return unit.flag("Unit", "DefaultDependencies", default=True)
+
+
+def _without_freebind(rule: Rule, found: Set) -> Iterator[Finding]:
+    for socket in found.sockets:
+        free = socket.flag("Socket", "FreeBind") or socket.flag("Socket", "Transparent")
+        if socket.user or free or _waits_for_network(socket):
+            continue
+        for where, setting in listens_on(socket):
+            if _is_one_of_ours(where.address):
+                yield rule.found(
+                    (setting.path, setting.line),
+                    f"{where.text} is not there yet when sockets are opened at boot, so that fails",
+                )
+
+
+def _waits_for_network(socket: Unit) -> bool:
+    waits = socket.dependencies("After")
+    return any(
+        other == "network-online.target" or other.endswith((".service", ".device"))
+        for other in waits
+    )
+
+
+def _is_one_of_ours(packed: bytes) -> bool:
+    """Tell whether this is an address that an interface has to get first."""
+    kind = address.family(packed)
+    if kind == address.AF_INET:
+        return packed[4] != 127 and packed[4:8] != bytes(4)
+    if kind == address.AF_INET6:
+        return packed[8:24] not in (bytes(16), bytes(15) + b"\1")
+    return False
+
+
+def _second_socket(rule: Rule, found: Set) -> Iterator[Finding]:
+    if found.per_connection:
+        return
+    for at_, socket in enumerate(found.sockets):
+        service = service_of(socket)
+        if service not in found.proxy.aliases:
+            yield rule.found(
+                socket.where(("Socket", "Service"), ("Socket", "ListenStream")),
+                f"Sockets= names {socket.text}, which starts {service}: Sockets= does not replace "
+                f"Service={found.proxy.text}",
+            )
+        elif at_ and not facts.required(found, socket):
+            yield rule.found(
+                found.proxy.where(("Service", "Sockets"), ("Unit", "Requires")),
+                f"{socket.text} is refused if the proxy already runs for another socket",
+            )
+
+
+def _same_address(rule: Rule, found: Set) -> Iterator[Finding]:
+    own = {socket.text for socket in found.sockets}
+    others = []
+    for name in found.library.own_names():
+        unit = found.library.get(name) if name.endswith(".socket") and "@." not in name else None
+        if unit is not None and unit.text not in own:
+            others.append(unit)
+    for number, socket in enumerate(found.sockets):
+        for other in [*found.sockets[:number], *others]:
+            for where, setting in listens_on(socket):
+                clash = next((w for w, _ in listens_on(other) if _clash(w, where)), None)
+                if clash is not None and not _kept_apart(socket, other):
+                    yield rule.found(
+                        (setting.path, setting.line),
+                        f"{other.text} listens on {clash.text} as well: only one of them starts",
+                    )
+
+
+def _clash(one: ListenAddress, other: ListenAddress) -> bool:
+    if one.address == other.address:
+        return address.family(one.address) != address.AF_INET6 or address.port(one.address) != 0
+    families = {address.family(one.address), address.family(other.address)}
+    if not families <= {address.AF_INET, address.AF_INET6}:
+        return False
+    port = address.port(one.address)
+    if port != address.port(other.address) or not port:
+        return False
+    return _covers(one.address, other.address) or _covers(other.address, one.address)
+
+
+def _covers(wide: bytes, narrow: bytes) -> bool:
+    """Tell whether `wide` is a wildcard that takes the other's port, too; [::] takes IPv4's."""
+    if address.family(wide) == address.AF_INET6:
+        return wide[8:24] == bytes(16)
+    return wide[4:8] == bytes(4) and address.family(narrow) == address.AF_INET
+
+
+def _kept_apart(one: Unit, other: Unit) -> bool:
+    if other.aliases.intersection(one.dependencies("Conflicts")) or one.aliases.intersection(
+        other.dependencies("Conflicts")
+    ):
+        return True
+    for unit in (one, other):
+        if unit.flag("Socket", "ReusePort") or unit.value("Socket", "BindToDevice"):
+            return True
+        if unit.choice("Socket", "BindIPv6Only", "default") not in ("default", "both"):
+            return True
+        if unit.flag("Socket", "PrivateNetwork") or unit.value("Socket", "NetworkNamespacePath"):
+            return True
+    return False
+
+
+def _user_target(rule: Rule, found: Set) -> Iterator[Finding]:
+    units = [*found.sockets, found.proxy, *(b.unit for b in found.backends if b.unit is not None)]
+    for unit in units:
+        if not unit.user:
+            continue
+        for target, setting in unit.installed_by("WantedBy", "RequiredBy"):
+            if target in ("multi-user.target", "graphical.target"):
+                yield rule.found(
+                    at(setting, unit),
+                    f"{target} is none of a user's service manager: the unit is never started",
+                )
+
+
+def _wrong_stream(rule: Rule, found: Set) -> Iterator[Finding]:
+    for socket in found.sockets:
+        for key in ("ListenDatagram", "ListenSequentialPacket", "ListenFIFO", "ListenNetlink"):
+            for setting in socket.entries("Socket", key):
+                yield rule.found(
+                    (setting.path, setting.line),
+                    f"{key}= is no stream socket: the proxy ends with 'Passed in socket is not a "
+                    "stream socket.'",
+                )
+
+
+RULES = (
+    Rule(
+        "socket-ordered-after-service",
+        "error",
+        "FreeBind= instead, or DefaultDependencies=no with Conflicts= and "
+        "Before=shutdown.target, and WantedBy=multi-user.target",
+        "Services start after basic.target, which starts after sockets.target, which starts "
+        "after every socket. A socket After= a service closes the circle; at boot systemd "
+        "breaks it by leaving units out, up to all of sockets.target. `systemd-analyze verify "
+        "multi-user.target` sees it, with the units enabled, and only then.\n"
+        "Seen as: 'Found ordering cycle' in the journal of the boot.",
+        _ordered_after,
+    ),
+    Rule(
+        "address-without-freebind",
+        "warning",
+        "FreeBind=yes in the socket",
+        "Sockets are opened early at boot, before the network has its addresses. ListenStream= "
+        "with an address of an interface then fails: 'Cannot assign requested address'. "
+        "FreeBind=yes lets it listen on an address that comes later.",
+        _without_freebind,
+    ),
+    Rule(
+        "second-socket-not-required",
+        "warning",
+        "Requires= and After= all sockets in the proxy, Service= in each socket",
+        "A socket cannot start while its service runs. If the proxy runs for one of its "
+        "sockets, the others can only be started if the proxy required them. Sockets= says "
+        "which sockets are handed over, not which service a socket starts: that is Service=, in "
+        "the socket.\n"
+        "Seen as: 'Socket service ... already active, refusing.'",
+        _second_socket,
+    ),
+    Rule(
+        "same-address",
+        "warning",
+        "an address of its own for each socket",
+        "Two sockets cannot listen on one address. A port alone, and [::], take the port of "
+        "IPv4 as well.",
+        _same_address,
+    ),
+    Rule(
+        "user-unit-wanted-by-multi-user",
+        "warning",
+        "WantedBy=sockets.target for the socket, WantedBy=default.target for a service",
+        "A user's service manager has default.target and sockets.target. A unit that is enabled "
+        "in multi-user.target, which it does not have, is enabled without an effect.",
+        _user_target,
+    ),
+    Rule(
+        "not-a-stream",
+        "error",
+        "ListenStream=",
+        "The proxy forwards streams. It refuses to start with a datagram or packet socket, and "
+        "the original does so, too.",
+        _wrong_stream,
+    ),
+)

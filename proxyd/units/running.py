@@ -1,0 +1,96 @@
+"""What the service manager that runs here knows of units: more than their files tell."""
+
+import shutil
+import subprocess
+
+from proxyd.units.rule import Finding
+from proxyd.units.unit import DEPENDENCIES, Unit
+
+_PATIENCE = 30
+
+_SETTINGS = {
+    "Accept": "Accept",
+    "DefaultDependencies": "DefaultDependencies",
+    "DynamicUser": "DynamicUser",
+    "FreeBind": "FreeBind",
+    "NetworkNamespacePath": "NetworkNamespacePath",
+    "PrivateNetwork": "PrivateNetwork",
+    "PrivateTmp": "PrivateTmp",
+    "RemainAfterExit": "RemainAfterExit",
+    "Restart": "Restart",
+    "RestartMode": "RestartMode",
+    "RestartUSec": "RestartSec",
+    "RuntimeMaxUSec": "RuntimeMaxSec",
+    "StartLimitBurst": "StartLimitBurst",
+    "StartLimitIntervalUSec": "StartLimitIntervalSec",
+    "StopWhenUnneeded": "StopWhenUnneeded",
+    "TriggerLimitBurst": "TriggerLimitBurst",
+    "TriggerLimitIntervalUSec": "TriggerLimitIntervalSec",
+    "Type": "Type",
+}
+"""{property of the manager: the setting that it shows, defaults of system.conf included}."""
+
+_ABOUT = ("Id", "LoadState", "NeedDaemonReload")
+
+
+class Manager:
+    """The service manager of the system, or of the user who asks, through systemctl."""
+
+    def __init__(self, user: bool) -> None:
+        program = shutil.which("systemctl")
+        self._command = [program, *(["--user"] if user else [])] if program else []
+
+    def answers(self) -> bool:
+        """Tell whether it runs, and answers us."""
+        return bool(self._show(["--property=Version"]))
+
+    def tell(self, units: list[Unit]) -> list[Finding]:
+        """Complete `units` by what the manager has loaded; return what has to be said of that."""
+        units = [unit for unit in units if not unit.told]
+        by_name = {alias: unit for unit in units for alias in unit.aliases}
+        if not by_name:
+            return []
+        wanted = ",".join([*_ABOUT, *DEPENDENCIES, *_SETTINGS])
+        findings = []
+        blocks = self._show([f"--property={wanted}", "--", *sorted({u.text for u in units})])
+        for block in blocks.split("\n\n"):
+            properties = dict(line.split("=", 1) for line in block.splitlines() if "=" in line)
+            unit = by_name.get(properties.get("Id", ""))
+            if unit is None or properties.get("LoadState") != "loaded":
+                continue
+            if properties.get("NeedDaemonReload") == "yes":
+                findings.append(
+                    Finding(
+                        unit.where(),
+                        "warning",
+                        f"{unit.text} has changed since the service manager has read it",
+                        "daemon-reload",
+                        "systemctl daemon-reload",
+                    )
+                )
+            _complete(unit, properties)
+        return findings
+
+    def _show(self, arguments: list[str]) -> str:
+        if not self._command:
+            return ""
+        try:
+            done = subprocess.run(  # noqa: S603 - a program of systemd
+                [*self._command, "show", *arguments],
+                capture_output=True,
+                stdin=subprocess.DEVNULL,
+                timeout=_PATIENCE,
+                check=False,
+            )
+        except (OSError, subprocess.SubprocessError):
+            return ""
+        return "" if done.returncode else done.stdout.decode("utf-8", "replace")
+
+
+def _complete(unit: Unit, properties: dict[str, str]) -> None:
+    for name in DEPENDENCIES:
+        if properties.get(name):
+            unit.told[name] = properties[name]
+    for name, setting in _SETTINGS.items():
+        if name in properties:
+            unit.told[setting] = properties[name]

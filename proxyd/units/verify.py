@@ -1,0 +1,93 @@
+"""The lines of `systemd-analyze verify`, where it is there."""
+
+import os
+import shutil
+import subprocess
+
+from proxyd.units import names
+
+_PATIENCE = 120
+"""Seconds; it takes less than one for a set."""
+
+_FILES_MAX = 500
+"""More at a time take it minutes."""
+
+_IGNORED = ("ignoring", "Ignoring", "ignored", "deprecated", "obsolete")
+
+
+_NEWER = (
+    "DeferTrigger",
+    "DelegateSubgroup",
+    "PassFileDescriptorsToExec",
+    "PollLimitBurst",
+    "PollLimitIntervalSec",
+    "RestartMaxDelaySec",
+    "RestartMode",
+    "RestartSteps",
+    "UpheldBy",
+)
+"""Settings that the systemd which is installed here may be too old for."""
+
+
+class Line:
+    """One line that it said."""
+
+    __slots__ = ("line", "message", "path", "severity", "unit")
+
+    def __init__(self, path: str, line: int, unit: str, message: str, severity: str) -> None:
+        self.path = path
+        """Empty where it names a unit."""
+        self.line = line
+        self.unit = unit
+        self.message = message
+        self.severity = severity
+
+
+def run(folder: str, files: list[str], user: bool, installed: bool = False) -> list[Line]:
+    """Let systemd-analyze verify read `files`, with the other units of `folder`.
+
+    Whether programs are there is only said of units that are `installed` on this machine.
+    """
+    program = shutil.which("systemd-analyze")
+    files = [file for file in files if names.is_unit(os.path.basename(file))]
+    if program is None or not files or len(files) > _FILES_MAX:
+        return []
+    command = [program, "verify", "--man=no", *(["--user"] if user else []), *files]
+    environment = {**os.environ, "SYSTEMD_COLORS": "0", "LC_ALL": "C.UTF-8"}
+    if folder and ":" not in folder:
+        environment["SYSTEMD_UNIT_PATH"] = f"{folder}:"
+    try:
+        done = subprocess.run(  # noqa: S603 - a program of systemd
+            command,
+            env=environment,
+            capture_output=True,
+            stdin=subprocess.DEVNULL,
+            timeout=_PATIENCE,
+            check=False,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return []
+    own = {os.path.basename(file) for file in files}
+    lines = done.stderr.decode("utf-8", "replace").splitlines()
+    found = [_parse(line, folder, own) for line in lines]
+    return [line for line in found if line and (installed or not _is_of_machine(line.message))]
+
+
+def _is_of_machine(message: str) -> bool:
+    """Tell whether a line is about this machine, and says nothing of another."""
+    unknown = message.startswith("Unknown key") and any(f"'{key}'" in message for key in _NEWER)
+    return unknown or "is not executable" in message
+
+
+def _parse(text: str, folder: str, own: set[str]) -> Line | None:
+    """Read PATH:LINE: MESSAGE or UNIT: MESSAGE; None for a line about units of others."""
+    severity = "warning" if any(word in text for word in _IGNORED) else "error"
+    head, colon, rest = text.partition(": ")
+    path, _, number = head.rpartition(":")
+    if colon and path.startswith("/") and number.isascii() and number.isdigit():
+        mine = os.path.basename(path) in own or (folder and path.startswith(f"{folder}/"))
+        return Line(path, int(number), "", rest, severity) if mine else None
+    if colon and names.is_unit(head):
+        mine = head in own or names.parse(head).template in own
+        return Line("", 0, head, rest, severity) if mine else None
+    return None

@@ -1,0 +1,73 @@
+"""A backend that does what files in /run/heal say; it answers each connection with a line.
+
+Usage: backend.py ADDRESS PORT | backend.py PATH
+
+start-delay, stop-delay  seconds before it listens, and between SIGTERM and its end
+crash                    it ends with status 1 as soon as it listens
+"""
+
+import os
+import signal
+import socket
+import sys
+import time
+
+CONTROL = "/run/heal"
+
+
+def delay(name: str) -> None:
+    try:
+        with open(f"{CONTROL}/{name}", encoding="ascii") as file:
+            time.sleep(float(file.read()))
+    except OSError:
+        pass
+
+
+def stop(*_: object) -> None:
+    # Clients that connect meanwhile get as far as the queue of the listener.
+    delay("stop-delay")
+    os._exit(0)
+
+
+def listen(where: list[str]) -> socket.socket:
+    if len(where) == 2:
+        listener = socket.socket()
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((where[0], int(where[1])))
+    else:
+        if os.path.exists(where[0]):
+            os.unlink(where[0])
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(where[0])
+        os.chmod(where[0], 0o666)
+    listener.listen()
+    return listener
+
+
+def main() -> None:
+    signal.signal(signal.SIGTERM, stop)
+    delay("start-delay")
+    listener = listen(sys.argv[1:])
+    if os.path.exists(f"{CONTROL}/crash"):
+        sys.exit(1)
+    while True:
+        client, _ = listener.accept()
+        if os.fork() == 0:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            while data := client.recv(4096):
+                client.sendall(b"answer " + data)
+            os._exit(0)
+        client.close()
+        while os.waitpid(-1, os.WNOHANG)[0] if children() else 0:
+            pass
+
+
+def children() -> bool:
+    try:
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return False
+    return True
+
+
+main()

@@ -1,0 +1,254 @@
+"""The installed command: arguments, output, exit status, and what is no unit at all."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from proxyd.units import check
+
+COMMAND = Path(sys.executable).parent / "systemd-socket-proxyd-units"
+PATIENCE = 100
+
+PROXY = """\
+[Unit]
+Requires=p.socket
+After=p.socket
+Wants=b.service
+Upholds=b.service
+StartLimitIntervalSec=0
+
+[Service]
+ExecStart=/usr/bin/systemd-socket-proxyd --connect-timeout=1min 127.0.0.1:81
+Restart=on-failure
+"""
+SET = {
+    "p.socket": "[Socket]\nListenStream=80\n",
+    "p.service": PROXY,
+    "b.service": "[Unit]\nStartLimitIntervalSec=0\n"
+    "[Service]\nExecStart=/bin/true\nRestart=always\nRestartSec=1s\n",
+}
+LINE = (
+    "p.service:5: error: Upholds=b.service without After=: clients that come while it stops are "
+    "reset [no-order]\n    mend: After= the backend\n"
+)
+
+
+def run(*arguments, **more):
+    done = subprocess.run(
+        [COMMAND, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+        stdin=subprocess.DEVNULL,
+        **more,
+    )
+    assert "Traceback" not in done.stderr, done.stderr
+    return done
+
+
+def test_a_finding_is_a_line_with_its_mend(units):
+    done = run("check", ".", cwd=units(SET))
+    assert done.stdout.replace("Wants=", "Upholds=").replace(":4:", ":5:") == LINE
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_json(units):
+    folder = units(SET)
+    short = run("check", "--json=short", str(folder))
+    pretty = run("check", "--json=pretty", str(folder))
+    (finding,) = json.loads(short.stdout)
+    assert json.loads(pretty.stdout) == [finding]
+    assert short.stdout.count("\n") == 1 < pretty.stdout.count("\n")
+    assert finding["path"] == str(folder / "p.service")
+    assert set(finding) == {"path", "line", "severity", "rule", "message", "mend"}
+    assert run("check", "--json=off", str(folder)).stdout.startswith(f"{folder}/p.service:")
+
+
+def test_nothing_found_is_an_empty_array(units):
+    folder = units(SET | {"p.service": PROXY.replace("[Unit]", "[Unit]\nAfter=b.service")})
+    done = run("check", "--json=short", str(folder))
+    assert (done.returncode, done.stdout) == (0, "[]\n")
+
+
+@pytest.mark.parametrize(
+    ("threshold", "status"), [("note", 1), ("warning", 1), ("error", 0), (None, 0)]
+)
+def test_the_threshold(units, threshold, status):
+    text = PROXY.replace("[Unit]", "[Unit]\nAfter=b.service").replace("Restart=on-failure\n", "")
+    option = [f"--threshold={threshold}"] if threshold else []
+    done = run("check", *option, str(units(SET | {"p.service": text})))
+    assert "[proxy-cannot-start]" in done.stdout
+    assert done.returncode == status
+
+
+@pytest.mark.parametrize("what", ["p.service", "p.socket", "b.service"])
+def test_each_file_of_a_set_stands_for_the_set(units, what):
+    assert "[no-order]" in run("check", str(units(SET) / what)).stdout
+
+
+def test_units_below_a_root(units):
+    root = units({f"etc/systemd/system/{name}": text for name, text in SET.items()}, "root")
+    for what in ([], ["p.socket"], ["b.service"]):
+        done = run("check", f"--root={root}", *what)
+        assert f"{root}/etc/systemd/system/p.service:4: error:" in done.stdout
+        assert done.returncode == 1
+
+
+def test_every_rule_is_explained():
+    names = [rule.name for rule in check.RULES]
+    assert len(set(names)) == len(names)
+    listed = run("check", "--explain=list").stdout.splitlines()
+    assert [line.split()[0] for line in listed] == names
+    for name in names:
+        done = run("check", f"--explain={name}")
+        assert done.stdout.startswith(f"{name} (")
+        assert "\n\nMend: " in done.stdout
+
+
+def test_every_rule_is_in_the_manual_page():
+    page = (Path(__file__).parents[2] / "man/systemd-socket-proxyd-units.1").read_text()
+    words = page.replace("\\e", "\\").replace("\\&", "").split()
+    text = " ".join(words)
+    for rule in check.RULES:
+        assert f".It Li {rule.name} Pq {rule.severity}" in text
+        for paragraph in (*rule.explain.split("\n"), rule.mend):
+            assert " ".join(paragraph.split()) in text, rule.name
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["nothing"],
+        ["check", "--nothing"],
+        ["check", "--json=loud"],
+        ["check", "--threshold=7"],
+        ["switch"],
+    ],
+)
+def test_what_cannot_be_read_is_status_2(arguments):
+    done = run(*arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "systemd-socket-proxyd-units" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["check", "--explain=nothing"], "no rule 'nothing'"),
+        (["check", "--root=/nowhere"], "/nowhere: no such folder"),
+        (["switch", "nowhere.service"], "no such unit"),
+        (["switch", "a b"], "is not a unit"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_1(arguments, message):
+    done = run(*arguments)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+# Bad input: a line each.
+
+
+def test_what_is_no_unit(tmp_path):
+    (tmp_path / "text").write_text("words\n")
+    done = run("check", "text", "no.service", "/nowhere/x.service", "x/y", cwd=tmp_path)
+    assert done.returncode == 1
+    for name in ("text", "no.service", "x/y", "/nowhere/x.service"):
+        assert f"{name}: error: " in done.stdout
+
+
+def test_binary_files_loops_and_pipes(units):
+    folder = units(
+        SET
+        | {
+            "loop.service": "-> pool.service",
+            "pool.service": "-> loop.service",
+            "self@.service": "-> self@.service",
+            "dangling.socket": "-> nothing.socket",
+            "a.service/x": "a folder\n",
+        }
+    )
+    (folder / "binary.service").write_bytes(b"\x7fELF\0\1\2\3" * 100)
+    (folder / "latin.service").write_bytes(b"[Unit]\nDescription=\xe4\n[Service]\nExecStart=/x\n")
+    os.mkfifo(folder / "pipe.socket")
+    done = run("check", str(folder))
+    told = {line.partition(": ")[0].rpartition("/")[2] for line in done.stdout.splitlines()}
+    wanted = {"loop.service", "pool.service", "self@.service", "dangling.socket", "binary.service"}
+    assert told >= {*wanted, "pipe.socket", "latin.service:2"}
+    assert "[no-order]" in done.stdout
+
+
+def test_names_that_are_not_utf_8(units):
+    folder = os.fsencode(units(SET))
+    with open(folder + b"/\xff.service", "wb") as file:
+        file.write(b"[Service\n")
+    os.mkdir(folder + b"/\xfe")
+    assert run("check", folder).returncode == 1
+
+
+@pytest.mark.skipif(os.geteuid() == 0 and not Path("/usr/bin/setpriv").exists(), reason="root")
+def test_what_may_not_be_read(units):
+    folder = units(SET | {"closed/x.service": "[Service]\n", "b.service.d/x.conf": "[Unit]\n"})
+    (folder / "closed").chmod(0)
+    (folder / "b.service.d").chmod(0)
+    (folder / "p.socket").chmod(0)
+    for path in (folder, *folder.parents):
+        if path.stat().st_uid == os.geteuid() and path != Path("/") and path.parts[1] == "tmp":
+            path.chmod(path.stat().st_mode | 0o055)
+    unprivileged = ["setpriv", "--reuid=65534", "--clear-groups", "--"] if not os.geteuid() else []
+    done = subprocess.run(
+        [*unprivileged, COMMAND, "check", str(folder)], capture_output=True, text=True, check=False
+    )
+    (folder / "closed").chmod(0o700)
+    (folder / "b.service.d").chmod(0o700)
+    if "Permission denied" in done.stderr and not done.stdout:
+        pytest.skip("nobody may not run the command here")
+    assert "Traceback" not in done.stderr
+    for name in ("closed", "b.service.d", "p.socket"):
+        assert f"{name}: error: cannot be read: Permission denied" in done.stdout
+
+
+def test_templates_that_want_themselves(units):
+    text = PROXY.replace("b.service", "p@%i-%i.service").replace("p.socket", "p@%i.socket")
+    folder = units({"p@.service": text, "p@.socket": "[Socket]\nListenStream=/run/%i\n"})
+    done = run("check", str(folder))
+    assert "[no-order]" in done.stdout
+    assert done.returncode == 1
+
+
+def test_ten_thousand_units(units):
+    folder = units(SET)
+    for number in range(10_000):
+        (folder / f"u{number}.service").write_text("[Service]\nExecStart=/bin/true\n")
+    done = run("check", str(folder))
+    assert done.stdout.count("[no-order]") == 1
+    assert done.returncode == 1
+
+
+def test_a_tree_without_end(tmp_path):
+    deep = tmp_path
+    for _ in range(100):
+        deep = deep / "d"
+    deep.mkdir(parents=True)
+    (tmp_path / "again").symlink_to(tmp_path)
+    done = run("check", str(tmp_path))
+    assert (done.returncode, done.stdout) == (0, "")
+    assert "no unit here runs" in done.stderr
+
+
+def test_a_reader_that_leaves(units):
+    folder = units(SET)
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [COMMAND, "check", folder], stdout=write, stderr=subprocess.PIPE, check=False
+    )
+    os.close(write)
+    assert done.stderr == b""

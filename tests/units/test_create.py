@@ -1,0 +1,161 @@
+"""Sets that `create` writes: right, checked, and nothing touched that is there."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from unitkit import found_in, rules_in
+
+from proxyd.units.rules_command import knows_settle_time
+
+COMMAND = Path(sys.executable).parent / "systemd-socket-proxyd-units"
+
+BACKEND = "[Service]\nExecStart=/usr/bin/app\n"
+ENABLED = BACKEND + "[Install]\nWantedBy=multi-user.target\n"
+
+BASIC = ["--listen=8080", "--target=127.0.0.1:8081"]
+WITH = [*BASIC, "--backend=app.service"]
+
+SETS = {
+    "alone": BASIC,
+    "alone on demand": [*BASIC, "--on-demand"],
+    "remote": ["--listen=127.0.0.1:5432", "--target=db.example.com:5432", "--name=db"],
+    "always on": WITH,
+    "on demand": [*WITH, "--on-demand"],
+    "on demand, spans": [*WITH, "--on-demand", "--idle=1h 30min", "--start-time=5min"],
+    "namespace": [*WITH, "--on-demand", "--namespace"],
+    "namespace, always on": [*WITH, "--namespace"],
+    "unix": ["--listen=/run/a.sock", "--target=/run/app/socket", "--backend=app.service"],
+    "abstract": ["--listen=@a", "--target=@b", "--backend=app.service", "--on-demand"],
+    "an address of an interface": [
+        "--listen=192.0.2.1:80",
+        "--listen=[2001:db8::1]:80",
+        *BASIC[1:],
+    ],
+    "several listeners": ["--listen=8080", "--listen=8090", "--target=127.0.0.2:80"],
+    "names": ["--listen=a=80", "--listen=b=81", "--target=a=h:80", "--target=b=[::1]:82"],
+    "any port": ["--listen=127.0.0.1:80", "--listen=127.0.0.1:443", "--target=10.0.0.1:*"],
+    "template": ["--listen=127.0.0.1:%i", "--target=127.0.0.2:%i", "--backend=app@.service"],
+    "template on demand": [
+        "--listen=/run/%i.sock",
+        "--target=/run/app-%i/socket",
+        "--backend=app@.service",
+        "--on-demand",
+        "--namespace",
+    ],
+    "user": ["--listen=%t/a", "--target=%t/app/socket", "--backend=app.service", "--user"],
+    "user on demand": [*WITH, "--on-demand", "--user"],
+}
+
+
+def create(*arguments, cwd=None):
+    done = subprocess.run(
+        [COMMAND, "create", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        timeout=60,
+        check=False,
+    )
+    assert "Traceback" not in done.stderr, done.stderr
+    return done
+
+
+def written(tmp_path, arguments, backend):
+    folder = tmp_path / "set"
+    done = create(*arguments, f"--output={folder}")
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    for name in ("app.service", "app@.service"):
+        if (folder / f"{name}.d").exists():
+            (folder / name).write_text(backend)
+    return folder
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_what_is_written_is_sound(tmp_path, name):
+    arguments = SETS[name]
+    backend = BACKEND if "--on-demand" in arguments else ENABLED
+    if "--user" in arguments:
+        backend = backend.replace("multi-user", "default")
+    folder = written(tmp_path, arguments, backend)
+    assert found_in(folder, user="--user" in arguments) == []
+
+
+@pytest.mark.parametrize("on_demand", [[], ["--on-demand"]])
+def test_a_container_of_quadlets(tmp_path, on_demand):
+    source = tmp_path / "web.container"
+    source.write_text("[Container]\nImage=x\nPublishPort=127.0.0.1:8081:80/tcp\n")
+    done = create("--listen=8080", f"--backend={source}", "--output=set", *on_demand, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (tmp_path / "set/web.container").write_text(source.read_text())
+    if not on_demand:
+        with (tmp_path / "set/web.container").open("a") as file:
+            file.write("[Install]\nWantedBy=multi-user.target\n")
+    assert "127.0.0.1:8081" in (tmp_path / "set/web-proxy.service").read_text()
+    assert found_in(tmp_path / "set") == []
+
+
+@pytest.mark.parametrize("on_demand", [[], ["--on-demand"]])
+def test_a_compose_file(tmp_path, on_demand):
+    (tmp_path / "web.yaml").write_text("services: {}\n")
+    done = create(*BASIC, "--backend=web.yaml", "--output=set", *on_demand, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert found_in(tmp_path / "set") == []
+    service = (tmp_path / "set/web-compose.service").read_text()
+    assert f"--file={tmp_path}/web.yaml up --detach" in service
+    if knows_settle_time():
+        assert "--settle-time=" in (tmp_path / "set/web-proxy.service").read_text()
+
+
+def test_files_go_to_stdout_and_what_to_do_to_stderr():
+    done = create(*WITH, "--on-demand")
+    heads = [line for line in done.stdout.splitlines() if line.startswith("---")]
+    assert heads == [
+        "---app-proxy.socket---",
+        "---app-proxy.service---",
+        "---app.service.d/50-socket-proxyd.conf---",
+    ]
+    assert "systemctl daemon-reload" in done.stderr
+    assert "systemctl enable --now app-proxy.socket" in done.stderr
+
+
+def test_nothing_is_overwritten(tmp_path):
+    (tmp_path / "app-proxy.service").write_text("mine\n")
+    done = create(*WITH, f"--output={tmp_path}")
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "File exists" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["app-proxy.service"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--listen= is missing"),
+        (["--listen=80"], "--target= is missing"),
+        (["--listen=80x", "--target=h:1"], "--listen=80x"),
+        (["--listen=80", "--target=h:99999"], "99999"),
+        (["--listen=80", "--target=a b:1"], "not a host name"),
+        ([*BASIC, "--backend=app.timer"], "--backend=app.timer"),
+        ([*BASIC, "--backend=/nowhere/x.container"], "No such file"),
+        ([*BASIC, "--name=a/b"], "--name=a/b"),
+        ([*BASIC, "--on-demand", "--idle=soon"], "--idle=soon"),
+        ([*WITH, "--start-time=infinity"], "--start-time="),
+        ([*BASIC, "--namespace"], "--namespace needs"),
+        (["--listen=80", "--target=h:1", "--target=h:2"], "need names"),
+        (["--listen=a=80", "--target=b=h:1"], "different names"),
+        ([*BASIC, "--backend=app@.service"], "%i"),
+        (["--listen=8080", "--target=127.0.0.1:8080"], "nothing was written"),
+        (["--listen=/run/x", "--target=h:*"], "nothing was written"),
+    ],
+)
+def test_what_makes_no_sense_is_told(arguments, message):
+    done = create(*arguments)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert message in done.stderr
+
+
+def test_a_namespace_without_its_drop_in_is_not_sound(tmp_path):
+    folder = written(tmp_path, [*WITH, "--namespace"], ENABLED)
+    (folder / "app.service.d/50-socket-proxyd.conf").unlink()
+    assert "private-network-alone" in rules_in(folder)

@@ -1,0 +1,17 @@
+"""Helpers of the tests of systemd-socket-proxyd-units."""
+
+from proxyd.units import check
+
+SETTLE = "--settle-time=100ms "
+"""In sets with published ports; taken out where the program does not know the option."""
+
+
+def found_in(*what, root="", user=False):
+    """What `check` finds: [(severity, rule, message)]."""
+    findings, _ = check.check([str(one) for one in what], check.Scope(root, user))
+    return [(finding.severity, finding.rule, finding.message) for finding in findings]
+
+
+def rules_in(*what, root="", user=False):
+    """The rules that `check` finds broken."""
+    return {rule for _, rule, _ in found_in(*what, root=root, user=user)}
