@@ -183,7 +183,7 @@ class Unit:
                     found.setdefault(self.meant(word), setting)
             for other, _ in self.folders.get(key, ()):
                 found.setdefault(other, None)
-            for other in self.told.get(key, "").split():
+            for other in _listed(self.told.get(key, "")):
                 found.setdefault(other, None)
         return found
 
@@ -221,3 +221,11 @@ class Unit:
         if names.is_unit(word) and names.parse(word).is_template:
             return names.with_instance(word, self.name.instance or self.name.prefix)
         return word
+
+
+def _listed(told: str) -> list[str]:
+    """Return the units in a property: names with a backslash are quoted, as words are."""
+    try:
+        return words.split(told)
+    except ValueError:
+        return told.split()

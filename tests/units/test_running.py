@@ -37,7 +37,7 @@ LoadState=loaded
 NeedDaemonReload={reload}
 Requires={requires}
 Wants=b.service
-After=b.service p.socket sysinit.target
+After=b.service p.socket "system-a\\\\x2db.slice" sysinit.target
 StartLimitIntervalUSec={interval}
 StartLimitBurst=5
 Restart=on-failure
@@ -94,6 +94,12 @@ def test_what_the_manager_says_wins(machine, play):
 def test_dependencies_from_elsewhere_are_known(machine, play):
     play("systemctl", told(requires="p.socket b.service"))
     assert "failing-start-kills-socket" in rules("p.service")
+
+
+def test_names_with_a_backslash_are_quoted(units, play):
+    unit = check.Scope().library(str(units(UNITS))).get("p.service")
+    unit.told["Requires"] = '"a\\\\x2db.service" c.service'
+    assert set(unit.dependencies("Requires")) == {"p.socket", "a\\x2db.service", "c.service"}
 
 
 def test_units_that_have_changed_since_are_told(machine, play):

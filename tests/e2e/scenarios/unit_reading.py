@@ -115,5 +115,6 @@ def compare(m: Machine, unit: str, read: dict) -> None:
     same(f"Environment= of {unit}", merged, shown["Environment"].split())
     for name in ("Names", "Wants", "Requires", "Upholds"):
         # The manager adds dependencies of its own, on what is there before any service.
-        told = {w for w in shown[name].split() if not w.endswith((".target", ".slice", "-.mount"))}
+        told = {word.strip('"') for word in shown[name].split()}
+        told = {word for word in told if not word.endswith((".target", ".slice", "-.mount"))}
         same(f"{name} of {unit}", set(read[name]), told)
