@@ -305,13 +305,14 @@ cdef inline void socket_unlinger(int fd) noexcept nogil:
 
 cdef inline void endpoint_close_late(Relaying *relay, Endpoint *end) noexcept nogil:
     """Its peer sees the end now, and the quarantine closes it once the connection is freed. Until
-    then it keeps its place in the limit."""
+    then it keeps its place in the limit, but is no open connection: nobody waits for it, neither
+    a drain nor an idle exit."""
     cdef Connection *c = <Connection *>end.connection
     shutdown(end.fd, SHUT_RDWR)
     end.late = end.fd
     if not c.late:
         c.late = True
-        tally_join(relay.tally)
+        shared_add(&relay.tally.late, 1)
 
 
 cdef inline bint endpoint_may_close(Endpoint *end) noexcept nogil:
@@ -719,7 +720,7 @@ cdef inline void connection_first_pump(Relaying *relay, Connection *c) noexcept 
 cdef inline void connection_begin(Relaying *relay, Connection *c) noexcept nogil:
     """Pump for the first time in this relay, and only then ask epoll: most short exchanges have by
     then been heard, and need no event to say so."""
-    if c.late:
+    if c.late and c.state == CLOSED:
         connection_bury(relay, c)
         return
     c.active_ms = relay.engine.now_ms
@@ -754,7 +755,8 @@ cdef inline void connection_bury(Relaying *relay, Connection *c) noexcept nogil:
     if c.stray:
         shared_add(&relay.quarantine.strays, -1)
     free(c)
-    connections_fewer(relay)
+    shared_add(&relay.tally.late, -1)
+    inbox_ring(&relay.boss.inbox)  # there may be clients that wait for room
 
 
 cdef inline Relaying *relay_with_least(Relaying *boss) noexcept nogil:

@@ -19,7 +19,7 @@ from proxyd._list cimport Link, list_append, list_empty, list_remove
 from proxyd._own cimport local_port, own_came_back
 from proxyd._quarantine cimport STRAYS_MOST
 from proxyd._signals cimport alarm_is_handled, alarm_set
-from proxyd._tally cimport tally_open
+from proxyd._tally cimport tally_places
 
 # what to look for in an accepted client, to find that it is ourselves
 cdef enum:
@@ -158,7 +158,7 @@ cdef inline void gate_admit(
     if not gate.express or gate.check & GATE_CHECK_PORT and local_port(fd) != gate.port:
         gate_announce(relay, gate, fd, peer, size)
         return
-    if tally_open(relay.tally) >= relay.most:
+    if tally_places(relay.tally) >= relay.most:
         relay_hang_up(relay, fd, gate.family, False)
         relay.refused += 1
         note_add(relay, NOTE_REFUSED, -1, 0, gate.index)
@@ -213,7 +213,7 @@ cdef inline void gate_rest(Relaying *relay, GateState *gate) noexcept nogil:
 cdef inline void gates_reopen(Relaying *relay) noexcept nogil:
     """There is room again, or the wait for it has been long enough: let the clients in, or hear
     that they are too many."""
-    cdef bint refuse = tally_open(relay.tally) >= relay.most
+    cdef bint refuse = tally_places(relay.tally) >= relay.most
     cdef GateState *gate
     cdef int failure
     if refuse and relay.engine.now_ms < relay.room_ms:
@@ -238,7 +238,7 @@ cdef inline void gate_event(Relaying *relay, GateState *gate) noexcept nogil:
     cdef int fd
     while most > 0 and relay.notes_count < NOTES_MOST // 2:
         most -= 1
-        if tally_open(relay.tally) >= relay.most and not (
+        if tally_places(relay.tally) >= relay.most and not (
                 gate.refuses and shared_get(&relay.quarantine.strays) < STRAYS_MOST):
             if first:
                 gate_rest(relay, gate)

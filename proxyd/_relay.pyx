@@ -55,7 +55,7 @@ from proxyd._quarantine cimport (
     Quarantine, quarantine_destroy, quarantine_due, quarantine_init,
 )
 from proxyd._signals cimport alarm_set
-from proxyd._tally cimport Tally, tally_open, tally_wake_at
+from proxyd._tally cimport Tally, tally_late, tally_open, tally_wake_at
 
 # kinds of events that run() returns
 READY = NOTE_READY
@@ -208,6 +208,12 @@ cdef class Relay:
     def open(self):
         """Connections, those still connecting and those ending included, of all threads."""
         return tally_open(&self.tally)
+
+    @property
+    def late(self):
+        """Sockets that the quarantine has yet to close: no open connections any more, but they
+        keep their places in the limit."""
+        return tally_late(&self.tally)
 
     @property
     def most(self):
@@ -544,7 +550,7 @@ cdef class Relay:
         cdef Relaying *relay = &self.relaying
         cdef int wake_at = self.wake_at
         if relay.room_ms != 0:
-            wake_at = max(wake_at, relay.most - 1)
+            wake_at = max(wake_at, relay.most - 1 - tally_late(&self.tally))
         tally_wake_at(&self.tally, wake_at)
         return tally_open(&self.tally) <= wake_at
 

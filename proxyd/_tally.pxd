@@ -4,6 +4,7 @@ from proxyd._linux cimport int64_t, moment_set, shared_add, shared_get, shared_s
 
 ctypedef struct Tally:
     int open                   # connections, from connect(2) until closed or given back
+    int late                   # of ended ones, and strays: what the quarantine has yet to close
     int wake_at                # the boss sleeps, and wants to hear when `open` falls to this
     int64_t ended_ms           # when a connection last ended
     int failure                # errno of a relay that cannot go on; 0: none
@@ -11,6 +12,15 @@ ctypedef struct Tally:
 
 cdef inline int tally_open(Tally *tally) noexcept nogil:
     return shared_get(&tally.open)
+
+
+cdef inline int tally_late(Tally *tally) noexcept nogil:
+    return shared_get(&tally.late)
+
+
+cdef inline int tally_places(Tally *tally) noexcept nogil:
+    """How much of the limit is taken."""
+    return tally_open(tally) + tally_late(tally)
 
 
 cdef inline void tally_join(Tally *tally) noexcept nogil:

@@ -163,7 +163,7 @@ class Intake:
         return -1 if self.resume_ms is None else self._open_at_pause - 1
 
     def _accepted(self, door: Door, fd: int, peer: bytes) -> None:
-        if self._relay.open + self._held() < self._connections_max:
+        if self._relay.open + self._relay.late + self._held() < self._connections_max:
             self._admit(door, fd, peer)
             return
         self._relay.hang_up(fd)

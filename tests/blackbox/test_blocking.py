@@ -194,6 +194,37 @@ def test_descriptors_of_held_clients(stage, slow, environment):
 
 
 @frozen
+@pytest.mark.parametrize("how", ["drain", "idle exit"])
+def test_a_close_that_waits_is_no_connection(stage, slow, environment, how):
+    """Neither a drain nor an idle exit waits for it, and it is counted once."""
+    listener = stage.listener("unix")
+    options = ["--drain-timeout=1min"] if how == "drain" else ["--exit-idle-time=300ms"]
+    proxy = stage.launch("-c1", *options, stage.echo(), listeners=[listener], environment=environment)
+    served = stage.connect(listener)
+    greet(served)
+    refused = stage.connect(listener)
+    send_one(refused, slow(), proxy=proxy)
+    assert read_to_end(refused)[0] == b""
+    wait_until(lambda: any_waits(proxy.worker), "a close that waits")
+    proxy.send_signal(signal.SIGUSR1)
+    proxy.wait_for_log("2 accepted, 1 open, 0 waiting, 1 refused, 0 failed;")
+    served.close()
+    if how == "drain":
+        proxy.send_signal(signal.SIGTERM)
+    assert proxy.wait(timeout=20) == 0
+
+
+def any_waits(pid):
+    return any("linger" in waits or "wait_woken" in waits for waits in waits_of(pid))
+
+
+def waits_of(pid):
+    for task in os.listdir(f"/proc/{pid}/task"):
+        with open(f"/proc/{pid}/task/{task}/wchan") as wchan:
+            yield wchan.read()
+
+
+@frozen
 def test_descriptors_in_the_backlog_at_the_end(stage, slow, environment):
     """Of a listener that is ours, and full of clients that nobody accepts any more."""
     where = stage.path("own")

@@ -243,9 +243,10 @@ def test_a_client_that_python_hangs_up(threads):
         assert scene.rig.read_to_end(client)[0] == b""
         scene.until_blocked()
         scene.others_go_on()
-        assert scene.rig.relay.open == 3, "it keeps its place"
+        assert scene.rig.relay.late == 1, "it keeps its place"
+        assert scene.rig.relay.open == 2, "no longer a connection"
         scene.release()
-        scene.rig.until(lambda: scene.rig.relay.open == 2, "its close")
+        scene.rig.until(lambda: scene.rig.relay.late == 0, "its close")
 
     play(act, threads=threads)
 
@@ -364,11 +365,12 @@ def test_no_thread():
             link.client.send(b"ping")
             assert scene.rig.read(link.target, 4) == b"ping"
         assert scene.rig.is_calm(50)
-        assert scene.rig.relay.open == 4, "both keep their places"
+        assert (scene.rig.relay.open, scene.rig.relay.late) == (3, 1), "both keep their places"
         os.setresuid(user, user, user)
         resource.setrlimit(resource.RLIMIT_NPROC, (soft, hard))
         scene.until_blocked()
         scene.release()
-        scene.rig.until(lambda: scene.rig.relay.open == 2, "their ends")
+        scene.rig.until(lambda: scene.rig.relay.open == 2, "the end of the connection")
+        scene.rig.until(lambda: scene.rig.relay.late == 0, "the close of the other")
 
     play(act)
