@@ -199,11 +199,14 @@ def test_a_close_that_waits_is_no_connection(stage, slow, environment, how):
     """Neither a drain nor an idle exit waits for it, and it is counted once."""
     listener = stage.listener("unix")
     options = ["--drain-timeout=1min"] if how == "drain" else ["--exit-idle-time=300ms"]
-    proxy = stage.launch("-c1", *options, stage.echo(), listeners=[listener], environment=environment)
+    options += ["-c1", stage.echo()]
+    proxy = stage.launch(*options, listeners=[listener], environment=environment)
     served = stage.connect(listener)
     greet(served)
+    proxy.send_signal(signal.SIGSTOP)
     refused = stage.connect(listener)
-    send_one(refused, slow(), proxy=proxy)
+    send_one(refused, slow())
+    proxy.send_signal(signal.SIGCONT)
     assert read_to_end(refused)[0] == b""
     wait_until(lambda: any_waits(proxy.worker), "a close that waits")
     proxy.send_signal(signal.SIGUSR1)
