@@ -18,8 +18,8 @@
 # has. MSG_CTRUNC says that a descriptor did not fit; then the message is left where it is.
 
 from proxyd._linux cimport (
-    EAGAIN, MSG_CTRUNC, MSG_DONTWAIT, MSG_PEEK, SHUT_RD, SIOCINQ, SOL_SOCKET, SO_PASSCRED,
-    SO_PASSPIDFD, SO_PASSRIGHTS, SO_PASSSEC, errno, errno_set, ioctl, iovec, memset, msghdr,
+    EAGAIN, MSG_CTRUNC, MSG_DONTWAIT, MSG_PEEK, SHUT_RD, SIOCINQ, SOL_SOCKET, SO_OOBINLINE,
+    SO_PASSCRED, SO_PASSPIDFD, SO_PASSRIGHTS, SO_PASSSEC, errno, errno_set, ioctl, iovec, memset, msghdr,
     recv, recvmsg, setsockopt, shutdown, uint8_t,
 )
 
@@ -149,13 +149,39 @@ cdef inline ssize_t rights_recv(Rights *rights, int fd, char *buffer, size_t siz
 
 
 cdef inline bint rights_queue_is_plain(int fd) noexcept nogil:
-    """Whether there are no descriptors in the whole queue, to which nothing is added any more."""
+    """Whether there are no descriptors in the whole queue, to which nothing is added any more.
+
+    A look ends before an urgent byte, and after PEEK_MOST bytes: so much is taken then, to look
+    further. Something stays unread where there was anything.
+    """
     cdef char scrap[PEEK_UNIT]
     cdef bint some = False
+    cdef ssize_t got
+    cdef int on = 1
     cdef int size = queue_length(fd)
-    if size <= 0:
-        return size == 0
-    return rights_peek(fd, scrap, <size_t>size, &some) == size and not some
+    if size > 0:
+        setsockopt(fd, SOL_SOCKET, SO_OOBINLINE, &on, sizeof(on))
+    while size > 0:
+        got = rights_peek(fd, scrap, <size_t>size, &some)
+        if some or got <= 0:
+            return False
+        if got >= size:
+            return True
+        if not queue_take(fd, scrap, got):
+            return False
+        size = queue_length(fd)
+    return size == 0
+
+
+cdef inline bint queue_take(int fd, char *scrap, ssize_t size) noexcept nogil:
+    """Throw so many bytes away, which have come without descriptors."""
+    cdef ssize_t got
+    while size > 0:
+        got = recv(fd, scrap, min(<size_t>size, <size_t>PEEK_UNIT), MSG_DONTWAIT)
+        if got <= 0:
+            return False
+        size -= got
+    return True
 
 
 cdef inline bint rights_may_close(const Rights *rights, int fd) noexcept nogil:

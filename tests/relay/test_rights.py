@@ -41,8 +41,8 @@ class Scene:
         self.other = self.rig.link()
         self.slow = []
 
-    def send_slow(self, connection, data):
-        self.slow.append(send_slow(connection, data))
+    def send_slow(self, connection, data, flags=0):
+        self.slow.append(send_slow(connection, data, flags))
 
     def others_go_on(self):
         """Both ways, over a connection that was there before and over a new one."""
@@ -265,6 +265,57 @@ def test_what_a_client_sees_of_a_close(rigs, data):
     else:
         assert client.recv(1) == b""
     assert write_error(client) == errno.EPIPE
+
+
+@pytest.mark.parametrize("before", [b"", b"unread "])
+@pytest.mark.parametrize("after", [b"", b" more"])
+def test_an_urgent_byte_is_no_descriptor(rigs, before, after):
+    """It ends a look at the queue, and has to be looked behind."""
+    rig = rigs("unix", "tcp4")
+    client, fd = rig.knock()
+    threads = tasks()
+    for data, flags in [(before, 0), (b"!", socket.MSG_OOB), (after, 0)]:
+        if data:
+            client.send(data, flags)
+    rig.relay.hang_up(fd)
+    assert rig.relay.late == 0
+    with pytest.raises(ConnectionResetError):
+        client.recv(1)
+    assert tasks() == threads
+
+
+@pytest.mark.parametrize("place", ["before", "with", "behind"])
+def test_descriptors_and_an_urgent_byte(place):
+    def act(scene):
+        client, fd = scene.rig.knock()
+        client.send(b"plain ")
+        if place == "before":
+            scene.send_slow(client, b"with one ")
+        if place == "with":
+            scene.send_slow(client, b"!", socket.MSG_OOB)
+        else:
+            client.send(b"!", socket.MSG_OOB)
+        if place == "behind":
+            scene.send_slow(client, b" with one")
+        scene.rig.relay.hang_up(fd)
+        assert scene.rig.relay.late == 1
+        scene.until_blocked()
+        scene.others_go_on()
+
+    play(act)
+
+
+def test_a_long_queue_without_descriptors(rigs):
+    """Longer than one look."""
+    rig = rigs("unix", "tcp4", client_buffers={"send_buffer": 4 << 20})
+    client, fd = rig.knock()
+    outgoing = Outgoing(client, payload(1_500_000))
+    outgoing.step()
+    assert len(outgoing.rest) < 1_000_000, "more than a look shows is queued"
+    rig.relay.hang_up(fd)
+    assert rig.relay.late == 0
+    with pytest.raises(ConnectionResetError):
+        client.recv(1)
 
 
 @threads

@@ -31,13 +31,13 @@ class Slow:
         self.peer.close()
 
 
-def send_slow(connection, data):
+def send_slow(connection, data, flags=0):
     """Send bytes with a slow socket that nobody else holds; the Slow. OSError: refused."""
     slow = Slow()
     fds = array.array("i", [slow.socket.fileno()])
     try:
         ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)]
-        assert connection.sendmsg([data], ancillary) == len(data)
+        assert connection.sendmsg([data], ancillary, flags) == len(data)
     except OSError:
         slow.release()
         raise
