@@ -19,8 +19,8 @@
 
 from proxyd._linux cimport (
     EAGAIN, MSG_CTRUNC, MSG_DONTWAIT, MSG_PEEK, SHUT_RD, SIOCINQ, SOL_SOCKET, SO_OOBINLINE,
-    SO_PASSCRED, SO_PASSPIDFD, SO_PASSRIGHTS, SO_PASSSEC, errno, errno_set, ioctl, iovec, memset, msghdr,
-    recv, recvmsg, setsockopt, shutdown, uint8_t,
+    SO_PASSCRED, SO_PASSPIDFD, SO_PASSRIGHTS, SO_PASSSEC, errno, errno_set, ioctl, iovec,
+    memset, msghdr, recv, recvmsg, setsockopt, shutdown, uint8_t,
 )
 
 # what the queue of a UNIX socket may hold
