@@ -746,10 +746,11 @@ def signal_fd(numbers):
 def signals_come():
     """The signals that have come since the last call, each as often as it was delivered."""
     cdef uint64_t rings
-    cdef int number
+    cdef int number, count
     found = []
     eventfd_read(signal_bell, &rings)  # before the look: what comes after it rings again
     alarm_set(0)
     for number in range(SIGNALS_MOST):
-        found += [number] * shared_take(&signal_counts[number])
+        count = shared_take(&signal_counts[number])  # Cython 0.29 would evaluate it twice
+        found += [number] * count
     return found
