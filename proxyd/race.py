@@ -93,6 +93,7 @@ class Race:
         "next_ms",
         "paced",
         "preferred",
+        "repeats",
         "settle_ms",
         "silent_since_ms",
         "watches",
@@ -117,6 +118,8 @@ class Race:
         """For how long a new connection is watched …"""
         self.watches = False
         """… before anybody gets it, if at all."""
+        self.repeats = True
+        """Whether an address that is silent gets another attempt."""
         self.paced = False
         """For the caller: that it has set when to begin anew, although the round goes on."""
         self.preferred = b""
@@ -163,7 +166,13 @@ class Race:
     @property
     def settling(self) -> bool:
         """Whether a connection is being watched."""
-        return any(attempt.settled_ms is not None for attempt in self._attempts.values())
+        return self.settled_ms is not None
+
+    @property
+    def settled_ms(self) -> int | None:
+        """When one that is watched has been watched for long enough, None: none is."""
+        times = [attempt.settled_ms for attempt in self._attempts.values()]
+        return min((time for time in times if time is not None), default=None)
 
     # ── what the policy does ─────────────────────────────────────────────────────────────────
 
@@ -197,8 +206,7 @@ class Race:
         if not self.settling:
             self._dial_all_due(now_ms, wanted)
         if self.settling:
-            times = [one.settled_ms for one in self._attempts.values()]
-            self.next_ms = min(time for time in times if time is not None)
+            self.next_ms = self.settled_ms
 
     def stop(self) -> None:
         """Nobody is left to connect. A target that may have accepted sees a reset."""
@@ -225,7 +233,7 @@ class Race:
             if not self._dial_due(route, now_ms, most):
                 return
         for route in self._routes:
-            if route.pending and route.dialled_ms is not None:
+            if self.repeats and route.pending and route.dialled_ms is not None:
                 self._wake_at(max(route.dialled_ms + SILENT_MS, now_ms + 1))
 
     def _dial_first(self, now_ms: int, wanted: int, most: int) -> None:
@@ -247,7 +255,8 @@ class Race:
             if self._dial(route, now_ms, most):
                 self._stagger_ms = now_ms + STAGGER_MS
             return self._has_had_turn(route)
-        if route.pending and now_ms - route.dialled_ms >= SILENT_MS and self.tried:
+        silent = route.pending and now_ms - route.dialled_ms >= SILENT_MS
+        if silent and self.repeats and self.tried:
             self._dial(route, now_ms, most)  # not before every address has had its turn
         return True
 

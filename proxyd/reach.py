@@ -118,6 +118,7 @@ class Reach:
         self.cut = 0
         """Clients that were held at the end of the program."""
         self._race = Race(loop, self._expects_end)
+        self._race.repeats = timeout_ms != 0
         self._up = True
         """Whether to believe that the target can be reached: if not, only one probes."""
         self._proven = True
@@ -278,11 +279,25 @@ class Reach:
             return True
         if race.over:
             return self._round_failed()
-        if race.partial and not race.paced:
-            self._probe_ms = self._pace.next(now_ms)
-            race.paced = True
+        self._pace_round(now_ms)
         self._note_silence(now_ms)
         return False
+
+    def _pace_round(self, now_ms: int) -> None:
+        """Set when to begin anew although some addresses are still silent.
+
+        Those that have failed are tried again, and a name may have another address by then.
+        """
+        race = self._race
+        if race.paced or not race.tried or not race.repeats:
+            return
+        if race.partial:
+            self._probe_ms = self._pace.next(now_ms)
+        elif self._lookup is not None:
+            self._probe_ms = now_ms + SILENT_MS
+        else:
+            return
+        race.paced = True
 
     def _round_is_due(self, now_ms: int) -> bool:
         if self._race.running and not self._race.paced:
@@ -327,9 +342,11 @@ class Reach:
 
     @property
     def _deadline_ms(self) -> int | None:
-        """Until when the oldest client may wait."""
+        """Until when the oldest client may wait. A target that is watched has been reached."""
         oldest = next(iter(self.held.values()), None)
-        return oldest.since_ms + self.timeout_ms if oldest and self.timeout_ms else None
+        if oldest is None or not self.timeout_ms:
+            return None
+        return max(oldest.since_ms + self.timeout_ms, self._race.settled_ms or 0)
 
     def _expire(self, now_ms: int) -> None:
         """Give up those who have waited for as long as they may."""
@@ -346,6 +363,9 @@ class Reach:
         some = bool(self._race.won)
         while self._race.won and self.held:
             won = self._race.won.pop(0)
+            if not won.proven and not self._expects_end():
+                self._relay.hang_up(won.fd, True)  # whoever expected it has just left
+                continue
             if won.proven:
                 self._up = self._proven = True
                 if self._lookup is not None:
@@ -387,6 +407,7 @@ class Reach:
         cold = not self._was_reached()
         self._up = False
         self._proven = self._race.settle_ms == 0
+        self._race.watches = not self._proven
         self._outages.fail(reason, now_ms, len(self.held), cold=cold, denied=denied)
         self._probe_ms = self._pace.next(now_ms)
 
@@ -481,6 +502,8 @@ class Reach:
         """Nobody can be connected now: all wait on, or are given up."""
         if self.timeout_ms == 0 and lookup.looking:
             return  # late, but it is the one attempt that there is
+        if not lookup.looking:
+            self._race.stop()  # its addresses are not the target's any more
         if lookup.passes and self.timeout_ms != 0:
             self._outage(lookup.failure)
             self._probe_ms = max(self._probe_ms, self._relay.now_ms + lookup.pause_ms)

@@ -990,6 +990,60 @@ def test_an_address_that_refuses_is_tried_again_while_another_is_silent(world):
     assert one.served == [fd]
 
 
+def test_a_name_that_gets_another_address_while_the_old_one_is_silent(world):
+    one = world(NAME, plan={inet(1): LATER, inet(2): UP}, answer=([inet(1, 0)], None))
+    fd = one.come()
+    one.run(1500)
+    one.names.answer = ([inet(2, 0)], None)
+    one.run(3000)
+    assert one.served == [fd]
+    assert one.relay.dialled == {}
+
+
+@pytest.mark.parametrize("code", [_socket.EAI_NONAME, _socket.EAI_AGAIN])
+def test_a_name_that_is_gone_while_its_address_is_silent(world, code):
+    """Whoever has the address by the time it answers may be another service."""
+    one = world(NAME, plan={inet(1): LATER}, answer=([inet(1, 0)], None))
+    fd = one.come()
+    one.run(1500)
+    one.names.answer = ([], _socket.gaierror(code, "no such thing"))
+    one.run(3000)
+    assert one.relay.dialled == {}
+    assert fd in one.reach.held
+
+
+@pytest.mark.parametrize("timeout_ms", [None, 0])
+def test_a_look_up_that_fails_for_ever_while_an_address_is_silent(world, timeout_ms):
+    plan = {inet(1): LATER, inet(2): errno.ECONNREFUSED}
+    answer = ([inet(1, 0), inet(2, 0)], None)
+    one = world(NAME, plan=plan, answer=answer, timeout_ms=timeout_ms)
+    fd = one.come()
+    one.run(300)
+    one.names.answer = ([], _socket.gaierror(_socket.EAI_FAIL, "never"))
+    one.run(3000)  # which does not spin
+    if timeout_ms is None:
+        assert one.gone(fd)
+    else:
+        assert one.relay.times == [0, 250]  # one attempt at each, which goes on
+        one.answer(inet(1), errno.ETIMEDOUT)
+        assert one.gone(fd)
+
+
+@pytest.mark.parametrize("settle_ms", [0, 50])
+def test_without_connect_timeout_a_silent_host_is_tried_once(world, settle_ms):
+    """For as long as the kernel tries, and no longer."""
+    plan = {inet(1): LATER, inet(2): LATER}
+    one = world(
+        NAME, plan=plan, answer=([inet(1, 0), inet(2, 0)], None), timeout_ms=0, settle_ms=settle_ms
+    )
+    fd = one.come()
+    one.run(60_000)
+    assert one.relay.times == [0, 250]
+    one.answer(inet(1), errno.ETIMEDOUT)
+    one.answer(inet(2), errno.ETIMEDOUT)
+    assert one.gone(fd)
+
+
 # ── a port that accepts before anybody is there ──────────────────────────────────────────────────
 
 
@@ -1046,6 +1100,61 @@ def test_a_target_that_always_lets_go_is_given_up(world, capfd):
     assert one.gone(fd)
     assert one.reach.failed == 1
     assert "it accepts and closes at once" in capfd.readouterr().err.splitlines()[-1]
+
+
+def test_a_target_is_watched_to_the_end_though_connect_timeout_is_shorter(world):
+    """It has been reached: otherwise nobody would ever be served."""
+    one = world(settle_ms=500, timeout_ms=300)
+    clients = [one.come() for _ in range(3)]
+    one.run(499)
+    assert one.served == []
+    one.run(500)
+    assert one.served == clients
+
+
+def test_a_target_that_lets_go_after_connect_timeout(world):
+    one = world(settle_ms=500, timeout_ms=300)
+    fd = one.come()
+    one.run(400)
+    one.say(one.address, 0)
+    one.run(400)
+    assert one.gone(fd)
+    assert one.relay.times == [0]
+
+
+def test_a_silent_target_is_watched_as_soon_as_it_answers(world):
+    """Its silence was an outage, so it is no longer proven."""
+    one = world(settle_ms=50)
+    one.come()
+    one.run(50)
+    assert len(one.served) == 1
+    fd = one.come()
+    one.relay.plan[one.address] = LATER
+    one.run(1050)
+    one.fail(fd, errno.ETIMEDOUT, since_ms=50)
+    one.run(2100)
+    one.answer(one.address, 0)
+    assert fd in one.reach.held
+    one.say(one.address, 0)
+    assert fd in one.reach.held
+
+
+def test_a_target_that_has_let_go_is_for_no_client_that_has_spoken(world):
+    one = world(settle_ms=50)
+    first = one.come()
+    second = one.come()
+    one.peers[first].shutdown(socket.SHUT_WR)
+    one.peers[second].send(b"message")
+    one.tick()
+    (target,) = one.relay.dialled
+    one.relay.said[target] = 0
+    one.loop.handlers[target](1)  # and, in the same batch, the first client leaves
+    one.loop.handlers[first](EPOLLHUP)
+    one.tick()
+    assert one.served == []
+    assert second in one.reach.held
+    one.run(100)
+    assert one.served == [second]
 
 
 def test_with_no_connect_timeout_letting_go_is_the_end(world):
