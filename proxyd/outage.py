@@ -109,9 +109,9 @@ class Outage:
         span = _span_text(now_ms - self.since_ms)
         log.limited(f"lasting {self.kind}", f"{self.why}, clients have been held for {span}.")
 
-    def end(self, now_ms: int) -> None:
-        """Nobody waits any more, and the target answers."""
-        if self._told and self.since_ms is not None:
+    def end(self, now_ms: int, *, answered: bool) -> None:
+        """Nobody waits any more, and the target can be reached as far as we know."""
+        if answered and self._told and self.since_ms is not None:
             span = _span_text(now_ms - self.since_ms)
             count = self._held_total
             clients = "1 client was" if count == 1 else f"{count} clients were"

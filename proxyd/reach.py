@@ -121,6 +121,8 @@ class Reach:
         self._race.repeats = timeout_ms != 0
         self._up = True
         """Whether to believe that the target can be reached: if not, only one probes."""
+        self._congested = False
+        """Whether its backlog was full when it was tried last."""
         self._proven = True
         """Whether a port that accepts means that the target is there."""
         self._outages = Outage(self.text)
@@ -368,6 +370,7 @@ class Reach:
                 continue
             if won.proven:
                 self._up = self._proven = True
+                self._congested = False
                 if self._lookup is not None:
                     self._lookup.won(won.address, won.took_ms < STAGGER_MS // 2)
             self._serve(next(iter(self.held.values())), won)
@@ -414,7 +417,7 @@ class Reach:
     def _congestion(self, error: int) -> None:
         """The target is there, and has no room just now."""
         now_ms = self._relay.now_ms
-        self._up = True
+        self._up = self._congested = True
         self._outages.congest(self._reason(error), now_ms, len(self.held))
         self._probe_ms = now_ms + CONGESTION_MS
 
@@ -429,7 +432,7 @@ class Reach:
         self._race.stop()
         self._late_error = 0
         if self._up:
-            self._outages.end(self._relay.now_ms)
+            self._outages.end(self._relay.now_ms, answered=not self._congested)
 
     def _reason(self, error: int) -> str:
         if error == errno.ELOOP and not self._is_unix():

@@ -889,6 +889,29 @@ def test_a_backlog_that_is_full_ends_an_outage(world):
     assert one.served == clients
 
 
+@pytest.mark.parametrize("end", ["cut", "gone", "given up"])
+def test_a_backlog_that_stays_full_does_not_answer(world, capfd, end):
+    room = Backlog(0)
+    one = world(UNIX, plan=room, timeout_ms=3000)
+    fd = one.come()
+    one.run(2000)
+    assert "Resource temporarily unavailable" in capfd.readouterr().err
+    if end == "cut":
+        one.reach.drop_all()
+    elif end == "gone":
+        one.happen(fd, EPOLLHUP)
+    one.run(10_000)
+    assert not one.reach.held
+    assert "answers after" not in capfd.readouterr().err
+    fd = one.come()  # and the next time is told anew
+    one.run(12_000)
+    assert "holding clients" in capfd.readouterr().err
+    room.room = 1
+    one.run(12_900)
+    assert one.served == [fd]
+    assert "answers after" in capfd.readouterr().err
+
+
 def test_a_full_backlog_with_no_connect_timeout_is_one_attempt(world):
     one = world(UNIX, plan=errno.EAGAIN, timeout_ms=0)
     assert one.gone(one.come())
