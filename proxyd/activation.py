@@ -91,8 +91,9 @@ def _names(values: dict[str, str], count: int, by_name: bool) -> list[str]:
         raise _garbage(
             values,
             "LISTEN_FDNAMES",
-            f"{len(names)} names for {count} sockets. NAME=TARGET needs one name for each, without "
-            "a colon in it: set FileDescriptorName= in the socket units.",
+            f"{len(names)} name{'s' * (len(names) != 1)} for {count} sockets. "
+            "NAME=TARGET needs one name for each, without a colon in it: "
+            "set FileDescriptorName= in the socket units.",
         )
     return []
 

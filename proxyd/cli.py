@@ -188,6 +188,8 @@ def _why_no_sockets(options: Options, passed: dict[str, str]) -> str:
     setting = on_standard_fds()
     if setting:
         return f"{setting} passes the socket where it is not expected: remove it from the unit."
+    if passed["LISTEN_FDS"] and passed["LISTEN_PID"] == str(os.getpid()):
+        return "LISTEN_PIDFDID tells that they were passed to an earlier process of the same id."
     if passed["LISTEN_FDS"] and passed["LISTEN_PID"]:
         return (
             f"They were passed to process {passed['LISTEN_PID']}, which is another one: "
@@ -503,7 +505,7 @@ OPTIONS: tuple[Option, ...] = (
 """The options that are accepted, in the order of --help."""
 
 _ALLOWED = {
-    "BYTES": "bytes from 4096 to 2047M, with K or M for KiB or MiB, or auto",
+    "BYTES": "a number of bytes from 4096 to 2047M, with K or M for KiB or MiB, or auto",
     "N": "a number from 1 to 1024, or auto",  # of threads: --connections-max= has its own words
     "SPAN": "a time span, such as 90, 5min 20s or infinity",
     "settle-time": "a time span, such as 100ms or 2s",

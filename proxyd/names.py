@@ -67,7 +67,7 @@ def _instead(name: str, by_name: "dict[str | None, Target]") -> str:
 
     names = [one for one in by_name if one is not None]
     there_are = f": the targets are for {list_names(names)}"
-    if name == UNNAMED:
+    if name in ("", UNNAMED):
         return (
             f"{there_are}, and this one has no name: set FileDescriptorName= in the socket unit, "
             "or use --listen=NAME=ADDRESS"
@@ -75,7 +75,13 @@ def _instead(name: str, by_name: "dict[str | None, Target]") -> str:
     if not valid_name(name):
         return (
             f"{there_are}, and this name cannot be a NAME: set FileDescriptorName= "
-            "in the socket unit to one without a colon"
+            f"in the socket unit to one {_what_a_name_is(name)}"
         )
     close = get_close_matches(name, names, n=1)
     return f"{there_are}; is '{close[0]}' meant for it?" if close else there_are
+
+
+def _what_a_name_is(bad: str) -> str:
+    if ":" in bad:
+        return "without a colon"
+    return "without an equals sign, which does not begin with a slash, @ or ["

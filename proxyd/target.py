@@ -8,6 +8,8 @@ _DEFAULT_PORT = 80  # as in the original
 # No host name and no address contains one of these; most often somebody forgot `unix:`.
 _NOT_IN_HOSTS = "/=@[]*"
 
+_IN_IPV6 = "0123456789abcdefABCDEF:."
+
 _HOST_MAX = 255  # RFC 1035 2.3.4
 
 
@@ -71,6 +73,8 @@ def _parse(text: str) -> Target:
         if sockaddr.family(local) == sockaddr.AF_VSOCK and text.startswith("vsock::"):
             raise ValueError("expected vsock:CID:PORT")
         return Target(text, None, 0, local)
+    if text in ("unix:", "vsock:"):
+        raise ValueError("expected " + ("unix:PATH" if text == "unix:" else "vsock:CID:PORT"))
     host, service = sockaddr.split_host(text)
     if not host:
         raise ValueError("no host; expected HOST:PORT")
@@ -82,8 +86,14 @@ def _parse(text: str) -> Target:
         return Target(text, None, port, sockaddr.pack_inet(host, port or 0))
     except ValueError as error:
         if ":" in host:
-            raise ValueError(f"{error}; write IPv6 addresses as [ADDRESS]:PORT") from None
+            raise ValueError(_why_no_address(host, error)) from None
         return Target(text, _encode(host), port, None)
+
+
+def _why_no_address(host: str, error: ValueError) -> str:
+    if "::" in host or "%" in host or not host.strip(_IN_IPV6):
+        return f"{error}; write IPv6 addresses as [ADDRESS]:PORT"
+    return f"'{host}' is neither a host name nor an IPv6 address; expected HOST:PORT"
 
 
 def _parse_service(service: str | None) -> int | None:

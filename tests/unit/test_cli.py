@@ -532,3 +532,9 @@ def test_a_connection_and_a_listener_do_not_mix(served, monkeypatch, capfd):
     assert cli.main([PROG, "--listen=127.0.0.1:0", "/t"]) == 1
     assert "must be the only one" in capfd.readouterr().err
     right.close()
+
+
+def test_sockets_of_an_earlier_process_of_the_same_id():
+    options = parse_args(["x", "a:1"])
+    passed = {"LISTEN_FDS": "1", "LISTEN_PID": str(os.getpid())}
+    assert "an earlier process of the same id" in cli._why_no_sockets(options, passed)

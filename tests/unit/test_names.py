@@ -79,3 +79,18 @@ def test_any_port_needs_a_tcp_listener(packed):
     with pytest.raises(UsageError, match=r"localhost:\* needs a TCP listener.*'b'"):
         match_targets(pairs("localhost:*"), listeners)
     assert match_targets(pairs("a=localhost:*", "b=@x"), listeners)[1] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("", "this one has no name"),
+        ("a:b", "to one without a colon"),
+        ("a=b", "to one without an equals sign"),
+        ("@a", "does not begin with a slash"),
+    ],
+)
+def test_a_name_that_cannot_have_a_target(name, hint):
+    listener = Listener(-1, name, UNIX)
+    with pytest.raises(UsageError, match=hint):
+        match_targets([("web", parse_target("a:1"))], [listener])
