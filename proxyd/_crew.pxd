@@ -96,7 +96,6 @@ cdef inline int crew_open(Relaying *relay, const Relaying *boss) noexcept nogil:
     relay.engine.may_refuse = boss.engine.may_refuse
     relay.idle_ms = boss.idle_ms
     relay.report_ends = boss.report_ends
-    relay.shares = boss.shares
     return relay_open_inbox(relay) if failure == 0 else failure
 
 
@@ -116,10 +115,21 @@ cdef inline int crew_fits(Crew *crew) noexcept nogil:
 
 cdef inline int crew_hire(Relaying *boss) noexcept nogil:
     """Start one more thread; 0 or -errno. What it is to know of the boss must be settled."""
-    cdef Relaying *relay
     cdef int failure = crew_fits(&boss.crew)
     if failure == 0:
-        failure = relay_open_inbox(boss)
+        failure = crew_begin(
+            boss, &boss.crew.relays[boss.crew.count], boss.shares, crew_work)
+    if failure == 0:
+        boss.crew.count += 1
+    return failure
+
+
+cdef inline int crew_begin(
+    Relaying *boss, Relaying **place, bint shares, void *(*work)(void *) noexcept nogil
+) noexcept nogil:
+    """Put a further relay in `place`, and start its thread; 0 or -errno, and `place` is as it was."""
+    cdef Relaying *relay
+    cdef int failure = relay_open_inbox(boss)
     if failure < 0:
         return failure
     relay = <Relaying *>calloc(1, sizeof(Relaying))
@@ -130,13 +140,13 @@ cdef inline int crew_hire(Relaying *boss) noexcept nogil:
     relay.quarantine = boss.quarantine
     relay.answered = boss.crew.asked  # it has not been there to be asked
     failure = crew_open(relay, boss)
+    relay.shares = shares
     if failure == 0:
-        failure = crew_start(relay, crew_work)
+        failure = crew_start(relay, work)
     if failure < 0:
         crew_free(relay)
         return failure
-    boss.crew.relays[boss.crew.count] = relay
-    boss.crew.count += 1
+    place[0] = relay
     return 0
 
 
@@ -185,32 +195,10 @@ cdef inline void *quarantine_work(void *argument) noexcept nogil:
     return NULL
 
 
-cdef inline int quarantine_hire(Relaying *boss) noexcept nogil:
-    """Start the thread; 0 or -errno."""
-    cdef Relaying *relay
-    cdef int failure = relay_open_inbox(boss)
-    if failure < 0:
-        return failure
-    relay = <Relaying *>calloc(1, sizeof(Relaying))
-    if relay == NULL:
-        return -ENOMEM
-    relay_init(relay, boss.tally, boss.own)
-    relay.boss = boss
-    relay.quarantine = boss.quarantine
-    failure = crew_open(relay, boss)
-    relay.shares = False
-    if failure == 0:
-        failure = crew_start(relay, quarantine_work)
-    if failure < 0:
-        crew_free(relay)
-        return failure
-    boss.crew.quarantine = relay
-    return 0
-
-
 cdef inline void quarantine_serve(Relaying *boss) noexcept nogil:
     """Somebody is to go into quarantine: see that there is a thread, now or later."""
-    if boss.crew.quarantine == NULL and quarantine_hire(boss) < 0:
+    if boss.crew.quarantine == NULL and crew_begin(
+            boss, &boss.crew.quarantine, False, quarantine_work) < 0:
         boss.quarantine.retry_ms = boss.engine.now_ms + QUARANTINE_RETRY_MS
         return
     quarantine_begin(boss.quarantine, &boss.crew.quarantine.inbox)
