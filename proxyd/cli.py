@@ -457,7 +457,7 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option(
         "settle-time",
-        "Watch a target that was not reachable this long (0)\nbefore anything is sent to it",
+        "Watch a target that is not proven for this long (0)\nbefore anything is sent to it",
         _set_settle_time,
         "SPAN",
     ),

@@ -152,7 +152,7 @@ def command(request: Request) -> str:
     if request.backend:
         options.append(f"--connect-timeout={_quoted(request.start)}")
     if request.container and knows_settle_time():
-        options.append("--settle-time=100ms")
+        options.append("--settle-time=500ms")
     if request.idle:
         idle = _quoted(request.idle)
         options += [f"--exit-idle-time={idle}", f"--idle-timeout={idle}"]

@@ -231,7 +231,7 @@ RULES = (
     Rule(
         "published-port",
         "warning",
-        "--settle-time=100ms",
+        "--settle-time=500ms",
         "docker-proxy, rootless Podman and pasta accept connections on a published port before "
         "the application in the container listens, and reset them. --settle-time= watches a new "
         "connection for that long before anything is sent, while the target has not been "

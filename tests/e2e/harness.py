@@ -12,7 +12,8 @@ class Scenario:
     """`body` returns a note for the report, or raises Failure.
 
     `needs` are words of the program's --help without which there is nothing to test. `original`
-    says why the C original, of the systemd versions `since` to `until`, is to fail.
+    says why the C original, of the systemd versions `since` to `until`, is to fail. One that is
+    `slow` runs where it is named, or with --all.
     """
 
     name: str
@@ -22,6 +23,7 @@ class Scenario:
     original: str
     since: int
     until: int
+    slow: bool
 
     def to_fail(self, original_version: int) -> str:
         """Why the original of this version (0: it is not the original) is to fail, or empty."""
@@ -31,13 +33,16 @@ class Scenario:
 SCENARIOS: dict[str, Scenario] = {}
 
 
-def scenario(*, needs: str = "", original: str = "", since: int = 1, until: int = 9999):
+def scenario(
+    *, needs: str = "", original: str = "", since: int = 1, until: int = 9999, slow: bool = False
+):
     """Decorator: add a function to the scenarios; its docstring's first line is the title."""
 
     def add(body):
         name = body.__name__.replace("_", "-")
         title = (body.__doc__ or "").strip().splitlines()[0]
-        SCENARIOS[name] = Scenario(name, title, body, tuple(needs.split()), original, since, until)
+        words = tuple(needs.split())
+        SCENARIOS[name] = Scenario(name, title, body, words, original, since, until, slow)
         return body
 
     return add

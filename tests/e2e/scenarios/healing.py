@@ -56,7 +56,7 @@ def heals_on_demand(m: Machine) -> str:
     return heals(app(m, "on-demand"))
 
 
-@scenario(needs="--connect-timeout", original="has no --connect-timeout=")
+@scenario(needs="--connect-timeout", original="has no --connect-timeout=", slow=True)
 def heals_before_249(m: Machine) -> str:
     """examples/before-249, through all but a start that a condition refuses"""
     # Nothing has failed then, so Restart= does nothing: the next start is after the next rest.
@@ -69,7 +69,7 @@ def heals_always_on(m: Machine) -> str:
     return heals(app(m, "always-on"), without=(healing.idle_stop, healing.slow_stop))
 
 
-@scenario(needs="--connect-timeout", original="has no --connect-timeout=")
+@scenario(needs="--connect-timeout", original="has no --connect-timeout=", slow=True)
 def heals_template(m: Machine) -> str:
     """examples/template, through everything that can happen"""
     return heals(
@@ -84,7 +84,7 @@ def heals_template(m: Machine) -> str:
     )
 
 
-@scenario(needs="--connect-timeout", original="has no --connect-timeout=")
+@scenario(needs="--connect-timeout", original="has no --connect-timeout=", slow=True)
 def heals_accept(m: Machine) -> str:
     """examples/accept, a proxy for each connection: what can happen to the backend"""
     not_of_it = (  # a connection is all that keeps the backend up, and no proxy is the next one's
@@ -118,19 +118,19 @@ def nginx(m: Machine, folder: str, address: str) -> Subject:
     return Subject(m, units, backend="nginx.service", address="TCP:127.0.0.1:80", **NGINX)
 
 
-@scenario(needs="--connect-timeout", original="has no --connect-timeout=")
+@scenario(needs="--connect-timeout", original="has no --connect-timeout=", slow=True)
 def heals_unix_target(m: Machine) -> str:
     """examples/nginx, a UNIX target, through everything that can happen"""
     return heals(nginx(m, "nginx", "/run/nginx/socket"))
 
 
-@scenario(needs="--connect-timeout", original="has no --connect-timeout=")
+@scenario(needs="--connect-timeout", original="has no --connect-timeout=", slow=True)
 def heals_namespace(m: Machine) -> str:
     """examples/nginx-namespace, one private network, through everything that can happen"""
     return heals(nginx(m, "nginx-namespace", "127.0.0.1 8080"))
 
 
-@scenario(needs="--connect-timeout", original="has no --connect-timeout=")
+@scenario(needs="--connect-timeout", original="has no --connect-timeout=", slow=True)
 def heals_container(m: Machine) -> str:
     """examples/container, with our backend for podman, through everything that can happen"""
     units = example("container", web_container="127.0.0.1 8081")
@@ -182,7 +182,11 @@ def create_scenario(name: str, arguments: str) -> None:
 
     body.__name__ = f"create_{name.replace(' ', '_')}"
     body.__doc__ = f"what `create` writes ({name}), through everything that can happen"
-    scenario(needs="--connect-timeout", original="has no --connect-timeout=")(body)
+    scenario(
+        needs="--connect-timeout",
+        original="has no --connect-timeout=",
+        slow=name != "on-demand",
+    )(body)
 
 
 for one, given in CREATED.items():

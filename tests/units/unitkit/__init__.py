@@ -2,7 +2,7 @@
 
 from proxyd.units import check
 
-SETTLE = "--settle-time=100ms "
+SETTLE = "--settle-time=500ms "
 """In sets with published ports; taken out where the program does not know the option."""
 
 
