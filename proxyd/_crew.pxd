@@ -127,7 +127,7 @@ cdef inline int crew_hire(Relaying *boss) noexcept nogil:
 cdef inline int crew_begin(
     Relaying *boss, Relaying **place, bint shares, void *(*work)(void *) noexcept nogil
 ) noexcept nogil:
-    """Put a further relay in `place`, and start its thread; 0 or -errno, and `place` is as it was."""
+    """Start the thread of a further relay, and put that in `place`; 0 or -errno."""
     cdef Relaying *relay
     cdef int failure = relay_open_inbox(boss)
     if failure < 0:

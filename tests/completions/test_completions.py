@@ -33,7 +33,7 @@ def test_the_options_are_those_of_help(shell):
         ("--exit-idle-time=5", "--exit-idle-time=5min "),
         ("--connect-timeout 30", "--connect-timeout 30s "),
         ("--idle-timeout=inf", "--idle-timeout=infinity "),
-        ("--settle-time=50", "--settle-time=50ms "),
+        ("--settle-time=100", "--settle-time=100ms "),
         ("--drain-timeout 1h", "--drain-timeout 1h "),
         ("--threads=a", "--threads=auto "),
         ("--hand-over b", "--hand-over busy "),

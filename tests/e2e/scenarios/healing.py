@@ -185,7 +185,7 @@ def create_scenario(name: str, arguments: str) -> None:
     scenario(
         needs="--connect-timeout",
         original="has no --connect-timeout=",
-        slow=name != "on-demand",
+        slow=name != "on demand",
     )(body)
 
 
