@@ -24,7 +24,9 @@ ONLY_DEB = {
     r"/usr/share/lintian/overrides/\S+": "for lintian",
 }
 ONLY_RPM = {
-    r"\S+/proxyd-?\S*\.pyc|modules/(?:\w+/)?__pycache__/\S+": "compiled here, and by the DEB when installed",
+    r"\S+/proxyd-?\S*\.pyc|modules/(?:\w+/)?__pycache__/\S+": (
+        "compiled here, and by the DEB when installed"
+    ),
     r"\S+\.dist-info/\S+": "for who imports the modules: the DEB's are private",
     r"/usr/lib/\.build-id/\S+": "how debuggers find the symbols; Debian's look elsewhere",
     r"/usr/share/doc/\S+/CHANGELOG\.md": "under Debian's name in the DEB",
