@@ -480,7 +480,7 @@ def answer(check: Callable[[Peer], str], peer: Peer) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="ci/compare", description=__doc__)
+    parser = argparse.ArgumentParser(prog="ci/bench compare", description=__doc__)
     parser.add_argument("--executable", type=Path, default=Path(".venv/bin/systemd-socket-proxyd"))
     parser.add_argument("--only", default="", help="checks by name, with commas between")
     parser.add_argument("--peers", default="", help="programs by name, with commas between")

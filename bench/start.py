@@ -14,6 +14,8 @@ from bench.contenders import Contender, Failed
 from bench.measure import Sample, Settings
 from bench.works import Work
 
+Runs = list[dict[str, float]]
+
 SETTLE = 0.1  # seconds after the first byte, for what a program does once it has served
 DISTRO_PYTHON = "/usr/bin/python3"
 
@@ -24,8 +26,11 @@ def applies(contender: Contender) -> bool:
 
 
 def run(work: Work, contender: Contender, settings: Settings) -> Sample:
-    """The median of several starts. Raises Failed."""
-    each = [start_once(work, contender, settings) for _ in range(settings.starts)]
+    """The median of several starts, each after one of a bare interpreter. Raises Failed."""
+    each, nothing = [], []
+    for _ in range(settings.starts):
+        nothing.append(bare(contender, settings))
+        each.append(start_once(work, contender, settings))
     return Sample(
         cpu=median(one["proxy_cpu"] for one in each),
         rate=1 / median(one["wall"] for one in each),
@@ -35,7 +40,8 @@ def run(work: Work, contender: Contender, settings: Settings) -> Sample:
         extra={
             "RSS MB": median(one["resident"] for one in each) / 1e6,
             "private MB": median(one["private"] for one in each) / 1e6,
-            "×bare": median(one["wall"] for one in each) / bare(contender, settings),
+            "×bare": times(each, nothing, "wall"),
+            "CPU ×bare": times(each, nothing, "proxy_cpu"),
         },
     )
 
@@ -81,14 +87,19 @@ def first_byte(arguments: list[str], passed: list[int]) -> dict[str, float]:
     return result
 
 
-def bare(contender: Contender, settings: Settings) -> float:
-    """Wall seconds of an interpreter that does nothing: the contender's own, if it has one."""
+def bare(contender: Contender, settings: Settings) -> dict[str, float]:
+    """One start and end of an interpreter: the contender's own, if it has one."""
     command = [interpreter(contender), "-I", "-c", "pass"]
     arguments = [contenders.LAUNCH, "time", str(settings.proxy_cpu), "-1", "-1", "-", *command]
-    return median(
-        float(json.loads(subprocess.run(arguments, capture_output=True, check=True).stdout)["wall"])
-        for _ in range(settings.starts)
+    result: dict[str, float] = json.loads(
+        subprocess.run(arguments, capture_output=True, check=True).stdout
     )
+    return result
+
+
+def times(each: Runs, nothing: Runs, what: str) -> float:
+    """How many times as much as the bare interpreter's the program's median is."""
+    return median(one[what] for one in each) / median(one[what] for one in nothing)
 
 
 def interpreter(contender: Contender) -> str:

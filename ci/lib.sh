@@ -206,6 +206,17 @@ with_lock() {
     exec {lock}>&-
 }
 
+# make_folder NAME REQUIREMENTS-FILE : .cache/NAME with packages that not every test needs.
+make_folder() {
+    local key
+    key=$({ python_identity; cat "$2"; } | hash_of)
+    if is_current "$1" "$key"; then return; fi
+    say "preparing .cache/$1"
+    rm -rf "${CACHE:?}/$1"
+    logged "$1-pip" "$TOOLS/bin/python" -m pip install --target "$CACHE/$1" -r "$2"
+    set_current "$1" "$key"
+}
+
 prepare_demo() {
     choose_python
     make_tools
@@ -229,24 +240,3 @@ prepare_tests() {
 
 werror=
 [ "${PROXYD_WERROR:-}" != 1 ] || werror=' werror'
-
-# The walk of tests/faults, which ci/faults and ci/sanitize take.
-
-# why_no_walk : says why this machine cannot take it; nothing where it can.
-why_no_walk() {
-    if [ "$(id -u)" != 0 ]; then
-        say "not root: the walk needs a network namespace"
-    elif ! have unshare || ! unshare --net true 2>/dev/null; then
-        say "no network namespace can be made here"
-    elif ! getconf GNU_LIBC_VERSION >/dev/null 2>&1; then
-        say "the C library is not glibc"
-    fi
-}
-
-# build_interposer FILE : the library that makes calls fail.
-build_interposer() {
-    mkdir -p "${1%/*}"
-    # shellcheck disable=SC2086
-    ${CC:-cc} -shared -fPIC -O2 -Wall -Wextra -Werror -o "$1" "$ROOT/tests/faults/interpose.c" ||
-        die "the interposer does not compile"
-}

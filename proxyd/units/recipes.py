@@ -1,6 +1,6 @@
 """The recipes: which units make a proxy that heals, as data.
 
-The scenarios of ci/e2e run them under a real systemd, with every part of them killed, failing and
+The scenarios of ci/test e2e run them under a real systemd, with every part of them killed, failing and
 slow.
 """
 

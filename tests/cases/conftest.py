@@ -6,7 +6,7 @@
 Each test is named after its case. Its docstring has the case's words, a colon, and what must come
 of it: what a direct connection between the client and the server would have delivered. Any program
 that is started like this one can be put to the test; `contenders/` makes HAProxy and nginx such
-programs, and --contender=direct is no program at all. `ci/cases` does all of them and writes the
+programs, and --contender=direct is no program at all. `ci/test cases` does all of them and writes the
 table.
 """
 

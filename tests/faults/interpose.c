@@ -99,7 +99,7 @@ void *__libc_calloc(size_t, size_t);
 void *__libc_realloc(void *, size_t);
 void __libc_free(void *);
 
-/* In an instrumented program (ci/sanitize) AddressSanitizer's come next. */
+/* In an instrumented program (ci/parts/sanitize.sh) AddressSanitizer's come next. */
 __attribute__((weak)) void *__interceptor_malloc(size_t);
 __attribute__((weak)) void *__interceptor_calloc(size_t, size_t);
 __attribute__((weak)) void *__interceptor_realloc(void *, size_t);

@@ -4,19 +4,15 @@ import os
 import re
 import signal
 import socket
-import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "relay"), str(HERE.parent / "blackbox")]
-
-from faultkit.table import FAILURES, SYSTEM_CALLS, SYSTEM_CALLS_LEFT_OUT  # noqa: E402
-from harness.sockets import read_to_end  # noqa: E402
-from harness.stage import Stage  # noqa: E402
-from harness.traffic import Payload, in_background  # noqa: E402
-from harness.waiting import wait_until  # noqa: E402
+from faultkit.table import FAILURES, SYSTEM_CALLS, SYSTEM_CALLS_LEFT_OUT
+from harness.sockets import read_to_end
+from harness.stage import Stage
+from harness.traffic import Payload, in_background
+from harness.waiting import wait_until
 
 CALL = re.compile(r"\d+ +(\w+)\(")
 
@@ -85,7 +81,3 @@ def show(call, count):
         what = f"left out: {SYSTEM_CALLS_LEFT_OUT.get(call, 'NOT KNOWN')}"
     print(f"{call:<18}{count:>8}  {what}")
     return call in SYSTEM_CALLS or call in SYSTEM_CALLS_LEFT_OUT
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))

@@ -1,4 +1,21 @@
-"""Walk through every call that can fail, in many lives of the program; see ci/faults."""
+"""Let every call of the program that can fail fail once, in many runs, and check what happens.
+
+    ci/test faults                           all scenarios, up to 40 calls of each kind: 15 minutes
+    ci/test --quick faults                   a part of it, in a few minutes
+    ci/test faults -- SCENARIO...            these scenarios
+    ci/test faults -- --only SCOPE.CALL      these calls (relay.recv, python.open=EMFILE)
+    ci/test faults -- --list                 the scenarios
+    ci/test faults -- --replay POINT         one run again, as the report of a fault names it
+    ci/test faults -- --left-out             which of the system calls that strace sees never fail
+
+A preloaded library (tests/faults/interpose.c) makes call number n fail or transfer less. Each
+scenario first runs undisturbed, and its calls are counted; then n goes over all of them. After each
+failure the program must continue, or refuse to start in one line. No other connection may notice;
+the affected one must be complete or see an error; a new client must be served; every fd and block
+of memory must be given back. See tests/faults/faultkit/.
+
+Exit status: 0 no faults found, 1 faults, 77 this machine cannot run it.
+"""
 
 import argparse
 import os
@@ -12,6 +29,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "relay"), str(HERE.parent / "blackbox")]
 
+import left_out  # noqa: E402
 from faultkit import points  # noqa: E402
 from faultkit.birth import KINDS, QUICK, Births  # noqa: E402
 from faultkit.life import ONE_WAS_HIT, REFUSED_TO_START, SERVED_ON  # noqa: E402
@@ -81,11 +99,13 @@ def show_fault(point, outcome):
     print(f"FAULT {points.text(point)}")
     for fault in outcome.faults:
         print(f"      {fault}")
-    print(f"      again: ci/faults --replay {shlex.quote(points.text(point))}", flush=True)
+    print(f"      again: ci/test faults -- --replay {shlex.quote(points.text(point))}", flush=True)
 
 
 def main():
     options = parse_arguments()
+    if options.left_out:
+        return left_out.main(options.executable)
     if options.list:
         for one in SCENARIOS.values():
             print(f"{one.name:<26} {one.title}")
@@ -104,12 +124,17 @@ def main():
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(prog="ci/faults")
+    parser = argparse.ArgumentParser(
+        prog="ci/test faults --",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("scenarios", nargs="*", metavar="SCENARIO")
-    parser.add_argument("--library", required=True)
-    parser.add_argument("--executable", required=True)
+    parser.add_argument("--library", required=True, help=argparse.SUPPRESS)
+    parser.add_argument("--executable", required=True, help=argparse.SUPPRESS)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--list", action="store_true")
+    parser.add_argument("--left-out", action="store_true")
     parser.add_argument("--replay", metavar="POINT")
     parser.add_argument("--only", metavar="SCOPE.CALL[=FAILURE]", default="")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))

@@ -1,8 +1,9 @@
 """Bad input: command lines, environments and passed-in fds, thousands of them.
 
-    ci/fuzz [--seconds N]     half of the time the parsers (atheris), half whole starts
-    ci/fuzz --replay NUMBER   one start again, and what it says
-    ci/fuzz --seed N          other inputs than by default
+    ci/test fuzz                      half of the time the parsers (atheris), half whole starts
+    ci/test fuzz -- --seconds N       for N seconds (60)
+    ci/test fuzz -- --replay NUMBER   one start again, and what it says
+    ci/test fuzz -- --seed N          other inputs than by default
 
 Whatever the input: it runs, or one line on stderr says why not and the exit status is 1 (two lines
 where there are no sockets). Never a traceback, never "Internal error", never a hang.
@@ -38,7 +39,9 @@ FAULTS_MOST = 10
 
 def options():
     parser = argparse.ArgumentParser(
-        prog="ci/fuzz", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="ci/test fuzz --",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--seed", type=int, default=1)
@@ -51,7 +54,7 @@ def options():
 def main():
     chosen = options()
     if not sockets.enter_network():
-        print("ci/fuzz CANNOT RUN HERE: no network of its own (not root?)", file=sys.stderr)
+        print("CANNOT RUN HERE: no network of its own (not root?)", file=sys.stderr)
         return 77
     Path("/proc/sys/net/ipv4/ip_unprivileged_port_start").write_text("0")
     with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:

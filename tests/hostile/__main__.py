@@ -1,14 +1,16 @@
 """Hostile clients: the others are served meanwhile, the log stays readable, memory stays bounded.
 
-    ci/hostile [--seconds N]          each attack for so long (3), then what is held for one client
-    ci/hostile --only flood,resets    these attacks; `held` is the measurement of memory
-    ci/hostile --clients N            of the measurement: so many who send and never read (20)
+    ci/test hostile
+    ci/test hostile -- --seconds N            the length of each attack (3)
+    ci/test hostile -- --only flood,resets    these attacks; `held` is the measurement of memory
+    ci/test hostile -- --clients N            how many clients that measurement takes (20)
 
-Each attack meets a proxy of its own, between TCP and UNIX sockets in every mix, with two clients
-who behave at each: one stays, and one comes again and again. Every exchange of theirs must be
-answered with the right bytes; only `flood`, which fills the limit, may see those who come refused.
-How long it took is reported, and judged by nobody. The program logs no kind of line more often than
-once in 5 s, has all sockets closed afterwards, and ends with 0 on SIGTERM.
+Each attack runs on a proxy of its own, between TCP and UNIX sockets in every mix, with two
+well-behaved clients on each: one stays, and one connects again and again. Each of their exchanges
+must be answered with the right bytes; only during `flood`, which fills the limit, may new
+connections be refused. The time that an answer took is reported; the verdict does not depend on it.
+The program must log each kind of line at most once in 5 s, have closed all sockets afterwards, and
+end with status 0 on SIGTERM.
 
 `held` is about clients that send and never read, with targets that do the same: what the program
 then holds for each, in its own memory, in pipes and in socket buffers, against what the code says
@@ -33,7 +35,7 @@ from bench import sockets  # noqa: E402
 
 def options():
     parser = argparse.ArgumentParser(
-        prog="ci/hostile",
+        prog="ci/test hostile --",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -53,7 +55,7 @@ def options():
 def main():
     chosen = options()
     if not sockets.enter_network():
-        print("ci/hostile CANNOT RUN HERE: no network of its own (not root?)", file=sys.stderr)
+        print("CANNOT RUN HERE: no network of its own (not root?)", file=sys.stderr)
         return 77
     return Hostile(chosen).run()
 

@@ -3,7 +3,7 @@ those in the middle of a stream, ended from both sides in every way, while the p
 trims, cuts and tears down.
 
 What is asserted is what must hold in every interleaving; what else may go wrong between threads a
-thread sanitizer sees (`ci/sanitize thread`). RELAY_CONNECTIONS= makes it longer.
+thread sanitizer sees (`ci/test thread`). RELAY_CONNECTIONS= makes it longer.
 """
 
 import contextlib

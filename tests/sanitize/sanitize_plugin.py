@@ -5,7 +5,7 @@ became of its exit status.
 
 Reports go to files (log_path): a program whose stderr nobody reads, or whose end nobody waits for,
 hides nothing. Each worker of pytest-xdist has a folder of its own, which the programs that its
-tests start inherit; a program with a bare environment writes to the common one, and `ci/sanitize`
+tests start inherit; a program with a bare environment writes to the common one, and `ci/parts/sanitize.sh`
 looks there after the run.
 
 Lost memory is looked for when a program of the tests ends, and here at the end of the session,
@@ -42,7 +42,7 @@ NO_QUARANTINE = {
 """Tests whose programs reuse freed memory at once, as they do without AddressSanitizer, and why."""
 
 NO_REPORT = re.compile(r"(==\d+==WARNING: AddressSanitizer failed to allocate .*\n)*")
-"""A malloc of too much has returned NULL, as `ci/sanitize` has asked."""
+"""A malloc of too much has returned NULL, as `ci/parts/sanitize.sh` has asked."""
 
 
 def of_the_build(name):
@@ -98,7 +98,7 @@ class Reports:
         result = yield
         look = of_the_build("proxyd_leaks")
         if look is not None:
-            look()  # ci/sanitize finds the report
+            look()  # ci/parts/sanitize.sh finds the report
         return result
 
 

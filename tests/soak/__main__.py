@@ -1,7 +1,7 @@
 """Mixed traffic through the installed command for a long time; flat lines, or a failure.
 
-    ci/soak --minutes 2                 the short form, as in continuous integration
-    ci/soak --minutes 60 --keep doc/soak.svg
+    ci/test --quick soak                                  two minutes, as in continuous integration
+    ci/test soak -- --minutes 60 --keep doc/reports/soak.svg
 
 Five proxies run side by side, in a network of their own:
 
@@ -41,7 +41,9 @@ from bench import sockets  # noqa: E402
 
 def options():
     parser = argparse.ArgumentParser(
-        prog="ci/soak", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="ci/test soak --",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--minutes", type=float, default=2.0)
     parser.add_argument("--threads", help="--threads= of the proxy `main`")
@@ -56,7 +58,7 @@ def options():
 def main():
     chosen = options()
     if not sockets.enter_network():
-        print("ci/soak CANNOT RUN HERE: no network of its own (not root?)", file=sys.stderr)
+        print("CANNOT RUN HERE: no network of its own (not root?)", file=sys.stderr)
         return 77
     return Soak(chosen).run()
 

@@ -1,27 +1,19 @@
-#!/bin/bash
-# The twenty-five cases that every relay must survive (tests/cases), and who survives them.
+# shellcheck shell=bash disable=SC2034,SC2153,SC2154,SC2164 # variables, and set -e, are those of ci/test
+# Sourced by ci/test: the cases that every relay must survive (tests/cases), and which programs do.
 #
-#   ci/cases --ours       this program: with splice and with copy forced, with one thread and two
-#   ci/cases              the same, then the C original of this system, the newest one (Debian
-#                         unstable's, fetched to .cache), HAProxy, nginx and a direct connection;
-#                         writes tests/cases/TABLE.md
-#   ci/cases NAME...      only these, as named in that table's head; writes nothing but the summary
-#   … -- ARGS             pytest arguments
-#
-# Some cases need root, for network namespaces. Exit status: 0 if this program survives all of them.
-
-# shellcheck source=ci/lib.sh
-. "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+# Arguments: names of contenders, as in the head of doc/reports/cases.md, then `--` and arguments of
+# pytest. Without a name: all of them, and the report is written. With --quick: this program only.
 
 OURS=(ours ours-copy ours-2-threads ours-2-threads-copy)
 OTHERS=(original newest-original haproxy haproxy-copy nginx direct)
 SEEN=$CACHE/cases
+CASES_REPORT=doc/reports/cases.md
 CONTENDERS=$ROOT/tests/cases/contenders
 
-# --- who takes part -------------------------------------------------------------------------------
+# --- the contenders -------------------------------------------------------------------------------
 
 # Each contender_NAME sets `command`, `is` (what the tests call it), `version` and `arguments`; 1 if
-# it cannot be had here.
+# the program is not available here.
 
 contender_ours() {
     command=$COMMAND is=ours
@@ -101,7 +93,7 @@ contender_direct() {
 run_cases() {
     local name=$1 status=0 command is version arguments
     if ! "contender_$name"; then
-        warn "SKIPPED: $name cannot be had here"
+        warn "SKIPPED: $name is not available here"
         rm -f "$SEEN/$name.json"
         return
     fi
@@ -117,33 +109,36 @@ run_cases() {
 
 is_contender() { [[ " ${OURS[*]} ${OTHERS[*]} " == *" $1 "* ]]; }
 
-wanted=() pytest_args=() table=
-while [ $# -gt 0 ]; do
-    case $1 in
-    --ours) wanted+=("${OURS[@]}") ;;
-    -h | --help) sed -n '2,/^$/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit ;;
-    --) shift; pytest_args=("$@"); break ;;
-    *) is_contender "$1" || die "no contender '$1'; there are: ${OURS[*]} ${OTHERS[*]}"; wanted+=("$1") ;;
-    esac
-    shift
-done
-[ ${#wanted[@]} -gt 0 ] || { wanted=("${OURS[@]}" "${OTHERS[@]}"); table=yes; }
+# The report, as Markdown; its argument --summary makes it a line for each contender.
+cases_table() { "$VENV/bin/python" -I "$ROOT/tests/cases/table.py" "$@"; }
 
-with_lock prepare_tests
-want ip iproute2 || warn "not there: ip"
-mkdir -p "$SEEN" "$CACHE/empty"
-failed=()
-for name in "${wanted[@]}"; do
-    # Of this program every failure is shown; of the others the table shows them.
-    if [[ $name == ours* ]]; then report=fEs; else report=E; fi
-    run_cases "$name" || [[ $name != ours* ]] || failed+=("$name")
-done
+write_cases_report() {
+    cases_table "$SEEN" "$@" >"$SEEN/cases.md"
+    mv "$SEEN/cases.md" "$ROOT/$CASES_REPORT"
+    say "written: $CASES_REPORT"
+}
 
-printf '\n=== summary\n'
-"$VENV/bin/python" -I "$ROOT/ci/cases_table.py" --summary "$SEEN" "${wanted[@]}"
-if [ -n "$table" ]; then
-    "$VENV/bin/python" -I "$ROOT/ci/cases_table.py" "$SEEN" "${wanted[@]}" >"$SEEN/TABLE.md"
-    mv "$SEEN/TABLE.md" "$ROOT/tests/cases/TABLE.md"
-    say "written: tests/cases/TABLE.md"
-fi
-[ ${#failed[@]} = 0 ] || die "not all cases were survived by: ${failed[*]}"
+ABOUT[cases]='the cases that every relay must survive; without --quick, on other programs too'
+part_cases() {
+    local wanted=() pytest_args=() failed=() name report
+    while [ ${#ARGS[@]} -gt 0 ]; do
+        if [ "${ARGS[0]}" = -- ]; then pytest_args=("${ARGS[@]:1}"); break; fi
+        is_contender "${ARGS[0]}" || die "no contender '${ARGS[0]}'; there are: ${OURS[*]} ${OTHERS[*]}"
+        wanted+=("${ARGS[0]}")
+        ARGS=("${ARGS[@]:1}")
+    done
+    local named=${#wanted[@]}
+    [ "$named" != 0 ] || wanted=("${OURS[@]}")
+    [ "$named" != 0 ] || [ -n "$quick" ] || wanted+=("${OTHERS[@]}")
+    want ip iproute2 || warn "not there: ip"
+    mkdir -p "$SEEN" "$CACHE/empty"
+    for name in "${wanted[@]}"; do
+        # Of this program every failure is shown; of the others the report shows them.
+        if [[ $name == ours* ]]; then report=fEs; else report=E; fi
+        run_cases "$name" || [[ $name != ours* ]] || failed+=("$name")
+    done
+    printf '\n'
+    cases_table --summary "$SEEN" "${wanted[@]}"
+    [ -n "$quick" ] || [ "$named" != 0 ] || write_cases_report "${wanted[@]}"
+    [ ${#failed[@]} = 0 ] || die "not all cases were survived by: ${failed[*]}"
+}

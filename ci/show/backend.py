@@ -1,6 +1,6 @@
 """A small web server for the demo, on a UNIX socket: a page, a large file, and an upload.
 
-Usage: demo_backend.py SOCKET. Prints "ready" once it listens. It answers
+Usage: backend.py SOCKET. Prints "ready" once it listens. It answers
 - GET / with a page,
 - GET /large?bytes=N with N bytes, made as they are sent,
 - PUT / with the SHA-256 of what was sent.

@@ -1,16 +1,16 @@
-#!/usr/bin/env python3
 """Run the program under a real systemd with real clients, in a container.
 
-    ci/e2e [OPTION...] [SUITE] [SCENARIO...]     SUITE: bookworm (default), trixie, unstable
-    ci/e2e --all [SUITE]      the slow scenarios as well, a minute each
-    ci/e2e --list
+    ci/test e2e
+    ci/test e2e -- [OPTION...] [SUITE] [SCENARIO...]    SUITE: bookworm (default), trixie, unstable
+    ci/test e2e -- --all [SUITE]                        the slow scenarios, too: a minute each
+    ci/test e2e -- --list
 
 What happens, in this order:
  1. A root folder of the suite is made with debootstrap, from the mirror that this machine's apt
     uses, and kept in .cache/e2e (E2E_CACHE overrides): about a minute and 1 GB, once per suite.
  2. In a throw-away overlay of it, the container's own Python makes the sdist of this working tree
-    (or takes --sdist=), builds the wheel from the sdist and installs it in a venv at /opt/proxyd.
-    With --deb=FILE, dpkg installs that package instead, and nothing else of ours.
+    (or takes --sdist=, as ci/test does), builds the wheel from the sdist and installs it in a venv
+    at /opt/proxyd. With --deb=FILE, dpkg installs that package instead, and nothing else of ours.
  3. systemd-nspawn boots the overlay, without a network: half a second.
  4. Each scenario writes units, starts real servers and clients, and is undone. It prints one line:
     "ok NAME SECONDS NOTE", or "FAIL NAME SECONDS REASON" with the end of the journal.
@@ -22,7 +22,7 @@ Exit status: 0 all passed, 1 a scenario or the build failed, 2 wrong usage,
 77 this machine cannot run it (not root, tools or network missing, no mounts), said on stderr.
 
 The same scenarios run against another program, such as the C original of the suite:
-    ci/e2e --contender=original bookworm
+    ci/test e2e -- --contender=original bookworm
 There, a scenario that the original is known to fail is reported as "xfail" and must fail.
 """
 
@@ -36,8 +36,7 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
-REPO = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPO / "tests" / "e2e"))
+REPO = Path(__file__).resolve().parents[2]
 sys.dont_write_bytecode = True
 
 import container  # noqa: E402
@@ -65,7 +64,7 @@ def main() -> int:
         with locked():
             return run(options)
     except root.Unavailable as error:
-        print(f"ci/e2e CANNOT RUN HERE: {error}", file=sys.stderr)
+        print(f"CANNOT RUN HERE: {error}", file=sys.stderr)
         return EXIT_CANNOT_RUN
     except (project.BuildFailed, container.ContainerError) as error:
         print(f"FAIL {error}")
@@ -73,13 +72,15 @@ def main() -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="ci/e2e", description="See the head of this file.")
+    parser = argparse.ArgumentParser(
+        prog="ci/test e2e --", description="See the head of this file."
+    )
     parser.add_argument("words", nargs="*", metavar="SUITE SCENARIO")
     parser.add_argument("--list", action="store_true", help="list the scenarios")
     parser.add_argument("--all", action="store_true", help="run the slow scenarios, too")
     parser.add_argument("--contender", choices=("ours", "original"), default="ours")
     parser.add_argument("--executable", help="what ExecStart= runs inside, instead of our wheel")
-    parser.add_argument("--sdist", type=Path, help="build the wheel from this sdist")
+    parser.add_argument("--sdist", type=Path, help="build the wheel, if it is one, from this sdist")
     parser.add_argument("--deb", type=Path, help="install this package, instead of our wheel")
     parser.add_argument("--shell", action="store_true", help="only boot, and open a shell inside")
     options = parser.parse_args()
@@ -93,8 +94,8 @@ def parse_arguments() -> argparse.Namespace:
             parser.error(f"no such file: {file}")
     if options.contender == "original" and not options.executable:
         options.executable = ORIGINAL
-    if sum(map(bool, (options.sdist, options.deb, options.executable))) > 1:
-        parser.error("--sdist, --deb and --executable are three different programs")
+    if options.deb and options.executable:
+        parser.error("--deb and --executable are two different programs")
     return options
 
 
@@ -125,7 +126,7 @@ def locked():
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print("# another ci/e2e is running: waiting for it", flush=True)
+            print("# another run of these scenarios: waiting for it", flush=True)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

@@ -1,42 +1,32 @@
-#!/bin/bash
-# Run the tests of VSOCK on a real vsock loopback, in an emulated machine with Debian's kernel.
-#
-#   ci/vsock                  tests/blackbox/test_vsock.py
-#   ci/vsock PYTEST_ARGS...   with these arguments
+# shellcheck shell=bash disable=SC2034,SC2153,SC2154,SC2164 # variables, and set -e, are those of ci/test
+# Sourced by ci/test: the tests of VSOCK on a real vsock loopback, in an emulated machine with Debian's
+# kernel. Arguments are pytest's.
 #
 # qemu and the kernel are downloaded with apt-get and unpacked in .cache/vsock; nothing is installed.
 # The machine has this one's Python, the virtual environment and the tests in its initial RAM disk,
 # and needs neither root nor hardware support: it takes a minute or two.
-#
-# Exit status: 0 if all passed, 1 if not, 77 if this machine cannot run it.
 
-# shellcheck source=ci/lib.sh
-. "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+VSOCK=$CACHE/vsock
+MACHINE=$VSOCK/machine
+MACHINE_SECONDS_MAX=600
 
-FOLDER=$CACHE/vsock
-MACHINE=$FOLDER/machine
-SKIPPED=77
-SECONDS_MOST=600
-
-skip() { warn "SKIPPED: $*"; exit $SKIPPED; }
-
-# unpack : qemu, a kernel and busybox, in $MACHINE.
-unpack() {
+# unpack_machine : qemu, a kernel and busybox, in $MACHINE.
+unpack_machine() {
     local kernel packages
     if ! have apt-get || ! have dpkg; then skip "no apt-get: qemu and a kernel are Debian's"; fi
     [ "$(uname -m)" = x86_64 ] || skip "only prepared for x86-64"
     kernel=$(apt-cache depends linux-image-cloud-amd64 2>/dev/null | sed -n 's/^ *Depends: \(linux-image-[0-9].*\)/\1/p' | head -n 1)
     [ -n "$kernel" ] || skip "no linux-image-cloud-amd64"
     packages=$(apt-get install -s --no-install-recommends qemu-system-x86 2>/dev/null | awk '/^Inst/ { print $2 }')
-    rm -rf "$MACHINE" "$FOLDER/packages"
-    mkdir -p "$MACHINE" "$FOLDER/packages"
+    rm -rf "$MACHINE" "$VSOCK/packages"
+    mkdir -p "$MACHINE" "$VSOCK/packages"
     # shellcheck disable=SC2086
-    (cd "$FOLDER/packages" && apt-get -qq download $packages qemu-system-x86 "$kernel" busybox-static) \
+    (cd "$VSOCK/packages" && apt-get -qq download $packages qemu-system-x86 "$kernel" busybox-static) \
         >"$LOGS/vsock-download" 2>&1 || skip "cannot download: see $LOGS/vsock-download"
-    for package in "$FOLDER"/packages/*.deb; do
+    for package in "$VSOCK"/packages/*.deb; do
         dpkg -x "$package" "$MACHINE"
     done
-    rm -rf "$FOLDER/packages"
+    rm -rf "$VSOCK/packages"
     touch "$MACHINE/complete"
 }
 
@@ -47,8 +37,8 @@ with_libraries() {
     done
 }
 
-# fill : what the machine needs, at the same paths as here, in $RAM.
-fill() {
+# fill_machine PYTEST_ARGS... : what the machine needs, at the same paths as here, in $RAM.
+fill_machine() {
     local base modules link
     base=$("$VENV/bin/python" -c 'import os; print(os.path.dirname(os.__file__))')
     modules=$(dirname "$(find "$MACHINE/lib/modules" -name vsock.ko)")
@@ -78,27 +68,28 @@ END
     chmod +x "$RAM/init"
 }
 
-boot() {
+# boot_machine RAM-DISK
+boot_machine() {
     local libraries
     libraries=$(find "$MACHINE" -name '*.so*' -printf '%h\n' | sort -u | tr '\n' ':')
-    LD_LIBRARY_PATH=$libraries timeout $SECONDS_MOST "$MACHINE/usr/bin/qemu-system-x86_64" \
+    LD_LIBRARY_PATH=$libraries timeout $MACHINE_SECONDS_MAX "$MACHINE/usr/bin/qemu-system-x86_64" \
         -L "$MACHINE/usr/share/qemu" -L "$MACHINE/usr/share/seabios" -machine pc -cpu max -smp 1 \
         -m 1024 -nographic -no-reboot -nic none -kernel "$MACHINE"/boot/vmlinuz-* -initrd "$1" \
         -append 'console=ttyS0 quiet panic=-1' </dev/null
 }
 
-usage() { sed -n '2,/^$/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
-
-case ${1:-} in -h | --help) usage; exit ;; esac
-[ $# != 0 ] || set -- tests/blackbox/test_vsock.py
-with_lock prepare_tests
-[ -e "$MACHINE/complete" ] || unpack
-RAM=$(mktemp -d)
-trap 'rm -rf "$RAM"' EXIT
-fill "$@"
-(cd "$RAM" && find . | "$MACHINE/bin/busybox" cpio -o -H newc 2>/dev/null) >"$FOLDER/ram"
-say "=== an emulated machine with $(basename "$MACHINE"/boot/vmlinuz-*)"
-boot "$FOLDER/ram" | tr -d '\r' | tee "$LOGS/vsock"
-status=$(sed -n 's/^STATUS //p' "$LOGS/vsock")
-[ -n "$status" ] || die "the machine has not come to an end: see $LOGS/vsock"
-exit "$status"
+ABOUT[vsock]='the tests of VSOCK on a real vsock loopback, in an emulated machine'
+part_vsock() {
+    local status
+    [ ${#ARGS[@]} != 0 ] || ARGS=(tests/blackbox/test_vsock.py)
+    [ -e "$MACHINE/complete" ] || unpack_machine
+    RAM=$(mktemp -d)
+    trap 'rm -rf "$RAM"' EXIT
+    fill_machine "${ARGS[@]}"
+    (cd "$RAM" && find . | "$MACHINE/bin/busybox" cpio -o -H newc 2>/dev/null) >"$VSOCK/ram"
+    say "an emulated machine with $(basename "$MACHINE"/boot/vmlinuz-*)"
+    boot_machine "$VSOCK/ram" | tr -d '\r' | tee "$LOGS/vsock"
+    status=$(sed -n 's/^STATUS //p' "$LOGS/vsock")
+    [ -n "$status" ] || die "the machine has not come to an end: see $LOGS/vsock"
+    return "$status"
+}

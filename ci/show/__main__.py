@@ -1,6 +1,6 @@
 """The show of ci/demo: a web server, the proxy in front of it, and traffic through both.
 
-Usage: demo_show.py COMMAND [--stay]
+Usage: ci/show COMMAND [--stay]
 
 Everything lives in one temporary folder and ends with this program. Exit status 1 and one line on
 stderr if anything is not as it should be.
@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from pathlib import Path
 
-from demo_backend import BLOCK, large_file
+from backend import BLOCK, large_file
 
 LARGE = 256 << 20
 PATIENCE = 60
@@ -102,7 +102,7 @@ def end(process: subprocess.Popen[bytes]) -> int:
 
 def start_backend(stack: ExitStack, path: Path) -> None:
     """Start the web server on the UNIX socket `path` and wait until it listens."""
-    script = Path(__file__).with_name("demo_backend.py")
+    script = Path(__file__).with_name("backend.py")
     backend = subprocess.Popen([sys.executable, script, path], stdout=subprocess.PIPE)
     stack.callback(end, backend)
     assert backend.stdout is not None

@@ -1,12 +1,12 @@
-#!/usr/bin/env python3
 """Build the package with other interpreters and tools, and run its tests there.
 
-    ci/matrix [OPTION...] [ROW...] [-- PYTEST-ARGUMENT...]
-    ci/matrix --list
+    ci/test matrix
+    ci/test matrix -- [OPTION...] [ROW...] [-- PYTEST-ARGUMENT...]
+    ci/test matrix -- --list
 
-Each row is a folder made by debootstrap (shared with ci/e2e, in .cache/e2e or E2E_CACHE), with
-layers on it that are kept in .cache/matrix, and a throw-away overlay. In it the sdist is made of
-this working tree (or --sdist= is taken), the wheel is built from the sdist and installed, and
+Each row is a folder made by debootstrap (shared with `ci/test e2e`, in .cache/e2e or E2E_CACHE),
+with layers on it that are kept in .cache/matrix, and a throw-away overlay. In it the sdist is made
+of this working tree (or --sdist= is taken), the wheel is built from the sdist and installed, and
 tests/unit, tests/relay and tests/blackbox run, in namespaces without a network.
 
 A row prints "ok NAME SECONDS NOTE" or "FAIL NAME SECONDS REASON", with what was skipped and why.
@@ -25,8 +25,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-REPO = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(REPO / "tests" / "e2e"), str(REPO / "tests" / "matrix")]
+REPO = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(REPO / "tests" / "e2e"))
 sys.dont_write_bytecode = True
 
 import container  # noqa: E402
@@ -147,14 +147,16 @@ def main() -> int:
         with locked(LOCK):
             return run(options)
     except root.Unavailable as error:
-        print(f"ci/matrix CANNOT RUN HERE: {error}", file=sys.stderr)
+        print(f"CANNOT RUN HERE: {error}", file=sys.stderr)
         return EXIT_CANNOT_RUN
 
 
 def parse_arguments() -> argparse.Namespace:
     words = sys.argv[1:]
     ours, theirs = (words, []) if "--" not in words else split(words, words.index("--"))
-    parser = argparse.ArgumentParser(prog="ci/matrix", description="See the head of this file.")
+    parser = argparse.ArgumentParser(
+        prog="ci/test matrix --", description="See the head of this file."
+    )
     parser.add_argument("rows", nargs="*", metavar="ROW", help=" ".join(ROWS))
     parser.add_argument("--list", action="store_true", help="list the rows")
     parser.add_argument("--sdist", type=Path, help="build the wheel from this sdist")
@@ -242,7 +244,7 @@ def run_row(name: str, options: argparse.Namespace, work: Path) -> str:
 
 
 def base_root(cache: Path, suite: str) -> Path:
-    """The suite's root folder, made under the lock of ci/e2e, which makes the same."""
+    """The suite's root folder, made under the lock of ci/test e2e, which makes the same."""
     stamp = cache / suite / ".e2e-recipe"
     if stamp.is_file() and stamp.read_text() == root.recipe_id(root.PACKAGES):
         return cache / suite

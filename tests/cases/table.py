@@ -1,6 +1,6 @@
-"""Who survives which of the twenty-five cases: a table from what pytest has recorded.
+"""Which program survives which of the cases: a table from what pytest has recorded.
 
-usage: cases_table.py [--summary] FOLDER NAME...
+usage: table.py [--summary] FOLDER NAME...
 
 FOLDER has NAME.json (from pytest --record=) and NAME.version for each NAME; one without is left
 out. Prints Markdown, or with --summary a line for each name.
@@ -181,8 +181,8 @@ def print_summary(contenders: list[Contender]) -> None:
 
 def print_document(contenders: list[Contender]) -> None:
     """The whole file."""
-    print("# Who survives the twenty-five cases\n")
-    print(f"Made by `ci/cases` on {datetime.datetime.now(datetime.UTC):%Y-%m-%d}, of\n")
+    print("# Which program survives which case\n")
+    print(f"Made by `ci/test cases` on {datetime.datetime.now(datetime.UTC):%Y-%m-%d}, of\n")
     for one in contenders:
         print(f"- {HEADS[one.name]}: {one.version}")
     print(f"\n{HOW}")

@@ -1,34 +1,20 @@
-#!/bin/bash
-# Look for what tests alone do not see: run them on instrumented builds of the extension.
-#
-#   ci/sanitize                    all parts
-#   ci/sanitize PART...            these parts
-#   ci/sanitize --quick [PART...]  in a size for continuous integration: the first three, with half of
-#                                  the black-box suite and fewer examples of the property
-#   ci/sanitize PART -- ARGS       pytest arguments for the parts that run pytest
-#   ci/sanitize --list             what the parts are
-#
-# `undefined` and `leak` are other names of `address`: all three are one build. What is made lies in
-# .cache/sanitize. Exit status: 0 if no part failed, 77 if none could run.
+# shellcheck shell=bash disable=SC2034,SC2153,SC2154,SC2164 # variables, and set -e, are those of ci/test
+# Sourced by ci/test: what tests alone do not see. They run on instrumented builds of the extension,
+# which lie in .cache/sanitize. `address` is a build with the undefined-behaviour and leak sanitizers,
+# too. With --quick, half of the black-box suite and fewer examples of the property. Arguments are
+# pytest's.
 
-# shellcheck source=ci/lib.sh
-. "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+SANITIZE=$ROOT/tests/sanitize
+SANITIZED=$CACHE/sanitize
+WORKERS=$(nproc)
 
-HERE=$ROOT/tests/sanitize
-FOLDER=$CACHE/sanitize
-export CC=${CC:-gcc}
-SKIPPED=77
-PARTS=(address thread analyzer faults planted coverage)
-QUICK_PARTS=("${PARTS[@]:0:3}")
-declare -A ABOUT
-
-skip() {
-    warn "SKIPPED: $*"
-    printf '%s\n' "$*" >"$FOLDER/note"
-    exit $SKIPPED
+# Called first by every part below.
+use_compiler() {
+    export CC=${CC:-gcc}
+    have "$CC" || { apt_install gcc libc6-dev && have "$CC"; } || skip "no C compiler: $CC"
+    mkdir -p "$SANITIZED"
+    results=()
 }
-
-note() { printf '%s\n' "$*" >"$FOLDER/note"; }
 
 # --- instrumented builds --------------------------------------------------------------------------
 
@@ -36,9 +22,9 @@ note() { printf '%s\n' "$*" >"$FOLDER/note"; }
 # for the stacks in reports.
 COMMON_FLAGS='-g -fno-wrapv -fno-omit-frame-pointer'
 declare -A FLAGS=(
-    [address]="-O1 -fsanitize=address,undefined -fno-sanitize-recover=all -include $HERE/address.h"
+    [address]="-O1 -fsanitize=address,undefined -fno-sanitize-recover=all -include $SANITIZE/address.h"
     [thread]='-O1 -fsanitize=thread'
-    [coverage]="-O0 --coverage -fprofile-update=atomic -include $HERE/coverage.h"
+    [coverage]="-O0 --coverage -fprofile-update=atomic -include $SANITIZE/coverage.h"
 )
 declare -A RUNTIME=([address]=libasan.so [thread]=libtsan.so)
 declare -A OPTIONS=(
@@ -52,7 +38,7 @@ declare -A OPTIONS=(
 # use_build KIND [NAME] : sets BUILD, its folder, and what is in it.
 use_build() {
     KIND=$1
-    BUILD=$FOLDER/${2:-$1}
+    BUILD=$SANITIZED/${2:-$1}
     BUILD_PYTHON=$BUILD/venv/bin/python
     BUILD_COMMAND=$BUILD/venv/bin/systemd-socket-proxyd
 }
@@ -114,7 +100,7 @@ install_build() {
 finish_build() {
     local packages
     packages=$(echo "$BUILD"/venv/lib/python3*/site-packages)
-    cp "$HERE/sanitize_plugin.py" "$packages"
+    cp "$SANITIZE/sanitize_plugin.py" "$packages"
     case $KIND in
     coverage) measure "$packages" ;;
     *) install_launcher "$1" "$packages" ;;
@@ -133,10 +119,10 @@ measure() {
 # install_launcher RUNTIME SITE-PACKAGES : puts launcher.c in the place of the interpreter.
 install_launcher() {
     local bin=$BUILD/venv/bin options=${OPTIONS[$KIND]}:exitcode=99:log_path=$BUILD/reports/report
-    "$CC" -Wall -Wextra -o "$bin/launcher" "$HERE/launcher.c" -DPYTHON="\"$PYTHON\"" \
+    "$CC" -Wall -Wextra -o "$bin/launcher" "$SANITIZE/launcher.c" -DPYTHON="\"$PYTHON\"" \
         -DPRELOAD="\"$1\"" -DOPTIONS="\"$options\""
     mv "$bin/launcher" "$bin/python"
-    cp "$HERE/launcher.pth" "$2"
+    cp "$SANITIZE/launcher.pth" "$2"
 }
 
 # make_ready KIND : the build, or a skip where the compiler cannot make it.
@@ -161,9 +147,9 @@ run_suite() {
     (cd "$empty" && SANITIZE_REPORTS=$BUILD/reports RELAY_EXAMPLES=${RELAY_EXAMPLES:-$(examples)} \
         HYPOTHESIS_STORAGE_DIRECTORY=$CACHE/hypothesis "$BUILD_PYTHON" -m pytest \
         -c "$ROOT/pyproject.toml" --rootdir="$ROOT" -o cache_dir="$CACHE/pytest" \
-        --hypothesis-seed=0 -p sanitize_plugin -q -n "$WORKERS" "$@" "${PYTEST_ARGS[@]}") 2>&1 |
-        tee "$FOLDER/pytest" || status=$?
-    results+=("$(tail -n 1 "$FOLDER/pytest" | grep -E ' in [0-9.]+s' | sed 's/ in .*//' ||
+        --hypothesis-seed=0 -p sanitize_plugin -q -n "$WORKERS" "$@" "${ARGS[@]}") 2>&1 |
+        tee "$SANITIZED/pytest" || status=$?
+    results+=("$(tail -n 1 "$SANITIZED/pytest" | grep -E ' in [0-9.]+s' | sed 's/ in .*//' ||
         echo 'ended without a result')")
     [ $status = 0 ]
 }
@@ -192,6 +178,7 @@ blackbox_files() {
 ABOUT[address]='address, undefined and leak sanitizers: unit, relay and black-box tests'
 part_address() {
     local status=0 files
+    use_compiler
     make_ready address
     mapfile -t files < <(blackbox_files)
     run_suite "$ROOT/tests/unit" "$ROOT/tests/relay" || status=1
@@ -204,6 +191,7 @@ part_address() {
 ABOUT[thread]='thread sanitizer: tests of relay threads; black-box tests with --threads=3'
 part_thread() {
     local status=0 files
+    use_compiler
     make_ready thread
     run_suite "$ROOT"/tests/relay/test_{threads,crew,share}.py || status=1
     mapfile -t files < <(blackbox_files)
@@ -223,29 +211,19 @@ join() {
     printf '%s\n' "$text"
 }
 
-# --- the walk of ci/faults ------------------------------------------------------------------------
+# --- the walk of tests/faults ------------------------------------------------------------------------
 
-must_walk() {
-    local reason
-    reason=$(why_no_walk)
-    [ -z "$reason" ] || skip "$reason"
-}
+walk_build() { walk "$BUILD_PYTHON" "$BUILD/interpose.so" "$BUILD_COMMAND" "$@"; }
 
-walk_faults() {
-    local library=$BUILD/interpose.so
-    build_interposer "$library"
-    "$BUILD_PYTHON" -B "$ROOT/tests/faults/walk.py" --library "$library" \
-        --executable "$BUILD_COMMAND" "$@"
-}
-
-ABOUT[faults]='address, undefined and leak sanitizers: the walk of ci/faults'
-part_faults() {
+ABOUT[address-faults]='address, undefined and leak sanitizers: the walk of `faults`'
+part_address-faults() {
     local status=0
+    use_compiler
     must_walk
     make_ready address
     mkdir -p "$BUILD/reports"
-    walk_faults --quick 2>&1 | tee "$FOLDER/faults" || status=1
-    results=("$(tail -n 1 "$FOLDER/faults")")
+    walk_build --quick 2>&1 | tee "$SANITIZED/faults" || status=1
+    results=("$(tail -n 1 "$SANITIZED/faults")")
     no_reports || status=1
     note "$(join "${results[@]}")"
     return $status
@@ -257,7 +235,7 @@ part_faults() {
 # With summaries of calls, and nothing inlined, it gets through the whole file; otherwise it gives
 # up long before.
 analyze() {
-    local work=$FOLDER/analyzer
+    local work=$SANITIZED/analyzer
     mkdir -p "$work"
     (cd "$1" && "$TOOLS/bin/cython" --line-directives -3 proxyd/_relay.pyx -o "$work/_relay.c" \
         2>"$work/cython") || die "Cython failed: $(<"$work/cython")"
@@ -271,24 +249,25 @@ analyze() {
 include_folder() { "$PYTHON" -I -c 'import sysconfig; print(sysconfig.get_path("include"))'; }
 
 # Lines of analyzer.known are "function warning reason".
-known_findings() { awk '!/^(#|$)/ { print $1, $2 }' "$HERE/analyzer.known" | sort -u; }
+known_findings() { awk '!/^(#|$)/ { print $1, $2 }' "$SANITIZE/analyzer.known" | sort -u; }
 
 can_analyze() { "$CC" -fanalyzer -x c -c -o /dev/null - </dev/null 2>/dev/null; }
 
 ABOUT[analyzer]='gcc -fanalyzer: the generated C'
 part_analyzer() {
     local found new
+    use_compiler
     can_analyze || skip "$CC has no -fanalyzer"
     found=$(analyze "$ROOT")
     new=$(comm -23 - <(known_findings) <<<"$found")
     if [ -n "$new" ]; then
-        warn "not in ${HERE#"$ROOT/"}/analyzer.known (details: $FOLDER/analyzer/log):"
+        warn "not in ${SANITIZE#"$ROOT/"}/analyzer.known (details: $SANITIZED/analyzer/log):"
         die "$new"
     fi
     note "nothing new; $(wc -l <<<"$found") findings are known, each with its reason"
 }
 
-# --- are faults seen? -----------------------------------------------------------------------------
+# --- planted faults -------------------------------------------------------------------------------
 
 # planted NAME KIND WORD FILE SED TEST... : with the fault that SED makes in FILE, the tests must
 # fail and a report must have WORD in it.
@@ -308,7 +287,7 @@ planted() {
     else
         compile
         install_build --no-deps --no-index
-        echo "$FOLDER/$kind"/venv/lib/python3*/site-packages >"$(
+        echo "$SANITIZED/$kind"/venv/lib/python3*/site-packages >"$(
             echo "$BUILD"/venv/lib/python3*/site-packages)/tools.pth"
         finish_build "$(runtime_of "$kind")"
         [[ $* != */blackbox/* ]] || set -- "$@" --executable="$BUILD_COMMAND"
@@ -319,22 +298,23 @@ planted() {
     say "$name: seen, $(grep -m 1 -- "$word" "$BUILD/found")"
 }
 
-ABOUT[planted]='are planted faults seen? each in a build of its own'
+ABOUT[planted]='the sanitizers find faults that are planted, each in a build of its own'
 part_planted() {
     local failed=0 seen=0 kind name word file tests edit
+    use_compiler
     for kind in address thread; do make_ready $kind; done
     can_analyze || skip "$CC has no -fanalyzer"
     while read -r name kind word file tests edit; do
         seen=$((seen + 1))
         # Not in the condition: there `set -e` would not hold.
         (planted "$name" "$kind" "$word" "proxyd/$file" "$edit" "$ROOT/tests/$tests") \
-            >"$FOLDER/planted-log" 2>&1 </dev/null &
+            >"$SANITIZED/planted-log" 2>&1 </dev/null &
         if ! wait $!; then
-            cat "$FOLDER/planted-log"
+            cat "$SANITIZED/planted-log"
             failed=$((failed + 1))
         fi
-        tail -n 1 "$FOLDER/planted-log"
-    done < <(grep -vE '^(#|$)' "$HERE/planted")
+        tail -n 1 "$SANITIZED/planted-log"
+    done < <(grep -vE '^(#|$)' "$SANITIZE/planted")
     note "$((seen - failed)) of $seen seen"
     [ $failed = 0 ]
 }
@@ -344,6 +324,7 @@ part_planted() {
 ABOUT[coverage]='lines run by the unit, relay and black-box tests; the others are argued'
 part_coverage() {
     local results=() status=0
+    use_compiler
     must_walk
     make_ready coverage
     find "$BUILD" -name '*.gcda' -delete
@@ -359,12 +340,12 @@ part_coverage() {
     # What counts lines of Python holds memory, and the walk waits for all to be given back. Its own
     # faults are not judged here: what counts lines of C has no answer to a failed malloc or open.
     rm "$BUILD"/venv/lib/python3*/site-packages/measured.pth
-    walk_faults --quick >"$FOLDER/faults" 2>&1 || true
-    walk_faults --only relay. threads full-pipe >>"$FOLDER/faults" 2>&1 || true
-    grep 'points walked' "$FOLDER/faults"
+    walk_build --quick >"$SANITIZED/faults" 2>&1 || true
+    walk_build --only relay. threads full-pipe >>"$SANITIZED/faults" 2>&1 || true
+    grep 'points walked' "$SANITIZED/faults"
     [ $status = 0 ] || warn "the counts are those of a run with failed tests"
     count_lines || status=1
-    note "$(join "${results[@]}" "$(tail -n 1 "$FOLDER/coverage-report")")"
+    note "$(join "${results[@]}" "$(tail -n 1 "$SANITIZED/coverage-report")")"
     return $status
 }
 
@@ -376,72 +357,7 @@ count_lines() {
     (cd "$BUILD/source" && gcov --json-format --stdout "$object") >"$BUILD/gcov.json"
     (cd "$BUILD" && venv/bin/python -m coverage combine --rcfile=coveragerc -q &&
         venv/bin/python -m coverage json --rcfile=coveragerc -q -o python.json) || return 1
-    "$PYTHON" -I "$HERE/coverage_report.py" "$ROOT" "$BUILD/gcov.json" "$BUILD/python.json" \
-        | tee "$FOLDER/coverage-report" || status=1
+    "$PYTHON" -I "$SANITIZE/coverage_report.py" "$ROOT" "$BUILD/gcov.json" "$BUILD/python.json" \
+        | tee "$SANITIZED/coverage-report" || status=1
     return $status
 }
-
-# --- running them ---------------------------------------------------------------------------------
-
-usage() { sed -n '2,/^$/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
-
-list_parts() {
-    local part
-    for part in "${PARTS[@]}"; do printf '%-9s %s\n' "$part" "${ABOUT[$part]}"; done
-}
-
-is_part() { [[ " ${PARTS[*]} " == *" $1 "* ]]; }
-
-# A part is a process of its own: there `set -e` works, and it may change folder and exit.
-run_part() {
-    local part=$1 status=0 start=$SECONDS result
-    printf '\n=== %s: %s\n' "$part" "${ABOUT[$part]}"
-    rm -f "$FOLDER/note"
-    SANITIZE_PART=$part PYTHON=$PYTHON bash "${BASH_SOURCE[0]}" ${quick:+--quick} -- "${PYTEST_ARGS[@]}" \
-        </dev/null ||
-        status=$?
-    case $status in
-    0) result=ok passed=$((passed + 1)) ;;
-    "$SKIPPED") result=SKIPPED skipped=$((skipped + 1)) ;;
-    *) result=FAILED failed=$((failed + 1)) ;;
-    esac
-    summary+=("$(printf '%-8s %-9s %4d s  %s' "$result" "$part" $((SECONDS - start)) \
-        "$(cat "$FOLDER/note" 2>/dev/null)")")
-}
-
-quick='' wanted=() PYTEST_ARGS=()
-while [ $# -gt 0 ]; do
-    case $1 in
-    --quick) quick=yes ;;
-    --list) list_parts; exit ;;
-    --) shift; PYTEST_ARGS=("$@"); break ;;
-    -h | --help) usage; exit ;;
-    undefined | leak) wanted+=(address) ;;
-    *) is_part "$1" || die "no part '$1'; there are: ${PARTS[*]}"; wanted+=("$1") ;;
-    esac
-    shift
-done
-WORKERS=$(nproc)
-
-if [ -n "${SANITIZE_PART:-}" ]; then
-    part=$SANITIZE_PART results=()
-    unset SANITIZE_PART
-    "part_$part"
-    exit
-fi
-
-if [ ${#wanted[@]} = 0 ]; then
-    wanted=("${PARTS[@]}")
-    [ -z "$quick" ] || wanted=("${QUICK_PARTS[@]}")
-fi
-mkdir -p "$FOLDER" "$LOGS"
-choose_python
-have "$CC" || { apt_install gcc libc6-dev && have "$CC"; } || die "no C compiler: $CC"
-with_lock make_tools
-summary=() passed=0 failed=0 skipped=0
-mapfile -t wanted < <(printf '%s\n' "${wanted[@]}" | awk '!seen[$0]++')
-for part in "${wanted[@]}"; do run_part "$part"; done
-printf '\n=== summary\n'
-printf '%s\n' "${summary[@]}"
-printf '%d passed, %d failed, %d skipped\n' "$passed" "$failed" "$skipped"
-[ "$failed" = 0 ] && { [ "$passed" -gt 0 ] || exit $SKIPPED; }

@@ -1,0 +1,65 @@
+# shellcheck shell=bash disable=SC2034,SC2153,SC2154,SC2164 # variables, and set -e, are those of ci/test
+# Sourced by ci/test: suites that take minutes. Each is a program of its own that reads the arguments;
+# `ci/test PART -- --help` describes them.
+
+ABOUT[e2e]='real systemd and real clients in a container'
+part_e2e() {
+    local status=0
+    "$PYTHON" -B "$ROOT/tests/e2e" --sdist="$(echo "$ROOT"/dist/*.tar.gz)" "${ARGS[@]}" 2>&1 |
+        tee "$LOGS/e2e" || status=$?
+    note "$(tail -n 1 "$LOGS/e2e")"
+    return $status
+}
+
+ABOUT[matrix]='the package built and tested with the interpreters and tools of other Debian suites'
+part_matrix() { "$PYTHON" -B "$ROOT/tests/matrix" "${ARGS[@]}"; }
+
+ABOUT[soak]='mixed traffic for minutes or hours: every byte is compared, nothing grows'
+part_soak() {
+    [ -z "$quick" ] || ARGS=(--minutes 2 --threads 2 "${ARGS[@]}")
+    "$VENV/bin/python" -B "$ROOT/tests/soak" --executable="$COMMAND" "${ARGS[@]}"
+}
+
+ABOUT[hostile]='hostile clients: others are served, the log stays readable, memory stays bounded'
+part_hostile() { "$VENV/bin/python" -B "$ROOT/tests/hostile" --executable="$COMMAND" "${ARGS[@]}"; }
+
+ABOUT[fuzz]='thousands of bad command lines, environments and passed fds'
+part_fuzz() {
+    # Not in .venv, where nothing may slow a start down.
+    with_lock make_folder fuzz "$ROOT/ci/requirements-fuzz.txt"
+    "$VENV/bin/python" -B "$ROOT/tests/fuzz" --executable="$COMMAND" --packages="$CACHE/fuzz" "${ARGS[@]}"
+}
+
+ABOUT[faults]='every call that can fail fails once, in many runs of the program'
+part_faults() {
+    [ -z "$quick" ] || ARGS=(--quick "${ARGS[@]}")
+    [[ " ${ARGS[*]} " != *" --left-out "* ]] || want strace strace || skip "no strace"
+    walk "$VENV/bin/python" "$CACHE/faults/interpose.so" "$COMMAND" "${ARGS[@]}"
+}
+
+# walk PYTHON LIBRARY EXECUTABLE ARGS... : tests/faults, with the library that makes calls fail.
+walk() {
+    local reason
+    reason=$(why_no_walk)
+    [ -z "$reason" ] || skip "$reason"
+    build_interposer "$2"
+    "$1" -B "$ROOT/tests/faults/walk.py" --library "$2" --executable "$3" "${@:4}"
+}
+
+# why_no_walk : says why this machine cannot take it; nothing where it can.
+why_no_walk() {
+    if [ "$(id -u)" != 0 ]; then
+        say "not root: the walk needs a network namespace"
+    elif ! have unshare || ! unshare --net true 2>/dev/null; then
+        say "no network namespace can be made here"
+    elif ! getconf GNU_LIBC_VERSION >/dev/null 2>&1; then
+        say "the C library is not glibc"
+    fi
+}
+
+build_interposer() {
+    mkdir -p "${1%/*}"
+    # shellcheck disable=SC2086
+    ${CC:-cc} -shared -fPIC -O2 -Wall -Wextra -Werror -o "$1" "$ROOT/tests/faults/interpose.c" ||
+        die "the interposer does not compile"
+}
