@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from bench import (
-    chart,
     contenders,
     idle,
     machine,
@@ -46,7 +45,6 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--before", type=Path, metavar="PATH", help="another build of ours")
     parser.add_argument("--options", default="", help="of this program, such as --buffer-size=4K")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured")
-    parser.add_argument("--svg", type=Path, metavar="FILE", help="draw the chart")
     parser.add_argument("--syscalls", action="store_true", help="count system calls instead")
     parser.add_argument("--two-cpus", action="store_true", help="one and two threads, not pinned")
     parser.add_argument("--list", action="store_true", help="list the works and end")
@@ -187,13 +185,11 @@ def publish(
     runs: Sequence[Run],
     about: dict[str, object],
 ) -> None:
-    """The table on stdout, and the files that were asked for."""
+    """The table on stdout, and everything in the file that was asked for."""
     print(machine.text(about))
     print(report.table(rows))
     if options.json:
         options.json.write_text(json.dumps(report.as_json(runs, rows, about), indent=1) + "\n")
-    if options.svg:
-        options.svg.write_text(chart.draw(runs, machine.line(about)))
 
 
 if __name__ == "__main__":

@@ -1,16 +1,24 @@
-"""The chart: CPU per unit of work as a share of the newest original's, as SVG.
+"""Draw what was measured, as SVG.
 
-It brings its own panel, so that it reads well on a light and on a dark page; a viewer that tells
-its colour scheme gets the matching panel.
+    ci/bench chart RESULTS.json FILE.svg    what `ci/bench --json RESULTS.json` has written
+    ci/bench chart FOLDER FILE.svg          what a soak run has left in FOLDER, .cache/soak
+
+The first shows the CPU time in the proxy per unit of work as a share of the newest original's, the
+second memory, descriptors and CPU time of the proxies over the time of the run.
 """
 
-from collections.abc import Sequence
-from xml.sax.saxutils import escape
+import argparse
+import csv
+import json
+from pathlib import Path
 
-from bench import report
-from bench.report import Run
+import matplotlib as mpl
+import numpy as np
+from matplotlib.figure import Figure
 
-CHOSEN = {
+from bench import machine, report
+
+WORKS = {
     "pingpong-64Bx64/tcp-tcp": "64 B messages, 64 connections",
     "pingpong-64Bx1/tcp-tcp": "64 B messages, 1 connection",
     "connect/tcp-tcp": "short connections, TCP to TCP",
@@ -23,128 +31,132 @@ CHOSEN = {
     "bulk-up-1-256K/tcp-unix": "bulk, TCP to UNIX",
     "bulk-up-1-256K/unix-unix": "bulk, UNIX to UNIX",
 }
-OURS = "#d9480f"
-OTHERS = ("#8a98a8", "#5c6b7a", "#4c6ef5", "#2b8a3e", "#9c36b5", "#b08900")
-LEFT, WIDTH, RIGHT = 250, 460, 70
-BAR, GAP, GROUP_GAP = 11, 2, 14
-HEAD, FOOT = 64, 44
-SCALE_END = 2.0  # times the original; longer bars are cut and say how long they are
+SHARE_MAX = 2.0
+"""Longer bars are cut; their number says how long they are."""
 
-STYLE = """
-  .panel { fill: #fbfbfa } text { fill: #24292f; font: 12px system-ui, sans-serif }
-  .title { font-size: 15px; font-weight: 600 } .small { font-size: 10.5px; fill: #57606a }
-  .grid { stroke: #d8dee4 } .one { stroke: #57606a; stroke-dasharray: 3 3 }
-  @media (prefers-color-scheme: dark) {
-    .panel { fill: #161b22 } text { fill: #e6edf3 } .small { fill: #9198a1 }
-    .grid { stroke: #30363d } .one { stroke: #9198a1 }
-  }
-"""
+PROXIES = ("main", "header", "idle", "few", "shaky")
+MB = 1 << 20
+
+STYLE = {
+    "axes.prop_cycle": mpl.cycler(color=["#d9480f", "#4c6ef5", "#2b8a3e", "#9c36b5", "#b08900"]),
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": "medium",
+    "axes.facecolor": "#fbfbfa",
+    "figure.facecolor": "#fbfbfa",
+    "figure.labelsize": "small",
+    "font.family": "sans-serif",
+    "grid.color": "#d8dee4",
+    "legend.frameon": False,
+    "lines.linewidth": 1,
+    "svg.fonttype": "none",  # text stays text
+    "svg.hashsalt": "",  # the same data make the same file
+}
 
 
-def draw(runs: Sequence[Run], about: str) -> str:
-    """The chart of ``runs``, with ``about`` as its last line. Needs an original to compare with."""
-    names = [name for name in dict.fromkeys(run.contender for run in runs) if name != "direct"]
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="ci/bench chart",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("source", type=Path)
+    parser.add_argument("svg", type=Path)
+    options = parser.parse_args()
+    mpl.rcParams.update(STYLE)
+    figure = Figure(figsize=(9, 8), layout="constrained")
+    (draw_soak if options.source.is_dir() else draw_bench)(figure, options.source)
+    figure.savefig(options.svg, metadata={"Date": None})
+
+
+def draw_bench(figure: Figure, source: Path) -> None:
+    results = json.loads(source.read_text())
+    names, works, shares = shares_of(results["runs"])
+    axes = figure.subplots()
+    height = 0.8 / len(names)
+    for number, (name, values) in enumerate(zip(names, shares, strict=True)):
+        places = np.arange(len(works)) + number * height
+        bars = axes.barh(places, np.minimum(values, SHARE_MAX), height, label=label_of(name))
+        numbers = [
+            f"{value:.2f}{' →' if value > SHARE_MAX else ''}" if value > 0 else ""
+            for value in values
+        ]
+        axes.bar_label(bars, numbers, padding=3, fontsize="x-small")
+    axes.axvline(1, color="#57606a", linestyle="dashed", linewidth=0.8)
+    axes.set_yticks(np.arange(len(works)) + 0.4 - height / 2, [WORKS[work] for work in works])
+    axes.set_ylim(len(works), -0.5)
+    axes.set_xlim(0, SHARE_MAX * 1.05)
+    figure.suptitle(f"CPU time in the proxy per unit of work, {label_of(original(names))} = 1")
+    figure.supxlabel(f"shorter is better; {machine.line(results['machine'])}")
+    figure.legend(loc="outside right upper")
+
+
+def shares_of(runs: list) -> tuple[list[str], list[str], list[list[float]]]:
+    """Contenders, works, and for each of the first the share in each of the second; 0 for none."""
+    cpu: dict[tuple[str, str], dict[int, float]] = {}
+    for run in runs:
+        if run["sample"] and run["contender"] != "direct":
+            rounds = cpu.setdefault((run["contender"], run["work"]), {})
+            rounds[run["round"]] = run["sample"]["cpu"]
+    names = list(dict.fromkeys(name for name, _ in cpu))
+    works = [work for work in WORKS if (original(names), work) in cpu]
+    shares = [[share(cpu, name, work, original(names)) for work in works] for name in names]
+    return names, works, shares
+
+
+def share(cpu: dict, name: str, work: str, reference: str) -> float:
+    """The median over the rounds of the quotients in each."""
+    own, base = cpu.get((name, work), {}), cpu[reference, work]
+    return report.ratio([(own[n], base[n]) for n in own if n in base]) or 0.0
+
+
+def original(names: list[str]) -> str:
     originals = sorted(name for name in names if name.startswith("original-"))
     if not originals:
-        raise ValueError("a chart needs an original among the contenders")
-    groups = grouped(runs, names, originals[-1])
-    others = [name for name in names if name != "ours"]
-    colour = {"ours": OURS} if "ours" in names else {}
-    colour |= dict(zip(others, OTHERS, strict=False))
-    body, bottom = bars(groups, colour)
-    height = bottom + FOOT
-    width = LEFT + WIDTH + RIGHT
-    title = f"CPU time in the proxy per unit of work, {said(originals[-1])} = 1 (shorter is better)"
-    size = f'viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
-    label = f'role="img" aria-label="{escape(title)}"'
-    return "\n".join(
-        [
-            f'<svg xmlns="http://www.w3.org/2000/svg" {size} {label}>',
-            f"<style>{STYLE}</style>",
-            f'<rect class="panel" width="{width}" height="{height}" rx="8"/>',
-            f'<text class="title" x="16" y="26">{escape(title)}</text>',
-            *legend(colour),
-            *grid(bottom),
-            *body,
-            f'<text class="small" x="16" y="{height - 14}">{escape(about)}</text>',
-            "</svg>\n",
-        ]
-    )
+        raise SystemExit("a chart needs an original among the contenders")
+    return originals[-1]
 
 
-def grouped(
-    runs: Sequence[Run], names: Sequence[str], original: str
-) -> list[tuple[str, dict[str, float]]]:
-    """For each work of the chart its label and the shares by contender, pairwise per round."""
-    groups = []
-    for title, label in CHOSEN.items():
-        of_work = [run for run in runs if run.work.title == title]
-        base = report.by_round(of_work, original)
-        shares = {}
-        for name in names:
-            own = report.by_round(of_work, name)
-            pairs = [(own[number].cpu, base[number].cpu) for number in own if number in base]
-            share = report.ratio(pairs)
-            if share is not None:
-                shares[name] = share
-        if shares:
-            groups.append((label, shares))
-    return groups
-
-
-def legend(colour: dict[str, str]) -> list[str]:
-    """One line of colours and names."""
-    parts, x = [], 16
-    for name, fill in colour.items():
-        parts.append(f'<rect x="{x}" y="40" width="11" height="11" rx="2" fill="{fill}"/>')
-        parts.append(f'<text x="{x + 16}" y="50">{escape(said(name))}</text>')
-        x += 34 + 7 * len(said(name))
-    return parts
-
-
-def said(name: str) -> str:
+def label_of(name: str) -> str:
     """A contender's name as readers know it."""
     known = {"ours": "this program", "haproxy": "HAProxy"}
     return known.get(name, name.replace("original-", "systemd "))
 
 
-def position(share: float) -> float:
-    """The x coordinate of a share."""
-    return LEFT + min(share, SCALE_END) / SCALE_END * WIDTH
+def draw_soak(figure: Figure, folder: Path) -> None:
+    result = json.loads((folder / "result.json").read_text())
+    with (folder / "samples.csv").open(encoding="ascii") as file:
+        rows = list(csv.DictReader(file))
+    column = {name: np.array([float(row[name]) for row in rows]) for name in rows[0]}
+    seconds = column["seconds"]
+    panels = {
+        "private memory, MiB": {name: column[f"{name}.private"] / MB for name in PROXIES},
+        "resident memory, MiB": {name: column[f"{name}.rss"] / MB for name in PROXIES},
+        "open descriptors": {name: column[f"{name}.fds"] for name in PROXIES},
+        "CPU time per second": {
+            name: np.gradient(column[f"{name}.cpu"], seconds) for name in PROXIES
+        },
+        "kernel memory of the whole machine, including other programs', MiB": {
+            "slab": column["sunreclaim"] / MB,
+            "TCP buffers": column["tcp_memory"] / MB,
+        },
+    }
+    all_axes = figure.subplots(len(panels), sharex=True)
+    for axes, (title, lines) in zip(all_axes, panels.items(), strict=True):
+        for name, values in lines.items():
+            axes.plot(seconds / 60, values, label=name)
+        for at in result["checkpoints"]:
+            axes.axvline(at / 60, color="#57606a", linestyle="dashed", linewidth=0.6)
+        axes.set_title(title)
+        axes.set_ylim(bottom=0)
+        axes.grid(axis="y")
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    count = len(result["checkpoints"])
+    all_axes[-1].set_xlabel(f"minutes; dashed: {count} pauses, in which only what lasts is open")
+    figure.suptitle(f"{result['minutes']:.0f} minutes of mixed traffic")
+    figure.supxlabel(f"{result['about']}; {len(result['faults'])} faults")
 
 
-def grid(bottom: int) -> list[str]:
-    """Vertical lines every half, the one of the original dashed."""
-    parts = []
-    for half in range(int(SCALE_END * 2) + 1):
-        x, kind = position(half / 2), "one" if half == 2 else "grid"
-        label = f'x="{x}" y="{bottom + 14}" text-anchor="middle">{half / 2:g}'
-        parts.append(f'<line class="{kind}" x1="{x}" x2="{x}" y1="{HEAD}" y2="{bottom}"/>')
-        parts.append(f'<text class="small" {label}</text>')
-    return parts
-
-
-def bars(
-    groups: Sequence[tuple[str, dict[str, float]]], colour: dict[str, str]
-) -> tuple[list[str], int]:
-    """The groups of bars from the top, and where they end."""
-    parts, y = [], HEAD + GROUP_GAP // 2
-    for label, shares in groups:
-        middle = y + len(shares) * (BAR + GAP) // 2 + 3
-        parts.append(f'<text x="{LEFT - 10}" y="{middle}" text-anchor="end">{escape(label)}</text>')
-        for name, fill in colour.items():
-            if name in shares:
-                parts += bar(shares[name], y, fill)
-                y += BAR + GAP
-        y += GROUP_GAP
-    return parts, y - GROUP_GAP // 2
-
-
-def bar(share: float, y: int, fill: str) -> list[str]:
-    """A bar with its number."""
-    end = position(share)
-    number = f"{share:.2f}{' →' if share > SCALE_END else ''}"
-    return [
-        f'<rect x="{LEFT}" y="{y}" width="{end - LEFT:.1f}" height="{BAR}" rx="2" fill="{fill}"/>',
-        f'<text class="small" x="{end + 5:.1f}" y="{y + BAR - 1.5}">{number}</text>',
-    ]
+if __name__ == "__main__":
+    main()

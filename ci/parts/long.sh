@@ -12,7 +12,8 @@ part_e2e() {
 }
 
 ABOUT[matrix]='the package built and tested with the interpreters and tools of other Debian suites'
-part_matrix() { "$PYTHON" -B "$ROOT/tests/matrix" "${ARGS[@]}"; }
+# Other compilers know other warnings.
+part_matrix() { env -u PROXYD_WERROR "$PYTHON" -B "$ROOT/tests/matrix" "${ARGS[@]}"; }
 
 ABOUT[soak]='mixed traffic for minutes or hours: every byte is compared, nothing grows'
 part_soak() {

@@ -5,8 +5,8 @@ became of its exit status.
 
 Reports go to files (log_path): a program whose stderr nobody reads, or whose end nobody waits for,
 hides nothing. Each worker of pytest-xdist has a folder of its own, which the programs that its
-tests start inherit; a program with a bare environment writes to the common one, and `ci/parts/sanitize.sh`
-looks there after the run.
+tests start inherit; a program with a bare environment writes to the common one, where
+`ci/parts/sanitize.sh` looks after the run.
 
 Lost memory is looked for when a program of the tests ends, and here at the end of the session,
 while the interpreter is still whole. Not in forked children that end with os._exit():

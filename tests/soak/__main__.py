@@ -1,7 +1,8 @@
 """Mixed traffic through the installed command for a long time; flat lines, or a failure.
 
-    ci/test --quick soak                                  two minutes, as in continuous integration
-    ci/test soak -- --minutes 60 --keep doc/reports/soak.svg
+    ci/test --quick soak                       two minutes, as in continuous integration
+    ci/test soak -- --minutes 60
+    ci/bench chart .cache/soak FILE.svg        draw the run: doc/reports/soak.svg is one of an hour
 
 Five proxies run side by side, in a network of their own:
 
@@ -21,7 +22,7 @@ Now and then the traffic pauses: then nothing but what lasts may be open. A fail
 byte, an end that did not arrive as it happened, a hang, a socket left open, private memory that
 grows, a thread more, a log line more often than the rate limits allow, a proxy that spins or ends.
 
-Samples (samples.csv), the plot (soak.svg), and what was counted (result.json) lie in .cache/soak.
+Samples (samples.csv) and what was counted (result.json) lie in .cache/soak.
 Exit status: 0 all held, 1 something did not, 77 this machine cannot run it. Ctrl-C reports what
 there is, and ends with 130.
 """
@@ -50,7 +51,6 @@ def options():
     parser.add_argument("--rate", type=float, default=1.0, help="of exchanges: 1 is 86 a second")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--folder", type=Path, default=ROOT / ".cache/soak")
-    parser.add_argument("--keep", type=Path, help="also write the plot here")
     parser.add_argument("--executable", type=Path, required=True, help=argparse.SUPPRESS)
     return parser.parse_args()
 

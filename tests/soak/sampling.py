@@ -100,12 +100,3 @@ def warm_up(seconds):
 
 def growth_most(seconds):
     return GROWTH_MOST if warm_up(seconds) == WARM_UP else GROWTH_MOST_COLD
-
-
-def rates(points):
-    """[(seconds, value per second since the point before)], of a counter."""
-    return [
-        (later, (b - a) / (later - earlier))
-        for (earlier, a), (later, b) in itertools.pairwise(points)
-        if later > earlier
-    ]

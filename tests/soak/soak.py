@@ -8,10 +8,9 @@ import signal
 import tempfile
 import time
 
-import plot
 from chaos import Chaos
 from logs import too_many_lines
-from sampling import Samples, growth, growth_most, rates, warm_up
+from sampling import Samples, growth, growth_most, warm_up
 from world import World
 
 CHECKPOINTS = 3, 12
@@ -277,21 +276,17 @@ class Soak:
         took = time.monotonic() - self.start
         folder = self.chosen.folder
         self.samples.write(folder / "samples.csv")
-        picture = self.picture(took)
-        (folder / "soak.svg").write_text(picture, encoding="utf-8")
         text = "\n".join(self.summary(took, interrupted)) + "\n"
         (folder / "summary.txt").write_text(text, encoding="utf-8")
         (folder / "result.json").write_text(json.dumps(self.result(took), indent=1) + "\n")
         for one in self.world.served:
             (folder / f"{one.name}.log").write_text(one.last_log)
-        if self.chosen.keep and not interrupted and not self.faults:
-            self.chosen.keep.parent.mkdir(parents=True, exist_ok=True)
-            self.chosen.keep.write_text(picture, encoding="utf-8")
         print(text, end="", flush=True)
         return 130 if interrupted else 1 if self.faults else 0
 
     def result(self, took):
         return {
+            "about": self.about(),
             "minutes": took / 60,
             "threads": self.chosen.threads,
             "seed": self.chosen.seed,
@@ -361,36 +356,6 @@ class Soak:
     def about(self):
         threads = f", main with --threads={self.chosen.threads}" if self.chosen.threads else ""
         return f"Linux {platform.release()}, Python {platform.python_version()}{threads}"
-
-    def picture(self, took):
-        names = [one.name for one in self.world.served]
-
-        def lines(field):
-            return {name: self.samples.column(f"{name}.{field}") for name in names}
-
-        def mib(value):
-            return f"{value / MB:.3g} M"
-
-        slab = self.samples.column("sunreclaim")
-        panels = [
-            ("private memory", lines("private"), mib),
-            ("resident memory", lines("rss"), mib),
-            ("open fds", lines("fds"), lambda value: f"{value:.0f}"),
-            ("CPU, share of one", {name: rates(points) for name, points in lines("cpu").items()},
-             lambda value: f"{value:.0%}"),
-            ("the whole machine's kernel memory, others' included",
-             {"slab": slab, "TCP buffers": self.samples.column("tcp_memory")}, mib),
-        ]  # fmt: skip
-        exchanges = sum(n for name, n in self.counts.items()
-                        if name.endswith((": whole", ": cut short")))  # fmt: skip
-        streamed = self.counts.get("bytes of the stream", 0) / 1e9
-        about = (
-            f"{self.about()}; one stream of {streamed:.0f} GB, {exchanges} exchanges, "
-            f"{len(self.faults)} faults"
-        )
-        return plot.draw(
-            f"{took / 60:.0f} minutes of mixed traffic", about, panels, took / 60, self.checkpoints
-        )
 
 
 def _interrupt(number, _frame):
