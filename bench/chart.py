@@ -66,8 +66,13 @@ def main() -> None:
     options = parser.parse_args()
     mpl.rcParams.update(STYLE)
     figure = Figure(figsize=(9, 8), layout="constrained")
-    (draw_soak if options.source.is_dir() else draw_bench)(figure, options.source)
-    figure.savefig(options.svg, metadata={"Date": None})
+    try:
+        (draw_soak if options.source.is_dir() else draw_bench)(figure, options.source)
+        figure.savefig(options.svg, metadata={"Date": None})
+    except OSError as error:
+        parser.error(f"{error.filename}: {error.strerror}")
+    except (ValueError, LookupError) as error:
+        parser.error(f"{options.source} was not written by ci/bench or ci/test soak: {error!r}")
 
 
 def draw_bench(figure: Figure, source: Path) -> None:
@@ -153,8 +158,10 @@ def draw_soak(figure: Figure, folder: Path) -> None:
         axes.grid(axis="y")
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     count = len(result["checkpoints"])
-    all_axes[-1].set_xlabel(f"minutes; dashed: {count} pauses, in which only what lasts is open")
-    figure.suptitle(f"{result['minutes']:.0f} minutes of mixed traffic")
+    all_axes[-1].set_xlabel(
+        f"minutes; dashed: {count} pauses, in which only lasting connections are open"
+    )
+    figure.suptitle(f"{result['minutes']:.3g} minutes of mixed traffic")
     figure.supxlabel(f"{result['about']}; {len(result['faults'])} faults")
 
 
