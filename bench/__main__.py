@@ -74,7 +74,7 @@ def note(text: str) -> None:
 
 
 def choose(options: argparse.Namespace) -> list[Contender]:
-    """The contenders asked for, as far as they are to be had, the reference first."""
+    """The contenders asked for that are available here, the reference first."""
     found = contenders.find(options.executable, shlex.split(options.options), options.before)
     originals = [name for name in found if name.startswith("original-")]
     default = ["ours", *originals[-1:], "nginx"]

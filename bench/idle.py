@@ -1,8 +1,8 @@
 """Connections at rest: what each costs in descriptors and memory, and whether the others notice.
 
-64 connections exchange messages; beside them rest first 100 and then many. Everything is given per
-resting connection, as the slope between the two, and the kernel memory without that of a direct
-connection.
+64 connections exchange messages, alongside first 100 and then many connections at rest. Everything
+is given per resting connection, as the slope between the two, and the kernel memory without that of
+a direct connection.
 """
 
 import json
@@ -24,7 +24,7 @@ SETTLE = 0.3  # seconds for what the kernel frees late
 
 @dataclass(frozen=True)
 class Level:
-    """What is in use beside ``count`` resting connections; bytes and numbers of descriptors."""
+    """What is in use with ``count`` resting connections; bytes and numbers of descriptors."""
 
     count: int
     slab: int
@@ -89,7 +89,7 @@ def level(load: "subprocess.Popen[str]", count: int, work: Work, proxy: Proxy) -
 
 
 def summed_up(few: Level, many: Level, sockets_alone: float) -> Sample:
-    """The slopes, and the cost of a round trip beside many as a multiple of that beside few."""
+    """The slopes, and the cost of a round trip with many as a multiple of that with few."""
     between = many.count - few.count
     beside_few = few.round_trip.cpu
     extra = {

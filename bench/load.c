@@ -220,7 +220,7 @@ static void stream_counts(struct peer *p) {
     receiving[receiving_count++] = p;
 }
 
-/* Bytes that the proxy has delivered and that nobody has read yet: its work, in this interval. */
+/* Bytes that the proxy has delivered and that are not read yet: its work, in this interval. */
 static uint64_t streams_unread(void) {
     uint64_t sum = 0;
     for (int i = 0; i < receiving_count; i++) {

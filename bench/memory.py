@@ -17,7 +17,7 @@ def resident(pids: Iterable[int]) -> int:
 
 
 def private(pids: Iterable[int]) -> int:
-    """Bytes of memory that the processes share with nobody."""
+    """Bytes of memory that the processes share with no other process."""
     return sum(
         kib(Path(f"/proc/{pid}/smaps_rollup"), field)
         for pid in pids

@@ -112,8 +112,8 @@ CPU per unit: of all threads and processes of the proxy, medians over the rounds
 {reference}/it: the first's CPU by the row's in each round, then the median; below 1 it is cheaper.
 load: share of its CPU that the load generator used; near 100 % it was the bottleneck.
 start: exec to the first byte for a client in the backlog, p50 the median and p99 the slowest start.
-idle: cost of a message beside that many resting connections; fds and memory per resting connection,
-kernel memory without the sockets of a direct connection. mixed: messages beside eight streams.\
+idle: cost of a message with that many resting connections; fds and memory per resting connection,
+kernel memory without the sockets of a direct connection. mixed: messages alongside eight streams.\
 """
 
 

@@ -64,7 +64,7 @@ def start_once(work: Work, contender: Contender, settings: Settings) -> dict[str
 
 
 def first_byte(arguments: list[str], passed: list[int]) -> dict[str, float]:
-    """Run the stopwatch of launch.c, look at the program while it lives, let it be ended."""
+    """Run the stopwatch of launch.c, measure the memory while the program runs, then let it end."""
     with subprocess.Popen(
         [contenders.LAUNCH, "time", *arguments],
         pass_fds=passed,

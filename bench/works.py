@@ -76,7 +76,7 @@ def short_connections(pair: str) -> Work:
 
 
 def mixed(pair: str) -> Work:
-    """Messages beside eight streams, which take most of the CPU: the latency is the point."""
+    """Messages alongside eight streams, which take most of the CPU: the latency is the point."""
     load = ("pings=64", "size=64", "uploads=4", "downloads=4", f"write={64 * KIB}")
     return Work("mixed", pair, load=load, short=True)
 

@@ -1,4 +1,4 @@
-"""Check that the sdist has every file of the project, and each wheel just what is to be installed.
+"""Check that the sdist has every file of the project, and each wheel exactly what is installed.
 
 Usage: check_contents.py [--repaired] ROOT DIST <NUL-separated project files
 
@@ -85,7 +85,7 @@ def sdist_faults(sdist: Path, project: set[str]) -> list[str]:
     return [
         *(f"sdist lacks {name}" for name in sorted(missing)),
         *(f"sdist has {name}, which is no file of the project" for name in sorted(stray)),
-        *(f"sdist tells of {name} who made it, or with which umask" for name in sorted(odd)),
+        *(f"sdist tells the owner of {name}, or the umask" for name in sorted(odd)),
     ]
 
 

@@ -43,7 +43,7 @@ def tell(label: str, text: str) -> None:
 
 
 def free_port() -> int:
-    """A TCP port that nobody uses at the moment."""
+    """A TCP port that is free at the moment."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return int(listener.getsockname()[1])
 
@@ -210,12 +210,12 @@ def show_activation(stack: ExitStack, folder: Path, command: str, target: str) -
     check(end(service) == 0, "the activated proxy did not exit with 0")
     tell(
         "socket activation",
-        f"the first client started it, and had {size} bytes {seconds:.3f} s later",
+        f"the first client started it, and received {size} bytes {seconds:.3f} s later",
     )
 
 
 def wait_for_listener(service: subprocess.Popen[bytes], port: int) -> None:
-    """Wait until somebody listens on `port`, without connecting: that would start the service."""
+    """Wait until a process listens on `port`, without connecting, which would start the service."""
     wanted = f"0100007F:{port:04X} 00000000:0000 0A"
     deadline = time.monotonic() + PATIENCE
     while wanted not in Path("/proc/net/tcp").read_text():

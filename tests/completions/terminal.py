@@ -96,7 +96,7 @@ class Terminal:
         )
         try:
             self._wait(self._is_empty, f"the prompt of {kind}")
-        except BaseException:  # Ctrl-C too: nobody else knows of it yet
+        except BaseException:  # Ctrl-C, too: no fixture closes it yet
             self.close()
             raise
 

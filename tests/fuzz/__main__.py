@@ -32,7 +32,7 @@ from runs import Fault, run  # noqa: E402
 from bench import sockets  # noqa: E402
 
 NOBODY = 61199
-"""A user id that nobody uses: what is made up here may name files."""
+"""A user id that owns nothing: the arguments made up here may name files."""
 
 FAULTS_MOST = 10
 

@@ -94,7 +94,7 @@ class Case:
     """Of "tcp", "tcp6", "unix", "dgram", "pipe", "connected", "closed"."""
 
     def shell(self):
-        """As somebody could type it."""
+        """As a command that can be typed."""
         words = [
             f"{name.decode()}={os.fsdecode(value)!r}" for name, value in self.environment.items()
         ]

@@ -22,7 +22,7 @@ STEP = 0.001
 
 NO_SOCKETS = "Didn't get any sockets passed in."
 
-# Without HOME Python asks the system who we are, and there others read SYSTEMD_LOG_LEVEL.
+# Without HOME, Python asks the system for the user, and libraries there read SYSTEMD_LOG_LEVEL.
 ALWAYS = {b"PATH": b"/bin", b"HOME": b"/"}
 
 NOTE = re.compile(
@@ -38,7 +38,7 @@ NOTE = re.compile(
     r"|Target \d+ is a host"
     r"|WATCHDOG=1 is \d+ ms late"
 )
-"""Lines that come before or beside the one that says why."""
+"""Lines that may precede or follow the one that says why."""
 
 
 SILENT = re.compile(rb"[012]|emerg|alert|crit")

@@ -21,7 +21,7 @@ TCP_REPAIR = 19
 MANY = 200
 GONE = (OSError, EOFError)
 STUCK = 0.5
-"""Seconds after which a client resets who can go on neither writing nor reading."""
+"""Seconds after which a client that can neither write nor read sends a reset."""
 
 
 class Place:
@@ -107,7 +107,7 @@ async def drip(place):
 
 
 async def never_read(place):
-    """Clients to whom much is sent, and who read nothing."""
+    """Clients that are sent much, and read nothing."""
     doors = itertools.cycle(FOES)
     for _ in range(MANY):
         sock = await place.connect(next(doors))
@@ -175,7 +175,7 @@ async def after_end(sock, dice):
 
 
 async def while_lingering(sock, dice):
-    """The target has reset, and what it had sent is still on its way to a client who waits."""
+    """The target has reset, and what it had sent is still on its way to a client that waits."""
     await asyncio.get_running_loop().sock_sendall(sock, b"r")
     await asyncio.sleep(dice.uniform(0.05, 0.3))
 

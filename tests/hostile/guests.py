@@ -1,4 +1,4 @@
-"""The clients who behave, and what they get: one that stays and one that comes again, at each door.
+"""The well-behaved clients, and how they are served: at each door, one stays and one returns.
 
 Settings: `name`; `doors`: [{"family", "address"}]. The order "mark" is answered with what has
 happened since the one before: {"stay": numbers, "come": numbers, "refused": count}, where numbers

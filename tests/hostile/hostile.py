@@ -148,7 +148,7 @@ class Scene:
         return self.mark()
 
     def wait_for_sockets(self, wanted):
-        """Whether so many sockets more than at the start remain."""
+        """Whether that many more sockets remain than at the start."""
         deadline = time.monotonic() + PATIENCE
         while self.proxy.socket_count() > self.sockets_at_start + wanted:
             if time.monotonic() > deadline:
@@ -223,7 +223,7 @@ class Hostile:
                 place.close()
             # What the guests have is two connections at each of four doors, of two sockets each.
             if not scene.wait_for_sockets(2 * 2 * len(PAIRS)):
-                scene.faults.append("connections of those who have gone are still open")
+                scene.faults.append("connections of clients that are gone are still open")
             after = scene.let_pass(1.0)
             scene.end()
         finally:
@@ -295,7 +295,7 @@ class Hostile:
 
 
 def idle(scene, clients):
-    """who rest"""
+    """that are at rest"""
     for client in clients:
         client.sendall(b"ex")
         client.settimeout(PATIENCE)
@@ -304,21 +304,21 @@ def idle(scene, clients):
 
 
 def wait(scene, clients):
-    """who have said much and wait for their target"""
+    """that have sent much and wait for their target"""
     for client in clients:
         client.sendall(bytes(64 * KIB))
     return at_rest(scene, clients)
 
 
 def stuff(scene, clients):
-    """who send and never read, as their targets do"""
+    """that send and never read, as their targets do"""
     for client in clients:
         client.send(b"f")
     return at_rest(scene, clients)
 
 
 def at_rest(scene, clients):
-    """What is held once nobody has taken anything for a second, however much is sent."""
+    """What is held once no peer has read anything for a second, however much is sent."""
     piece = bytes(256 * KIB)
     last, since = None, time.monotonic()
     while time.monotonic() - since < 1.0:
@@ -341,13 +341,13 @@ def connect(address):
 
 
 def unserved(name, before, during, after):
-    """Guests who got nothing."""
+    """Well-behaved clients that got nothing."""
     found = []
     for when, served in (("before", before), ("during", during), ("after", after)):
         if not served["stay"][0]:
-            found.append(f"{when}: who stayed was not served")
+            found.append(f"{when}: the client that stayed was not served")
         if not served["come"][0] and not (name == "flood" and when == "during"):
-            found.append(f"{when}: who came was not served")
+            found.append(f"{when}: a client that came was not served")
         if served["refused"] and not (name == "flood" and when == "during"):
             found.append(f"{when}: {served['refused']} were refused")
     return found

@@ -59,7 +59,7 @@ async def main():
     accepting = [asyncio.ensure_future(accept(listener, tasks)) for listener in listeners]
     tell("ready")
     await orders(lambda word: None)
-    # A client who comes just now: asyncio gives him to an accept that is cancelled already.
+    # A client that comes just now: asyncio gives it to an accept that is already cancelled.
     asyncio.get_running_loop().set_exception_handler(lambda *_: None)
     await cancelled([*accepting, *tasks])
 

@@ -4,11 +4,11 @@
     ci/test soak -- --minutes 60
     ci/bench chart .cache/soak FILE.svg        draw the run: doc/reports/soak.svg is one of an hour
 
-Five proxies run side by side, in a network of their own:
+Five proxies run at once, in a network of their own:
 
     main     TCP, IPv6 and UNIX in every mix. Targets that stay: nothing may be lost. Through it go
              one stream of 200 GB an hour, and connections that move one byte a second
-    header   --proxy-protocol=v2; what the header says is compared with who called
+    header   --proxy-protocol=v2; the header is compared with the client's address
     idle     --idle-timeout=3s; readers stall longer than that, and connections that sleep
     few      80 open files, often fewer: accept, socket and pipe2 fail
     shaky    the targets go away, killed or by themselves, and come back
@@ -18,9 +18,10 @@ when it stops reading and for how long, an urgent byte, whether it ends with a h
 or a plain close, and at which byte. Clients and targets are stopped and continued meanwhile. Every
 byte that arrives is compared with what stands at its place in its stream.
 
-Now and then the traffic pauses: then nothing but what lasts may be open. A failure is: a wrong
+Now and then the traffic pauses; then only lasting connections may be open. Failures are a wrong
 byte, an end that did not arrive as it happened, a hang, a socket left open, private memory that
-grows, a thread more, a log line more often than the rate limits allow, a proxy that spins or ends.
+grows, an additional thread, more log lines than the rate limits allow, and a proxy that spins or
+ends.
 
 Samples (samples.csv) and what was counted (result.json) lie in .cache/soak.
 Exit status: 0 all held, 1 something did not, 77 this machine cannot run it. Ctrl-C reports what

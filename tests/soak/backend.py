@@ -1,7 +1,7 @@
 """The targets: accepts on every address it is given, and does what each client's plan says.
 
 Settings: `name`; `listen`: [{"family", "address", "header"}], where `header` is how PROXY headers
-come (0: none, 2: version 2); `strict`: every plan is to be completed, nobody kills this process.
+come (0: none, 2: version 2); `strict`: every plan is to be completed; this process is not killed.
 Tells "ready" with the addresses, and "counts" every few seconds.
 """
 
@@ -139,7 +139,7 @@ async def main():
             backend.tally.send(open=len(backend.tasks))
 
     await orders(handle)  # to the end of stdin
-    # A client who comes just now: asyncio gives him to an accept that is cancelled already.
+    # A client that comes just now: asyncio gives it to an accept that is already cancelled.
     asyncio.get_running_loop().set_exception_handler(lambda *_: None)
     await cancelled([*accepting, *backend.tasks])
     for listener in listeners:

@@ -84,7 +84,7 @@ class Chaos:
         )
 
     def _limit_that_leaves(self, room):
-        """The soft limit below which just so many numbers are free."""
+        """The soft limit below which exactly that many numbers are free."""
         used, limit = self._few.fds(), 0
         while room or limit in used:
             room -= limit not in used

@@ -21,7 +21,7 @@ FIRST_PORT = 701  # below the ephemeral range, so that nothing else takes it whi
 
 IDLE_MS = 3000
 STOP_MS = 1200
-"""Nobody is stopped for so long that the proxy with the idle timeout cuts what is in use."""
+"""No process is stopped long enough for an idle timeout to cut a connection in use."""
 
 
 class Load:

@@ -27,7 +27,7 @@ ONLY_RPM = {
     r"\S+/proxyd-?\S*\.pyc|modules/(?:\w+/)?__pycache__/\S+": (
         "compiled here, and by the DEB when installed"
     ),
-    r"\S+\.dist-info/\S+": "for who imports the modules: the DEB's are private",
+    r"\S+\.dist-info/\S+": "for importing the modules: those of the DEB are private",
     r"/usr/lib/\.build-id/\S+": "how debuggers find the symbols; Debian's look elsewhere",
     r"/usr/share/doc/\S+/CHANGELOG\.md": "under Debian's name in the DEB",
 }
