@@ -6,8 +6,8 @@
 Each test is named after its case. Its docstring has the case's words, a colon, and what must come
 of it: what a direct connection between the client and the server would have delivered. Any program
 that is started like this one can be put to the test; `contenders/` makes HAProxy and nginx such
-programs, and --contender=direct is no program at all. `ci/test cases` does all of them and writes the
-table.
+programs, and --contender=direct is no program at all. `ci/test cases` runs all of them and writes
+the report.
 """
 
 import shlex
