@@ -6,9 +6,9 @@ import socket
 import time
 
 import pytest
-from harness.differences import differs
-from harness.sockets import FAMILIES, read_exactly, read_to_end
-from harness.waiting import never_within, patience, wait_until
+from kit.differences import differs
+from kit.sockets import FAMILIES, read_exactly, read_to_end
+from kit.waiting import never_within, patience, wait_until
 
 says_nothing = differs("original-252", reason="sends neither READY=1 nor STATUS=")
 

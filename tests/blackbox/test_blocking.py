@@ -9,9 +9,9 @@ import struct
 import subprocess
 
 import pytest
-from harness.differences import differs
-from harness.sockets import read_exactly, read_to_end
-from harness.waiting import wait_until
+from kit.differences import differs
+from kit.sockets import read_exactly, read_to_end
+from kit.waiting import wait_until
 
 LINGER_S = 600
 

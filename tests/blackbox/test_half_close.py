@@ -3,8 +3,8 @@
 import socket
 
 import pytest
-from harness.differences import differs
-from harness.sockets import (
+from kit.differences import differs
+from kit.sockets import (
     TCP,
     UNIX,
     every_pair,
@@ -13,8 +13,8 @@ from harness.sockets import (
     read_to_end,
     write_fails,
 )
-from harness.traffic import Payload, exchange, expected, receive_digest, send_payload
-from harness.waiting import never_within, wait_until
+from kit.traffic import Payload, exchange, expected, receive_digest, send_payload
+from kit.waiting import never_within, wait_until
 
 MIB = 1 << 20
 

@@ -7,10 +7,10 @@ import subprocess
 import time
 
 import pytest
-from harness.differences import differs
-from harness.kernel import in_network_namespace_of
-from harness.privileges import as_unprivileged_user, namespace_prefix, with_hosts
-from harness.sockets import (
+from kit.differences import differs
+from kit.kernel import in_network_namespace_of
+from kit.privileges import as_unprivileged_user, namespace_prefix, with_hosts
+from kit.sockets import (
     fill_backlog,
     is_quiet,
     open_listener,
@@ -18,8 +18,8 @@ from harness.sockets import (
     read_to_end,
     reset,
 )
-from harness.stage import Backend
-from harness.waiting import never_within, wait_until
+from kit.stage import Backend
+from kit.waiting import never_within, wait_until
 
 HOLD = 0.4
 """Seconds for which a test leaves a target away: longer than the first, quick retries."""

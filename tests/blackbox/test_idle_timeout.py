@@ -3,8 +3,8 @@
 import time
 
 import pytest
-from harness.differences import differs
-from harness.sockets import (
+from kit.differences import differs
+from kit.sockets import (
     hung_up,
     is_quiet,
     main_pairs,
@@ -13,8 +13,8 @@ from harness.sockets import (
     send_until_stuck,
     write_fails,
 )
-from harness.traffic import Payload
-from harness.waiting import never_within, wait_until
+from kit.traffic import Payload
+from kit.waiting import never_within, wait_until
 
 pytestmark = differs("original", reason="has no --idle-timeout=", run=False)
 

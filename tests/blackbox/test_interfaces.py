@@ -4,12 +4,12 @@ import socket
 import subprocess
 
 import pytest
-from harness.differences import differs
-from harness.kernel import in_network_namespace_of
-from harness.privileges import namespace_prefix
-from harness.sockets import is_quiet, read_exactly
-from harness.stage import Backend
-from harness.waiting import never_within
+from kit.differences import differs
+from kit.kernel import in_network_namespace_of
+from kit.privileges import namespace_prefix
+from kit.sockets import is_quiet, read_exactly
+from kit.stage import Backend
+from kit.waiting import never_within
 
 PORT = 4000
 LINK = "eth9"

@@ -4,8 +4,8 @@ import socket
 import time
 
 import pytest
-from harness.differences import differs
-from harness.sockets import (
+from kit.differences import differs
+from kit.sockets import (
     TCP,
     UNIX,
     every_pair,
@@ -16,8 +16,8 @@ from harness.sockets import (
     wait_unread,
     write_fails,
 )
-from harness.traffic import Payload, in_background, receive_digest, send_payload
-from harness.waiting import wait_until
+from kit.traffic import Payload, in_background, receive_digest, send_payload
+from kit.waiting import wait_until
 
 MIB = 1 << 20
 REJECTION = b"413 too large\r\n" + b"." * 3000

@@ -5,11 +5,11 @@ import resource
 import signal
 
 import pytest
-from harness.differences import differs
-from harness.privileges import as_unprivileged_user
-from harness.sockets import every_pair, is_quiet, main_pairs, read_exactly, read_to_end, reset
-from harness.traffic import Payload, expected, is_served, receive_digest, send_payload
-from harness.waiting import wait_until
+from kit.differences import differs
+from kit.privileges import as_unprivileged_user
+from kit.sockets import every_pair, is_quiet, main_pairs, read_exactly, read_to_end, reset
+from kit.traffic import Payload, expected, is_served, receive_digest, send_payload
+from kit.waiting import wait_until
 
 MIB = 1 << 20
 REFUSED = "Hit connection limit, refusing connection."

@@ -5,8 +5,8 @@ import pty
 import signal
 
 import pytest
-from harness.differences import differs
-from harness.traffic import read_exactly
+from kit.differences import differs
+from kit.traffic import read_exactly
 
 CLIENTS = 1500
 """Whose lines, at debug level, are more than any log takes that is not read."""

@@ -3,11 +3,11 @@
 import os
 import socket
 
-from harness.differences import differs
-from harness.kernel import in_network_namespace_of
-from harness.privileges import namespace_prefix, need_root
-from harness.sockets import read_exactly, read_to_end, target_text
-from harness.waiting import wait_until
+from kit.differences import differs
+from kit.kernel import in_network_namespace_of
+from kit.privileges import namespace_prefix, need_root
+from kit.sockets import read_exactly, read_to_end, target_text
+from kit.waiting import wait_until
 
 
 def is_let_go(stage, listener=None):

@@ -1,11 +1,11 @@
 """Names as targets, with name servers that answer, fail, are silent, or change their mind."""
 
 import pytest
-from harness.differences import differs
-from harness.name_server import AAAA, NO_ERROR, NXDOMAIN, SERVFAIL, SILENCE, A, NameServer
-from harness.privileges import as_unprivileged_user, with_hosts, with_name_server
-from harness.sockets import is_quiet, read_exactly
-from harness.waiting import never_within, wait_until
+from kit.differences import differs
+from kit.name_server import AAAA, NO_ERROR, NXDOMAIN, SERVFAIL, SILENCE, A, NameServer
+from kit.privileges import as_unprivileged_user, with_hosts, with_name_server
+from kit.sockets import is_quiet, read_exactly
+from kit.waiting import never_within, wait_until
 
 FRESH = 1.1
 """Seconds after which an answer does not serve any more."""

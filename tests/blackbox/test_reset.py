@@ -5,8 +5,8 @@ write.
 """
 
 import pytest
-from harness.differences import differs
-from harness.sockets import (
+from kit.differences import differs
+from kit.sockets import (
     TCP,
     UNIX,
     is_quiet,
@@ -19,8 +19,8 @@ from harness.sockets import (
     wait_unread,
     write_fails,
 )
-from harness.traffic import Payload
-from harness.waiting import wait_until
+from kit.traffic import Payload
+from kit.waiting import wait_until
 
 MIB = 1 << 20
 

@@ -4,9 +4,9 @@ import socket
 import threading
 
 import pytest
-from harness.differences import differs
-from harness.sockets import is_quiet, read_exactly, read_to_end, reset
-from harness.waiting import never_within, wait_until
+from kit.differences import differs
+from kit.sockets import is_quiet, read_exactly, read_to_end, reset
+from kit.waiting import never_within, wait_until
 
 pytestmark = differs("original", reason="has no such option", run=False)
 

@@ -6,10 +6,10 @@ import socket
 import time
 
 import pytest
-from harness.differences import differs
-from harness.sockets import is_quiet, read_exactly, read_to_end
-from harness.traffic import Payload, expected, receive_digest, send_payload
-from harness.waiting import never_within, wait_until
+from kit.differences import differs
+from kit.sockets import is_quiet, read_exactly, read_to_end
+from kit.traffic import Payload, expected, receive_digest, send_payload
+from kit.waiting import never_within, wait_until
 
 MIB = 1 << 20
 

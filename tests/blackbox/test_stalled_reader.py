@@ -1,8 +1,8 @@
 """A slow or stuck reader costs memory bounded by the socket buffers and one pipe, and no CPU."""
 
 import pytest
-from harness.differences import differs
-from harness.sockets import (
+from kit.differences import differs
+from kit.sockets import (
     TCP,
     UNIX,
     is_quiet,
@@ -12,8 +12,8 @@ from harness.sockets import (
     send_until_stuck,
     stuck_bytes,
 )
-from harness.traffic import Payload, in_background, send_in_segments
-from harness.waiting import never_within
+from kit.traffic import Payload, in_background, send_in_segments
+from kit.waiting import never_within
 
 KIB = 1 << 10
 MIB = 1 << 20

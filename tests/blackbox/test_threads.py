@@ -10,11 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
-from harness.differences import differs
-from harness.privileges import as_unprivileged_user, need_root
-from harness.sockets import read_exactly
-from harness.traffic import Payload, expected, in_background, receive_digest, send_payload
-from harness.waiting import patience, wait_until
+from kit.differences import differs
+from kit.privileges import as_unprivileged_user, need_root
+from kit.sockets import read_exactly
+from kit.traffic import Payload, expected, in_background, receive_digest, send_payload
+from kit.waiting import patience, wait_until
 
 pytestmark = differs("original", reason="has no --threads=", run=False)
 

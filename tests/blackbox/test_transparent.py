@@ -9,12 +9,12 @@ import socket
 import subprocess
 
 import pytest
-from harness.differences import differs
-from harness.kernel import in_network_namespace_of
-from harness.privileges import need_root
-from harness.sockets import open_connection, read_exactly, read_to_end
-from harness.stage import Backend
-from harness.waiting import patience, wait_until
+from kit.differences import differs
+from kit.kernel import in_network_namespace_of
+from kit.privileges import need_root
+from kit.sockets import open_connection, read_exactly, read_to_end
+from kit.stage import Backend
+from kit.waiting import patience, wait_until
 
 OURS = "198.51.100.1"
 """Where clients connect to."""

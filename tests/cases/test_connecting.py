@@ -5,7 +5,7 @@ import os
 import socket
 
 import pytest
-from casekit.pairs import (
+from cases.pairs import (
     FAMILIES,
     assert_same,
     costs_nothing,
@@ -18,10 +18,10 @@ from casekit.pairs import (
     to_tcp,
     to_unix,
 )
-from harness.kernel import in_network_namespace_of
-from harness.privileges import namespace_prefix
-from harness.proxy_header import LOCAL, header_of
-from harness.sockets import (
+from kit.kernel import in_network_namespace_of
+from kit.privileges import namespace_prefix
+from kit.proxy_header import LOCAL, header_of
+from kit.sockets import (
     TCP,
     UNIX,
     is_quiet,
@@ -31,8 +31,8 @@ from harness.sockets import (
     reset,
     target_text,
 )
-from harness.traffic import Payload, is_served
-from harness.waiting import never_within, wait_until
+from kit.traffic import Payload, is_served
+from kit.waiting import never_within, wait_until
 
 LEFT_AWAY_S = 0.4
 """Seconds for which a target stays away: longer than a first, quick retry."""

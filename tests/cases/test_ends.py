@@ -3,7 +3,7 @@
 import socket
 
 import pytest
-from casekit.pairs import (
+from cases.pairs import (
     assert_same,
     costs_nothing,
     each_resetting_side,
@@ -15,7 +15,7 @@ from casekit.pairs import (
     sides,
     stays_open,
 )
-from harness.sockets import (
+from kit.sockets import (
     TCP,
     read_exactly,
     read_to_end,
@@ -26,8 +26,8 @@ from harness.sockets import (
     wait_unread,
     write_fails,
 )
-from harness.traffic import Payload, in_background, receive_all
-from harness.waiting import patience, wait_until
+from kit.traffic import Payload, in_background, receive_all
+from kit.waiting import patience, wait_until
 
 MIB = 1 << 20
 SEGMENT = Payload(MIB).bytes()

@@ -9,14 +9,11 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "relay"), str(HERE.parent / "blackbox")]
-
-from faultkit.table import FAILURES, SYSTEM_CALLS, SYSTEM_CALLS_LEFT_OUT  # noqa: E402
-from harness.sockets import read_to_end  # noqa: E402
-from harness.stage import Stage  # noqa: E402
-from harness.traffic import Payload, in_background  # noqa: E402
-from harness.waiting import wait_until  # noqa: E402
+from faults.table import FAILURES, SYSTEM_CALLS, SYSTEM_CALLS_LEFT_OUT
+from kit.sockets import read_to_end
+from kit.stage import Stage
+from kit.traffic import Payload, in_background
+from kit.waiting import wait_until
 
 CALL = re.compile(r"\d+ +(\w+)\(")
 

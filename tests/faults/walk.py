@@ -7,17 +7,13 @@ import signal
 import sys
 import time
 from collections import Counter
-from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "relay"), str(HERE.parent / "blackbox")]
-
-from faultkit import points  # noqa: E402
-from faultkit.birth import KINDS, QUICK, Births  # noqa: E402
-from faultkit.life import ONE_WAS_HIT, REFUSED_TO_START, SERVED_ON  # noqa: E402
-from faultkit.scenarios import SCENARIOS  # noqa: E402
-from faultkit.table import LEFT_OUT  # noqa: E402
-from faultkit.workers import Worker, for_each  # noqa: E402
+from faults import points
+from faults.birth import KINDS, QUICK, Births
+from faults.life import ONE_WAS_HIT, REFUSED_TO_START, SERVED_ON
+from faults.scenarios import SCENARIOS
+from faults.table import LEFT_OUT
+from faults.workers import Worker, for_each
 
 MOST, MOST_QUICK = 40, 3
 """Of the calls of one kind in one scenario, so many are made to fail in each way."""

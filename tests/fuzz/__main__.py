@@ -21,14 +21,12 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent.parent
-sys.path[:0] = [str(ROOT), str(HERE)]
+from fuzz.cases import case
+from fuzz.runs import Fault, run
 
-from cases import case  # noqa: E402
-from runs import Fault, run  # noqa: E402
+from bench import sockets
 
-from bench import sockets  # noqa: E402
+TESTS = Path(__file__).resolve().parent.parent
 
 NOBODY = 61199
 """A user id that nobody uses: what is made up here may name files."""
@@ -80,7 +78,7 @@ def one_process(work):
 def parsers_failed(chosen, folder):
     """Whether atheris made one fail; what it has to say is shown then."""
     seconds = max(int(chosen.seconds / 2), 1)
-    command = [sys.executable, "-B", str(HERE / "parsers.py"), str(seconds), str(chosen.seed)]
+    command = [sys.executable, "-B", str(TESTS), "fuzz.parsers", str(seconds), str(chosen.seed)]
     done = subprocess.run(
         command,
         env=os.environ | {"PYTHONPATH": chosen.packages},

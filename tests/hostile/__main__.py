@@ -19,16 +19,11 @@ Exit status: 0 all held, 1 something did not, 77 this machine cannot run it.
 
 import argparse
 import sys
-from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "blackbox"), str(ROOT / "tests/soak"), str(HERE)]
+from hostile.attacks import ATTACKS
+from hostile.hostile import Hostile
 
-from attacks import ATTACKS  # noqa: E402
-from hostile import Hostile  # noqa: E402
-
-from bench import sockets  # noqa: E402
+from bench import sockets
 
 
 def options():

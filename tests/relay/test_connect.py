@@ -6,9 +6,9 @@ import select
 import socket
 
 import pytest
-from relaykit.child import in_child, in_own_network
-from relaykit.rig import HOW, PATIENCE_S, payload
-from relaykit.sockets import (
+from kit.child import in_child, in_own_network
+from kit.rig import HOW, PATIENCE_S, payload
+from kit.stepped import (
     FAMILIES,
     Incoming,
     Outgoing,

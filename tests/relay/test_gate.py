@@ -5,9 +5,9 @@ import os
 import socket
 
 import pytest
-from relaykit.child import in_child
-from relaykit.rig import payload
-from relaykit.sockets import (
+from kit.child import in_child
+from kit.rig import payload
+from kit.stepped import (
     FAMILIES,
     close,
     half_close,

@@ -3,8 +3,8 @@
 import time
 
 import pytest
-from relaykit.rig import payload
-from relaykit.sockets import (
+from kit.rig import payload
+from kit.stepped import (
     RELUCTANT,
     Incoming,
     Outgoing,

@@ -19,8 +19,8 @@ import pytest
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
-from relaykit.rig import HOW, MODES, Rigs, payload
-from relaykit.sockets import (
+from kit.rig import HOW, MODES, Rigs, payload
+from kit.stepped import (
     accept,
     half_close,
     is_unix,

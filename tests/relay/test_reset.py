@@ -4,8 +4,8 @@ import errno
 import select
 
 import pytest
-from relaykit.rig import payload
-from relaykit.sockets import (
+from kit.rig import payload
+from kit.stepped import (
     Incoming,
     Outgoing,
     close,

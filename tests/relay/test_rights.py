@@ -11,11 +11,11 @@ import socket
 import tempfile
 
 import pytest
-from relaykit.child import in_child
-from relaykit.crew import Crewed
-from relaykit.rig import PATIENCE_S, Rigs, payload
-from relaykit.rights import kernel_refuses, send_slow, tasks
-from relaykit.sockets import (
+from kit.child import in_child
+from kit.crew import Crewed
+from kit.rig import PATIENCE_S, Rigs, payload
+from kit.rights import kernel_refuses, send_slow, tasks
+from kit.stepped import (
     Incoming,
     Outgoing,
     half_close,

@@ -5,8 +5,8 @@ import os
 import resource
 
 import pytest
-from relaykit.rig import payload
-from relaykit.sockets import Incoming, Outgoing, close, half_close, reset
+from kit.rig import payload
+from kit.stepped import Incoming, Outgoing, close, half_close, reset
 
 SMALL = {"receive_buffer": 4096}
 MOST_HELD = 32 * 1024 * 1024

@@ -15,8 +15,8 @@ import socket
 import time
 
 import pytest
-from relaykit.rig import PATIENCE_S, payload
-from relaykit.sockets import (
+from kit.rig import PATIENCE_S, payload
+from kit.stepped import (
     FAMILIES,
     RESETS,
     close,

@@ -4,8 +4,8 @@ import errno
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-from relaykit.rig import MODES
-from relaykit.sockets import (
+from kit.rig import MODES
+from kit.stepped import (
     Outgoing,
     close,
     half_close,

@@ -7,8 +7,8 @@ import os
 import socket
 
 import pytest
-from relaykit.rig import payload
-from relaykit.sockets import (
+from kit.rig import payload
+from kit.stepped import (
     FAMILIES,
     Incoming,
     Outgoing,

@@ -3,8 +3,8 @@
 import socket
 
 import pytest
-from relaykit.rig import payload
-from relaykit.sockets import Incoming, Outgoing, half_close, is_writable, send_once, unread
+from kit.rig import payload
+from kit.stepped import Incoming, Outgoing, half_close, is_writable, send_once, unread
 
 BIG = 1024 * 1024
 

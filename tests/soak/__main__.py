@@ -30,13 +30,11 @@ import argparse
 import sys
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "blackbox"), str(HERE)]
+from soak.soak import Soak
 
-from soak import Soak  # noqa: E402
+from bench import sockets
 
-from bench import sockets  # noqa: E402
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def options():

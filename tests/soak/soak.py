@@ -8,11 +8,11 @@ import signal
 import tempfile
 import time
 
-import plot
-from chaos import Chaos
-from logs import too_many_lines
-from sampling import Samples, growth, growth_most, rates, warm_up
-from world import World
+from kit.logs import too_many_lines
+from soak import plot
+from soak.chaos import Chaos
+from soak.sampling import Samples, growth, growth_most, rates, warm_up
+from soak.world import World
 
 CHECKPOINTS = 3, 12
 """At least and at most; otherwise one every five minutes."""

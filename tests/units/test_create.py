@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from unitkit import found_in, rules_in
+from units.findings import found_in, rules_in
 
 from proxyd.units.rules_command import knows_settle_time
 

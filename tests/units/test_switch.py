@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from unitkit import rules_in
+from units.findings import rules_in
 
 COMMAND = Path(sys.executable).parent / "systemd-socket-proxyd-units"
 

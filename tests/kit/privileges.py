@@ -9,6 +9,9 @@ import pytest
 NOBODY_ELSE = 61200 + os.getpid() % 1000
 """A user id that nobody uses here, so that its processes can be counted."""
 
+WITH_PARENT = ["setpriv", "--pdeathsig", "KILL"]
+"""A prefix that runs the program until its parent ends, however that happens."""
+
 
 def need_root(what):
     """Skip the test, saying what it would have needed root for."""

@@ -3,8 +3,8 @@
 import subprocess
 
 import pytest
-from harness.kernel import in_network_namespace_of
-from harness.privileges import need_root
+from kit.kernel import in_network_namespace_of
+from kit.privileges import need_root
 
 KEEPALIVE = {"time": 1, "intvl": 1, "probes": 2}
 """Seconds and counts, so that a keepalive that is on finds a silent peer within seconds."""

@@ -3,8 +3,8 @@
 import re
 from typing import NamedTuple
 
-from faultkit.control import FOR_EVER, Strike
-from faultkit.table import AT_START, FAILURES, strike_of
+from faults.control import FOR_EVER, Strike
+from faults.table import AT_START, FAILURES, strike_of
 
 
 class Point(NamedTuple):

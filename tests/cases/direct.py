@@ -1,8 +1,7 @@
 """No program at all: what a direct connection delivers, by which every program is judged."""
 
-from harness.stage import Stage
-
-from casekit.pairs import not_applicable
+from cases.pairs import not_applicable
+from kit.stage import Stage
 
 
 class DirectStage(Stage):

@@ -11,10 +11,10 @@ import tempfile
 import threading
 from pathlib import Path
 
-from faultkit import points
-from faultkit.life import Outcome
+from faults import points
+from faults.life import Outcome
 
-WORKER = Path(__file__).resolve().parent.parent / "worker.py"
+TESTS = Path(__file__).resolve().parent.parent
 
 LONGEST_S = 60.0
 """An answer that takes longer does not come: the extension itself is caught in a loop."""
@@ -81,7 +81,7 @@ class Worker:
         shared = Path(self._folder.name) / "control"
         shared.write_bytes(bytes(1 << 16))
         self._process = subprocess.Popen(
-            [sys.executable, "-B", str(WORKER)],
+            [sys.executable, "-B", str(TESTS), "faults.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={

@@ -7,8 +7,8 @@ import threading
 
 import pytest
 
-from harness.privileges import need_root
-from harness.waiting import wait_until
+from kit.privileges import need_root
+from kit.waiting import wait_until
 
 A, AAAA = 1, 28
 """Kinds of question."""

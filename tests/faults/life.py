@@ -20,10 +20,10 @@ import tempfile
 import time
 from typing import NamedTuple
 
-from relaykit.rig import open_fds
+from faults.control import NO_STRIKE
+from faults.world import CUT, World
+from kit.rig import open_fds
 
-from faultkit.control import NO_STRIKE
-from faultkit.world import CUT, World
 from proxyd import cli, loop
 
 PASSED_ON = 3

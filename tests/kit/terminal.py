@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from harness.waiting import wait_until
+from kit.waiting import wait_until
 
 PREFIX = Path(sys.prefix)
 """Where the command, and its completions, were installed."""

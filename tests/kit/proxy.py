@@ -11,7 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from harness.waiting import wait_until
+from kit.waiting import wait_until
 
 PASSED_ON = re.compile(r"^(PATH|LANG|HOME|PYTHON\w+|LD_\w+|\w+SAN_OPTIONS|COVERAGE_\w+)$")
 """Variables of the test run that the program gets too."""

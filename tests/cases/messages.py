@@ -8,7 +8,7 @@ import errno
 import os
 import select
 
-from harness.waiting import patience
+from kit.waiting import patience
 
 BATCH = 1000
 

@@ -5,9 +5,9 @@ import os
 import shutil
 import tempfile
 
-from harness.notify import NotifySocket
-from harness.process import SIGNS_OF_A_CRASH, Proxy
-from harness.sockets import (
+from kit.notify import NotifySocket
+from kit.proxy import SIGNS_OF_A_CRASH, Proxy
+from kit.sockets import (
     fill_backlog,
     open_connection,
     open_listener,
@@ -15,8 +15,8 @@ from harness.sockets import (
     send_at_once,
     target_text,
 )
-from harness.traffic import EchoServer
-from harness.waiting import patience, wait_until
+from kit.traffic import EchoServer
+from kit.waiting import patience, wait_until
 
 
 class Backend:

@@ -6,7 +6,7 @@ A call of the extension that is not here is named in LEFT_OUT, with the reason.
 import errno
 import socket
 
-from faultkit.control import FAIL, FOR_EVER, SHORTEN, ZERO
+from faults.control import FAIL, FOR_EVER, SHORTEN, ZERO
 
 
 def _row(text):

@@ -15,8 +15,7 @@ import threading
 import time
 from typing import NamedTuple
 
-from proxyd._relay import ACCEPTED, ENDED, FAILED, Gate, Relay, socket_names, tune
-from relaykit.sockets import (
+from kit.stepped import (
     FAMILIES,
     Incoming,
     Outgoing,
@@ -25,6 +24,7 @@ from relaykit.sockets import (
     open_listener,
     set_option,
 )
+from proxyd._relay import ACCEPTED, ENDED, FAILED, Gate, Relay, socket_names, tune
 
 PATIENCE_S = float(os.environ.get("RELAY_PATIENCE", "20"))
 """How long a state may take that must come; less is convenient where much is known to fail."""

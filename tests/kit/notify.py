@@ -4,7 +4,7 @@ import os
 import socket
 import threading
 
-from harness.waiting import wait_until
+from kit.waiting import wait_until
 
 
 class NotifySocket:

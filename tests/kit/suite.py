@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from harness.differences import apply_differences, write_table
-from harness.stage import Stage
-from harness.waiting import set_patience
+from kit.differences import apply_differences, write_table
+from kit.stage import Stage
+from kit.waiting import set_patience
 
 BESIDE = str(Path(sys.executable).parent / "systemd-socket-proxyd")
 """The command that was installed together with this interpreter."""

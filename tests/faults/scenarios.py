@@ -7,7 +7,7 @@ import os
 import signal
 import socket
 
-from faultkit.world import CUT, REFUSED, half_close, reset_client, reset_far
+from faults.world import CUT, REFUSED, half_close, reset_client, reset_far
 
 BULK = 1536 * 1024
 """Bytes: more than the sockets and a pipe hold."""

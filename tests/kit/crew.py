@@ -1,6 +1,6 @@
 """A rig with a crew, and where its connections are."""
 
-from relaykit.rig import epoll_fds
+from kit.rig import epoll_fds
 
 
 class Crewed:

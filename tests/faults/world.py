@@ -5,8 +5,8 @@ import os
 import select
 import socket
 
-from relaykit.rig import payload
-from relaykit.sockets import (
+from kit.rig import payload
+from kit.stepped import (
     FAMILIES,
     Incoming,
     Outgoing,

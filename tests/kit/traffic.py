@@ -9,8 +9,8 @@ import socket
 import threading
 import time
 
-from harness.sockets import read_exactly, read_to_end, send_at_once
-from harness.waiting import patience
+from kit.sockets import read_exactly, read_to_end, send_at_once
+from kit.waiting import patience
 
 BLOCK = 1 << 18
 _NOISE = random.Random(20240501).randbytes(BLOCK)

@@ -10,14 +10,13 @@ import signal
 import socket
 import tempfile
 
-from harness.sockets import is_quiet, read_to_end
-from harness.stage import Stage
-from harness.waiting import patience, set_patience, wait_until
-
-from faultkit.control import NO_STRIKE, Control
-from faultkit.life import LINES_MOST, ONE_WAS_HIT, REFUSED_TO_START, SERVED_ON, Outcome
-from faultkit.points import strike
-from faultkit.world import half_close
+from faults.control import NO_STRIKE, Control
+from faults.life import LINES_MOST, ONE_WAS_HIT, REFUSED_TO_START, SERVED_ON, Outcome
+from faults.points import strike
+from faults.world import half_close
+from kit.sockets import is_quiet, read_to_end
+from kit.stage import Stage
+from kit.waiting import patience, set_patience, wait_until
 
 PATIENCE_S = 20.0
 """So long may a state take that must come."""

@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from harness.waiting import patience, wait_until
+from kit.waiting import patience, wait_until
 
 FAMILIES = ("tcp4", "tcp6", "unix", "abstract")
 TCP = ("tcp4", "tcp6")
