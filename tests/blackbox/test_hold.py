@@ -10,14 +10,8 @@ import pytest
 from kit.differences import differs
 from kit.kernel import in_network_namespace_of
 from kit.privileges import as_unprivileged_user, namespace_prefix, with_hosts
-from kit.sockets import (
-    fill_backlog,
-    is_quiet,
-    open_listener,
-    read_exactly,
-    read_to_end,
-    reset,
-)
+from kit.socket_state import is_quiet
+from kit.sockets import fill_backlog, open_listener, read_exactly, read_to_end, reset
 from kit.stage import Backend
 from kit.waiting import never_within, wait_until
 

@@ -7,7 +7,8 @@ import signal
 import pytest
 from kit.differences import differs
 from kit.privileges import as_unprivileged_user
-from kit.sockets import every_pair, is_quiet, main_pairs, read_exactly, read_to_end, reset
+from kit.socket_state import is_quiet
+from kit.sockets import every_pair, main_pairs, read_exactly, read_to_end, reset
 from kit.traffic import Payload, expected, is_served, receive_digest, send_payload
 from kit.waiting import wait_until
 

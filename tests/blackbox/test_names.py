@@ -4,7 +4,8 @@ import pytest
 from kit.differences import differs
 from kit.name_server import AAAA, NO_ERROR, NXDOMAIN, SERVFAIL, SILENCE, A, NameServer
 from kit.privileges import as_unprivileged_user, with_hosts, with_name_server
-from kit.sockets import is_quiet, read_exactly
+from kit.socket_state import is_quiet
+from kit.sockets import read_exactly
 from kit.waiting import never_within, wait_until
 
 FRESH = 1.1

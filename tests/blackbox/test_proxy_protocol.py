@@ -8,7 +8,8 @@ import subprocess
 import pytest
 from kit.differences import differs
 from kit.proxy_header import LOCAL, header_of
-from kit.sockets import is_quiet, read_exactly, read_to_end, reset
+from kit.socket_state import is_quiet
+from kit.sockets import read_exactly, read_to_end, reset
 from kit.traffic import Payload, expected, receive_digest, send_payload
 from kit.waiting import never_within, patience
 

@@ -5,7 +5,8 @@ import threading
 
 import pytest
 from kit.differences import differs
-from kit.sockets import is_quiet, read_exactly, read_to_end, reset
+from kit.socket_state import is_quiet
+from kit.sockets import read_exactly, read_to_end, reset
 from kit.waiting import never_within, wait_until
 
 pytestmark = differs("original", reason="has no such option", run=False)

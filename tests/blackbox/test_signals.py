@@ -7,7 +7,8 @@ import time
 
 import pytest
 from kit.differences import differs
-from kit.sockets import is_quiet, read_exactly, read_to_end
+from kit.socket_state import is_quiet
+from kit.sockets import read_exactly, read_to_end
 from kit.traffic import Payload, expected, receive_digest, send_payload
 from kit.waiting import never_within, wait_until
 

@@ -7,7 +7,8 @@ import pytest
 from kit.differences import differs
 from kit.kernel import in_network_namespace_of
 from kit.privileges import namespace_prefix
-from kit.sockets import is_quiet, read_exactly, read_to_end
+from kit.socket_state import is_quiet
+from kit.sockets import read_exactly, read_to_end
 from kit.waiting import never_within, wait_until
 
 pytestmark = differs("original", reason="gives up at the first refusal", run=False)

@@ -2,10 +2,10 @@
 
 import pytest
 from kit.differences import differs
+from kit.socket_state import is_quiet
 from kit.sockets import (
     TCP,
     UNIX,
-    is_quiet,
     main_pairs,
     read_exactly,
     read_to_end,

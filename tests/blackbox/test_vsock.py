@@ -8,7 +8,8 @@ from types import MappingProxyType
 
 import pytest
 from kit.differences import differs
-from kit.sockets import is_quiet, read_exactly, read_to_end
+from kit.socket_state import is_quiet
+from kit.sockets import read_exactly, read_to_end
 from kit.waiting import never_within, patience
 
 pytestmark = differs("original", reason="has no AF_VSOCK", run=False)

@@ -1,7 +1,8 @@
 """Pairs of families, and checks that say in a few words what was seen instead."""
 
 import pytest
-from kit.sockets import TCP, UNIX, is_quiet, read_to_end
+from kit.socket_state import is_quiet
+from kit.sockets import TCP, UNIX, read_to_end
 from kit.waiting import never_within
 
 FAMILIES = ("tcp4", "tcp6", "unix")

@@ -21,16 +21,8 @@ from cases.pairs import (
 from kit.kernel import in_network_namespace_of
 from kit.privileges import namespace_prefix
 from kit.proxy_header import LOCAL, header_of
-from kit.sockets import (
-    TCP,
-    UNIX,
-    is_quiet,
-    open_listener,
-    read_exactly,
-    read_to_end,
-    reset,
-    target_text,
-)
+from kit.socket_state import is_quiet
+from kit.sockets import TCP, UNIX, open_listener, read_exactly, read_to_end, reset, target_text
 from kit.traffic import Payload, is_served
 from kit.waiting import never_within, wait_until
 

@@ -14,7 +14,8 @@ from faults.control import NO_STRIKE, Control
 from faults.life import LINES_MOST, ONE_WAS_HIT, REFUSED_TO_START, SERVED_ON, Outcome
 from faults.points import strike
 from faults.world import half_close
-from kit.sockets import is_quiet, read_to_end
+from kit.socket_state import is_quiet
+from kit.sockets import read_to_end
 from kit.stage import Stage
 from kit.waiting import patience, set_patience, wait_until
 

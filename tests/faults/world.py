@@ -1,21 +1,13 @@
 """Clients and a backend around the program, all stepped by the walk, and what they must see."""
 
 import contextlib
-import os
 import select
 import socket
 
-from kit.rig import payload
-from kit.stepped import (
-    FAMILIES,
-    Incoming,
-    Outgoing,
-    is_unix,
-    open_client,
-    open_listener,
-    reset,
-    write_error,
-)
+from kit.socket_state import write_error
+from kit.sockets import is_unix, open_listener, reset
+from kit.stepped import Incoming, Outgoing, open_client
+from kit.traffic import payload
 
 NAME_SIZE = 8
 """Every client begins with its name, so that the backend knows whom it has before it."""
@@ -168,12 +160,7 @@ class World:
         self.proxy_protocol = ""
 
     def _open_backend(self, family):
-        backend = socket.socket(FAMILIES[family], socket.SOCK_STREAM)
-        backend.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)
-        if family == "unix":
-            backend.bind(os.path.join(self.directory, f"{os.urandom(4).hex()}.sock"))
-        else:
-            backend.bind(("127.0.0.1" if family == "tcp4" else "::1", 0))
+        backend = open_listener(family, self.directory, receive_buffer=RECEIVE_BUFFER, backlog=None)
         backend.setblocking(False)
         return backend
 

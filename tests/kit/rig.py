@@ -5,25 +5,17 @@ depends on scheduling, and a test waits for a state by giving turns until it is 
 """
 
 import contextlib
-import functools
 import gc
 import os
-import random
 import select
 import socket
 import threading
 import time
 from typing import NamedTuple
 
-from kit.stepped import (
-    FAMILIES,
-    Incoming,
-    Outgoing,
-    accept,
-    open_client,
-    open_listener,
-    set_option,
-)
+from kit.socket_state import set_option
+from kit.sockets import FAMILIES, open_listener
+from kit.stepped import Incoming, Outgoing, accept, open_client
 from proxyd._relay import ACCEPTED, ENDED, FAILED, Gate, Relay, socket_names, tune
 
 PATIENCE_S = float(os.environ.get("RELAY_PATIENCE", "20"))
@@ -46,12 +38,6 @@ MAKING = threading.Lock()
 QUIET_TURNS = 3
 """Turns without a pending event until nothing is left to do; a pump that had spent its budget goes
 on without an event."""
-
-
-@functools.lru_cache(maxsize=64)
-def payload(size, seed=1):
-    """Bytes of which no two places look alike."""
-    return random.Random(seed).randbytes(size)
 
 
 def open_fds():
@@ -121,6 +107,7 @@ class Rig:
         self.events = []
         self.sockets = []
         self.door = self.keep(open_listener(client, directory))
+        self.door.setblocking(False)  # the policy has made it so
         tune(self.door.fileno(), FAMILIES[client])
         self.gate = Gate(self.relay, self.door.fileno(), FAMILIES[client], 0, 0)
         self.gate.open()

@@ -1,22 +1,27 @@
 """Listeners, connections and their ends, for the four kinds of stream socket under test."""
 
-import contextlib
 import errno
-import fcntl
 import os
 import select
 import socket
 import struct
-import termios
 import time
 
 import pytest
 
-from kit.waiting import patience, wait_until
+from kit.waiting import patience
 
-FAMILIES = ("tcp4", "tcp6", "unix", "abstract")
+FAMILIES = {
+    "tcp4": socket.AF_INET,
+    "tcp6": socket.AF_INET6,
+    "unix": socket.AF_UNIX,
+    "abstract": socket.AF_UNIX,
+}
 TCP = ("tcp4", "tcp6")
 UNIX = ("unix", "abstract")
+
+RESETS = (errno.ECONNRESET, errno.EPIPE)
+"""How a reset looks to a reader or a writer, whichever call meets it first."""
 
 every_pair = pytest.mark.parametrize(
     ("listen", "target"), [(a, b) for a in FAMILIES for b in FAMILIES]
@@ -33,12 +38,10 @@ main_pairs = pytest.mark.parametrize(
 def open_listener(family, directory, *, backlog=512, receive_buffer=None, host=None, port=0):
     """A listening socket of `family`; a path or a free port on loopback is chosen for it.
 
-    With `backlog=None` it is bound and does not listen.
+    What it accepts inherits its receive buffer. With `backlog=None` it is only bound.
     """
-    kind = {"tcp4": socket.AF_INET, "tcp6": socket.AF_INET6}.get(family, socket.AF_UNIX)
-    listener = socket.socket(kind, socket.SOCK_STREAM)
-    if receive_buffer:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+    listener = socket.socket(FAMILIES[family], socket.SOCK_STREAM)
+    set_buffers(listener, receive_buffer, None)
     if family in TCP:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host or ("127.0.0.1" if family == "tcp4" else "::1"), port))
@@ -63,10 +66,7 @@ def target_text(address, family):
 def open_connection(address, family, *, receive_buffer=None, send_buffer=None, timeout=None):
     """A client's socket, connected, with its buffers set before the connection is made."""
     client = socket.socket(family, socket.SOCK_STREAM)
-    if receive_buffer:
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
-    if send_buffer:
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
+    set_buffers(client, receive_buffer, send_buffer)
     client.settimeout(timeout or patience())
     try:
         client.connect(address)
@@ -77,10 +77,22 @@ def open_connection(address, family, *, receive_buffer=None, send_buffer=None, t
     return client
 
 
+def set_buffers(connection, receive_buffer, send_buffer):
+    """Set the sizes that are not None."""
+    if receive_buffer:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+    if send_buffer:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
+
+
 def send_at_once(connection):
     """Let the kernel send small segments as they are written, as an interactive program would."""
-    if connection.family != socket.AF_UNIX:
+    if not is_unix(connection):
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+def is_unix(connection):
+    return connection.family == socket.AF_UNIX
 
 
 def reset(connection):
@@ -103,7 +115,7 @@ def read_to_end(connection, timeout=None):
     except TimeoutError:
         raise AssertionError(f"no end after {len(received)} bytes and {timeout:g} s") from None
     except OSError as error:
-        if error.errno not in (errno.ECONNRESET, errno.EPIPE):
+        if error.errno not in RESETS:
             raise
         return bytes(received), "reset"
 
@@ -122,30 +134,6 @@ def read_exactly(connection, count, timeout=None):
             raise AssertionError(f"end of stream after {len(received)} of {count} bytes")
         received += chunk
     return bytes(received)
-
-
-def is_quiet(connection):
-    """True while nothing has come: no byte, no end, no error."""
-    poller = select.poll()
-    poller.register(connection, select.POLLIN | select.POLLRDHUP)
-    return not poller.poll(0)
-
-
-def hung_up(connection):
-    """True once the peer's end is wholly gone (a reset, or on UNIX a full close)."""
-    poller = select.poll()
-    poller.register(connection, 0)
-    return any(events & (select.POLLHUP | select.POLLERR) for _, events in poller.poll(0))
-
-
-def unread_bytes(connection):
-    """Bytes waiting in the receive queue (SIOCINQ)."""
-    return struct.unpack("i", fcntl.ioctl(connection, termios.FIONREAD, b"\0" * 4))[0]
-
-
-def wait_unread(connection, count):
-    """Wait until `count` bytes lie unread in the receive queue of `connection`."""
-    wait_until(lambda: unread_bytes(connection) >= count, f"{count} bytes in the receive queue")
 
 
 def send_until_stuck(connection, segment, *, most=1 << 30, still=0.3, timeout=6.0):
@@ -188,13 +176,3 @@ def fill_backlog(address, family, most=10):
             return waiting
         waiting.append(visitor)
     raise AssertionError(f"a backlog took {most} connections")
-
-
-def write_fails(connection):
-    """True once a write to `connection` fails, because nobody is there any more."""
-    try:
-        with contextlib.suppress(BlockingIOError, TimeoutError):
-            connection.send(b"?", socket.MSG_DONTWAIT)
-    except OSError:
-        return True
-    return False

@@ -1,5 +1,6 @@
 """Payloads that show every lost, doubled or moved byte, and the threads that carry them."""
 
+import functools
 import hashlib
 import itertools
 import random
@@ -39,6 +40,12 @@ class Payload:
     def bytes(self):
         """All of it at once, for the small ones."""
         return b"".join(self.blocks())
+
+
+@functools.lru_cache(maxsize=64)
+def payload(size, seed=1):
+    """Bytes of which no two places look alike."""
+    return random.Random(seed).randbytes(size)
 
 
 class _Carrier:

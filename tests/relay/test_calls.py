@@ -16,9 +16,10 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from kit.rig import Rigs, payload
+from kit.rig import Rigs
 from kit.rights import kernel_refuses
 from kit.stepped import accept, close, open_client
+from kit.traffic import payload
 
 from proxyd._relay import CHECK_TCP, Gate
 

@@ -11,8 +11,10 @@ import time
 import pytest
 from kit.child import in_child
 from kit.crew import Crewed
-from kit.rig import HOW, PATIENCE_S, Incoming, Outgoing, open_fds, payload
-from kit.stepped import close, half_close, open_client, reset
+from kit.rig import HOW, PATIENCE_S, open_fds
+from kit.sockets import reset
+from kit.stepped import Incoming, Outgoing, close, half_close, open_client
+from kit.traffic import payload
 
 from proxyd._relay import CHECK_TCP, CHECK_UNIX, ENDED, NOBODY, REFUSED, Gate, tune
 

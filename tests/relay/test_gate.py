@@ -6,16 +6,10 @@ import socket
 
 import pytest
 from kit.child import in_child
-from kit.rig import payload
-from kit.stepped import (
-    FAMILIES,
-    close,
-    half_close,
-    open_client,
-    open_listener,
-    reset,
-    state_of,
-)
+from kit.socket_state import state_of
+from kit.sockets import FAMILIES, open_listener, reset
+from kit.stepped import close, half_close, open_client
+from kit.traffic import payload
 
 from proxyd._relay import (
     ACCEPTED,

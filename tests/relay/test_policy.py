@@ -10,17 +10,10 @@ import time
 
 import pytest
 from kit.child import in_child
-from kit.rig import HOW, Link, Rig, open_fds, payload
-from kit.stepped import (
-    FAMILIES,
-    Incoming,
-    Outgoing,
-    close,
-    half_close,
-    open_client,
-    open_listener,
-    reset,
-)
+from kit.rig import HOW, Link, Rig, open_fds
+from kit.sockets import FAMILIES, open_listener, reset
+from kit.stepped import Incoming, Outgoing, close, half_close, open_client
+from kit.traffic import payload
 
 from proxyd._relay import (
     ACCEPTED,

@@ -13,16 +13,12 @@ import tempfile
 import pytest
 from kit.child import in_child
 from kit.crew import Crewed
-from kit.rig import PATIENCE_S, Rigs, payload
+from kit.rig import PATIENCE_S, Rigs
 from kit.rights import kernel_refuses, send_slow, tasks
-from kit.stepped import (
-    Incoming,
-    Outgoing,
-    half_close,
-    open_client,
-    reset,
-    write_error,
-)
+from kit.socket_state import write_error
+from kit.sockets import reset
+from kit.stepped import Incoming, Outgoing, half_close, open_client
+from kit.traffic import payload
 
 from proxyd._relay import REFUSED
 

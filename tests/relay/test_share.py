@@ -13,8 +13,10 @@ from types import MappingProxyType
 
 import pytest
 from kit.crew import Crewed
-from kit.rig import PATIENCE_S, Incoming, Outgoing, payload
-from kit.stepped import close, half_close, reset
+from kit.rig import PATIENCE_S
+from kit.sockets import reset
+from kit.stepped import Incoming, Outgoing, close, half_close
+from kit.traffic import payload
 
 from proxyd._relay import BUSY
 
