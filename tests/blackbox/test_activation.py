@@ -8,15 +8,10 @@ import time
 import pytest
 from kit.differences import differs
 from kit.sockets import FAMILIES, read_exactly, read_to_end
+from kit.traffic import greet
 from kit.waiting import never_within, patience, wait_until
 
 says_nothing = differs("original-252", reason="sends neither READY=1 nor STATUS=")
-
-
-def greet(client):
-    """One round trip through an echo."""
-    client.sendall(b"hello")
-    assert read_exactly(client, 5) == b"hello"
 
 
 @pytest.mark.parametrize("family", FAMILIES)

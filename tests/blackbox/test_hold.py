@@ -8,11 +8,12 @@ import time
 
 import pytest
 from kit.differences import differs
-from kit.kernel import in_network_namespace_of
-from kit.privileges import as_unprivileged_user, namespace_prefix, with_hosts
+from kit.namespaces import in_network_namespace_of, namespace_prefix, with_hosts
+from kit.privileges import as_unprivileged_user
 from kit.socket_state import is_quiet
 from kit.sockets import fill_backlog, open_listener, read_exactly, read_to_end, reset
 from kit.stage import Backend
+from kit.traffic import talk
 from kit.waiting import never_within, wait_until
 
 HOLD = 0.4
@@ -29,14 +30,6 @@ def stays_held(*clients, seconds=HOLD):
             lambda held=client: not is_quiet(held),
             "an end of a held client",
         )
-
-
-def talk(client, server):
-    """One word each way."""
-    client.sendall(b"question")
-    assert read_exactly(server, 8) == b"question"
-    server.sendall(b"answer")
-    assert read_exactly(client, 6) == b"answer"
 
 
 @pytest.mark.parametrize("listen", ["tcp4", "unix"])

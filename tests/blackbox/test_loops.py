@@ -4,8 +4,7 @@ import os
 import socket
 
 from kit.differences import differs
-from kit.kernel import in_network_namespace_of
-from kit.privileges import namespace_prefix, need_root
+from kit.namespaces import in_network_namespace_of, mount_prefix, namespace_prefix
 from kit.sockets import read_exactly, read_to_end, target_text
 from kit.waiting import wait_until
 
@@ -99,11 +98,9 @@ def namespace_of(pid):
 
 def test_same_path_in_another_mount_namespace(stage):
     """A listener's path outside, and another socket at the same path inside: no loop."""
-    need_root("for a mount namespace")
     listener = stage.listener("unix")
     path = listener.getsockname()
-    hidden = f'mount -t tmpfs none {stage.directory} && exec "$@"'
-    prefix = ["unshare", "--mount", "sh", "-c", hidden, "sh"]
+    prefix = mount_prefix(f"-t tmpfs none {stage.directory}")
     stage.launch(path, listeners=[listener], prefix=prefix)
     outside = os.stat(stage.directory).st_dev
     root = f"/proc/{stage.proxy.pid}/root"

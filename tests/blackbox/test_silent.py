@@ -5,8 +5,7 @@ import subprocess
 
 import pytest
 from kit.differences import differs
-from kit.kernel import in_network_namespace_of
-from kit.privileges import namespace_prefix
+from kit.namespaces import in_network_namespace_of, namespace_prefix
 from kit.socket_state import is_quiet
 from kit.sockets import read_exactly, read_to_end
 from kit.waiting import never_within, wait_until

@@ -5,16 +5,10 @@ import socket
 
 import pytest
 from kit.differences import differs
-from kit.privileges import with_hosts, with_name_server
+from kit.namespaces import with_hosts, with_name_server
 from kit.sockets import TCP, UNIX, read_exactly, read_to_end
-from kit.traffic import is_served
+from kit.traffic import greet, is_served
 from kit.waiting import wait_until
-
-
-def greet(client):
-    """One round trip through an echo."""
-    client.sendall(b"hello")
-    assert read_exactly(client, 5) == b"hello"
 
 
 def port_of(target):

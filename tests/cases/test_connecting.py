@@ -18,8 +18,7 @@ from cases.pairs import (
     to_tcp,
     to_unix,
 )
-from kit.kernel import in_network_namespace_of
-from kit.privileges import namespace_prefix
+from kit.namespaces import in_network_namespace_of, namespace_prefix
 from kit.proxy_header import LOCAL, header_of
 from kit.socket_state import is_quiet
 from kit.sockets import TCP, UNIX, open_listener, read_exactly, read_to_end, reset, target_text
@@ -374,7 +373,7 @@ def test_22b_server_that_vanishes(stage, lan, listen, target):
         notify = stage.notify_socket(stage.path("notify"))
         text = target_text(listener.getsockname(), listener.family)
         front = stage.listener(listen)
-        stage.launch(text, listeners=[front], prefix=lan.here.prefix(), notify=notify)
+        stage.launch(text, listeners=[front], prefix=lan.here.prefix, notify=notify)
         client = stage.connect()
         with listener.accept()[0] as server:
             talk(client, server)

@@ -22,7 +22,7 @@ SMALL_BUFFERS = "4096 65536 131072"
 
 def own_network():
     """A network namespace with nothing in it but loopback, and small buffers for TCP."""
-    from kit.child import enter_own_network
+    from kit.namespaces import enter_own_network
 
     enter_own_network()
     for name in ("tcp_rmem", "tcp_wmem"):

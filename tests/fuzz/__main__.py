@@ -23,8 +23,7 @@ from pathlib import Path
 
 from fuzz.cases import case
 from fuzz.runs import Fault, run
-
-from bench import sockets
+from kit.namespaces import enter_network_for
 
 TESTS = Path(__file__).resolve().parent.parent
 
@@ -48,8 +47,7 @@ def options():
 
 def main():
     chosen = options()
-    if not sockets.enter_network():
-        print("ci/fuzz CANNOT RUN HERE: no network of its own (not root?)", file=sys.stderr)
+    if not enter_network_for("ci/fuzz"):
         return 77
     Path("/proc/sys/net/ipv4/ip_unprivileged_port_start").write_text("0")
     with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:

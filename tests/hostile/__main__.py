@@ -22,8 +22,7 @@ import sys
 
 from hostile.attacks import ATTACKS
 from hostile.hostile import Hostile
-
-from bench import sockets
+from kit.namespaces import enter_network_for
 
 
 def options():
@@ -47,8 +46,7 @@ def options():
 
 def main():
     chosen = options()
-    if not sockets.enter_network():
-        print("ci/hostile CANNOT RUN HERE: no network of its own (not root?)", file=sys.stderr)
+    if not enter_network_for("ci/hostile"):
         return 77
     return Hostile(chosen).run()
 

@@ -16,6 +16,7 @@ from kit.logs import too_many_lines
 from kit.notify import NotifySocket
 from kit.privileges import WITH_PARENT
 from kit.proxy import Proxy
+from kit.waiting import wait_until
 
 from bench import memory
 
@@ -148,11 +149,11 @@ class Scene:
 
     def wait_for_sockets(self, wanted):
         """Whether so many sockets more than at the start remain."""
-        deadline = time.monotonic() + PATIENCE
-        while self.proxy.socket_count() > self.sockets_at_start + wanted:
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(0.05)
+        most = self.sockets_at_start + wanted
+        try:
+            wait_until(lambda: self.proxy.socket_count() <= most, "sockets are closed", PATIENCE)
+        except AssertionError:
+            return False
         return True
 
     def end(self):

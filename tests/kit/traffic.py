@@ -222,10 +222,24 @@ class EchoServer:
         self._stop.close()
 
 
+def talk(client, server):
+    """One word each way."""
+    client.sendall(b"question")
+    assert read_exactly(server, 8) == b"question"
+    server.sendall(b"answer")
+    assert read_exactly(client, 6) == b"answer"
+
+
+def greet(client):
+    """One round trip through an echo."""
+    client.sendall(b"hello")
+    assert read_exactly(client, 5) == b"hello"
+
+
 def is_served(client):
     """One round trip through an echo; False where the client is let go instead."""
     try:
-        client.sendall(b"hello")
-        return read_exactly(client, 5) == b"hello"
+        greet(client)
+        return True
     except (AssertionError, BrokenPipeError, ConnectionResetError):
         return False

@@ -6,7 +6,8 @@ import select
 import socket
 
 import pytest
-from kit.child import in_child, in_own_network
+from kit.child import in_child
+from kit.namespaces import in_own_network
 from kit.rig import HOW, PATIENCE_S
 from kit.socket_state import option, set_option, unread
 from kit.sockets import FAMILIES, open_listener, reset

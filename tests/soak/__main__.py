@@ -30,9 +30,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from kit.namespaces import enter_network_for
 from soak.soak import Soak
-
-from bench import sockets
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -53,8 +52,7 @@ def options():
 
 def main():
     chosen = options()
-    if not sockets.enter_network():
-        print("ci/soak CANNOT RUN HERE: no network of its own (not root?)", file=sys.stderr)
+    if not enter_network_for("ci/soak"):
         return 77
     return Soak(chosen).run()
 
