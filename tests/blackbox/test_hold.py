@@ -32,6 +32,15 @@ def stays_held(*clients, seconds=HOLD):
         )
 
 
+def are_served(clients, backend):
+    """Each of them, once the target listens."""
+    backend.start_listening()
+    for client in clients:
+        client.sendall(b"x")
+    for _ in clients:
+        assert read_exactly(backend.accept(), 1) == b"x"
+
+
 @pytest.mark.parametrize("listen", ["tcp4", "unix"])
 @pytest.mark.parametrize("target", ["tcp4", "tcp6", "unix", "abstract"])
 def test_target_that_listens_later(stage, listen, target):
@@ -136,11 +145,7 @@ def test_held_clients_count(stage):
     stays_held(*held)
     assert read_to_end(stage.connect())[0] == b""
     stage.proxy.wait_for_log("Hit connection limit, refusing connection.")
-    backend.start_listening()
-    for client in held:
-        client.sendall(b"x")
-    for _ in held:
-        assert read_exactly(backend.accept(), 1) == b"x"
+    are_served(held, backend)
 
 
 def test_one_attempt_only(stage):
@@ -186,11 +191,7 @@ def test_one_line_when_an_outage_starts_and_one_when_it_ends(stage):
     stays_held(*clients)
     assert len(stage.proxy.log_lines()) == 1
     assert backend.target in stage.proxy.log()
-    backend.start_listening()
-    for client in clients:
-        client.sendall(b"x")
-    for _ in clients:
-        assert read_exactly(backend.accept(), 1) == b"x"
+    are_served(clients, backend)
     wait_until(lambda: len(stage.proxy.log_lines()) >= 2, "a line about the end of the outage")
     assert len(stage.proxy.log_lines()) == 2
     assert "20" in stage.proxy.log_lines()[1]
@@ -239,11 +240,7 @@ def test_two_hundred_held_clients_cost_little(stage, target):
     clients = [stage.connect() for _ in range(200)]
     stays_held(clients[0], clients[-1])
     assert stage.proxy.cpu_share(0.8) < 0.2
-    backend.start_listening()
-    for client in clients:
-        client.sendall(b"x")
-    for _ in clients:
-        assert read_exactly(backend.accept(), 1) == b"x"
+    are_served(clients, backend)
 
 
 def test_open_connections_go_on_during_an_outage(stage):
