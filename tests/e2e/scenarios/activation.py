@@ -1,7 +1,7 @@
 """Other ways to hand the program its sockets than one socket unit that listens."""
 
-from harness import scenario
-from machine import Machine, check, same
+from e2e.harness import scenario
+from e2e.machine import Machine, check, same
 
 HELLO = 'server { listen 127.0.0.1:8000; location / { return 200 "hello\\n"; } }'
 CURL = "curl -sS --max-time 10 http://127.0.0.1:9000/"

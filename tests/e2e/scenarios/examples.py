@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from harness import scenario
-from machine import Machine, check, same
+from e2e.harness import scenario
+from e2e.machine import Machine, check, same
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 CURL = "curl -sS --max-time 20"

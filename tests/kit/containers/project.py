@@ -12,7 +12,7 @@ import sys
 import tomllib
 from pathlib import Path
 
-import root
+from kit.containers import root
 
 # What scenarios run: as the wheel installs it, and as the package does.
 WHEEL_COMMAND = "/opt/proxyd/bin/systemd-socket-proxyd"

@@ -8,8 +8,7 @@ import tempfile
 import time
 from pathlib import Path
 
-import cgroup
-import root
+from kit.containers import cgroup, root
 
 # systemd 262 ends without a word on a cgroup v1 or hybrid host unless told to use v2 inside.
 NSPAWN_ENVIRONMENT = {"SYSTEMD_NSPAWN_UNIFIED_HIERARCHY": "1"}
