@@ -7,18 +7,13 @@ everything else goes to the log of the room.
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-REPO = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(REPO / "tests" / "e2e"))
+from kit.containers import cgroup, container, project, root
 
-import cgroup  # noqa: E402
-import container  # noqa: E402
-import project  # noqa: E402
-import root  # noqa: E402
+REPO = Path(__file__).resolve().parent.parent.parent
 
 INSIDE = Path(__file__).resolve().parent / "inside"
 SHOWN = ("ok ", "note ")

@@ -5,7 +5,7 @@
 ABOUT[e2e]='real systemd and real clients in a container'
 part_e2e() {
     local status=0
-    "$PYTHON" -B "$ROOT/tests/e2e" --sdist="$(echo "$ROOT"/dist/*.tar.gz)" "${ARGS[@]}" 2>&1 |
+    "$PYTHON" -B "$ROOT/tests" e2e --sdist="$(echo "$ROOT"/dist/*.tar.gz)" "${ARGS[@]}" 2>&1 |
         tee "$LOGS/e2e" || status=$?
     note "$(tail -n 1 "$LOGS/e2e")"
     return $status
@@ -13,22 +13,22 @@ part_e2e() {
 
 ABOUT[matrix]='the package built and tested with the interpreters and tools of other Debian suites'
 # Other compilers know other warnings.
-part_matrix() { env -u PROXYD_WERROR "$PYTHON" -B "$ROOT/tests/matrix" "${ARGS[@]}"; }
+part_matrix() { env -u PROXYD_WERROR "$PYTHON" -B "$ROOT/tests" matrix "${ARGS[@]}"; }
 
 ABOUT[soak]='mixed traffic for minutes or hours: every byte is compared, nothing grows'
 part_soak() {
     [ -z "$quick" ] || ARGS=(--minutes 2 --threads 2 "${ARGS[@]}")
-    "$VENV/bin/python" -B "$ROOT/tests/soak" --executable="$COMMAND" "${ARGS[@]}"
+    "$VENV/bin/python" -B "$ROOT/tests" soak --executable="$COMMAND" "${ARGS[@]}"
 }
 
 ABOUT[hostile]='hostile clients: others are served, the log stays readable, memory stays bounded'
-part_hostile() { "$VENV/bin/python" -B "$ROOT/tests/hostile" --executable="$COMMAND" "${ARGS[@]}"; }
+part_hostile() { "$VENV/bin/python" -B "$ROOT/tests" hostile --executable="$COMMAND" "${ARGS[@]}"; }
 
 ABOUT[fuzz]='thousands of bad command lines, environments and passed fds'
 part_fuzz() {
     # Not in .venv, where nothing may slow a start down.
     with_lock make_folder fuzz "$ROOT/ci/requirements-fuzz.txt"
-    "$VENV/bin/python" -B "$ROOT/tests/fuzz" --executable="$COMMAND" --packages="$CACHE/fuzz" "${ARGS[@]}"
+    "$VENV/bin/python" -B "$ROOT/tests" fuzz --executable="$COMMAND" --packages="$CACHE/fuzz" "${ARGS[@]}"
 }
 
 ABOUT[faults]='every call that can fail fails once, in many runs of the program'
@@ -40,22 +40,15 @@ part_faults() {
 
 # walk PYTHON LIBRARY EXECUTABLE ARGS... : tests/faults, with the library that makes calls fail.
 walk() {
-    local reason
-    reason=$(why_no_walk)
-    [ -z "$reason" ] || skip "$reason"
+    must_walk
     build_interposer "$2"
-    "$1" -B "$ROOT/tests/faults/walk.py" --library "$2" --executable "$3" "${@:4}"
+    "$1" -B "$ROOT/tests" faults.walk --library "$2" --executable "$3" "${@:4}"
 }
 
-# why_no_walk : says why this machine cannot take it; nothing where it can.
-why_no_walk() {
-    if [ "$(id -u)" != 0 ]; then
-        say "not root: the walk needs a network namespace"
-    elif ! have unshare || ! unshare --net true 2>/dev/null; then
-        say "no network namespace can be made here"
-    elif ! getconf GNU_LIBC_VERSION >/dev/null 2>&1; then
-        say "the C library is not glibc"
-    fi
+must_walk() {
+    [ "$(id -u)" = 0 ] || skip "not root: the walk needs a network namespace"
+    unshare --net true 2>/dev/null || skip "no network namespace can be made here"
+    getconf GNU_LIBC_VERSION >/dev/null 2>&1 || skip "the C library is not glibc"
 }
 
 build_interposer() {

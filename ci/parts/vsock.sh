@@ -50,7 +50,7 @@ fill_machine() {
         [[ $(readlink "$link") != /* ]] || cp -Ln --parents "$(readlink "$link")" "$RAM"
     done
     tar -C / -c --exclude=__pycache__ --exclude='*/test' --exclude='*/dist-packages' --exclude='*/config-*' \
-        "${base#/}" "${VENV#/}" "${ROOT#/}/tests/blackbox" "${ROOT#/}/pyproject.toml" | tar -C "$RAM" -x
+        "${base#/}" "${VENV#/}" "${ROOT#/}"/tests/{blackbox,kit} "${ROOT#/}/pyproject.toml" | tar -C "$RAM" -x
     with_libraries "$VENV/bin/python" "$base"/lib-dynload/*.so
     printf 'root:x:0:0:root:/:/bin/sh\n' >"$RAM/etc/passwd"
     # The arguments are quoted for the shell that reads them again.

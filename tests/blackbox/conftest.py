@@ -6,11 +6,6 @@ The executable is a parameter, and the suite runs on the C original too; each in
 is written at its test with `differs` and listed at the end of the run.
 """
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent))  # for `harness`, in every import mode
-
 
 def pytest_addoption(pluginmanager):
-    pluginmanager.import_plugin("harness.suite")  # once, whoever else asks for it
+    pluginmanager.import_plugin("kit.suite")  # once, whoever else asks for it

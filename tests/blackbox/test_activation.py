@@ -6,17 +6,12 @@ import socket
 import time
 
 import pytest
-from harness.differences import differs
-from harness.sockets import FAMILIES, read_exactly, read_to_end
-from harness.waiting import never_within, patience, wait_until
+from kit.differences import differs
+from kit.sockets import FAMILIES, read_exactly, read_to_end
+from kit.traffic import greet
+from kit.waiting import never_within, patience, wait_until
 
 says_nothing = differs("original-252", reason="sends neither READY=1 nor STATUS=")
-
-
-def greet(client):
-    """One round trip through an echo."""
-    client.sendall(b"hello")
-    assert read_exactly(client, 5) == b"hello"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -251,10 +246,12 @@ def test_notification_to_nobody(stage):
         greet(stage.connect())
 
 
-def test_notification_socket_that_is_full(stage):
-    """A service manager that does not read its notifications does not block the service."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as full:
-        full.bind(stage.path("full"))
+@pytest.fixture
+def full_queue(stage):
+    """The service manager's end of a NOTIFY_SOCKET in which there is no room; a program is started
+    with it."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as queue:
+        queue.bind(stage.path("full"))
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as filler:
             filler.setblocking(False)
             with pytest.raises(BlockingIOError):
@@ -264,28 +261,22 @@ def test_notification_socket_that_is_full(stage):
         stage.launch(
             stage.echo(), listeners=[stage.listener()], environment=environment, wait=False
         )
-        for _ in range(20):
-            greet(stage.connect())
+        yield queue
+
+
+def test_notification_socket_that_is_full(stage, full_queue):
+    """A service manager that does not read its notifications does not block the service."""
+    for _ in range(20):
+        greet(stage.connect())
 
 
 @differs("original", reason="252 does not send it, 262 serves nobody until it is sent", run=False)
-def test_ready_comes_once_there_is_room_for_it(stage):
+def test_ready_comes_once_there_is_room_for_it(stage, full_queue):
     """READY=1 finds the service manager's queue full: it is sent once that has been read."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as busy:
-        busy.bind(stage.path("busy"))
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as filler:
-            filler.setblocking(False)
-            with pytest.raises(BlockingIOError):
-                while filler.sendto(b"x", stage.path("busy")):
-                    pass
-        environment = {"NOTIFY_SOCKET": stage.path("busy")}
-        stage.launch(
-            stage.echo(), listeners=[stage.listener()], environment=environment, wait=False
-        )
-        greet(stage.connect())  # it is up, and has tried
-        busy.settimeout(patience())
-        while not busy.recv(4096).startswith(b"READY=1"):
-            pass
+    greet(stage.connect())  # it is up, and has tried
+    full_queue.settimeout(patience())
+    while not full_queue.recv(4096).startswith(b"READY=1"):
+        pass
 
 
 @differs("original", reason="writes to the journal's socket, or without a prefix")

@@ -9,9 +9,10 @@ import struct
 import subprocess
 
 import pytest
-from harness.differences import differs
-from harness.sockets import read_exactly, read_to_end
-from harness.waiting import wait_until
+from kit.differences import differs
+from kit.sockets import read_exactly, read_to_end
+from kit.traffic import greet
+from kit.waiting import wait_until
 
 LINGER_S = 600
 
@@ -102,11 +103,6 @@ def send_one(connection, one, data=b"!", proxy=None):
 def state_of(pid):
     with open(f"/proc/{pid}/stat") as stat:
         return stat.read().rpartition(")")[2].split()[0]
-
-
-def greet(client):
-    client.sendall(b"hello")
-    assert read_exactly(client, 5) == b"hello"
 
 
 def others_are_served(stage, listener):

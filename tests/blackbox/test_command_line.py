@@ -6,9 +6,9 @@ import socket
 import subprocess
 
 import pytest
-from harness.differences import differs
-from harness.sockets import open_connection, read_exactly
-from harness.waiting import wait_until
+from kit.differences import differs
+from kit.sockets import open_connection, read_exactly
+from kit.waiting import wait_until
 
 NO_SOCKETS = "Didn't get any sockets passed in."
 

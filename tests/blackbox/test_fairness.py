@@ -3,9 +3,9 @@
 import threading
 
 import pytest
-from harness.sockets import main_pairs, read_exactly
-from harness.traffic import Payload
-from harness.waiting import wait_until
+from kit.sockets import main_pairs, read_exactly
+from kit.traffic import Payload
+from kit.waiting import wait_until
 
 ROUNDS = 50
 

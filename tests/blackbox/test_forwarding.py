@@ -3,9 +3,9 @@
 import time
 
 import pytest
-from harness.differences import differs
-from harness.sockets import every_pair, main_pairs, read_exactly, read_to_end
-from harness.traffic import Payload, exchange, expected, receive_digest, send_payload
+from kit.differences import differs
+from kit.sockets import every_pair, main_pairs, read_exactly, read_to_end
+from kit.traffic import Payload, exchange, expected, receive_digest, send_payload
 
 KIB = 1 << 10
 MIB = 1 << 20

@@ -3,18 +3,11 @@
 import socket
 
 import pytest
-from harness.differences import differs
-from harness.sockets import (
-    TCP,
-    UNIX,
-    every_pair,
-    is_quiet,
-    main_pairs,
-    read_to_end,
-    write_fails,
-)
-from harness.traffic import Payload, exchange, expected, receive_digest, send_payload
-from harness.waiting import never_within, wait_until
+from kit.differences import differs
+from kit.socket_state import is_quiet, write_error
+from kit.sockets import TCP, UNIX, every_pair, main_pairs, read_to_end
+from kit.traffic import Payload, exchange, expected, receive_digest, send_payload
+from kit.waiting import never_within, wait_until
 
 MIB = 1 << 20
 
@@ -88,7 +81,7 @@ def test_the_end_is_passed_on_as_a_half_close_only(stage, listen, target):
     client, server = stage.pair(listen, target)
     client.shutdown(socket.SHUT_WR)
     assert read_to_end(server) == (b"", "eof")
-    never_within(0.2, lambda: write_fails(server), "the server cannot write any more")
+    never_within(0.2, lambda: write_error(server), "the server cannot write any more")
     server.close()
     assert read_to_end(client)[1] == "eof"
 

@@ -6,9 +6,9 @@ import signal
 import socket
 
 import pytest
-from harness.differences import differs
-from harness.sockets import read_exactly, read_to_end, reset
-from harness.waiting import wait_until
+from kit.differences import differs
+from kit.sockets import read_exactly, read_to_end, reset
+from kit.waiting import wait_until
 
 pytestmark = differs("original", reason="gives up at the first refusal", run=False)
 

@@ -7,19 +7,14 @@ import subprocess
 import time
 
 import pytest
-from harness.differences import differs
-from harness.kernel import in_network_namespace_of
-from harness.privileges import as_unprivileged_user, namespace_prefix, with_hosts
-from harness.sockets import (
-    fill_backlog,
-    is_quiet,
-    open_listener,
-    read_exactly,
-    read_to_end,
-    reset,
-)
-from harness.stage import Backend
-from harness.waiting import never_within, wait_until
+from kit.differences import differs
+from kit.namespaces import in_network_namespace_of, namespace_prefix, with_hosts
+from kit.privileges import as_unprivileged_user
+from kit.socket_state import is_quiet
+from kit.sockets import fill_backlog, open_listener, read_exactly, read_to_end, reset
+from kit.stage import Backend
+from kit.traffic import talk
+from kit.waiting import never_within, wait_until
 
 HOLD = 0.4
 """Seconds for which a test leaves a target away: longer than the first, quick retries."""
@@ -37,12 +32,13 @@ def stays_held(*clients, seconds=HOLD):
         )
 
 
-def talk(client, server):
-    """One word each way."""
-    client.sendall(b"question")
-    assert read_exactly(server, 8) == b"question"
-    server.sendall(b"answer")
-    assert read_exactly(client, 6) == b"answer"
+def are_served(clients, backend):
+    """Each of them, once the target listens."""
+    backend.start_listening()
+    for client in clients:
+        client.sendall(b"x")
+    for _ in clients:
+        assert read_exactly(backend.accept(), 1) == b"x"
 
 
 @pytest.mark.parametrize("listen", ["tcp4", "unix"])
@@ -149,11 +145,7 @@ def test_held_clients_count(stage):
     stays_held(*held)
     assert read_to_end(stage.connect())[0] == b""
     stage.proxy.wait_for_log("Hit connection limit, refusing connection.")
-    backend.start_listening()
-    for client in held:
-        client.sendall(b"x")
-    for _ in held:
-        assert read_exactly(backend.accept(), 1) == b"x"
+    are_served(held, backend)
 
 
 def test_one_attempt_only(stage):
@@ -199,11 +191,7 @@ def test_one_line_when_an_outage_starts_and_one_when_it_ends(stage):
     stays_held(*clients)
     assert len(stage.proxy.log_lines()) == 1
     assert backend.target in stage.proxy.log()
-    backend.start_listening()
-    for client in clients:
-        client.sendall(b"x")
-    for _ in clients:
-        assert read_exactly(backend.accept(), 1) == b"x"
+    are_served(clients, backend)
     wait_until(lambda: len(stage.proxy.log_lines()) >= 2, "a line about the end of the outage")
     assert len(stage.proxy.log_lines()) == 2
     assert "20" in stage.proxy.log_lines()[1]
@@ -252,11 +240,7 @@ def test_two_hundred_held_clients_cost_little(stage, target):
     clients = [stage.connect() for _ in range(200)]
     stays_held(clients[0], clients[-1])
     assert stage.proxy.cpu_share(0.8) < 0.2
-    backend.start_listening()
-    for client in clients:
-        client.sendall(b"x")
-    for _ in clients:
-        assert read_exactly(backend.accept(), 1) == b"x"
+    are_served(clients, backend)
 
 
 def test_open_connections_go_on_during_an_outage(stage):

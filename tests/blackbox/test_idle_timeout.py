@@ -3,18 +3,11 @@
 import time
 
 import pytest
-from harness.differences import differs
-from harness.sockets import (
-    hung_up,
-    is_quiet,
-    main_pairs,
-    read_exactly,
-    read_to_end,
-    send_until_stuck,
-    write_fails,
-)
-from harness.traffic import Payload
-from harness.waiting import never_within, wait_until
+from kit.differences import differs
+from kit.socket_state import hung_up, is_quiet, write_error
+from kit.sockets import main_pairs, read_exactly, read_to_end, send_until_stuck
+from kit.traffic import Payload
+from kit.waiting import never_within, wait_until
 
 pytestmark = differs("original", reason="has no --idle-timeout=", run=False)
 
@@ -29,7 +22,7 @@ def test_idle_connection_is_closed(stage, listen, target):
     assert read_to_end(client)[0] == b""
     assert time.monotonic() - start >= 0.35
     assert read_to_end(server)[0] == b""
-    wait_until(lambda: write_fails(server), "the server is let go")
+    wait_until(lambda: write_error(server), "the server is let go")
 
 
 @pytest.mark.parametrize(("listen", "target"), [("tcp4", "tcp4"), ("unix", "tcp4")])

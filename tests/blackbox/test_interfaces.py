@@ -4,12 +4,12 @@ import socket
 import subprocess
 
 import pytest
-from harness.differences import differs
-from harness.kernel import in_network_namespace_of
-from harness.privileges import namespace_prefix
-from harness.sockets import is_quiet, read_exactly
-from harness.stage import Backend
-from harness.waiting import never_within
+from kit.differences import differs
+from kit.namespaces import in_network_namespace_of, namespace_prefix, network_of
+from kit.socket_state import is_quiet
+from kit.stage import Backend
+from kit.traffic import talk
+from kit.waiting import never_within
 
 PORT = 4000
 LINK = "eth9"
@@ -24,16 +24,7 @@ ADDRESS = f"ip -6 address add fe80::9/64 dev {LINK} nodad"
 
 def in_namespace(stage, command):
     """Run a shell command where the program runs."""
-    enter = ["nsenter", f"--target={stage.proxy.pid}", "--net", "sh", "-ec", command]
-    subprocess.run(enter, check=True)
-
-
-def talk(client, server):
-    """One word each way."""
-    client.sendall(b"question")
-    assert read_exactly(server, 8) == b"question"
-    server.sendall(b"answer")
-    assert read_exactly(client, 6) == b"answer"
+    subprocess.run([*network_of(stage.proxy.pid), "sh", "-ec", command], check=True)
 
 
 def launch(stage, *arguments, setup="true"):

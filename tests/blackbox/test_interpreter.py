@@ -4,8 +4,8 @@ import os
 from pathlib import Path
 
 import pytest
-from harness.differences import differs
-from harness.sockets import read_exactly
+from kit.differences import differs
+from kit.sockets import read_exactly
 
 pytestmark = differs("original", reason="is no Python program", run=False)
 

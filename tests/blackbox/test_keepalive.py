@@ -3,9 +3,9 @@
 import socket
 
 import pytest
-from harness.differences import differs
-from harness.kernel import borrowed_sockets
-from harness.sockets import read_exactly
+from kit.differences import differs
+from kit.kernel import borrowed_sockets
+from kit.sockets import read_exactly
 
 
 def both_legs(stage, listener, *, early=False):

@@ -4,8 +4,9 @@ import socket
 import time
 
 import pytest
-from harness.differences import differs
-from harness.sockets import (
+from kit.differences import differs
+from kit.socket_state import wait_unread, write_error
+from kit.sockets import (
     TCP,
     UNIX,
     every_pair,
@@ -13,11 +14,9 @@ from harness.sockets import (
     read_exactly,
     read_to_end,
     send_until_stuck,
-    wait_unread,
-    write_fails,
 )
-from harness.traffic import Payload, in_background, receive_digest, send_payload
-from harness.waiting import wait_until
+from kit.traffic import Payload, in_background, receive_digest, send_payload
+from kit.waiting import wait_until
 
 MIB = 1 << 20
 REJECTION = b"413 too large\r\n" + b"." * 3000
@@ -55,7 +54,7 @@ def test_answer_is_there_after_a_failed_write(stage, listen, target):
     server.sendall(REJECTION)
     server.close()
     wait_unread(client, len(REJECTION))
-    wait_until(lambda: write_fails(client), "writes of the client fail")
+    wait_until(lambda: write_error(client), "writes of the client fail")
     assert read_exactly(client, len(REJECTION)) == REJECTION
 
 
@@ -104,8 +103,8 @@ def test_closed_servers_client_is_let_go(stage, listen, target):
     server.sendall(b"bye")
     server.close()
     assert read_to_end(client) == (b"bye", "eof")
-    assert not write_fails(client)
-    wait_until(lambda: write_fails(client), "writes of the client fail")
+    assert not write_error(client)
+    wait_until(lambda: write_error(client), "writes of the client fail")
 
 
 @every_pair
@@ -117,7 +116,7 @@ def test_server_hears_soon_that_its_client_is_gone(stage, listen, target):
     client.close()
     assert read_exactly(server, 1) == b"x"
     sent = 0
-    while not write_fails(server):
+    while not write_error(server):
         sent += 1
         assert sent < 400
         time.sleep(0.001)

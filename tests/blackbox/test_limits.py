@@ -5,11 +5,12 @@ import resource
 import signal
 
 import pytest
-from harness.differences import differs
-from harness.privileges import as_unprivileged_user
-from harness.sockets import every_pair, is_quiet, main_pairs, read_exactly, read_to_end, reset
-from harness.traffic import Payload, expected, is_served, receive_digest, send_payload
-from harness.waiting import wait_until
+from kit.differences import differs
+from kit.privileges import as_unprivileged_user
+from kit.socket_state import is_quiet
+from kit.sockets import every_pair, main_pairs, read_exactly, read_to_end, reset
+from kit.traffic import Payload, expected, greet, is_served, receive_digest, send_payload
+from kit.waiting import wait_until
 
 MIB = 1 << 20
 REFUSED = "Hit connection limit, refusing connection."
@@ -22,12 +23,6 @@ def limit_that_leaves(proxy, room):
         room -= limit not in used
         limit += 1
     return limit
-
-
-def greet(client):
-    """One round trip through an echo."""
-    client.sendall(b"hello")
-    assert read_exactly(client, 5) == b"hello"
 
 
 def served_client(stage):

@@ -3,11 +3,11 @@
 import os
 import socket
 
-from harness.differences import differs
-from harness.kernel import in_network_namespace_of
-from harness.privileges import namespace_prefix, need_root
-from harness.sockets import read_exactly, read_to_end, target_text
-from harness.waiting import wait_until
+from kit.differences import differs
+from kit.namespaces import in_network_namespace_of, mount_prefix, namespace_prefix
+from kit.sockets import read_exactly, read_to_end, target_text
+from kit.traffic import talk
+from kit.waiting import patience, wait_until
 
 
 def is_let_go(stage, listener=None):
@@ -82,14 +82,16 @@ def test_same_address_in_another_network_namespace(stage):
         wait_until(lambda: len(stage.proxy.fds()) > 5, "the program")
     inside = in_network_namespace_of(stage.proxy.pid, lambda: socket.create_server(address))
     with inside:
-        inside.settimeout(10)
-        for _ in range(3):
-            client = stage.connect()
-            client.sendall(b"hello")
-            with inside.accept()[0] as server:
-                assert read_exactly(server, 5) == b"hello"
-                server.sendall(b"world")
-                assert read_exactly(client, 5) == b"world"
+        leads_to(stage, inside)
+
+
+def leads_to(stage, inside):
+    """Clients are forwarded to that listener."""
+    inside.settimeout(patience())
+    for _ in range(3):
+        client = stage.connect()
+        with inside.accept()[0] as server:
+            talk(client, server)
 
 
 def namespace_of(pid):
@@ -99,11 +101,9 @@ def namespace_of(pid):
 
 def test_same_path_in_another_mount_namespace(stage):
     """A listener's path outside, and another socket at the same path inside: no loop."""
-    need_root("for a mount namespace")
     listener = stage.listener("unix")
     path = listener.getsockname()
-    hidden = f'mount -t tmpfs none {stage.directory} && exec "$@"'
-    prefix = ["unshare", "--mount", "sh", "-c", hidden, "sh"]
+    prefix = mount_prefix(f"-t tmpfs none {stage.directory}")
     stage.launch(path, listeners=[listener], prefix=prefix)
     outside = os.stat(stage.directory).st_dev
     root = f"/proc/{stage.proxy.pid}/root"
@@ -111,9 +111,4 @@ def test_same_path_in_another_mount_namespace(stage):
     with socket.socket(socket.AF_UNIX) as inside:
         inside.bind(root + path)
         inside.listen()
-        inside.settimeout(10)
-        for _ in range(3):
-            client = stage.connect()
-            client.sendall(b"hello")
-            with inside.accept()[0] as server:
-                assert read_exactly(server, 5) == b"hello"
+        leads_to(stage, inside)

@@ -3,8 +3,8 @@
 import socket
 
 import pytest
-from harness.differences import differs
-from harness.sockets import read_exactly
+from kit.differences import differs
+from kit.sockets import read_exactly
 
 pytestmark = differs("original", reason="has one target only", run=False)
 

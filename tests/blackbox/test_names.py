@@ -1,11 +1,14 @@
 """Names as targets, with name servers that answer, fail, are silent, or change their mind."""
 
 import pytest
-from harness.differences import differs
-from harness.name_server import AAAA, NO_ERROR, NXDOMAIN, SERVFAIL, SILENCE, A, NameServer
-from harness.privileges import as_unprivileged_user, with_hosts, with_name_server
-from harness.sockets import is_quiet, read_exactly
-from harness.waiting import never_within, wait_until
+from kit.differences import differs
+from kit.name_server import AAAA, NO_ERROR, NXDOMAIN, SERVFAIL, SILENCE, A, NameServer
+from kit.namespaces import with_hosts, with_name_server
+from kit.privileges import as_unprivileged_user
+from kit.socket_state import is_quiet
+from kit.sockets import read_exactly
+from kit.traffic import talk
+from kit.waiting import never_within, wait_until
 
 FRESH = 1.1
 """Seconds after which an answer does not serve any more."""
@@ -19,14 +22,6 @@ def names():
     server = NameServer()
     yield server
     server.close()
-
-
-def talk(client, server):
-    """One word each way."""
-    client.sendall(b"question")
-    assert read_exactly(server, 8) == b"question"
-    server.sendall(b"answer")
-    assert read_exactly(client, 6) == b"answer"
 
 
 def age(stage, seconds=FRESH):

@@ -6,11 +6,12 @@ import socket
 import subprocess
 
 import pytest
-from harness.differences import differs
-from harness.proxy_header import LOCAL, header_of
-from harness.sockets import is_quiet, read_exactly, read_to_end, reset
-from harness.traffic import Payload, expected, receive_digest, send_payload
-from harness.waiting import never_within, patience
+from kit.differences import differs
+from kit.proxy_header import LOCAL, header_of
+from kit.socket_state import is_quiet
+from kit.sockets import read_exactly, read_to_end, reset
+from kit.traffic import Payload, expected, receive_digest, send_payload
+from kit.waiting import never_within, patience
 
 pytestmark = differs("original", reason="has no --proxy-protocol= (262 has one)", run=False)
 

@@ -5,22 +5,20 @@ write.
 """
 
 import pytest
-from harness.differences import differs
-from harness.sockets import (
+from kit.differences import differs
+from kit.socket_state import is_quiet, wait_unread, write_error
+from kit.sockets import (
     TCP,
     UNIX,
-    is_quiet,
     main_pairs,
     read_exactly,
     read_to_end,
     reset,
     send_until_stuck,
     stuck_bytes,
-    wait_unread,
-    write_fails,
 )
-from harness.traffic import Payload
-from harness.waiting import wait_until
+from kit.traffic import Payload
+from kit.waiting import wait_until
 
 MIB = 1 << 20
 
@@ -55,7 +53,7 @@ def test_client_resets(stage, listen, target):
     assert read_exactly(server, 5) == b"hello"
     reset(client)
     assert read_to_end(server) == (b"", end_of_reset(target))
-    wait_until(lambda: write_fails(server), "writes of the server fail")
+    wait_until(lambda: write_error(server), "writes of the server fail")
 
 
 @reset_becomes_end
@@ -67,7 +65,7 @@ def test_server_resets(stage, listen, target):
     assert read_exactly(client, 5) == b"hello"
     reset(server)
     assert read_to_end(client) == (b"", end_of_reset(listen))
-    wait_until(lambda: write_fails(client), "writes of the client fail")
+    wait_until(lambda: write_error(client), "writes of the client fail")
 
 
 @reset_becomes_end
@@ -104,7 +102,7 @@ def test_reset_behind_a_reader_that_has_stopped(stage):
         reset(client)
     assert all(proxy.cpu_share(0.3) < 0.2 for proxy in stage.proxies)
     for target, server in servers.items():
-        wait_until(lambda server=server: write_fails(server), f"{target} learns of the reset")
+        wait_until(lambda server=server: write_error(server), f"{target} learns of the reset")
         received, _ = read_to_end(server)
         assert stuck_bytes(Payload(MIB).bytes(), len(received)) == received
 
@@ -117,7 +115,7 @@ def test_unix_client_that_is_gone(stage, target):
     wait_unread(client, 10)
     client.close()
     assert read_to_end(server)[0] == b""
-    wait_until(lambda: write_fails(server), "writes of the server fail")
+    wait_until(lambda: write_error(server), "writes of the server fail")
 
 
 @main_pairs

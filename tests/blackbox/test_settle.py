@@ -4,9 +4,10 @@ import socket
 import threading
 
 import pytest
-from harness.differences import differs
-from harness.sockets import is_quiet, read_exactly, read_to_end, reset
-from harness.waiting import never_within, wait_until
+from kit.differences import differs
+from kit.socket_state import is_quiet
+from kit.sockets import read_exactly, read_to_end, reset
+from kit.waiting import never_within, wait_until
 
 pytestmark = differs("original", reason="has no such option", run=False)
 
@@ -72,13 +73,25 @@ def forwarder(stage):
         one.close()
 
 
+def serve(stage, backend, *options, family="tcp4"):
+    """The program, with such options, before the port."""
+    stage.launch(*options, backend.target, listeners=[stage.listener(family)])
+
+
+def be_served(stage, port):
+    """(a client, the application's end of its connection): the application is there by now."""
+    port.there.set()
+    client = stage.connect()
+    return client, port.next()
+
+
 @pytest.mark.parametrize("resets", [False, True])
 @pytest.mark.parametrize("family", ["tcp4", "unix"])
 @pytest.mark.parametrize("header", [[], ["--proxy-protocol=v1"]])
 def test_clients_wait_until_the_application_is_there(stage, forwarder, family, resets, header):
     """Nothing is sent before, not even a PROXY header, and nothing is sent twice."""
     backend, port = forwarder(family, resets)
-    stage.launch("--settle-time=1s", *header, backend.target, listeners=[stage.listener()])
+    serve(stage, backend, "--settle-time=1s", *header)
     clients = [stage.connect() for _ in range(3)]
     for number, client in enumerate(clients):
         client.sendall(b"question %d" % number)
@@ -104,7 +117,7 @@ def test_clients_wait_until_the_application_is_there(stage, forwarder, family, r
 def test_without_it_the_client_sees_what_happened(stage, forwarder):
     """By default a target that has accepted has been reached."""
     backend, port = forwarder(resets=True)
-    stage.launch(backend.target, listeners=[stage.listener()])
+    serve(stage, backend)
     assert read_to_end(stage.connect())[0] == b""
     wait_until(lambda: port.let_go == 1, "one connection")
 
@@ -112,10 +125,8 @@ def test_without_it_the_client_sees_what_happened(stage, forwarder):
 def test_a_proven_target_is_not_watched(stage, forwarder):
     """Then its end is the client's to see again, at once."""
     backend, port = forwarder()
-    port.there.set()
-    stage.launch("--settle-time=50ms", backend.target, listeners=[stage.listener()])
-    first = stage.connect()
-    server = port.next()
+    serve(stage, backend, "--settle-time=50ms")
+    first, server = be_served(stage, port)
     first.sendall(b"x")
     assert read_exactly(server, 1) == b"x"
     port.there.clear()
@@ -127,10 +138,8 @@ def test_a_proven_target_is_not_watched(stage, forwarder):
 def test_a_server_that_speaks_first_is_not_waited_for(stage, forwarder):
     """Its first byte proves it, long before the time is over."""
     backend, port = forwarder()
-    port.there.set()
-    stage.launch("--settle-time=1h", backend.target, listeners=[stage.listener()])
-    client = stage.connect()
-    server = port.next()
+    serve(stage, backend, "--settle-time=1h")
+    client, server = be_served(stage, port)
     server.sendall(b"220 ready")
     assert read_exactly(client, 9) == b"220 ready"
     later = stage.connect()
@@ -142,12 +151,8 @@ def test_a_server_that_speaks_first_is_not_waited_for(stage, forwarder):
 
 def test_it_ends_with_connect_timeout(stage, forwarder):
     backend, _ = forwarder()
-    stage.launch(
-        "--settle-time=5s",  # more than a busy machine takes to let go
-        "--connect-timeout=500ms",
-        backend.target,
-        listeners=[stage.listener()],
-    )
+    # 5 s are more than a busy machine takes to let go.
+    serve(stage, backend, "--settle-time=5s", "--connect-timeout=500ms")
     assert read_to_end(stage.connect())[0] == b""
     stage.proxy.wait_for_log(
         f"Failed to connect to remote host: it accepts and closes at once ({backend.target})."
@@ -156,7 +161,7 @@ def test_it_ends_with_connect_timeout(stage, forwarder):
 
 def test_a_client_that_sends_its_request_and_its_end(stage, forwarder):
     backend, port = forwarder()
-    stage.launch("--settle-time=1s", backend.target, listeners=[stage.listener("unix")])
+    serve(stage, backend, "--settle-time=1s", family="unix")
     client = stage.connect()
     client.sendall(b"message")
     client.close()
@@ -169,9 +174,7 @@ def test_a_client_that_sends_its_request_and_its_end(stage, forwarder):
 def test_a_client_that_only_looks_whether_somebody_accepts(stage, forwarder):
     """It has ended without a word: there is nothing to hold it for."""
     backend, port = forwarder()
-    stage.launch(
-        "--settle-time=5s", "--connect-timeout=1h", backend.target, listeners=[stage.listener()]
-    )
+    serve(stage, backend, "--settle-time=5s", "--connect-timeout=1h")
     client = stage.connect()
     client.shutdown(socket.SHUT_WR)
     assert read_to_end(client) == (b"", "eof")
@@ -180,10 +183,8 @@ def test_a_client_that_only_looks_whether_somebody_accepts(stage, forwarder):
 
 def test_stop_while_a_target_is_watched(stage, forwarder):
     backend, port = forwarder()
-    port.there.set()
-    stage.launch("--settle-time=1h", backend.target, listeners=[stage.listener()])
-    client = stage.connect()
-    server = port.next()
+    serve(stage, backend, "--settle-time=1h")
+    client, server = be_served(stage, port)
     assert stage.proxy.end()
     assert read_to_end(client) == (b"", "reset")
     assert read_to_end(server) == (b"", "reset")

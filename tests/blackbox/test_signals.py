@@ -6,22 +6,17 @@ import socket
 import time
 
 import pytest
-from harness.differences import differs
-from harness.sockets import is_quiet, read_exactly, read_to_end
-from harness.traffic import Payload, expected, receive_digest, send_payload
-from harness.waiting import never_within, wait_until
+from kit.differences import differs
+from kit.socket_state import is_quiet
+from kit.sockets import read_exactly, read_to_end
+from kit.traffic import Payload, expected, greet, receive_digest, send_payload
+from kit.waiting import never_within, wait_until
 
 MIB = 1 << 20
 
 killed = differs("original", reason="has no handler: the signal kills it, without STOPPING=1")
 no_drain = differs("original", reason="has no --drain-timeout=", run=False)
 both_signals = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-
-
-def greet(client):
-    """One round trip through an echo."""
-    client.sendall(b"hello")
-    assert read_exactly(client, 5) == b"hello"
 
 
 @killed

@@ -4,11 +4,11 @@ import socket
 import subprocess
 
 import pytest
-from harness.differences import differs
-from harness.kernel import in_network_namespace_of
-from harness.privileges import namespace_prefix
-from harness.sockets import is_quiet, read_exactly, read_to_end
-from harness.waiting import never_within, wait_until
+from kit.differences import differs
+from kit.namespaces import in_network_namespace_of, namespace_prefix
+from kit.socket_state import is_quiet
+from kit.sockets import read_exactly, read_to_end
+from kit.waiting import never_within, wait_until
 
 pytestmark = differs("original", reason="gives up at the first refusal", run=False)
 

@@ -1,19 +1,19 @@
 """A slow or stuck reader costs memory bounded by the socket buffers and one pipe, and no CPU."""
 
 import pytest
-from harness.differences import differs
-from harness.sockets import (
+from kit.differences import differs
+from kit.socket_state import is_quiet
+from kit.sockets import (
     TCP,
     UNIX,
-    is_quiet,
     main_pairs,
     read_exactly,
     read_to_end,
     send_until_stuck,
     stuck_bytes,
 )
-from harness.traffic import Payload, in_background, send_in_segments
-from harness.waiting import never_within
+from kit.traffic import Payload, in_background, send_in_segments
+from kit.waiting import never_within
 
 KIB = 1 << 10
 MIB = 1 << 20

@@ -4,17 +4,11 @@ import re
 import socket
 
 import pytest
-from harness.differences import differs
-from harness.privileges import with_hosts, with_name_server
-from harness.sockets import TCP, UNIX, read_exactly, read_to_end
-from harness.traffic import is_served
-from harness.waiting import wait_until
-
-
-def greet(client):
-    """One round trip through an echo."""
-    client.sendall(b"hello")
-    assert read_exactly(client, 5) == b"hello"
+from kit.differences import differs
+from kit.namespaces import with_hosts, with_name_server
+from kit.sockets import TCP, UNIX, read_exactly, read_to_end
+from kit.traffic import greet, is_served
+from kit.waiting import wait_until
 
 
 def port_of(target):

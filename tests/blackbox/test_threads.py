@@ -4,17 +4,17 @@ import os
 import re
 import signal
 import socket
-import subprocess
 import threading
 import time
 from pathlib import Path
 
 import pytest
-from harness.differences import differs
-from harness.privileges import as_unprivileged_user, need_root
-from harness.sockets import read_exactly
-from harness.traffic import Payload, expected, in_background, receive_digest, send_payload
-from harness.waiting import patience, wait_until
+from kit.differences import differs
+from kit.namespaces import mount_prefix
+from kit.privileges import as_unprivileged_user
+from kit.sockets import read_exactly
+from kit.traffic import Payload, expected, in_background, receive_digest, send_payload
+from kit.waiting import patience, wait_until
 
 pytestmark = differs("original", reason="has no --threads=", run=False)
 
@@ -53,15 +53,9 @@ def handed_over(proxy):
 def after_all_others(stage, stat):
     """A prefix that has the program wait for a CPU, so that work piles up before it and it never
     sleeps; and that lets it read `stat` as what /proc/stat says of the machine."""
-    need_root("for a private /proc/stat")
     file = Path(stage.path("stat"))
     file.write_text(stat)
-    script = f'mount --bind {file} /proc/stat && exec "$@"'
-    prefix = ["nice", "-n", "19", "unshare", "--mount", "sh", "-c", script, "sh"]
-    probe = subprocess.run([*prefix, "true"], capture_output=True, text=True, check=False)
-    if probe.returncode != 0:
-        pytest.skip(f"no private /proc/stat: {probe.stderr.strip()}")
-    return prefix
+    return ["nice", "-n", "19", *mount_prefix(f"--bind {file} /proc/stat")]
 
 
 class Flow:

@@ -9,12 +9,12 @@ import socket
 import subprocess
 
 import pytest
-from harness.differences import differs
-from harness.kernel import in_network_namespace_of
-from harness.privileges import need_root
-from harness.sockets import open_connection, read_exactly, read_to_end
-from harness.stage import Backend
-from harness.waiting import patience, wait_until
+from kit.differences import differs
+from kit.namespaces import Namespace
+from kit.sockets import open_connection, read_exactly, read_to_end
+from kit.stage import Backend
+from kit.traffic import talk
+from kit.waiting import patience
 
 OURS = "198.51.100.1"
 """Where clients connect to."""
@@ -35,34 +35,22 @@ nft add rule ip t divert ip daddr {ours} tcp dport {first}-{last} tproxy to 127.
 pytestmark = differs("original", reason="has no HOST:*", run=False)
 
 
-class Namespace:
-    """A network namespace, and what a test has in it."""
+class Diverted(Namespace):
+    """A network namespace, and what a test has in it: `listener` is where the rules lead to."""
 
     def __init__(self):
-        need_root("for a network namespace")
         if shutil.which("nft") is None:
             pytest.skip("no nft, to have TPROXY rules")
-        self.keeper = subprocess.Popen(["unshare", "--net", "sleep", "infinity"])
         self.stack = contextlib.ExitStack()
-        wait_until(lambda: self.inside(_only_lo), "the namespace")
+        super().__init__()
         self.listener = self.open(("127.0.0.1", 0), transparent=True)
         port = self.listener.getsockname()[1]
         rules = RULES.format(ours=OURS, first=DIVERTED[0], last=DIVERTED[-1], port=port)
-        done = subprocess.run(
-            [*self.prefix, "sh", "-ec", rules], capture_output=True, text=True, check=False
-        )
-        if done.returncode != 0:
+        try:
+            self.run(rules)
+        except subprocess.CalledProcessError as error:
             self.close()
-            pytest.skip(f"no TPROXY here: {done.stderr.strip()}")
-
-    @property
-    def prefix(self):
-        """What a command begins with that is run in it."""
-        return ["nsenter", f"--target={self.keeper.pid}", "--net"]
-
-    def inside(self, work):
-        """Have `work` done in it."""
-        return in_network_namespace_of(self.keeper.pid, work)
+            pytest.skip(f"no TPROXY here: {error.stderr.decode().strip()}")
 
     def open(self, address, transparent=False):
         """A listening socket."""
@@ -76,7 +64,7 @@ class Namespace:
             listener.listen()
             return listener
 
-        return self.stack.enter_context(self.inside(work))
+        return self.stack.enter_context(self.enter(work))
 
     def backend(self, port):
         """A target that listens on `port`."""
@@ -86,61 +74,31 @@ class Namespace:
 
     def connect(self, port):
         """A client that connects to `port`."""
-        client = self.inside(lambda: open_connection((OURS, port), socket.AF_INET))
+        client = self.enter(lambda: open_connection((OURS, port), socket.AF_INET))
         return self.stack.enter_context(client)
 
     def close(self):
         """End all of it."""
         self.stack.close()
-        self.keeper.kill()
-        self.keeper.wait()
+        super().close()
 
 
 _IP_TRANSPARENT = 19  # linux/in.h
 
 
-def _only_lo():
-    return len(socket.if_nameindex()) <= 1 and socket.if_nameindex()[0][1] == "lo" and not _is_up()
-
-
-def _is_up():
-    with socket.socket() as probe:
-        try:
-            probe.bind(("127.0.0.1", 0))
-            probe.connect(("127.0.0.1", 9))
-        except ConnectionRefusedError:
-            return True
-        except OSError:
-            return False
-    return True
-
-
 @pytest.fixture
 def namespace():
     """A network namespace with a transparent listener."""
-    one = Namespace()
+    one = Diverted()
     yield one
     one.close()
-
-
-def talk(client, server):
-    """One word each way."""
-    client.sendall(b"question")
-    assert read_exactly(server, 8) == b"question"
-    server.sendall(b"answer")
-    assert read_exactly(client, 6) == b"answer"
 
 
 def launch(stage, namespace, *arguments, **options):
     """The program, in the namespace."""
     notify = stage.notify_socket(stage.path("notify"))  # abstract names end at the namespace
-    stage.launch(
-        *arguments,
-        listeners=[namespace.listener],
-        prefix=namespace.prefix,
-        notify=notify,
-        **options,
-    )
+    options |= {"prefix": namespace.prefix, "notify": notify}
+    stage.launch(*arguments, listeners=[namespace.listener], **options)
 
 
 @pytest.mark.parametrize("arguments", [[], ["--proxy-protocol=v1"]], ids=["express", "asked"])

@@ -3,9 +3,9 @@
 import socket
 
 import pytest
-from harness.differences import differs
-from harness.sockets import TCP, read_exactly, read_to_end, send_until_stuck, stuck_bytes
-from harness.traffic import Payload
+from kit.differences import differs
+from kit.sockets import TCP, read_exactly, read_to_end, send_until_stuck, stuck_bytes
+from kit.traffic import Payload
 
 pytestmark = differs(
     "original", reason="takes an urgent byte for the end of the stream and loses the rest"

@@ -7,9 +7,10 @@ from pathlib import Path
 from types import MappingProxyType
 
 import pytest
-from harness.differences import differs
-from harness.sockets import is_quiet, read_exactly, read_to_end
-from harness.waiting import never_within, patience
+from kit.differences import differs
+from kit.socket_state import is_quiet
+from kit.sockets import read_exactly, read_to_end
+from kit.waiting import never_within, patience
 
 pytestmark = differs("original", reason="has no AF_VSOCK", run=False)
 
@@ -17,7 +18,7 @@ LOOPBACK = 1
 """VMADDR_CID_LOCAL, see vsock(7)."""
 
 
-STANDIN = Path(__file__).parent / "harness/vsock_standin.c"
+STANDIN = Path(__file__).with_name("vsock_standin.c")
 
 
 @pytest.fixture(scope="module")

@@ -11,23 +11,17 @@ the report.
 """
 
 import shlex
-import sys
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "blackbox"))  # for `harness`
-sys.path.insert(0, str(Path(__file__).parent))  # for `casekit`
-
-from casekit.direct import DirectStage
-from casekit.faults import Faults, Interposer, no_splice
-from casekit.lan import Lan
-from casekit.record import Recorder, describe
-from harness.stage import Stage
+from cases.direct import DirectStage
+from cases.faults import Faults, Interposer, no_splice
+from cases.lan import Lan
+from cases.record import Recorder, describe
+from kit.stage import Stage
 
 
 def pytest_addoption(parser, pluginmanager):
-    pluginmanager.import_plugin("harness.suite")  # once, whoever else asks for it
+    pluginmanager.import_plugin("kit.suite")  # once, whoever else asks for it
     group = parser.getgroup("cases")
     group.addoption("--no-splice", action="store_true", help="splice is refused: all is copied")
     group.addoption("--record", help="write what was seen to this file, as JSON")

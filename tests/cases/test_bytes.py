@@ -4,17 +4,17 @@ import select
 import socket
 
 import pytest
-from casekit.messages import send_byte_by_byte
-from casekit.pairs import assert_same, costs_nothing, every_pair, hear, not_applicable, say, sides
-from harness.sockets import UNIX, read_exactly, read_to_end, send_until_stuck, stuck_bytes
-from harness.traffic import (
+from cases.messages import send_byte_by_byte
+from cases.pairs import assert_same, costs_nothing, every_pair, hear, not_applicable, say, sides
+from kit.sockets import UNIX, read_exactly, read_to_end, send_until_stuck, stuck_bytes
+from kit.traffic import (
     Payload,
     exchange,
     in_background,
     send_in_segments,
     send_payload,
 )
-from harness.waiting import patience
+from kit.waiting import patience
 
 KIB = 1 << 10
 MIB = 1 << 20

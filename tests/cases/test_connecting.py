@@ -5,7 +5,7 @@ import os
 import socket
 
 import pytest
-from casekit.pairs import (
+from cases.pairs import (
     FAMILIES,
     assert_same,
     costs_nothing,
@@ -18,21 +18,12 @@ from casekit.pairs import (
     to_tcp,
     to_unix,
 )
-from harness.kernel import in_network_namespace_of
-from harness.privileges import namespace_prefix
-from harness.proxy_header import LOCAL, header_of
-from harness.sockets import (
-    TCP,
-    UNIX,
-    is_quiet,
-    open_listener,
-    read_exactly,
-    read_to_end,
-    reset,
-    target_text,
-)
-from harness.traffic import Payload, is_served
-from harness.waiting import never_within, wait_until
+from kit.namespaces import in_network_namespace_of, namespace_prefix
+from kit.proxy_header import LOCAL, header_of
+from kit.socket_state import is_quiet
+from kit.sockets import TCP, UNIX, open_listener, read_exactly, read_to_end, reset, target_text
+from kit.traffic import Payload, is_served
+from kit.waiting import never_within, wait_until
 
 LEFT_AWAY_S = 0.4
 """Seconds for which a target stays away: longer than a first, quick retry."""
@@ -382,7 +373,7 @@ def test_22b_server_that_vanishes(stage, lan, listen, target):
         notify = stage.notify_socket(stage.path("notify"))
         text = target_text(listener.getsockname(), listener.family)
         front = stage.listener(listen)
-        stage.launch(text, listeners=[front], prefix=lan.here.prefix(), notify=notify)
+        stage.launch(text, listeners=[front], prefix=lan.here.prefix, notify=notify)
         client = stage.connect()
         with listener.accept()[0] as server:
             talk(client, server)

@@ -3,7 +3,7 @@
 import socket
 
 import pytest
-from casekit.pairs import (
+from cases.pairs import (
     assert_same,
     costs_nothing,
     each_resetting_side,
@@ -15,19 +15,10 @@ from casekit.pairs import (
     sides,
     stays_open,
 )
-from harness.sockets import (
-    TCP,
-    read_exactly,
-    read_to_end,
-    reset,
-    send_until_stuck,
-    stuck_bytes,
-    unread_bytes,
-    wait_unread,
-    write_fails,
-)
-from harness.traffic import Payload, in_background, receive_all
-from harness.waiting import patience, wait_until
+from kit.socket_state import unread, wait_unread, write_error
+from kit.sockets import TCP, read_exactly, read_to_end, reset, send_until_stuck, stuck_bytes
+from kit.traffic import Payload, in_background, receive_all
+from kit.waiting import patience, wait_until
 
 MIB = 1 << 20
 SEGMENT = Payload(MIB).bytes()
@@ -131,7 +122,7 @@ def test_06_rst_after_a_clean_eof(stage, listen, target, who):
     except (ConnectionResetError, AssertionError):
         raise AssertionError("the end of one direction ends the other") from None
     reset(sender)
-    wait_until(lambda: write_fails(receiver), "the other side learns of the reset")
+    wait_until(lambda: write_error(receiver), "the other side learns of the reset")
 
 
 @every_pair
@@ -166,7 +157,7 @@ def test_08_close_with_unread_input(stage, listen, target):
     assert_same(received, b"my last words", "the last words")
     if listen in TCP and target in TCP:
         assert end == "reset", "the reset arrives as a clean end"
-    wait_until(lambda: write_fails(server), "the server learns of it")
+    wait_until(lambda: write_error(server), "the server learns of it")
 
 
 @every_pair
@@ -193,7 +184,7 @@ def test_09b_err_while_paused(stage, listen, target, who):
     client, server = stage.pair(listen, target, listen_buffer=65536, target_buffer=65536)
     sender, receiver = sides(client, server, who)
     size = send_until_stuck(sender, SEGMENT, still=0.1)
-    waiting = unread_bytes(receiver)
+    waiting = unread(receiver)
     reset(sender)
     costs_nothing(stage)
     received, end = read_to_end(receiver)
@@ -209,7 +200,7 @@ def test_09c_err_of_the_reader_while_paused(stage, listen, target, who):
     reader, sender = sides(client, server, who)
     send_until_stuck(sender, SEGMENT, still=0.1)
     reset(reader)
-    wait_until(lambda: write_fails(sender), "the sender learns of it")
+    wait_until(lambda: write_error(sender), "the sender learns of it")
     costs_nothing(stage, "has nothing more to do")
 
 

@@ -4,10 +4,10 @@ import os
 import signal
 
 import pytest
-from casekit.pairs import assert_same, every_pair, needs_a_program, say
-from harness.sockets import TCP, read_exactly, read_to_end, reset, send_until_stuck
-from harness.traffic import Payload
-from harness.waiting import wait_until
+from cases.pairs import assert_same, every_pair, needs_a_program, say
+from kit.sockets import TCP, read_exactly, read_to_end, reset, send_until_stuck
+from kit.traffic import Payload
+from kit.waiting import wait_until
 
 MIB = 1 << 20
 SEGMENT = Payload(MIB).bytes()

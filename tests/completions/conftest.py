@@ -7,11 +7,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))  # for `terminal`, in every import mode
-sys.path.insert(0, str(Path(__file__).parent.parent / "blackbox"))  # and for `harness`
-
-from terminal import BASH_COMPLETION, INSTALLED, Terminal, program, write_settings
+from kit.terminal import BASH_COMPLETION, INSTALLED, Terminal, program, write_settings
 
 HOSTS = """
 127.0.0.1 localhost

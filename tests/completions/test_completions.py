@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from terminal import bracketed, is_listed
+from kit.terminal import bracketed, is_listed
 
 COMMAND = Path(sys.prefix) / "bin/systemd-socket-proxyd"
 OPTION = re.compile(r"(?<![\w-])--?[a-z][a-z-]*")

@@ -4,7 +4,7 @@ import shutil
 import subprocess
 
 import pytest
-from terminal import INSTALLED, UNITS
+from kit.terminal import INSTALLED, UNITS
 
 CHECKS = {
     "shellcheck": ["shellcheck", INSTALLED["bash"]],

@@ -36,16 +36,13 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
+
+import e2e.scenarios  # noqa: F401  (fills SCENARIOS)
+from e2e.harness import SCENARIOS, run_all
+from e2e.machine import TOOLS, Machine
+from kit.containers import container, project, root
+
 REPO = Path(__file__).resolve().parents[2]
-sys.dont_write_bytecode = True
-
-import container  # noqa: E402
-import project  # noqa: E402
-import root  # noqa: E402
-import scenarios  # noqa: E402,F401  (fills SCENARIOS)
-from harness import SCENARIOS, run_all  # noqa: E402
-from machine import TOOLS, Machine  # noqa: E402
-
 EXIT_CANNOT_RUN = 77
 LOCK = "/run/lock/systemd-socket-proxyd-e2e"
 ORIGINAL = "/lib/systemd/systemd-socket-proxyd"

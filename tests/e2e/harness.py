@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from machine import Failure, Machine
+from e2e.machine import Failure, Machine
 
 
 @dataclass(frozen=True)

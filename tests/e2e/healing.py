@@ -8,7 +8,7 @@ import re
 import time
 from collections.abc import Callable
 
-from machine import TOOLS, UNIT_FOLDER, Failure, Machine, check, same
+from e2e.machine import TOOLS, UNIT_FOLDER, Failure, Machine, check, same
 
 CONTROL = "/run/heal"
 BACKEND = f"/usr/bin/python3 {TOOLS}/backend.py"

@@ -9,8 +9,8 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager
 
-import cgroup
-from container import Container
+from kit.containers import cgroup
+from kit.containers.container import Container
 
 UNIT_FOLDER = "/etc/systemd/system"
 

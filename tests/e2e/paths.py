@@ -7,7 +7,7 @@ Failure if the program does not do its work.
 import subprocess
 from collections.abc import Callable
 
-from machine import Failure, Machine, check, same
+from e2e.machine import Failure, Machine, check, same
 
 CURL = "curl -sS --max-time 10"
 

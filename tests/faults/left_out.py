@@ -8,11 +8,11 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
-from faultkit.table import FAILURES, SYSTEM_CALLS, SYSTEM_CALLS_LEFT_OUT
-from harness.sockets import read_to_end
-from harness.stage import Stage
-from harness.traffic import Payload, in_background
-from harness.waiting import wait_until
+from faults.table import FAILURES, SYSTEM_CALLS, SYSTEM_CALLS_LEFT_OUT
+from kit.sockets import read_to_end
+from kit.stage import Stage
+from kit.traffic import Payload, in_background
+from kit.waiting import wait_until
 
 CALL = re.compile(r"\d+ +(\w+)\(")
 

@@ -12,7 +12,7 @@ A preloaded library (tests/faults/interpose.c) makes call number n fail or trans
 scenario first runs undisturbed, and its calls are counted; then n goes over all of them. After each
 failure the program must continue, or refuse to start in one line. No other connection may notice;
 the affected one must be complete or see an error; a new client must be served; every fd and block
-of memory must be given back. See tests/faults/faultkit/.
+of memory must be given back.
 
 Exit status: 0 no faults found, 1 faults, 77 this machine cannot run it.
 """
@@ -24,18 +24,13 @@ import signal
 import sys
 import time
 from collections import Counter
-from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "relay"), str(HERE.parent / "blackbox")]
-
-import left_out  # noqa: E402
-from faultkit import points  # noqa: E402
-from faultkit.birth import KINDS, QUICK, Births  # noqa: E402
-from faultkit.life import ONE_WAS_HIT, REFUSED_TO_START, SERVED_ON  # noqa: E402
-from faultkit.scenarios import SCENARIOS  # noqa: E402
-from faultkit.table import LEFT_OUT  # noqa: E402
-from faultkit.workers import Worker, for_each  # noqa: E402
+from faults import left_out, points
+from faults.birth import KINDS, QUICK, Births
+from faults.life import ONE_WAS_HIT, REFUSED_TO_START, SERVED_ON
+from faults.scenarios import SCENARIOS
+from faults.table import LEFT_OUT
+from faults.workers import Worker, for_each
 
 MOST, MOST_QUICK = 40, 3
 """Of the calls of one kind in one scenario, so many are made to fail in each way."""

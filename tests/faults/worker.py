@@ -12,10 +12,6 @@ import tempfile
 import traceback
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "relay")]
-
-
 PASSED_ON = 3
 """The fd at which a service manager puts a socket; kept free of anything else."""
 
@@ -26,7 +22,7 @@ SMALL_BUFFERS = "4096 65536 131072"
 
 def own_network():
     """A network namespace with nothing in it but loopback, and small buffers for TCP."""
-    from relaykit.child import enter_own_network
+    from kit.namespaces import enter_own_network
 
     enter_own_network()
     for name in ("tcp_rmem", "tcp_wmem"):
@@ -45,9 +41,9 @@ def main():
     os.dup2(log.fileno(), 2)
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1))
 
-    from faultkit.control import NO_STRIKE, Control, Strike
-    from faultkit.life import Life
-    from faultkit.scenarios import SCENARIOS
+    from faults.control import NO_STRIKE, Control, Strike
+    from faults.life import Life
+    from faults.scenarios import SCENARIOS
 
     control = Control(os.environ["FAULTS_LIBRARY"], os.environ["FAULTS_FILE"])
     gc.collect()

@@ -22,14 +22,11 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent.parent
-sys.path[:0] = [str(ROOT), str(HERE)]
+from fuzz.cases import case
+from fuzz.runs import Fault, run
+from kit.namespaces import enter_network_for
 
-from cases import case  # noqa: E402
-from runs import Fault, run  # noqa: E402
-
-from bench import sockets  # noqa: E402
+TESTS = Path(__file__).resolve().parent.parent
 
 NOBODY = 61199
 """A user id that owns nothing: the arguments made up here may name files."""
@@ -53,8 +50,7 @@ def options():
 
 def main():
     chosen = options()
-    if not sockets.enter_network():
-        print("CANNOT RUN HERE: no network of its own (not root?)", file=sys.stderr)
+    if not enter_network_for("ci/test fuzz"):
         return 77
     Path("/proc/sys/net/ipv4/ip_unprivileged_port_start").write_text("0")
     with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
@@ -83,7 +79,7 @@ def one_process(work):
 def parsers_failed(chosen, folder):
     """Whether atheris made one fail; what it has to say is shown then."""
     seconds = max(int(chosen.seconds / 2), 1)
-    command = [sys.executable, "-B", str(HERE / "parsers.py"), str(seconds), str(chosen.seed)]
+    command = [sys.executable, "-B", str(TESTS), "fuzz.parsers", str(seconds), str(chosen.seed)]
     done = subprocess.run(
         command,
         env=os.environ | {"PYTHONPATH": chosen.packages},

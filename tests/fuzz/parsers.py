@@ -1,6 +1,6 @@
 """The parsers in one process, driven by atheris: coverage of the branches leads to new inputs.
 
-    python parsers.py SECONDS SEED [FILE]      FILE: only this input, which made a parser fail
+    python tests fuzz.parsers SECONDS SEED [FILE]      FILE: only this input, which was a fault
 
 Each may return, or raise what it says it raises; nothing else, and nothing slowly: an input that
 takes more than 5 s is a fault too.

@@ -21,16 +21,10 @@ Exit status: 0 all held, 1 something did not, 77 this machine cannot run it.
 
 import argparse
 import sys
-from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "blackbox"), str(ROOT / "tests/soak"), str(HERE)]
-
-from attacks import ATTACKS  # noqa: E402
-from hostile import Hostile  # noqa: E402
-
-from bench import sockets  # noqa: E402
+from hostile.attacks import ATTACKS
+from hostile.hostile import Hostile
+from kit.namespaces import enter_network_for
 
 
 def options():
@@ -54,8 +48,7 @@ def options():
 
 def main():
     chosen = options()
-    if not sockets.enter_network():
-        print("CANNOT RUN HERE: no network of its own (not root?)", file=sys.stderr)
+    if not enter_network_for("ci/test hostile"):
         return 77
     return Hostile(chosen).run()
 

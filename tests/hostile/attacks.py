@@ -13,6 +13,8 @@ import socket
 import struct
 import time
 
+from kit.asynchronous import connect, open_socket
+
 PAIRS = ("tcp-to-tcp", "tcp-to-unix", "unix-to-tcp", "unix-to-unix")
 FOES = tuple(f"{pair}-foes" for pair in PAIRS)
 """Doors of the attackers, whose targets are another process than those of the guests."""
@@ -38,24 +40,17 @@ class Place:
         return time.monotonic() < self.until
 
     def socket(self, door):
-        family = socket.AF_UNIX if door.startswith("unix") else socket.AF_INET
-        sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        sock = open_socket(door.split("-")[0])
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER)
         return sock
 
     async def connect(self, door, keep=True):
         """A client's socket that resets when it is closed; None where it was refused."""
         sock = self.socket(door)
-        while True:
-            try:
-                await asyncio.get_running_loop().sock_connect(sock, self.doors[door])
-            except BlockingIOError:  # a UNIX backlog is full
-                await asyncio.sleep(0.005)
-            except OSError:
-                sock.close()
-                return None
-            else:
-                break
+        try:
+            await connect(sock, self.doors[door])
+        except OSError:
+            return None
         if keep:
             self.open.append(sock)
         return sock

@@ -10,10 +10,9 @@ import asyncio
 import socket
 import time
 
-from pattern import Stream
-from process import cancelled, end_with_parent, orders
-from report import Tally, read_settings, tell
-from sides import GONE, read_exactly
+from kit.asynchronous import GONE, connect, open_socket, read_exactly
+from kit.load import Tally, cancelled, orders, read_settings, run, tell
+from kit.pattern import Stream
 
 SIZE = 64
 PAUSE = 0.005
@@ -29,22 +28,9 @@ class Guests:
         self.stay, self.come, self.refused = [], [], 0
 
     async def connect(self, door):
-        family = socket.AF_UNIX if door["family"] == "unix" else socket.AF_INET
-        sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-        address = door["address"]
-        try:
-            while True:
-                try:
-                    await asyncio.get_running_loop().sock_connect(
-                        sock, address if door["family"] == "unix" else tuple(address)
-                    )
-                except BlockingIOError:  # a UNIX backlog is full
-                    await asyncio.sleep(PAUSE)
-                else:
-                    return sock
-        except BaseException:
-            sock.close()
-            raise
+        sock = open_socket(door["family"])
+        await connect(sock, door["address"])
+        return sock
 
     async def exchange(self, sock, stream, at):
         message = bytes(stream.piece(at, SIZE))
@@ -126,5 +112,4 @@ async def main():
 
 
 if __name__ == "__main__":
-    end_with_parent()
-    asyncio.run(main())
+    run(main)

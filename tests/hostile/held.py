@@ -4,20 +4,18 @@ Read from its own fds, duplicated with pidfd_getfd(2): no matter what else the m
 """
 
 import contextlib
-import ctypes
 import fcntl
 import os
 import socket
 import struct
 import termios
 
+from kit.kernel import duplicate
+
 from bench import memory
 
-SYS_PIDFD_GETFD = 438
 SO_MEMINFO = 55
 _RMEM, _WMEM, _QUEUED = 0, 2, 5  # of the numbers that SO_MEMINFO gives: linux/sock_diag.h
-
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Held:
@@ -49,13 +47,3 @@ class Held:
                 self.pipe_bytes += int.from_bytes(inside, "little")
         finally:
             os.close(copy)
-
-
-def duplicate(pidfd, fd):
-    """A fd of ours for another process's. Raises FileNotFoundError where it has been closed."""
-    copy = _libc.syscall(SYS_PIDFD_GETFD, pidfd, fd, 0)
-    if copy < 0:
-        error = ctypes.get_errno()
-        kind = FileNotFoundError if error == 9 else OSError
-        raise kind(error, os.strerror(error))
-    return copy

@@ -8,18 +8,18 @@ import signal
 import socket
 import tempfile
 import time
-from pathlib import Path
 
-from attacks import ATTACKS, PAIRS, Place, dice
-from harness.notify import NotifySocket
-from harness.process import Proxy
-from held import Held
-from logs import too_many_lines
-from world import WITH_PARENT, Load
+from hostile.attacks import ATTACKS, PAIRS, Place, dice
+from hostile.held import Held
+from kit.load import Load
+from kit.logs import too_many_lines
+from kit.notify import NotifySocket
+from kit.privileges import WITH_PARENT
+from kit.proxy import Proxy
+from kit.waiting import wait_until
 
 from bench import memory
 
-HERE = Path(__file__).resolve().parent
 PATIENCE = 60
 KIB, MIB = 1 << 10, 1 << 20
 
@@ -82,7 +82,7 @@ class Scene:
         self.guests = None
         if guests:
             doors = [{"family": pair.split("-")[0], "address": self.doors[pair]} for pair in PAIRS]
-            self.guests = self._load("guests.py", {"name": "guests", "doors": doors})
+            self.guests = self._load("hostile.guests", {"name": "guests", "doors": doors})
 
     def _targets(self, name, suffix, port):
         """Start a process of targets; {name of a pair: its target as an argument}."""
@@ -91,12 +91,12 @@ class Scene:
             {"family": "tcp", "address": ["127.0.0.1", port]},
             {"family": "unix", "address": path},
         ]
-        self._load("targets.py", {"name": name, "listen": listen})
+        self._load("hostile.targets", {"name": name, "listen": listen})
         targets = {"tcp": f"127.0.0.1:{port}", "unix": path}
         return {pair + suffix: targets[pair.split("-")[2]] for pair in PAIRS}
 
-    def _load(self, script, settings):
-        load = Load(HERE / script, settings, self.reports)
+    def _load(self, module, settings):
+        load = Load(module, settings, self.reports)
         self.loads.append(load)
         self.wait_for(load, "ready")
         return load
@@ -148,12 +148,12 @@ class Scene:
         return self.mark()
 
     def wait_for_sockets(self, wanted):
-        """Whether that many more sockets remain than at the start."""
-        deadline = time.monotonic() + PATIENCE
-        while self.proxy.socket_count() > self.sockets_at_start + wanted:
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(0.05)
+        """Wait until that many more sockets remain than at the start; whether they do."""
+        most = self.sockets_at_start + wanted
+        try:
+            wait_until(lambda: self.proxy.socket_count() <= most, "sockets are closed", PATIENCE)
+        except AssertionError:
+            return False
         return True
 
     def end(self):

@@ -12,9 +12,8 @@ import asyncio
 import socket
 import struct
 
-from backend import listen
-from process import cancelled, end_with_parent, orders
-from report import read_settings, tell
+from kit.asynchronous import listen
+from kit.load import cancelled_servers, orders, read_settings, run, tell
 
 FILL = 4 << 20
 PIECE = bytes(256 * 1024)
@@ -59,11 +58,8 @@ async def main():
     accepting = [asyncio.ensure_future(accept(listener, tasks)) for listener in listeners]
     tell("ready")
     await orders(lambda word: None)
-    # A client that comes just now: asyncio gives it to an accept that is already cancelled.
-    asyncio.get_running_loop().set_exception_handler(lambda *_: None)
-    await cancelled([*accepting, *tasks])
+    await cancelled_servers(accepting, tasks)
 
 
 if __name__ == "__main__":
-    end_with_parent()
-    asyncio.run(main())
+    run(main)

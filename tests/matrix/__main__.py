@@ -25,15 +25,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+
+from kit.containers import container, project, root
+from matrix import layers
+
 REPO = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(REPO / "tests" / "e2e"))
-sys.dont_write_bytecode = True
-
-import container  # noqa: E402
-import layers  # noqa: E402
-import project  # noqa: E402
-import root  # noqa: E402
-
 EXIT_CANNOT_RUN = 77
 LOCK = "/run/lock/systemd-socket-proxyd-matrix"
 E2E_LOCK = "/run/lock/systemd-socket-proxyd-e2e"  # who makes a root folder holds it

@@ -8,8 +8,7 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-import container
-import root
+from kit.containers import container, root
 
 
 def ensure_layer(

@@ -1,13 +1,7 @@
 """Tests of the extension module: a relay in this process, between sockets of the test's own."""
 
-import sys
-from pathlib import Path
-
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))  # for `relaykit`, in every import mode
-
-from relaykit.rig import MODES, Rigs
+from kit.rig import MODES, Rigs
 
 
 @pytest.fixture

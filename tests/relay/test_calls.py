@@ -16,15 +16,14 @@ import tempfile
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from relaykit.rig import Rigs, payload
-from relaykit.rights import kernel_refuses
-from relaykit.sockets import accept, close, open_client
+from kit.rig import Rigs
+from kit.rights import kernel_refuses
+from kit.stepped import accept, close, open_client
+from kit.traffic import payload
 
 from proxyd._relay import CHECK_TCP, Gate
 
+TESTS = Path(__file__).parent.parent
 BEGIN, END = "/begin", "/end"
 STREAM = 16 << 20
 
@@ -179,7 +178,7 @@ def calls(tmp_path):
 
     def trace(scenario, pair, *options):
         out = tmp_path / "trace"
-        command = [sys.executable, "-P", __file__, scenario, *pair, *options]
+        command = [sys.executable, str(TESTS), "relay.test_calls", scenario, *pair, *options]
         strace = ["strace", "-o", str(out), "-s", "8", "-e", "signal=none"]
         done = subprocess.run(
             [*strace, *command], capture_output=True, text=True, check=False, timeout=60

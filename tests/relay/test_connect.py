@@ -6,21 +6,13 @@ import select
 import socket
 
 import pytest
-from relaykit.child import in_child, in_own_network
-from relaykit.rig import HOW, PATIENCE_S, payload
-from relaykit.sockets import (
-    FAMILIES,
-    Incoming,
-    Outgoing,
-    close,
-    half_close,
-    open_client,
-    open_listener,
-    option,
-    reset,
-    set_option,
-    unread,
-)
+from kit.child import in_child
+from kit.namespaces import in_own_network
+from kit.rig import HOW, PATIENCE_S
+from kit.socket_state import option, set_option, unread
+from kit.sockets import FAMILIES, open_listener, reset
+from kit.stepped import Incoming, Outgoing, close, half_close, open_client
+from kit.traffic import payload
 
 from proxyd._relay import connected, peek, socket_names, tune
 from proxyd._relay import failure as why

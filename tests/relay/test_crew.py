@@ -9,10 +9,12 @@ import resource
 import time
 
 import pytest
-from relaykit.child import in_child
-from relaykit.crew import Crewed
-from relaykit.rig import HOW, PATIENCE_S, Incoming, Outgoing, open_fds, payload
-from relaykit.sockets import close, half_close, open_client, reset
+from kit.child import in_child
+from kit.crew import Crewed
+from kit.rig import HOW, PATIENCE_S, open_fds
+from kit.sockets import reset
+from kit.stepped import Incoming, Outgoing, close, half_close, open_client
+from kit.traffic import payload
 
 from proxyd._relay import CHECK_TCP, CHECK_UNIX, ENDED, NOBODY, REFUSED, Gate, tune
 

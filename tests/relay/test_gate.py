@@ -5,17 +5,11 @@ import os
 import socket
 
 import pytest
-from relaykit.child import in_child
-from relaykit.rig import payload
-from relaykit.sockets import (
-    FAMILIES,
-    close,
-    half_close,
-    open_client,
-    open_listener,
-    reset,
-    state_of,
-)
+from kit.child import in_child
+from kit.socket_state import state_of
+from kit.sockets import FAMILIES, open_listener, reset
+from kit.stepped import close, half_close, open_client
+from kit.traffic import payload
 
 from proxyd._relay import (
     ACCEPTED,

@@ -3,21 +3,10 @@
 import time
 
 import pytest
-from relaykit.rig import payload
-from relaykit.sockets import (
-    RELUCTANT,
-    Incoming,
-    Outgoing,
-    close,
-    half_close,
-    is_unix,
-    reset,
-    send_once,
-    unacknowledged,
-    unread,
-    was_reset,
-    write_error,
-)
+from kit.socket_state import unacknowledged, unread, was_reset, write_error
+from kit.sockets import is_unix, reset
+from kit.stepped import RELUCTANT, Incoming, Outgoing, close, half_close, send_once
+from kit.traffic import payload
 
 VERDICT = b"HTTP/1.1 413 Content Too Large\r\n\r\n"
 

@@ -9,18 +9,11 @@ import socket
 import time
 
 import pytest
-from relaykit.child import in_child
-from relaykit.rig import HOW, Link, Rig, open_fds, payload
-from relaykit.sockets import (
-    FAMILIES,
-    Incoming,
-    Outgoing,
-    close,
-    half_close,
-    open_client,
-    open_listener,
-    reset,
-)
+from kit.child import in_child
+from kit.rig import HOW, Link, Rig, open_fds
+from kit.sockets import FAMILIES, open_listener, reset
+from kit.stepped import Incoming, Outgoing, close, half_close, open_client
+from kit.traffic import payload
 
 from proxyd._relay import (
     ACCEPTED,
@@ -109,7 +102,7 @@ def test_run_returns_when_the_first_comes(rigs):
     rig = rigs()
     rig.gate.express(rig.address)
     rig.relay.wake_first = True
-    from relaykit.sockets import open_client
+    from kit.stepped import open_client
 
     rig.keep(open_client(rig.door))
     assert rig.relay.run(20_000) == []

@@ -19,17 +19,11 @@ import pytest
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
-from relaykit.rig import HOW, MODES, Rigs, payload
-from relaykit.sockets import (
-    accept,
-    half_close,
-    is_unix,
-    open_client,
-    open_listener,
-    reset,
-    set_option,
-    unacknowledged,
-)
+from kit.rig import HOW, MODES, Rigs
+from kit.socket_state import set_option, unacknowledged
+from kit.sockets import is_unix, open_listener, reset
+from kit.stepped import accept, half_close, open_client
+from kit.traffic import payload
 
 from proxyd._relay import ENDED, FAILED, connected, socket_names
 

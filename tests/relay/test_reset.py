@@ -4,19 +4,10 @@ import errno
 import select
 
 import pytest
-from relaykit.rig import payload
-from relaykit.sockets import (
-    Incoming,
-    Outgoing,
-    close,
-    half_close,
-    is_quiet,
-    is_unix,
-    reset,
-    state_of,
-    was_reset,
-    write_error,
-)
+from kit.socket_state import is_quiet, state_of, was_reset, write_error
+from kit.sockets import is_unix, reset
+from kit.stepped import Incoming, Outgoing, close, half_close
+from kit.traffic import payload
 
 SMALL = 60_000
 """Bytes that the sockets on the way hold without anybody's reading."""

@@ -11,18 +11,14 @@ import socket
 import tempfile
 
 import pytest
-from relaykit.child import in_child
-from relaykit.crew import Crewed
-from relaykit.rig import PATIENCE_S, Rigs, payload
-from relaykit.rights import kernel_refuses, send_slow, tasks
-from relaykit.sockets import (
-    Incoming,
-    Outgoing,
-    half_close,
-    open_client,
-    reset,
-    write_error,
-)
+from kit.child import in_child
+from kit.crew import Crewed
+from kit.rig import PATIENCE_S, Rigs
+from kit.rights import kernel_refuses, send_slow, tasks
+from kit.socket_state import write_error
+from kit.sockets import reset
+from kit.stepped import Incoming, Outgoing, half_close, open_client
+from kit.traffic import payload
 
 from proxyd._relay import REFUSED
 

@@ -12,9 +12,11 @@ import time
 from types import MappingProxyType
 
 import pytest
-from relaykit.crew import Crewed
-from relaykit.rig import PATIENCE_S, Incoming, Outgoing, payload
-from relaykit.sockets import close, half_close, reset
+from kit.crew import Crewed
+from kit.rig import PATIENCE_S
+from kit.sockets import reset
+from kit.stepped import Incoming, Outgoing, close, half_close
+from kit.traffic import payload
 
 from proxyd._relay import BUSY
 

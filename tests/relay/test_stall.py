@@ -5,8 +5,9 @@ import os
 import resource
 
 import pytest
-from relaykit.rig import payload
-from relaykit.sockets import Incoming, Outgoing, close, half_close, reset
+from kit.sockets import reset
+from kit.stepped import Incoming, Outgoing, close, half_close
+from kit.traffic import payload
 
 SMALL = {"receive_buffer": 4096}
 MOST_HELD = 32 * 1024 * 1024

@@ -1,8 +1,8 @@
 """Promise: each side gets exactly what the other sent, in order, then the end as it happened."""
 
 import pytest
-from relaykit.rig import payload
-from relaykit.sockets import Incoming, Outgoing, close, half_close
+from kit.stepped import Incoming, Outgoing, close, half_close
+from kit.traffic import payload
 
 MEGABYTES = 3 * 1024 * 1024 + 17
 """More than a pipe and the socket buffers hold, so that it is under way when the end is sent."""

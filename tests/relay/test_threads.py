@@ -15,16 +15,10 @@ import socket
 import time
 
 import pytest
-from relaykit.rig import PATIENCE_S, payload
-from relaykit.sockets import (
-    FAMILIES,
-    RESETS,
-    close,
-    half_close,
-    open_client,
-    open_listener,
-    reset,
-)
+from kit.rig import PATIENCE_S
+from kit.sockets import FAMILIES, RESETS, open_listener, reset
+from kit.stepped import close, half_close, open_client
+from kit.traffic import payload
 
 from proxyd._relay import CHECK_TCP, FAILED, Gate, Relay, socket_names
 

@@ -4,17 +4,10 @@ import errno
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-from relaykit.rig import MODES
-from relaykit.sockets import (
-    Outgoing,
-    close,
-    half_close,
-    is_unix,
-    open_client,
-    reset,
-    was_reset,
-    write_error,
-)
+from kit.rig import MODES
+from kit.socket_state import was_reset, write_error
+from kit.sockets import is_unix, reset
+from kit.stepped import Outgoing, close, half_close, open_client
 
 STUCK_S = 5.0
 """A queue that has not moved for so long is given up."""

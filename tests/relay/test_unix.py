@@ -7,16 +7,10 @@ import os
 import socket
 
 import pytest
-from relaykit.rig import payload
-from relaykit.sockets import (
-    FAMILIES,
-    Incoming,
-    Outgoing,
-    half_close,
-    is_writable,
-    option,
-    set_option,
-)
+from kit.socket_state import is_writable, option, set_option
+from kit.sockets import FAMILIES
+from kit.stepped import Incoming, Outgoing, half_close
+from kit.traffic import payload
 
 targets = pytest.mark.parametrize("target", ["tcp4", "unix"])
 

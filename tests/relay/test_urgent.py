@@ -3,8 +3,9 @@
 import socket
 
 import pytest
-from relaykit.rig import payload
-from relaykit.sockets import Incoming, Outgoing, half_close, is_writable, send_once, unread
+from kit.socket_state import is_writable, unread
+from kit.stepped import Incoming, Outgoing, half_close, send_once
+from kit.traffic import payload
 
 BIG = 1024 * 1024
 

@@ -32,13 +32,10 @@ import argparse
 import sys
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "blackbox"), str(HERE)]
+from kit.namespaces import enter_network_for
+from soak.soak import Soak
 
-from soak import Soak  # noqa: E402
-
-from bench import sockets  # noqa: E402
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def options():
@@ -58,8 +55,7 @@ def options():
 
 def main():
     chosen = options()
-    if not sockets.enter_network():
-        print("CANNOT RUN HERE: no network of its own (not root?)", file=sys.stderr)
+    if not enter_network_for("ci/test soak"):
         return 77
     return Soak(chosen).run()
 

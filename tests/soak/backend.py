@@ -6,36 +6,19 @@ Tells "ready" with the addresses, and "counts" every few seconds.
 """
 
 import asyncio
-import os
 import socket
 import struct
 
-import plan as plans
-from pattern import Corrupt, Stream
-from process import cancelled, end_with_parent, orders
-from report import Tally, read_settings, tell
-from sides import BUFFER, DOWN, GONE, Fault, Side, close, read_exactly
+from kit.asynchronous import GONE, listen, read_exactly
+from kit.load import Tally, cancelled_servers, orders, read_settings, run, tell
+from kit.pattern import Corrupt, Stream
+from soak import plan as plans
+from soak.sides import BUFFER, DOWN, Fault, Side
 
 PATIENCE = 90
 """Seconds after which what should have ended counts as a hang; others use the machine too."""
 
-BACKLOG = 1024
 _V2_START = b"\r\n\r\n\0\r\nQUIT\n\x21"
-
-
-def listen(family, address):
-    """A listening socket; a UNIX address is replaced, port 0 chosen outside the ephemeral range."""
-    kind = {"tcp": socket.AF_INET, "tcp6": socket.AF_INET6, "unix": socket.AF_UNIX}[family]
-    sock = socket.socket(kind, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-    if family == "unix":
-        if os.path.exists(address):
-            os.unlink(address)
-        sock.bind(address)
-    else:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind(tuple(address))
-    sock.listen(BACKLOG)
-    return sock
 
 
 class Backend:
@@ -139,13 +122,10 @@ async def main():
             backend.tally.send(open=len(backend.tasks))
 
     await orders(handle)  # to the end of stdin
-    # A client that comes just now: asyncio gives it to an accept that is already cancelled.
-    asyncio.get_running_loop().set_exception_handler(lambda *_: None)
-    await cancelled([*accepting, *backend.tasks])
+    await cancelled_servers(accepting, backend.tasks)
     for listener in listeners:
-        close(listener, False)
+        listener.close()
 
 
 if __name__ == "__main__":
-    end_with_parent()
-    asyncio.run(main())
+    run(main)

@@ -3,7 +3,7 @@
 import heapq
 import time
 
-from world import STOP_MS
+from soak.world import STOP_MS
 
 # What, and the pause before it happens again: seconds, from and to.
 _EVERY = {"stop": (2, 6), "restart": (5, 12), "squeeze": (3, 8)}

@@ -12,11 +12,11 @@ import socket
 import struct
 import time
 
-import plan as plans
-from pattern import Corrupt, Stream
-from process import cancelled, end_with_parent, orders
-from report import Tally, read_settings, tell
-from sides import GONE, UP, Fault, Side, close, read_exactly
+from kit.asynchronous import GONE, connect, open_socket, read_exactly
+from kit.load import Tally, cancelled, orders, read_settings, run, tell
+from kit.pattern import Corrupt, Stream
+from soak import plan as plans
+from soak.sides import UP, Fault, Side, close
 
 PATIENCE = 90
 """As in backend.py."""
@@ -28,33 +28,19 @@ WRITE = 256 * 1024
 PING, PING_PAUSE = 64, 0.05
 DRIP, DRIP_PAUSE = 1, 1.0
 
-_FAMILIES = {"tcp": socket.AF_INET, "tcp6": socket.AF_INET6, "unix": socket.AF_UNIX}
-
 
 class Door:
     """A listener of a proxy, and what is to be done there."""
 
     def __init__(self, settings):
         self.__dict__.update(settings)
-        self.family_number = _FAMILIES[self.family]
-        if self.family != "unix":
-            self.address = tuple(self.address)
         self.may_urge = self.family != "unix", self.backend != "unix"
         self.open = 0
 
     async def connect(self):
-        sock = socket.socket(self.family_number, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-        try:
-            while True:
-                try:
-                    await asyncio.get_running_loop().sock_connect(sock, self.address)
-                except BlockingIOError:  # a UNIX backlog is full
-                    await asyncio.sleep(0.01)
-                else:
-                    return sock
-        except BaseException:
-            sock.close()
-            raise
+        sock = open_socket(self.family)
+        await connect(sock, self.address)
+        return sock
 
     def port_of(self, sock):
         """What a PROXY header is to say of `sock`."""
@@ -283,5 +269,4 @@ async def main():
 
 
 if __name__ == "__main__":
-    end_with_parent()
-    asyncio.run(main())
+    run(main)

@@ -4,13 +4,12 @@ import asyncio
 import socket
 import struct
 
-from pattern import Stream
-from plan import END, FATES, RESET
+from kit.asynchronous import GONE
+from kit.pattern import Stream
+from soak.plan import END, FATES, RESET
 
 BUFFER = 256 * 1024
 UP, DOWN = 0, 1
-
-GONE = (ConnectionResetError, BrokenPipeError, ConnectionAbortedError)
 
 
 class Fault(Exception):
@@ -140,15 +139,3 @@ def close(sock, with_reset):
     if with_reset:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     sock.close()
-
-
-async def read_exactly(sock, count):
-    """`count` bytes. Raises EOFError at the end, and OSError."""
-    loop = asyncio.get_running_loop()
-    data = bytearray()
-    while len(data) < count:
-        piece = await loop.sock_recv(sock, count - len(data))
-        if not piece:
-            raise EOFError(f"{len(data)} of {count} bytes")
-        data += piece
-    return bytes(data)

@@ -8,10 +8,10 @@ import signal
 import tempfile
 import time
 
-from chaos import Chaos
-from logs import too_many_lines
-from sampling import Samples, growth, growth_most, warm_up
-from world import World
+from kit.logs import too_many_lines
+from soak.chaos import Chaos
+from soak.sampling import Samples, growth, growth_most, warm_up
+from soak.world import World
 
 CHECKPOINTS = 3, 12
 """At least and at most; otherwise one every five minutes."""

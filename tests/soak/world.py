@@ -1,89 +1,22 @@
 """The proxies, the load processes around them, and how they are tied together."""
 
-import json
 import os
 import queue
 import random
-import signal
 import socket
-import subprocess
-import sys
-import threading
 import time
-from pathlib import Path
 
-from harness.notify import NotifySocket
-from harness.process import Proxy
+from kit.load import Load
+from kit.notify import NotifySocket
+from kit.privileges import WITH_PARENT
+from kit.proxy import Proxy
+from kit.sockets import open_listener
 
-HERE = Path(__file__).resolve().parent
-WITH_PARENT = ["setpriv", "--pdeathsig", "KILL"]
 FIRST_PORT = 701  # below the ephemeral range, so that nothing else takes it while a target is away
 
 IDLE_MS = 3000
 STOP_MS = 1200
 """No process is stopped long enough for an idle timeout to cut a connection in use."""
-
-
-class Load:
-    """A load process: orders go in, reports come out (in `reports`, shared by all)."""
-
-    def __init__(self, script, settings, reports):
-        self.name = settings["name"]
-        self.settings = settings
-        self._script = script
-        self._reports = reports
-        self.process = None
-        self.cpu_before = 0.0
-        self.start()
-
-    def start(self):
-        self.process = subprocess.Popen(
-            [sys.executable, "-B", str(HERE / self._script), json.dumps(self.settings)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"PYTHONPATH": str(HERE)},  # for scripts that lie elsewhere
-        )
-        threading.Thread(target=self._listen, args=(self.process.stdout,), daemon=True).start()
-
-    def _listen(self, lines):
-        for line in lines:
-            if line.endswith("\n"):  # a process that is killed may leave half a line
-                self._reports.put((self, json.loads(line)))
-        self._reports.put((self, {"event": "ended"}))
-
-    @property
-    def pid(self):
-        return self.process.pid
-
-    def order(self, word):
-        try:
-            self.process.stdin.write(word + "\n")
-            self.process.stdin.flush()
-        except (BrokenPipeError, ValueError):
-            pass  # it has ended, or was told to
-
-    def cpu_seconds(self):
-        if self.process.returncode is not None:
-            return self.cpu_before
-        text = Path(f"/proc/{self.pid}/schedstat").read_text()
-        return self.cpu_before + int(text.split()[0]) / 1e9
-
-    def stop(self):
-        self.process.send_signal(signal.SIGSTOP)
-
-    def go_on(self):
-        self.process.send_signal(signal.SIGCONT)
-
-    def kill(self):
-        if self.process.returncode is None:
-            self.cpu_before = self.cpu_seconds()
-        self.process.kill()
-        self.process.wait()
-        try:
-            self.process.stdin.close()
-        except BrokenPipeError:
-            pass  # an order that was not read any more
 
 
 class Served:
@@ -173,7 +106,9 @@ class World:
                 else:
                     address = ["127.0.0.1" if family == "tcp" else "::1", self._next_port()]
                 listen.append({"family": family, "address": address, "header": header})
-        load = Load("backend.py", {"name": name, "strict": strict, "listen": listen}, self.reports)
+        load = Load(
+            "soak.backend", {"name": name, "strict": strict, "listen": listen}, self.reports
+        )
         self.loads.append(load)
         self.wait_ready([load])
         return load
@@ -181,7 +116,7 @@ class World:
     def _proxy(
         self, name, options, pairs, backend, *, rate, prefix=(), header=False, last=None, **traffic
     ):
-        listeners = [self._listener(f"{name}-{n}", pair[0]) for n, pair in enumerate(pairs)]
+        listeners = [self._listener(pair[0]) for pair in pairs]
         names = [f"{one}-to-{two}" for one, two in pairs]
         targets = [
             f"{label}={_target(backend, pair[1], header)}"
@@ -210,14 +145,10 @@ class World:
         proxy.wait_until_ready()
         served.sockets_at_start = proxy.socket_count()
 
-    def _listener(self, name, family):
-        kind = {"tcp": socket.AF_INET, "tcp6": socket.AF_INET6, "unix": socket.AF_UNIX}[family]
-        sock = socket.socket(kind)
-        path = f"{self.folder}/door-{name}"
-        sock.bind({"tcp": ("127.0.0.1", 0), "tcp6": ("::1", 0), "unix": path}[family])
-        sock.listen(256)
-        self.listeners.append(sock)
-        return sock
+    def _listener(self, family):
+        kind = "tcp4" if family == "tcp" else family
+        self.listeners.append(open_listener(kind, self.folder, backlog=256))
+        return self.listeners[-1]
 
     def _clients(self, name, proxies):
         doors = [door for one in self.served if one.name in proxies for door in one.doors]
@@ -225,7 +156,7 @@ class World:
             "name": name, "seed": self.dice.random(), "doors": doors,
             "first_number": self.dice.randrange(1 << 40),
         }  # fmt: skip
-        self.loads.append(Load("client.py", settings, self.reports))
+        self.loads.append(Load("soak.client", settings, self.reports))
         self.wait_ready(self.loads[-1:])
 
     def wait_ready(self, loads):

@@ -653,14 +653,20 @@ def test_real_sockets_that_all_refuse():
         assert loop.handlers == {}
 
 
+def watching_race(loop, address):
+    """A race that has begun, and watches whether a target that has accepted stays."""
+    race = Race(loop, lambda: False)
+    race.settle_ms, race.watches = 20_000, True
+    race.begin([address], loop.relay.now_ms)
+    race.step(loop.relay.now_ms, 1)
+    return race
+
+
 def test_a_real_target_that_speaks_while_it_is_watched():
     loop = Loop()
     listens, good = bound(True)
     with listens:
-        one = Race(loop, lambda: False)
-        one.settle_ms, one.watches = 20_000, True
-        one.begin([good], loop.relay.now_ms)
-        one.step(loop.relay.now_ms, 1)
+        one = watching_race(loop, good)
         client, _ = listens.accept()
         with client:
             client.sendall(b"hello")
@@ -675,10 +681,7 @@ def test_a_real_target_that_lets_go_while_it_is_watched(linger):
     loop = Loop()
     listens, good = bound(True)
     with listens:
-        one = Race(loop, lambda: False)
-        one.settle_ms, one.watches = 20_000, True
-        one.begin([good], loop.relay.now_ms)
-        one.step(loop.relay.now_ms, 1)
+        one = watching_race(loop, good)
         client, _ = listens.accept()
         if linger:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")

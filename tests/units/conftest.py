@@ -1,14 +1,9 @@
 """What the tests of systemd-socket-proxyd-units share."""
 
 import shutil
-import sys
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from unitkit import SETTLE
+from units.findings import SETTLE
 
 from proxyd.units.rules_command import knows_settle_time
 

@@ -3,15 +3,12 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from units.findings import COMMAND, run
 
 from proxyd.units import check
-
-COMMAND = Path(sys.executable).parent / "systemd-socket-proxyd-units"
-PATIENCE = 100
 
 PROXY = """\
 [Unit]
@@ -35,20 +32,6 @@ LINE = (
     "p.service:5: error: Upholds=b.service without After=: clients that come while it stops are "
     "reset [no-order]\n    mend: After= the backend\n"
 )
-
-
-def run(*arguments, **more):
-    done = subprocess.run(
-        [COMMAND, *arguments],
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-        check=False,
-        stdin=subprocess.DEVNULL,
-        **more,
-    )
-    assert "Traceback" not in done.stderr, done.stderr
-    return done
 
 
 def test_a_finding_is_a_line_with_its_mend(units):

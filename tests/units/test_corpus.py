@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from unitkit import rules_in
+from units.findings import rules_in
 
 from proxyd.units import check
 from proxyd.units.rules_command import knows_settle_time

@@ -1,15 +1,9 @@
 """Sets that `create` writes: right, checked, and nothing touched that is there."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
-from unitkit import found_in, rules_in
+from units.findings import found_in, rules_in, run
 
 from proxyd.units.rules_command import knows_settle_time
-
-COMMAND = Path(sys.executable).parent / "systemd-socket-proxyd-units"
 
 BACKEND = "[Service]\nExecStart=/usr/bin/app\n"
 ENABLED = BACKEND + "[Install]\nWantedBy=multi-user.target\n"
@@ -50,16 +44,7 @@ SETS = {
 
 
 def create(*arguments, cwd=None):
-    done = subprocess.run(
-        [COMMAND, "create", *arguments],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        timeout=60,
-        check=False,
-    )
-    assert "Traceback" not in done.stderr, done.stderr
-    return done
+    return run("create", *arguments, cwd=cwd)
 
 
 def written(tmp_path, arguments, backend):

@@ -4,7 +4,7 @@ import os
 import stat
 
 import pytest
-from unitkit import found_in
+from units.findings import found_in
 
 from proxyd.units import check, verify
 

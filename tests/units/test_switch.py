@@ -1,13 +1,9 @@
 """What `switch` makes of units: the result is sound, and only what has to change does."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from unitkit import rules_in
-
-COMMAND = Path(sys.executable).parent / "systemd-socket-proxyd-units"
+from units.findings import rules_in, run
 
 SOCKET = "[Socket]\nListenStream=80\n\n[Install]\nWantedBy=sockets.target\n"
 BACKEND = "[Service]\nExecStart=/usr/bin/app\n"
@@ -20,15 +16,7 @@ def proxy(unit="", arguments="127.0.0.1:81", service="", program=ORIGINAL):
 
 
 def switch(what, *arguments):
-    done = subprocess.run(
-        [COMMAND, "switch", str(what), *arguments],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert "Traceback" not in done.stderr, done.stderr
-    return done
+    return run("switch", str(what), *arguments)
 
 
 SETS = {

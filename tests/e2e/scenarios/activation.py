@@ -1,7 +1,7 @@
 """Other ways to hand the program its sockets than one socket unit that listens."""
 
-from harness import scenario
-from machine import Machine, check, same
+from e2e.harness import scenario
+from e2e.machine import Machine, check, same
 
 HELLO = 'server { listen 127.0.0.1:8000; location / { return 200 "hello\\n"; } }'
 CURL = "curl -sS --max-time 10 http://127.0.0.1:9000/"
@@ -13,13 +13,11 @@ def start_backend(m: Machine) -> None:
     m.wait_for("nginx listens", lambda: m.listens(8000))
 
 
-@scenario()
-def socket_activate(m: Machine) -> None:
-    """Under systemd-socket-activate"""
+def serve_under_socket_activate(m: Machine, options: str) -> None:
     start_backend(m)
     m.unit(
         "proxy.service",
-        "[Service]\nExecStart=systemd-socket-activate -l 127.0.0.1:9000 "
+        f"[Service]\nExecStart=systemd-socket-activate {options} -l 127.0.0.1:9000 "
         f"{m.program} 127.0.0.1:8000\n",
     )
     m.start("proxy.service")
@@ -28,19 +26,16 @@ def socket_activate(m: Machine) -> None:
         same("answer", m.sh(CURL), "hello\n")
 
 
+@scenario()
+def socket_activate(m: Machine) -> None:
+    """Under systemd-socket-activate"""
+    serve_under_socket_activate(m, "")
+
+
 @scenario(original="does not take a connected socket")
 def socket_activate_accept(m: Machine) -> None:
     """Under systemd-socket-activate --accept: one process per connection"""
-    start_backend(m)
-    m.unit(
-        "proxy.service",
-        "[Service]\nExecStart=systemd-socket-activate --accept "
-        f"-l 127.0.0.1:9000 {m.program} 127.0.0.1:8000\n",
-    )
-    m.start("proxy.service")
-    m.wait_for("it listens", lambda: m.listens(9000))
-    for _ in range(3):
-        same("answer", m.sh(CURL), "hello\n")
+    serve_under_socket_activate(m, "--accept")
 
 
 @scenario(original="does not take a connected socket")

@@ -1,7 +1,7 @@
 """The PROXY protocol, read by real servers."""
 
-from harness import scenario
-from machine import Machine, same
+from e2e.harness import scenario
+from e2e.machine import Machine, same
 
 # Each server answers with the client's address and port as the PROXY header gives them, and each
 # has what it takes for the client when the header names none (UNKNOWN, LOCAL).

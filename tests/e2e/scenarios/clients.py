@@ -2,10 +2,9 @@
 
 import json
 
-from harness import scenario
-from machine import TOOLS, Machine, check, same
-
-from scenarios.transfers import sha256
+from e2e.harness import scenario
+from e2e.machine import TOOLS, Machine, check, same
+from e2e.scenarios.transfers import sha256
 
 # --- HTTP/2 ---------------------------------------------------------------------------------------
 

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from harness import scenario
-from machine import Machine, check, same
+from e2e.harness import scenario
+from e2e.machine import Machine, check, same
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 CURL = "curl -sS --max-time 20"
@@ -32,24 +32,25 @@ def wait_until_ready(m: Machine, unit: str) -> None:
     m.wait_for(f"{unit} is active", lambda: m.is_active(unit), 5)
 
 
-@scenario(original="252 never says that it is ready", until=252)
-def example_nginx(m: Machine) -> None:
-    """examples/nginx"""
-    install_nginx(m, "nginx", "RuntimeDirectory=nginx")
-    install(m, "nginx")
+def serve_page(m: Machine, example: str, service: str) -> None:
+    """Install an example with nginx behind it, and get a page through it."""
+    install_nginx(m, example, service)
+    install(m, example)
     m.start("proxy-to-nginx.socket")
     same("page", m.sh(f"{CURL} http://localhost/page"), "the page\n")
     wait_until_ready(m, "proxy-to-nginx.service")
+
+
+@scenario(original="252 never says that it is ready", until=252)
+def example_nginx(m: Machine) -> None:
+    """examples/nginx"""
+    serve_page(m, "nginx", "RuntimeDirectory=nginx")
 
 
 @scenario(original="252 never says that it is ready", until=252)
 def example_nginx_namespace(m: Machine) -> None:
     """examples/nginx-namespace: nobody but the proxy reaches nginx"""
-    install_nginx(m, "nginx-namespace", "PrivateTmp=yes\nPrivateNetwork=yes")
-    install(m, "nginx-namespace")
-    m.start("proxy-to-nginx.socket")
-    same("page", m.sh(f"{CURL} http://localhost/page"), "the page\n")
-    wait_until_ready(m, "proxy-to-nginx.service")
+    serve_page(m, "nginx-namespace", "PrivateTmp=yes\nPrivateNetwork=yes")
     same("curl's status", m.run(f"{CURL} http://127.0.0.1:8080/page").returncode, 7)
 
 

@@ -3,10 +3,10 @@
 import re
 from pathlib import Path
 
-import healing
-from harness import scenario
-from healing import BACKEND, GATE, PROGRAM, Subject, heals
-from machine import Machine
+from e2e import healing
+from e2e.harness import scenario
+from e2e.healing import BACKEND, GATE, PROGRAM, Subject, heals
+from e2e.machine import Machine
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 

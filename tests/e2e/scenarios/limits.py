@@ -1,7 +1,7 @@
 """Little memory, few tasks and fds, and a crowd."""
 
-from harness import scenario
-from machine import MEGABYTE, Machine, check, same
+from e2e.harness import scenario
+from e2e.machine import MEGABYTE, Machine, check, same
 
 AHEAD = "Nice=-15"
 SMALL_LIMITS = "LimitNOFILE=32\nTasksMax=3\nMemoryMax=32M\n"

@@ -1,7 +1,7 @@
 """The two examples of the original's man page, with the distro's nginx.service."""
 
-from harness import scenario
-from machine import Machine, check, same
+from e2e.harness import scenario
+from e2e.machine import Machine, check, same
 
 NGINX_CONF = """
 user www-data;

@@ -3,8 +3,8 @@
 import concurrent.futures
 import time
 
-from harness import scenario
-from machine import Machine, check, same
+from e2e.harness import scenario
+from e2e.machine import Machine, check, same
 
 PAIRS = 4
 ROUNDS = 3  # of each pair, all pairs at the same time: twelve rounds

@@ -3,12 +3,11 @@
 import re
 from pathlib import Path
 
-from harness import scenario
-from machine import MEGABYTE, Machine, check, same
-from paths import CURL, PATHS, Proxy, drive, set_up
-
-from scenarios.limits import parallel_downloads
-from scenarios.targets import SAYS
+from e2e.harness import scenario
+from e2e.machine import MEGABYTE, Machine, check, same
+from e2e.paths import CURL, PATHS, Proxy, drive, set_up
+from e2e.scenarios.limits import parallel_downloads
+from e2e.scenarios.targets import SAYS
 
 HARDENING = (Path(__file__).parents[3] / "examples/drop-ins/hardening.conf").read_text()
 

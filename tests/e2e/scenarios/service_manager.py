@@ -5,10 +5,9 @@ import signal
 import subprocess
 from contextlib import contextmanager, suppress
 
-from harness import scenario
-from machine import UNIT_FOLDER, Machine, check, same
-
-from scenarios.transfers import MAKE_FILE, start_dav
+from e2e.harness import scenario
+from e2e.machine import UNIT_FOLDER, Machine, check, same
+from e2e.scenarios.transfers import MAKE_FILE, start_dav
 
 NOTIFY = "Type=notify\nTimeoutStartSec=5\n"
 

@@ -1,7 +1,7 @@
 """Several targets of one process, and equal addresses in different namespaces."""
 
-from harness import scenario
-from machine import Machine, check, same
+from e2e.harness import scenario
+from e2e.machine import Machine, check, same
 
 SAYS = 'server {{ listen {listen}; location / {{ return 200 "{word}\\n"; }} }}'
 CURL = "curl -sS --max-time 10"

@@ -1,7 +1,7 @@
 """Real clients and large payloads through a socket unit."""
 
-from harness import scenario
-from machine import TOOLS, Machine, check, same
+from e2e.harness import scenario
+from e2e.machine import TOOLS, Machine, check, same
 
 GIGABYTE = 1 << 30
 GIGABYTE_FILE = "/srv/e2e-gigabyte"  # made once a run, with its checksum beside it

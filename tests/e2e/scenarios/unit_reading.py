@@ -2,8 +2,8 @@
 
 import json
 
-from harness import scenario
-from machine import Machine, same
+from e2e.harness import scenario
+from e2e.machine import Machine, same
 
 READ = """
 import json, sys

@@ -8,12 +8,11 @@ Without, a client has to be served, and nothing may be found.
 import time
 from collections.abc import Callable
 
-import healing
-from harness import SCENARIOS, scenario
-from healing import BACK, BACKEND, CONTROL, PROXY, UNITS, Subject
-from machine import Failure, Machine, check
-
-from scenarios.user_manager import USER, UserManager
+from e2e import healing
+from e2e.harness import SCENARIOS, scenario
+from e2e.healing import BACK, BACKEND, CONTROL, PROXY, UNITS, Subject
+from e2e.machine import Failure, Machine, check
+from e2e.scenarios.user_manager import USER, UserManager
 
 Units = dict[str, str]
 

@@ -1,9 +1,8 @@
 """Units of a user's own service manager (systemctl --user)."""
 
-from harness import scenario
-from machine import Machine, same
-
-from scenarios.transfers import MAKE_FILE, sha256
+from e2e.harness import scenario
+from e2e.machine import Machine, same
+from e2e.scenarios.transfers import MAKE_FILE, sha256
 
 USER = "e2e-user"
 CURL = "curl -sS --max-time 20"

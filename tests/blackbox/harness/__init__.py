@@ -1,1 +1,0 @@
-"""What the black-box tests are made of: the program under test, its neighbours, and traffic."""

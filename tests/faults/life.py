@@ -1,0 +1,411 @@
+"""One life of the program inside this process, with one failure in it.
+
+The program runs as it is, cli.main() and all, on the main thread. Only Loop.run(), where it waits
+for events, is wrapped: there the world around it (clients, backend) has its turn. So nothing
+depends on scheduling, and call number n is the same call every time.
+
+The world's patience costs no time: when nothing moves any more, the extension's clock is put
+forward, until what had to time out has.
+"""
+
+import errno
+import functools
+import gc
+import os
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+from typing import NamedTuple
+
+from faults.control import NO_STRIKE
+from faults.world import CUT, World
+from kit.rig import open_fds
+
+from proxyd import cli, loop
+
+PASSED_ON = 3
+"""The fd at which the service manager puts a socket."""
+
+FOR_LIFE = ("anon_inode:[eventfd]",)
+"""What the program opens once and leaves to the end of its process."""
+
+LATE = ("stats", "timespan", "proxy_protocol", "resolver", "lookup", "ports")
+"""Modules that the program imports when it needs them: each life does it again."""
+
+STILL_TURNS = 25
+"""Turns in which nothing moves until the clock is put forward."""
+
+THREADS_TURNS = 8
+"""So many times more where other threads work too, which may have to wait for a processor."""
+
+STEPS_MS = (50, 250, 1000, 1000, 6000, 6000, 12000, 30000)
+"""By so much, one after the other."""
+
+PATIENCE_S = 0.5
+"""Nothing has moved for so long, and the clock is as far as it goes: it hangs."""
+
+NAP_MS = 2
+"""A further relay thread looks at the clock again after so long."""
+
+LONGEST_S = 15.0
+"""No life takes longer, whatever moves."""
+
+LINES_MOST = 12
+"""More lines on stderr are a flood."""
+
+
+def is_unix_listener(fd):
+    """Whether the program leaves it open until its process ends: see close_listener()."""
+    sock = socket.socket(fileno=fd)
+    try:
+        listens = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+        return bool(listens) and sock.family == socket.AF_UNIX
+    finally:
+        sock.detach()
+
+
+class Outcome(NamedTuple):
+    """What came of one life."""
+
+    kind: str
+    """How the failure showed."""
+    faults: list
+    """What must not be, in words."""
+    hits: int
+    """Calls that failed."""
+    log: str
+    calls: dict
+    """{(whose, kind of call): how many}"""
+
+
+SERVED_ON, ONE_WAS_HIT, REFUSED_TO_START = "served on", "one was hit", "refused to start"
+
+
+class Door:
+    """A listener of the program's own, as far as a client is concerned."""
+
+    family = socket.AF_UNIX
+
+    def __init__(self, path):
+        self._path = path
+
+    def getsockname(self):
+        return self._path
+
+    def close(self):
+        """It is the program's."""
+
+
+class Hang(BaseException):
+    """Nothing moves any more. No Exception, for the program catches those."""
+
+
+class WalkError(BaseException):
+    """The walk itself has a fault."""
+
+
+class Life:
+    """Runs one scenario once. `control` is the interposer's, this process being under it."""
+
+    def __init__(self, scenario, control, log):
+        self.scenario = scenario
+        self.control = control
+        self.log_file = log
+        self.directory = tempfile.mkdtemp(prefix="faults-")
+        self.faults = []
+        self.still = self.steps = 0
+        self.start = self.moved = time.monotonic()
+        self.ready = False
+        self.fresh = None
+        self.wanted = lambda: "; ".join(f"{c}: {self.world.state(c)}" for c in self.world.conns)
+        """What the life waits for, in words."""
+        self.keeps = None
+        self.calls = None
+        self.judged = self.judged_in_life = False
+        self.troubled = []
+        self.satisfied = False
+        """The script is done, a fresh client was served and everything given back."""
+
+    def run(self, strike=NO_STRIKE):
+        """Live it; the Outcome."""
+        self.strike = strike
+        self.control.pause(1)
+        self.before = open_fds()
+        self.log_file.seek(0)
+        self.log_file.truncate()
+        self.world = self._make_world()
+        try:
+            status = self._live(strike)
+            log = self._log()
+            self._afterwards(status, log)
+        finally:
+            self.control.begun = 0
+            self.world.close()
+            shutil.rmtree(self.directory, ignore_errors=True)
+        left = self._left()
+        if left and self.judged_in_life:
+            self.faults.append(f"open at the end: {', '.join(left)}")
+        hits = self.control.struct.hits
+        return Outcome(
+            self._kind(status), self.faults, hits, log, self.calls or self.control.calls()
+        )
+
+    # ── before ───────────────────────────────────────────────────────────────────────────────
+
+    def _make_world(self):
+        one = self.scenario
+        world = World(
+            self.directory, one.client or "tcp4", one.target or "tcp4", listens=one.listens
+        )
+        world.log_size = lambda: os.fstat(2).st_size
+        self.script = one.script(world)
+        return world
+
+    def _arguments(self):
+        target = self.world.target
+        if self.scenario.by_name:
+            target = f"localhost:{self.world.backend.getsockname()[1]}"
+        return ["systemd-socket-proxyd", *self.scenario.options, target]
+
+    def _pass_on(self):
+        """Give the program what the service manager would: fd 3, and the environment."""
+        for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "SYSTEMD_LOG_LEVEL"):
+            os.environ.pop(name, None)
+        os.environ.update(self.scenario.environment)
+        os.environ["NOTIFY_SOCKET"] = "@" + self.notify.getsockname()[1:].decode()
+        if self.scenario.opens:
+            return
+        os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="1")
+        if self.scenario.accepted:
+            connection, _ = self.world.door.accept()
+            self.world.sockets.append(connection)
+            self.keeps = connection  # the service manager keeps it, to the end of the service
+            os.dup2(connection.fileno(), PASSED_ON)
+        else:
+            os.dup2(self.world.door.fileno(), PASSED_ON)
+
+    # ── the life ─────────────────────────────────────────────────────────────────────────────
+
+    def _live(self, strike):
+        """Run the program; its exit status."""
+        for name in LATE:
+            sys.modules.pop(f"proxyd.{name}", None)
+            if hasattr(sys.modules["proxyd"], name):
+                delattr(sys.modules["proxyd"], name)
+        while signal.sigtimedwait((signal.SIGTERM, signal.SIGUSR1), 0):
+            pass
+        self.notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+        self.notify.bind("")
+        self.world.sockets.append(self.notify)
+        arguments = self._arguments()
+        if self.scenario.opens:
+            path = os.path.join(self.directory, "door")
+            arguments.insert(1, f"--listen={path}")
+            self.world.door = Door(path)
+        self.play = self._play()
+        if self.scenario.early:
+            next(self.script)
+        self._pass_on()
+        real_run, real_relay = loop.Loop.run, loop.Relay
+        loop.Loop.run = self._wrapped(real_run)
+        if self.scenario.copies:
+            loop.Relay = functools.partial(real_relay, may_splice=False)
+        self.live_before = self.control.struct.live
+        status = None
+        self.control.reset(strike, begun=True)
+        self.control.struct.nap_ms = NAP_MS
+        self.control.struct.pid = os.getpid() + 1  # clients are not of this process, it believes
+        self.control.pause(0)
+        try:
+            status = cli.main(arguments)
+        except Hang as why:
+            self.faults.append(f"hangs: {why}")
+        except WalkError:
+            raise
+        except BaseException as error:
+            self.faults.append(f"{type(error).__name__} out of main(): {error}")
+        finally:
+            loop.Loop.run, loop.Relay = real_run, real_relay
+            gc.collect()
+            self.control.pause(1)
+            self.control.struct.begun = 0
+        return status
+
+    def _wrapped(self, real_run):
+        def run(program, timeout_ms):
+            self.control.pause(1)
+            try:
+                moved = self._turn()
+            except Exception as error:  # the walk's own: the program is not to take it for its
+                raise WalkError from error
+            finally:
+                self.control.pause(0)
+            return real_run(program, 0 if moved or timeout_ms == 0 else 1)
+
+        return run
+
+    def _turn(self):
+        """The world's turn; whether anything has moved."""
+        if self.world.log_size() > 100_000:
+            raise Hang("a flood of lines")
+        moved = self.world.step()
+        next(self.play)
+        now = time.monotonic()
+        if now - self.start > LONGEST_S:
+            raise Hang(f"no end after {LONGEST_S:g} s")
+        if moved:
+            self.still, self.steps, self.moved = 0, 0, now
+            return True
+        self.still += 1
+        if self.still >= STILL_TURNS * (THREADS_TURNS if self.scenario.has_threads else 1):
+            self.still = 0
+            self._put_forward(now)
+        return False
+
+    def _put_forward(self, now):
+        if self.steps < len(STEPS_MS):
+            self.control.struct.clock_ms += STEPS_MS[self.steps]
+            self.steps += 1
+        elif now - self.moved > PATIENCE_S:
+            raise Hang(self.wanted())
+
+    def _play(self):
+        """All that happens in this life, a yield for every turn of the program."""
+        world = self.world
+        first = open_fds()
+        live = self.control.struct.live
+        self.ready = True
+        yield from self.script
+        if not self.scenario.ends:
+            yield from world.until_all_over()
+            self.calls = self.control.calls()
+            self.control.lift()
+            self._let_answers_age()
+            self.fresh = world.connect(300, 300)
+            yield from world.until(lambda: self.fresh.over)
+            self._judge()
+            self.judged_in_life = True
+            world.leave()
+            self.wanted = lambda: (
+                f"open still: {open_fds() - first}, "
+                f"blocks more than at first: {self.control.struct.live - live}"
+            )
+            yield from world.until(
+                lambda: not open_fds() - first and self.control.struct.live == live
+            )
+            os.kill(os.getpid(), signal.SIGTERM)
+        self.satisfied = True
+        while True:
+            yield
+
+    # ── afterwards ───────────────────────────────────────────────────────────────────────────
+
+    def _let_answers_age(self):
+        """A look-up that failed serves as an answer for a second, for everybody who asks."""
+        if self._look_up_failed():
+            self.control.struct.clock_ms += 1100
+
+    def _look_up_failed(self):
+        return (
+            self.control.struct.hits
+            and self.scenario.by_name
+            and self.strike.point == "getaddrinfo"
+        )
+
+    def _judge(self):
+        self.judged = True
+        self.world.left_on_unix = (
+            self.control.struct.error == errno.EPIPE and self.control.hit_family() == socket.AF_UNIX
+        )
+        self.troubled = self.world.judge()
+        self.faults += self.world.faults
+        if self.fresh in self.troubled:
+            self.faults.append(f"a fresh client is not served: {self.world.state(self.fresh)}")
+
+    def _afterwards(self, status, log):
+        """Look at everything once the program has ended."""
+        if not self.judged:
+            self._end_of_process(status)
+            self._judge()
+        self._judge_hits()
+        self._judge_end(status, log)
+        if self.control.struct.live != self.live_before:
+            self.faults.append(
+                f"{self.control.struct.live - self.live_before} blocks are not freed"
+            )
+
+    def _end_of_process(self, status):
+        """What the end of the process does: everything that the program has open is closed."""
+        os.dup2(1, PASSED_ON)
+        left = self._left()
+        if left and status == 0:
+            self.faults.append(f"open at the end: {', '.join(left)}")
+        if self.keeps is not None:
+            self.keeps.close()
+        for each in [*self.world.conns, *self.world.fars]:
+            each.reads = True
+        self._step_world()
+        for conn in self.world.conns:
+            if conn.far is None and not conn.over and (self.scenario.ends or not self.ready):
+                conn.expect = CUT  # waits in the backlog, which is the service manager's
+        self.world.door.close()
+        self._step_world()
+
+    def _step_world(self):
+        """Until all have seen an end, or nothing comes any more."""
+        for _ in range(50):
+            self.world.step()
+            if all(conn.over for conn in self.world.conns):
+                return
+            time.sleep(0.001)
+
+    def _judge_hits(self):
+        """As many connections may be in trouble as calls failed, and none but those."""
+        hits = self.control.struct.hits
+        troubled = [conn for conn in self.troubled if conn is not self.fresh]
+        if not self.ready or self._look_up_failed():
+            return
+        if len(troubled) > hits:
+            told = "; ".join(f"{conn}: {self.world.state(conn)}" for conn in troubled)
+            self.faults.append(f"{hits} calls failed, but in trouble are: {told}")
+        ports = self.control.hit_ports()
+        hit = [conn for conn in self.world.conns if conn.has(ports)]
+        if hits == 1 and hit and set(troubled) - set(hit):
+            self.faults.append(f"{troubled[0]} is in trouble, but {hit[0]} was hit")
+
+    def _judge_end(self, status, log):
+        lines = log.splitlines()
+        for sign in ("Traceback", "Internal error", "Exception ignored"):
+            if sign in log:
+                self.faults.append(f"{sign} on stderr")
+        if len(lines) > LINES_MOST * (4 if self.scenario.environment else 1):
+            self.faults.append(f"{len(lines)} lines on stderr")
+        if status == 1 and not self.ready:
+            if not 1 <= len(lines) <= 2:
+                self.faults.append(f"exit 1 with {len(lines)} lines on stderr")
+        elif status != 0 and status is not None:
+            self.faults.append(f"exit {status} while it served")
+        elif not self.satisfied and not self.scenario.ends and not self.faults:
+            self.faults.append(f"exit {status}, and nobody had asked for that")
+
+    def _kind(self, status):
+        if status == 1 and not self.ready:
+            return REFUSED_TO_START
+        return ONE_WAS_HIT if self.troubled else SERVED_ON
+
+    def _left(self):
+        """Close what the program has left open; of this, what should not have been."""
+        left = []
+        for fd in open_fds() - self.before - self.world.fds() - {str(PASSED_ON)}:
+            what = os.readlink(f"/proc/self/fd/{fd}")
+            kept = what.startswith("socket:") and is_unix_listener(int(fd))
+            os.close(int(fd))
+            if what not in FOR_LIFE and not kept:
+                left.append(f"{fd} ({what})")
+        return left
+
+    def _log(self):
+        return os.pread(2, 1 << 16, 0).decode(errors="replace")

@@ -1,0 +1,292 @@
+"""The lives of the program through which the walk goes.
+
+A scenario is a generator: what it does, and a `yield` wherever the program is to have a turn.
+"""
+
+import os
+import signal
+import socket
+
+from faults.world import CUT, REFUSED, half_close, reset_client, reset_far
+
+BULK = 1536 * 1024
+"""Bytes: more than the sockets and a pipe hold."""
+
+SO_RCVBUFFORCE = 33
+"""As SO_RCVBUF, beyond net.core.rmem_max; socket(7)."""
+
+SCENARIOS = {}
+
+
+class Scenario:
+    """One life: how the program is started, and what happens to it."""
+
+    def __init__(self, script, *, client="tcp4", target="tcp4", options=(), **more):
+        self.name = script.__name__.replace("_", "-") + more.pop("suffix", "")
+        self.title = (script.__doc__ or "").strip().split("\n")[0]
+        self.script = script
+        self.client = client
+        self.target = target
+        self.options = list(options)
+        self.copies = more.pop("copies", False)
+        """The relay may not splice."""
+        self.listens = more.pop("listens", True)
+        """The backend listens from the start."""
+        self.early = more.pop("early", False)
+        """The script begins before the program does."""
+        self.ends = more.pop("ends", False)
+        """The program ends by itself, or is ended by the script."""
+        self.accepted = more.pop("accepted", False)
+        """The program is given a connection instead of a listener (Accept=yes)."""
+        self.by_name = more.pop("by_name", False)
+        """The target is a name."""
+        self.has_threads = self.by_name or any("--threads" in option for option in options)
+        """Not all that the program does happens in its turns."""
+        self.opens = more.pop("opens", False)
+        """The program opens its listener itself (--listen=)."""
+        self.environment = more.pop("environment", {})
+        self.quick = more.pop("quick", True)
+        """Part of the quick walk."""
+        assert not more, more
+
+
+def scenario(**options):
+    """Enter a script as a scenario, or as several where `pairs` names families; the first
+    `quick_pairs` of them are part of the quick walk."""
+    pairs = options.pop("pairs", None)
+    quick = options.pop("quick", True)
+    quick_pairs = options.pop("quick_pairs", 1)
+
+    def enter(script):
+        for number, (client, target) in enumerate(pairs or [(None, None)]):
+            families = {"client": client, "target": target} if client else {}
+            suffix = f"-{client}-{target}" if client else ""
+            quickly = quick and number < quick_pairs
+            one = Scenario(script, suffix=suffix, quick=quickly, **families, **options)
+            SCENARIOS[one.name] = one
+        return script
+
+    return enter
+
+
+ALL_KINDS = [("tcp4", "tcp4"), ("tcp4", "unix"), ("unix", "tcp4"), ("unix", "unix")]
+
+
+@scenario(pairs=[("tcp4", "tcp4"), ("unix", "unix"), ("tcp6", "unix")], quick_pairs=2, early=True)
+def short(world):
+    """A short exchange, the client being there before the program."""
+    yield from world.exchange()
+
+
+@scenario(pairs=[("tcp4", "tcp4"), ("unix", "tcp4")])
+def reply(world):
+    """The client half-closes, and only then is answered."""
+    yield from world.exchange(up=100_000, down=100_000, answers_at_end=True)
+
+
+@scenario(pairs=ALL_KINDS, quick_pairs=4)
+def bulk(world):
+    """Streams both ways; the client reads nothing until all is stuck."""
+    conn = world.connect(BULK, BULK)
+    conn.reads = False
+    yield from world.until_still()
+    conn.reads = True
+
+
+@scenario(pairs=[("tcp4", "tcp4"), ("unix", "unix")], copies=True)
+def copied(world):
+    """As bulk, without splice."""
+    yield from bulk(world)
+
+
+def until_stuck(world, conn):
+    """Until the backend knows the client, reads nothing more, and all is full."""
+    world.backend_reads = False
+    yield from world.until(lambda: conn.far is not None or conn.hearing.end or conn.sending.error)
+    yield from world.until_still()
+
+
+@scenario(pairs=[("tcp4", "tcp4"), ("tcp4", "unix")])
+def stuck_target(world):
+    """As bulk, with a backend that reads nothing until all is stuck."""
+    conn = world.connect(BULK, 1000)
+    yield from until_stuck(world, conn)
+    if conn.far is not None:
+        conn.far.reads = True
+
+
+@scenario(client="tcp4", target="tcp4", quick=False)
+def full_pipe(world):
+    """As stuck_target, with more in the pipe than one read takes out."""
+    world.door.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 2 * BULK)
+    yield from stuck_target(world)
+
+
+@scenario(pairs=[("tcp4", "tcp4"), ("tcp4", "unix"), ("unix", "tcp4")])
+def client_reset(world):
+    """The client crashes in the middle of a stream, while the backend reads nothing."""
+    conn = world.connect(BULK, 1000, expect=CUT)
+    yield from until_stuck(world, conn)
+    reset_client(conn)
+    yield from world.turns(3)
+    if conn.far is not None:
+        conn.far.reads = True
+
+
+@scenario(pairs=[("tcp4", "tcp4"), ("tcp4", "unix")])
+def target_reset(world):
+    """The backend crashes in the middle of two streams, with the client's bytes unread."""
+    conn = world.connect(BULK, BULK, expect=CUT)
+    conn.reads = False
+    yield from until_stuck(world, conn)
+    if conn.far is not None:
+        reset_far(conn)
+    yield from world.turns(3)
+    conn.reads = True
+
+
+@scenario()
+def several(world):
+    """Connections one beside the other, short ones and streams."""
+    for size in (300, 200_000, 300, 50_000):
+        world.connect(size, size)
+    yield from world.turns(3)
+    world.connect(300, 300)
+    yield from world.until_all_over()
+
+
+@scenario(options=["--proxy-protocol=v1"])
+def proxy_v1(world):
+    """With a PROXY header, as text."""
+    world.proxy_protocol = "v1"
+    yield from world.exchange()
+
+
+@scenario(options=["--proxy-protocol=v2"], quick=False)
+def proxy_v2(world):
+    """With a PROXY header, as bytes."""
+    world.proxy_protocol = "v2"
+    yield from world.exchange()
+
+
+@scenario(pairs=[("tcp4", "tcp4"), ("unix", "unix")], listens=False, early=True)
+def hold(world):
+    """Two clients come before the backend listens, and are held."""
+    world.connect(300, 500)
+    world.connect(300, 500)
+    yield from world.turns(40)
+    world.backend.listen(64)
+    yield from world.until_all_over()
+
+
+@scenario(listens=False, options=["--connect-timeout=1s"], quick=False)
+def given_up(world):
+    """The backend never listens: the client is given up."""
+    yield from world.exchange(expect=REFUSED)
+    world.backend.listen(64)
+
+
+@scenario(by_name=True)
+def name(world):
+    """The target is a name."""
+    yield from world.exchange()
+    yield from world.exchange()
+
+
+@scenario(options=["-c2"])
+def limit(world):
+    """More clients than may be connected."""
+    stay = [world.connect(300, 300, then=None) for _ in range(2)]
+    yield from world.until(lambda: all(c.far is not None or c.hearing.end for c in stay))
+    world.connect(300, 300, expect=CUT)
+    yield from world.turns(60)
+    for conn in stay:
+        conn.sending.then = half_close
+
+
+@scenario(options=["--drain-timeout=60s"], ends=True)
+def drain(world):
+    """SIGTERM in the middle of a stream, which may finish."""
+    conn = world.connect(BULK, BULK)
+    conn.reads = False
+    yield from world.until_still()
+    os.kill(os.getpid(), signal.SIGTERM)
+    yield from world.turns(5)
+    conn.reads = True
+
+
+@scenario(ends=True)
+def stop(world):
+    """SIGTERM in the middle of a stream, which is cut."""
+    conn = world.connect(BULK, BULK, expect=CUT)
+    conn.reads = False
+    yield from world.until_still()
+    os.kill(os.getpid(), signal.SIGTERM)
+    yield from world.turns(3)
+    conn.reads = True
+
+
+@scenario(options=["--idle-timeout=1s"])
+def idle(world):
+    """A connection over which nothing moves any more, and one that is stuck."""
+    world.connect(300, 300, then=None)
+    conn = world.connect(300, BULK, expect=CUT)
+    conn.reads = False
+    yield from world.until(lambda: world.conns[0].hearing.end)
+    yield from world.until_still()
+    conn.reads = True
+
+
+@scenario(pairs=[("tcp4", "tcp4"), ("unix", "unix")], accepted=True, early=True, ends=True)
+def passed_in(world):
+    """A connection that was accepted by the service manager (Accept=yes)."""
+    world.connect(300, 500)
+    yield from world.until_all_over()
+
+
+@scenario(options=["--exit-idle-time=0"], early=True, ends=True)
+def exit_idle(world):
+    """The program ends as soon as nobody is there."""
+    yield from world.exchange()
+
+
+@scenario(environment={"SYSTEMD_LOG_LEVEL": "debug"})
+def logged(world):
+    """Every connection is logged, and the counters with SIGUSR1."""
+    yield from world.exchange()
+    os.kill(os.getpid(), signal.SIGUSR1)
+    yield from world.exchange()
+
+
+@scenario(client="unix", opens=True)
+def opened(world):
+    """The program opens its listener itself, a socket file."""
+    yield from world.exchange()
+
+
+@scenario(options=["--threads=3", "--hand-over=always"])
+def threads(world):
+    """As several, in three relay threads."""
+    yield from several(world)
+
+
+@scenario(options=["--threads=2", "--hand-over=always"], listens=False, early=True, quick=False)
+def threads_hold(world):
+    """Clients that are held, with two relay threads."""
+    yield from hold(world)
+
+
+@scenario(
+    options=["--threads=2", "--hand-over=always", "--buffer-size=128K", "--drain-timeout=60s"],
+    ends=True,
+)
+def threads_drain(world):
+    """SIGTERM in the middle of two streams in two threads, which may finish."""
+    conns = [world.connect(BULK, BULK) for _ in range(2)]
+    for conn in conns:
+        conn.reads = False
+    yield from world.until_still()
+    os.kill(os.getpid(), signal.SIGTERM)
+    yield from world.turns(5)
+    for conn in conns:
+        conn.reads = True

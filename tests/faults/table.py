@@ -1,0 +1,193 @@
+"""Which failure of which call is tried: those that the manual page of the call has, or the kernel.
+
+A call of the extension that is not here is named in LEFT_OUT, with the reason.
+"""
+
+import errno
+import socket
+
+from faults.control import FAIL, FOR_EVER, SHORTEN, ZERO
+
+
+def _row(text):
+    """{failure: how many calls in a row}: once, with +3 three times too, with +all for good too."""
+    row = {}
+    for word in text.split():
+        name, _, more = word.partition("+")
+        row[name] = (1,) + {"": (), "3": (3,), "all": (FOR_EVER,)}[more]
+    return row
+
+
+def strike_of(failure):
+    """(action, number) of a failure by its name: an errno, an EAI_, `short`, or `0` for 0 bytes."""
+    if failure == "short":
+        return SHORTEN, 0
+    if failure == "0":
+        return ZERO, 0
+    if failure.startswith("EAI_"):
+        return FAIL, getattr(socket, failure)
+    return FAIL, getattr(errno, failure)
+
+
+RELAY = {
+    "accept4": "EINTR+3 ECONNABORTED+3 EMFILE+3 ENFILE ENOBUFS ENOMEM EPERM",
+    "calloc": "ENOMEM+3",
+    "close": "EINTR EIO",
+    "connect": "ECONNREFUSED+3 EAGAIN+3 EADDRNOTAVAIL ENETUNREACH EHOSTUNREACH ETIMEDOUT "
+    "ENOBUFS ENOMEM EACCES EINTR",
+    "epoll_create1": "EMFILE ENFILE ENOMEM",
+    "epoll_ctl_add": "ENOMEM+3 ENOSPC+3",
+    "epoll_ctl_mod": "ENOMEM+all",
+    "epoll_wait": "EINTR+3 short+all",
+    "eventfd": "EMFILE ENFILE ENOMEM",
+    "fcntl": "EPERM",
+    "fcntl_setpipe": "EPERM+all EBUSY ENOMEM+all short+all",
+    "getpeername": "ENOTCONN ENOBUFS",
+    "getrlimit": "EPERM",
+    "getsockname": "ENOBUFS",
+    "getsockopt": "ENOBUFS",
+    "getsockopt_error": "ENOBUFS",
+    "ioctl": "EINVAL+all",
+    "malloc": "ENOMEM+3",
+    "pipe2": "EMFILE+all ENFILE+all ENOMEM",
+    "pthread_create": "EAGAIN+all EPERM",
+    "read": "EINTR EAGAIN EIO short",
+    "realloc": "ENOMEM",
+    "recv": "EINTR+3 EAGAIN+3 ENOMEM ECONNRESET ETIMEDOUT short+3",
+    "recvmsg": "EINTR+3 EAGAIN+3 ENOMEM ECONNRESET short+3",
+    "send": "EINTR+3 EAGAIN+3 ENOBUFS ENOMEM EPIPE ECONNRESET short+3",
+    "setrlimit": "EPERM",
+    "setsockopt": "ENOBUFS EPERM+all",
+    "shutdown": "ENOTCONN ENOBUFS",
+    "socket": "EMFILE+3 ENFILE ENOBUFS ENOMEM+3 EACCES",
+    "splice_in": "EINTR+3 EAGAIN+3 ENOMEM EINVAL+all ENOSYS+all EPERM ECONNRESET short+3 0",
+    "splice_out": "EINTR+3 EAGAIN+3 ENOMEM EINVAL+all ENOSYS EPERM EPIPE ECONNRESET short+3",
+    "write": "EINTR EAGAIN",
+}
+
+PYTHON = {
+    "bind": "EADDRINUSE EACCES",
+    "close": "EINTR EIO",
+    "eventfd": "EMFILE ENFILE ENOMEM",
+    "eventfd_read": "EAGAIN EINTR",
+    "fcntl": "EPERM",
+    "fstat": "ENOMEM EIO",
+    "getaddrinfo": "EAI_AGAIN+3 EAI_NONAME+3 EAI_MEMORY EAI_SYSTEM EAI_FAIL",
+    "getpeername": "ENOBUFS ENOTCONN",
+    "getsockname": "ENOBUFS",
+    "getsockopt": "ENOBUFS ENOPROTOOPT",
+    "getsockopt_error": "ENOBUFS",
+    "ioctl": "EIO",
+    "listen": "EADDRINUSE",
+    "lseek": "ESPIPE",
+    "lstat": "EACCES ENOMEM",
+    "open": "EMFILE+3 ENFILE ENOMEM EACCES EINTR",
+    "opendir": "EMFILE ENOMEM EACCES",
+    "pidfd_open": "EMFILE ENOSYS EPERM",
+    "poll": "EINTR ENOMEM+3",
+    "pthread_create": "EAGAIN+all EPERM",
+    "read": "EINTR EAGAIN",
+    "read_file": "EINTR EIO short",
+    "readlink": "EACCES ENOMEM",
+    "sendto": "EAGAIN EINTR ECONNREFUSED ENOBUFS ENOMEM ENOENT",
+    "setsockopt": "ENOBUFS EPERM",
+    "socket": "EMFILE+3 ENFILE ENOMEM EACCES EAFNOSUPPORT",
+    "stat": "EACCES ENOMEM",
+    "unlink": "EACCES ENOENT",
+    "write": "EINTR EAGAIN EPIPE EIO ENOSPC",
+}
+
+FAILURES = {
+    "relay": {point: _row(text) for point, text in RELAY.items()},
+    "python": {point: _row(text) for point, text in PYTHON.items()},
+}
+"""{whose call: {point: {failure: how many in a row}}}"""
+
+AT_START = ("python", "close")
+"""Of files alone, which are read at start: the close of a socket cannot fail."""
+
+LEFT_OUT = {
+    "clock_gettime": "cannot fail with a clock that exists (and is no system call: vDSO)",
+    "getpid": "cannot fail",
+    "epoll_ctl_del": "needs no memory: fails only for an fd that is not there",
+    "free": "cannot fail",
+    "pthread_timedjoin_np": "a timeout is what it is called for",
+    "setitimer": "fails only for a bad argument",
+    "sigaction": "fails only for a bad argument",
+    "pthread_sigmask": "fails only for a bad argument",
+    "eventfd_read": "of a bell that is rung; a counter that is not 0 is always there to be read",
+    "eventfd_write": "the counter is far from full",
+    "pthread_join": "fails only for a bad argument",
+    "pthread_mutex_lock": "of a plain mutex that exists cannot fail",
+    "sigaddset": "fails only for a bad argument, and is no system call",
+    "sigemptyset": "cannot fail, and is no system call",
+    "recvfrom": "is not called by the program",
+}
+"""Calls that are not made to fail, and why."""
+
+SYSTEM_CALLS = {
+    "accept4": "accept4",
+    "bind": "bind",
+    "clone": "pthread_create",
+    "clone3": "pthread_create",
+    "close": "close",
+    "connect": "connect",
+    "epoll_create1": "epoll_create1",
+    "epoll_ctl": "epoll_ctl_add epoll_ctl_mod",
+    "epoll_wait": "epoll_wait",
+    "eventfd2": "eventfd",
+    "fcntl": "fcntl fcntl_setpipe",
+    "fstat": "fstat",
+    "getpeername": "getpeername",
+    "getsockname": "getsockname",
+    "getsockopt": "getsockopt getsockopt_error",
+    "ioctl": "ioctl",
+    "listen": "listen",
+    "lseek": "lseek",
+    "lstat": "lstat",
+    "newfstatat": "stat lstat fstat",
+    "openat": "open opendir",
+    "pidfd_open": "pidfd_open",
+    "pipe2": "pipe2",
+    "poll": "poll",
+    "prlimit64": "getrlimit setrlimit",
+    "read": "read read_file",
+    "readlink": "readlink",
+    "recvfrom": "recv",
+    "recvmsg": "recvmsg",
+    "sendto": "send sendto",
+    "setsockopt": "setsockopt",
+    "shutdown": "shutdown",
+    "socket": "socket",
+    "splice": "splice_in splice_out",
+    "stat": "stat",
+    "unlink": "unlink",
+    "write": "write",
+}
+"""{system call: the kinds of calls with which it is made to fail}"""
+
+SYSTEM_CALLS_LEFT_OUT = {
+    "brk": "memory of the interpreter, which dies by its own rules; the extension's is malloc",
+    "exit": "does not return",
+    "exit_group": "does not return",
+    "flock": "every error is treated alike; tests/unit/test_listen.py holds the lock",
+    "futex": "locks of the C library; does not fail",
+    "getdents64": "of a folder that could be opened",
+    "getpid": "cannot fail",
+    "getrandom": "the interpreter's, which has an answer without it",
+    "gettid": "cannot fail",
+    "madvise": "advice",
+    "mmap": "as brk; and the dynamic loader's, whose failure is an ImportError",
+    "mprotect": "as mmap",
+    "munmap": "gives memory back",
+    "pread64": "the dynamic loader's",
+    "rseq": "the C library's, at the start of a thread",
+    "rt_sigaction": "fails only for a bad argument",
+    "rt_sigprocmask": "fails only for a bad argument",
+    "rt_sigreturn": "does not return",
+    "set_robust_list": "the C library's, at the start of a thread",
+    "setitimer": "fails only for a bad argument",
+    "sendmmsg": "getaddrinfo's own, which is made to fail as a whole",
+    "uname": "cannot fail",
+}
+"""Those that are not, and why."""

@@ -1,0 +1,350 @@
+"""Clients and a backend around the program, all stepped by the walk, and what they must see."""
+
+import contextlib
+import select
+import socket
+
+from kit.socket_state import write_error
+from kit.sockets import is_unix, open_listener, reset
+from kit.stepped import Incoming, Outgoing, open_client
+from kit.traffic import payload
+
+NAME_SIZE = 8
+"""Every client begins with its name, so that the backend knows whom it has before it."""
+
+RECEIVE_BUFFER = 64 * 1024
+"""Of the listeners, and so of what they accept: a reader that stalls is soon felt."""
+
+SEND_BUFFER = 128 * 1024
+"""Of the clients' listener, and so of the program's sockets towards them."""
+
+COMPLETE, REFUSED, CUT = "complete", "refused", "cut"
+"""What is to become of a connection: all bytes and clean ends, none at all, an end by force."""
+
+
+def half_close(connection):
+    """End the stream, unless it has been ended already."""
+    with contextlib.suppress(OSError):
+        connection.shutdown(socket.SHUT_WR)
+
+
+def tcp_ports(own, peer):
+    """(own, peer's) ports of a socket of the program's with these names; None for a UNIX socket."""
+    return (own[1], peer[1]) if isinstance(own, tuple) else None
+
+
+class Conn:
+    """One client, what it says and hears, and the backend's end once that is known."""
+
+    def __init__(self, client, number, up, down, *, then, answers_at_end, expect):
+        self.name = b"conn%04d" % number
+        self.up = self.name + up
+        self.down = down
+        self.client = client
+        self.ports = tcp_ports(client.getpeername(), client.getsockname())
+        self.sending = Outgoing(client, self.up, then)
+        self.hearing = Incoming(client)
+        self.reads = True
+        """Whether the client reads."""
+        self.answers_at_end = answers_at_end
+        """Whether the backend waits for the client's end before it says a word."""
+        self.far = None
+        self.expect = expect
+        self.gone = False
+        """The client has left by itself: it hears nothing more."""
+
+    def __str__(self):
+        return self.name.decode()
+
+    def step(self):
+        if self.gone:
+            return
+        self.sending.step()
+        if self.client.fileno() < 0:
+            self.gone = True
+        elif self.reads:
+            self.hearing.step()
+
+    def has(self, ports):
+        """Whether these are the TCP ports (own, peer's) of one of the program's two sockets for it.
+
+        Of both: the kernel may give one port to a client and to a socket of the program's, for
+        they connect to different ones.
+        """
+        return ports in (self.ports, self.far.ports if self.far else None)
+
+    @property
+    def over(self):
+        """Both ends have seen how it ended."""
+        return (self.gone or self.hearing.end is not None) and (
+            self.far is None or self.far.over or self.far.lost
+        )
+
+
+class Far:
+    """The backend's end of a connection."""
+
+    def __init__(self, connection, name, world):
+        self.connection = connection
+        self.ports = tcp_ports(name, connection.getsockname())
+        self.hearing = Incoming(connection)
+        self.sending = None
+        self.conn = None
+        self.reads = True
+        self.lost = False
+        """The scenario has closed it."""
+        self._world = world
+        self._header_size = None
+
+    @property
+    def over(self):
+        return self.hearing.end is not None
+
+    def said(self):
+        """What the client has said, as it arrived: the PROXY header is cut off."""
+        return bytes(memoryview(self.hearing.data)[self._header_size or 0 :])
+
+    def step(self):
+        if self.lost:
+            return
+        if self.reads:
+            self.hearing.step()
+        if self.conn is None:
+            self._recognise()
+        if self.conn is not None and self.sending is None and self._may_answer():
+            self.sending = Outgoing(self.connection, self.conn.down, half_close)
+        if self.sending is not None:
+            self.sending.step()
+
+    def _may_answer(self):
+        return self.over or not self.conn.answers_at_end
+
+    def _recognise(self):
+        size = self._world.header_size(self.hearing.data)
+        if size is None or len(self.hearing.data) < size + NAME_SIZE:
+            return
+        self._header_size = size
+        name = bytes(self.hearing.data[size : size + NAME_SIZE])
+        self.conn = next((c for c in self._world.conns if c.name == name), None)
+        if self.conn is None:
+            self._world.faults.append(f"the backend was sent {name!r}, which nobody said")
+        elif self.conn.far is not None and not self.conn.far.lost:
+            self._world.faults.append(f"{self.conn} has reached the backend twice")
+        else:
+            self.conn.far = self
+            self.reads = self._world.backend_reads
+
+
+class World:
+    """Everything around one run of the program."""
+
+    def __init__(self, directory, client="tcp4", target="tcp4", *, listens=True):
+        self.directory = directory
+        self.faults = []
+        self.conns = []
+        self.fars = []
+        self.sockets = []
+        self.log_size = lambda: 0
+        self.backend_reads = True
+        """Whether the backend reads on once it knows whom it has before it."""
+        self.left_on_unix = False
+        """The program was told that a UNIX peer has closed: it must pass that on as a clean end."""
+        self.door = self._keep(
+            open_listener(client, directory, receive_buffer=RECEIVE_BUFFER, backlog=64)
+        )
+        self.door.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+        self.backend = self._keep(self._open_backend(target))
+        if listens:
+            self.backend.listen(64)
+        self.client_family = client
+        self.proxy_protocol = ""
+
+    def _open_backend(self, family):
+        backend = open_listener(family, self.directory, receive_buffer=RECEIVE_BUFFER, backlog=None)
+        backend.setblocking(False)
+        return backend
+
+    def _keep(self, connection):
+        self.sockets.append(connection)
+        return connection
+
+    @property
+    def target(self):
+        """TARGET as the command line has it."""
+        name = self.backend.getsockname()
+        if self.backend.family == socket.AF_UNIX:
+            return name
+        return f"[{name[0]}]:{name[1]}" if ":" in name[0] else f"{name[0]}:{name[1]}"
+
+    def door_port(self):
+        """The TCP port of the listener, or -1."""
+        name = self.door.getsockname() if self.door.fileno() >= 0 else ""
+        return name[1] if isinstance(name, tuple) else -1
+
+    def fds(self):
+        """All that is the world's own."""
+        mine = [
+            *self.sockets,
+            *(conn.client for conn in self.conns),
+            *(far.connection for far in self.fars),
+        ]
+        return {str(one.fileno()) for one in mine}
+
+    def leave(self):
+        """All clients and the backend's connections are gone."""
+        for conn in self.conns:
+            conn.client.close()
+        for far in self.fars:
+            far.connection.close()
+
+    def close(self):
+        self.leave()
+        for connection in self.sockets:
+            connection.close()
+
+    # ── what scenarios do ────────────────────────────────────────────────────────────────────
+
+    def connect(self, up, down, *, then=half_close, answers_at_end=False, expect=COMPLETE):
+        """A client that sends `up` bytes, and is answered with `down` bytes."""
+        client = self._keep(open_client(self.door, receive_buffer=RECEIVE_BUFFER))
+        number = len(self.conns)
+        self.conns.append(
+            Conn(
+                client,
+                number,
+                payload(up, number + 1),
+                payload(down, number + 101),
+                then=then,
+                answers_at_end=answers_at_end,
+                expect=expect,
+            )
+        )
+        return self.conns[-1]
+
+    def exchange(self, up=300, down=500, **options):
+        """A whole conversation, from connect to both ends."""
+        conn = self.connect(up, down, **options)
+        yield from self.until(lambda: conn.over)
+
+    def until(self, condition):
+        """Let the program have its turns until it holds."""
+        while not condition():
+            yield
+
+    def turns(self, count):
+        """Let the program have so many turns."""
+        for _ in range(count):
+            yield
+
+    def until_still(self):
+        """Until nothing moves any more."""
+        still, before = 0, None
+        while still < 4:
+            now = self.signature()
+            still = still + 1 if now == before else 0
+            before = now
+            yield
+
+    def until_all_over(self):
+        yield from self.until(lambda: all(conn.over for conn in self.conns))
+
+    # ── the world's turns ────────────────────────────────────────────────────────────────────
+
+    def step(self):
+        """Whether anything has moved."""
+        before = self.signature()
+        while select.select([self.backend], [], [], 0)[0]:
+            try:
+                connection, name = self.backend.accept()
+            except OSError:
+                break
+            connection.setblocking(False)
+            self.fars.append(Far(connection, name, self))
+        for each in [*self.conns, *self.fars]:
+            each.step()
+        return self.signature() != before
+
+    def signature(self):
+        """Changes with everything that moves."""
+        return (
+            len(self.fars),
+            self.log_size(),
+            sum(len(each.hearing.data) for each in [*self.conns, *self.fars]),
+            sum(each.hearing.end is not None for each in [*self.conns, *self.fars]),
+            sum(len(conn.sending.rest) for conn in self.conns),
+            sum(len(far.sending.rest) for far in self.fars if far.sending),
+        )
+
+    def header_size(self, data):
+        """The length of the PROXY header at the head of `data`; None if it is not all there."""
+        if not self.proxy_protocol:
+            return 0
+        if self.proxy_protocol == "v1":
+            at = data.find(b"\r\n")
+            return at + 2 if at >= 0 else None
+        return 16 + int.from_bytes(data[14:16], "big") if len(data) >= 16 else None
+
+    # ── what must have come of it ────────────────────────────────────────────────────────────
+
+    def judge(self):
+        """Look at every connection; those that are not as they would be without a failure."""
+        return [conn for conn in self.conns if not self._judge(conn)]
+
+    def _judge(self, conn):
+        """Whether it came out as it would have without a failure; what must never be is noted."""
+        heard = bytes(conn.hearing.data)
+        if not conn.down.startswith(heard):
+            self.faults.append(f"{conn}: the client has heard what was never said")
+        said = conn.far.said() if conn.far else b""
+        if not conn.up.startswith(said):
+            self.faults.append(f"{conn}: the backend has heard what was never said")
+        if not conn.over:
+            self.faults.append(f"{conn}: not all have seen an end: {self.state(conn)}")
+            return False
+        up = conn.far is not None and said == conn.up and self._end(conn.far) == "eof"
+        down = heard == conn.down and self._end(conn) == "eof"
+        if not conn.gone and not down and self._clean(conn) and conn.far is not None:
+            self.faults.append(f"{conn}: the client sees a clean end too soon: {self.state(conn)}")
+        if conn.far is not None and not conn.far.lost and not up and self._clean(conn.far):
+            self.faults.append(f"{conn}: the backend sees a clean end too soon: {self.state(conn)}")
+        if conn.expect == COMPLETE:
+            return up and down
+        if conn.expect == REFUSED:
+            return conn.far is None and not heard
+        return True
+
+    def _end(self, end):
+        """How it ended; an error that a write has met is not told again by a read."""
+        return "reset" if end.sending is not None and end.sending.error else end.hearing.end
+
+    def _clean(self, end):
+        """Whether it takes its end for a clean one. A UNIX socket has no reset: there it is that
+        nothing can be written any more which tells."""
+        if self._end(end) != "eof" or self.left_on_unix:
+            return False
+        connection = end.client if isinstance(end, Conn) else end.connection
+        if connection.fileno() < 0:
+            return False
+        return not (is_unix(connection) and write_error(connection))
+
+    def state(self, conn):
+        """One connection in a few words."""
+        far = conn.far
+        there = "never at the backend"
+        if far is not None:
+            there = f"{len(far.said())} of {len(conn.up)} up, {self._end(far)}"
+        return f"{there}; {len(conn.hearing.data)} of {len(conn.down)} down, {self._end(conn)}"
+
+
+def reset_client(conn):
+    """The client crashes. A UNIX socket has no reset: what it has said by then is all it says."""
+    conn.gone = True
+    if is_unix(conn.client):
+        conn.up = conn.up[: len(conn.up) - len(conn.sending.rest)]
+    reset(conn.client)
+
+
+def reset_far(conn):
+    """The backend crashes."""
+    conn.far.lost = True
+    reset(conn.far.connection)

@@ -1,0 +1,55 @@
+"""Run a piece of a test in a process of its own: it may crash, hang, or be short of something."""
+
+import os
+import signal
+import sys
+import traceback
+
+import pytest
+
+from kit.waiting import wait_until
+
+SKIPPED = 77
+
+
+def in_child(function, patience=10.0):
+    """Run `function` in a forked child, and fail unless it returns in time."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            function()
+            status = 0
+        except pytest.skip.Exception as reason:
+            status = SKIPPED
+            print(f"skipped: {reason}", file=sys.stderr)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(status)
+    status = wait_for(child, patience)
+    assert not os.WIFSIGNALED(status), signal.Signals(os.WTERMSIG(status)).name
+    if os.waitstatus_to_exitcode(status) == SKIPPED:
+        pytest.skip("not possible here; see what the child said")
+    assert os.waitstatus_to_exitcode(status) == 0, "failed; see its traceback"
+
+
+def wait_for(child, patience):
+    """The wait status of a child; AssertionError if it hangs, and it is killed."""
+    found = []
+
+    def has_ended():
+        pid, status = os.waitpid(child, os.WNOHANG)
+        found.append(status)
+        return pid
+
+    try:
+        wait_until(has_ended, "the end of the child", patience)
+    except AssertionError:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        raise
+    return found[-1]

@@ -1,0 +1,1 @@
+"""Debian roots with this project in them, booted by systemd-nspawn or only entered."""

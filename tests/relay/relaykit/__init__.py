@@ -1,1 +1,0 @@
-"""What the tests of the extension share: sockets, and a relay stepped by the test."""
