@@ -1,7 +1,7 @@
 """The recipes: which units make a proxy that heals, as data.
 
-The scenarios of ci/test e2e run them under a real systemd, with every part of them killed, failing and
-slow.
+The scenarios of `ci/test e2e` run them under a real systemd, with every part of them killed,
+failing and slow.
 """
 
 from proxyd.units import names

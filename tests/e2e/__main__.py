@@ -36,7 +36,6 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
-
 import e2e.scenarios  # noqa: F401  (fills SCENARIOS)
 from e2e.harness import SCENARIOS, run_all
 from e2e.machine import TOOLS, Machine
