@@ -12,6 +12,9 @@ from harness.traffic import Payload, expected, is_served, receive_digest, send_p
 from harness.waiting import wait_until
 
 MIB = 1 << 20
+RESERVE = 11
+"""Files that are kept free at most where there are few: for connects ahead, for clients to refuse,
+and for what is opened only when it is needed."""
 REFUSED = "Hit connection limit, refusing connection."
 
 
@@ -125,9 +128,10 @@ def test_tiny_file_limit(stage):
     """
     stage.launch(stage.echo("unix"), listeners=[stage.listener("unix")], prefix=nofile(32, 32))
     assert len(stage.proxy.log_lines()) == 1
+    room = 32 - len(stage.proxy.fds())  # threads have some of their own
     clients = [stage.connect() for _ in range(40)]
     served = [client for client in clients if is_served(client)]
-    assert 5 <= len(served) < 16
+    assert max((room - RESERVE) // 2, 1) <= len(served) <= room // 2
     assert stage.proxy.cpu_share(0.3) < 0.2
     for client in clients:
         client.close()
