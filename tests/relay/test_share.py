@@ -62,9 +62,7 @@ def machine(tmp_path):
 
 @pytest.fixture
 def sharing(rigs):
-    def make(
-        *pair, stat=NOBODY_KNOWS, threads=1, window_ms=1, rules=NO_RULES, first=0, **options
-    ):
+    def make(*pair, stat=NOBODY_KNOWS, threads=1, window_ms=1, rules=NO_RULES, first=0, **options):
         """`first` connections are made before there is a crew, and stay with the boss: where making
         one takes longer than a window, a boss may count as busy meanwhile, and gives it away. They
         are silent for longer than a window, too."""
