@@ -2,7 +2,7 @@
 
 import pytest
 from harness.sockets import TCP, UNIX, is_quiet, read_to_end
-from harness.waiting import never_within
+from harness.waiting import never_within, wait_until
 
 FAMILIES = ("tcp4", "tcp6", "unix")
 
@@ -44,9 +44,16 @@ def needs_a_program(stage):
 
 
 def costs_nothing(stage, doing="waits"):
-    """The program wants no CPU now: a busy loop wants it all the time, whoever has it."""
-    if stage.contender != "direct":
-        assert stage.proxy.cpu_demand() < 0.8, f"burns a CPU while it {doing}"
+    """The program comes to want no CPU: a busy loop wants it all the time, whoever has it.
+
+    On a loaded machine it may still have work that is left for it.
+    """
+    if stage.contender == "direct":
+        return
+    try:
+        wait_until(lambda: stage.proxy.cpu_demand() < 0.8, "")
+    except AssertionError:
+        raise AssertionError(f"burns a CPU while it {doing}") from None
 
 
 def stays_open(side, seconds, what):
