@@ -24,7 +24,7 @@ from proxyd._loop cimport (
 
 cdef enum:
     STACK_SIZE = 256 * 1024    # bytes of address space; a loop needs a few KiB of it
-    FAREWELL_MS = 200          # the end of the quarantine's thread is waited for so long
+    FAREWELL_MS = 1000         # until its thread counts as blocked, and not as short of CPU
 
 
 cdef inline int relay_open_inbox(Relaying *relay) noexcept nogil:

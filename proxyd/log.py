@@ -315,15 +315,18 @@ class _Thread:
     def put(self, data: bytes) -> int:
         if len(self._queue) >= _THREAD_LINES_MAX:
             raise BlockingIOError
-        self._queue.append(data)
-        if self._bell.locked():  # nobody else unlocks it
-            self._bell.release()
+        self._append(data)
         return len(data)
 
     def finish(self) -> None:
         """Wait until all is written, but not for long: the terminal may have stopped for ever."""
-        self.put(b"")
+        self._append(b"")
         self._done.acquire(timeout=_FINISH_S)
+
+    def _append(self, data: bytes) -> None:
+        self._queue.append(data)
+        if self._bell.locked():  # nobody else unlocks it
+            self._bell.release()
 
     def _run(self) -> None:
         while True:

@@ -13,6 +13,9 @@ from kit.traffic import Payload, expected, greet, is_served, receive_digest, sen
 from kit.waiting import wait_until
 
 MIB = 1 << 20
+RESERVE = 13
+"""Files that an idle program keeps free at most: for connects ahead (4), a thread in quarantine (3),
+a client to refuse and the like (proxyd/limits.py)."""
 REFUSED = "Hit connection limit, refusing connection."
 
 
@@ -120,9 +123,10 @@ def test_tiny_file_limit(stage):
     """
     stage.launch(stage.echo("unix"), listeners=[stage.listener("unix")], prefix=nofile(32, 32))
     assert len(stage.proxy.log_lines()) == 1
+    room = 32 - len(stage.proxy.fds())  # threads have some of their own
     clients = [stage.connect() for _ in range(40)]
     served = [client for client in clients if is_served(client)]
-    assert 5 <= len(served) < 16
+    assert max((room - RESERVE) // 2, 1) <= len(served) <= room // 2
     assert stage.proxy.cpu_share(0.3) < 0.2
     for client in clients:
         client.close()

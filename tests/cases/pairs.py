@@ -3,7 +3,7 @@
 import pytest
 from kit.socket_state import is_quiet
 from kit.sockets import TCP, UNIX, read_to_end
-from kit.waiting import never_within
+from kit.waiting import never_within, wait_until
 
 FAMILIES = ("tcp4", "tcp6", "unix")
 
@@ -45,9 +45,16 @@ def needs_a_program(stage):
 
 
 def costs_nothing(stage, doing="waits"):
-    """The program wants no CPU now: a busy loop wants it all the time, whoever has it."""
-    if stage.contender != "direct":
-        assert stage.proxy.cpu_demand() < 0.8, f"burns a CPU while it {doing}"
+    """The program comes to want no CPU: a busy loop wants it all the time, whoever has it.
+
+    On a loaded machine it may still have work that is left for it.
+    """
+    if stage.contender == "direct":
+        return
+    try:
+        wait_until(lambda: stage.proxy.cpu_demand() < 0.8, "")
+    except AssertionError:
+        raise AssertionError(f"burns a CPU while it {doing}") from None
 
 
 def stays_open(side, seconds, what):

@@ -31,6 +31,9 @@ NO_LEAK_CHECK = {
         "its program does without the extension, and so without the look in address.h that knows"
         " the frames of threads"
     ),
+    "test_no_fd_is_left_to_write_with": (
+        "its program may open no file: LeakSanitizer cannot open its report then, and hangs"
+    ),
     "test_few_tasks": "its program may have no task more, and LeakSanitizer needs one",
     "test_threads_that_may_not_start": "likewise",
 }
