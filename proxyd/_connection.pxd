@@ -52,7 +52,7 @@ cdef enum:
 
 # what run() tells the policy
 cdef enum:
-    NOTE_READY, NOTE_ACCEPTED, NOTE_NOBODY, NOTE_REFUSED, NOTE_FAILED, NOTE_ENDED, NOTE_BUSY
+    NOTE_READY, NOTE_ACCEPTED, NOTE_NOBODY, NOTE_REFUSED, NOTE_FAILED, NOTE_BUSY
 
 cdef enum:
     EVENTS_MOST = 256          # per epoll_wait
@@ -80,7 +80,7 @@ ctypedef struct Connection:
     Half down                  # target → client
     Own own                    # the target socket's own address, to recognise loops
     long long id
-    long long cookie           # the caller's, given back when the connect fails
+    int listener               # index of the one it came from; the caller's
     int state
     int how                    # HOW_*, valid once CLOSED
     int64_t timeout_ms         # of the connect; 0: as long as the kernel tries
@@ -140,9 +140,8 @@ ctypedef struct Relaying:
     Link exiles                # those that are to go into quarantine after the batch
     int cut                    # the quarantine's relay: how many it has cut in the end
     int open                   # connections of this relay
-    # So many of all relays may be open before gates refuse; one less for each client that the
-    # policy has been given and has not counted yet.
-    int most
+    int connections_max        # of all relays, before gates refuse; the policy's
+    int held                   # clients that the policy has: each takes a place of the limit
     Link full                  # gates that wait for room
     int64_t room_ms            # until when they do; 0: none does
     int64_t idle_ms            # close what has not moved a byte for so long; 0: never
@@ -582,7 +581,7 @@ cdef inline void connection_look(Relaying *relay, Connection *c) noexcept nogil:
 
 # ── the connect ──────────────────────────────────────────────────────────────────────────────
 
-cdef inline int socket_error(int fd) noexcept nogil:
+cdef inline int socket_take_error(int fd) noexcept nogil:
     """SO_ERROR, which reading clears."""
     cdef int error = 0
     cdef socklen_t size = sizeof(error)
@@ -822,7 +821,7 @@ cdef inline int socket_connect(
 
 cdef inline long long connection_open(
     Relaying *relay, int client, int client_family, const sockaddr_storage *address,
-    socklen_t size, const char *preamble, size_t preamble_size, long long cookie,
+    socklen_t size, const char *preamble, size_t preamble_size, int listener,
     int64_t timeout_ms
 ) noexcept nogil:
     """Connect a client to `address` and forward. The id, or -errno and the client is not owned."""
@@ -839,11 +838,18 @@ cdef inline long long connection_open(
         return -ENOMEM
     number = c.id
     target_set_rights(&relay.engine, &c.target)
-    c.cookie = cookie
+    c.listener = listener
     c.timeout_ms = timeout_ms
     own_add(relay.own, &c.own, fd, address)
     connection_place(relay, c, connecting)
     return number
+
+
+# ── the limit ────────────────────────────────────────────────────────────────────────────────
+
+cdef inline int room_limit(const Relaying *relay) noexcept nogil:
+    """How many connections and sockets in quarantine the limit leaves room for."""
+    return relay.connections_max - relay.held
 
 
 # ── notes ────────────────────────────────────────────────────────────────────────────────────
@@ -871,7 +877,7 @@ cdef inline void endpoint_note(Connection *c, Endpoint *end, uint32_t events) no
     cdef int error
     cdef Half *towards = &c.down if end.kind == KIND_CLIENT else &c.up
     if events & EPOLLERR or c.state == CONNECTING and events & (EPOLLHUP | EPOLLRDHUP):
-        error = socket_error(end.fd)
+        error = socket_take_error(end.fd)
         if error != 0:
             endpoint_failed(end, error)
     if events & (EPOLLIN | EPOLLRDHUP | EPOLLHUP | EPOLLERR | EPOLLPRI):

@@ -6,7 +6,7 @@
 
 from proxyd._connection cimport (
     KIND_GATE, NOTES_MOST, NOTE_ACCEPTED, NOTE_FAILED, NOTE_NOBODY, NOTE_REFUSED, Note, Relaying,
-    connection_open, note_add, relay_hang_up, socket_tune, socket_unlinger,
+    connection_open, note_add, relay_hang_up, room_limit, socket_tune, socket_unlinger,
 )
 from proxyd._linux cimport (
     AF_UNIX, EAGAIN, EINTR, ELOOP, EPOLLIN, EPOLL_CTL_ADD, EPOLL_CTL_DEL, F_GETFL, F_SETFL,
@@ -142,7 +142,7 @@ cdef inline void gate_announce(
     """A client for the policy, with the address that accept(2) has told: once a client has reset,
     the kernel tells it no more. That of a UNIX client may not fit, but can be asked for later."""
     cdef Note *note = note_add(relay, NOTE_ACCEPTED, fd, 0, gate.index)
-    relay.most -= 1
+    relay.held += 1
     if note == NULL:  # gate_event() sees to it that there is room
         relay_hang_up(relay, fd, gate.family, True)
     elif size <= sizeof(note.peer):
@@ -158,7 +158,7 @@ cdef inline void gate_admit(
     if not gate.express or gate.check & GATE_CHECK_PORT and local_port(fd) != gate.port:
         gate_announce(relay, gate, fd, peer, size)
         return
-    if tally_places(relay.tally) >= relay.most:
+    if tally_places(relay.tally) >= room_limit(relay):
         relay_hang_up(relay, fd, gate.family, False)
         relay.refused += 1
         note_add(relay, NOTE_REFUSED, -1, 0, gate.index)
@@ -168,7 +168,7 @@ cdef inline void gate_admit(
                              gate.index, gate.timeout_ms)
     if result < 0:
         gate.express = False  # whoever comes next must not overtake it
-        relay.most -= 1
+        relay.held += 1
         note_add(relay, NOTE_FAILED, fd, <int>-result, gate.index)
 
 
@@ -213,7 +213,7 @@ cdef inline void gate_rest(Relaying *relay, GateState *gate) noexcept nogil:
 cdef inline void gates_reopen(Relaying *relay) noexcept nogil:
     """There is room again, or the wait for it has been long enough: let the clients in, or hear
     that they are too many."""
-    cdef bint refuse = tally_places(relay.tally) >= relay.most
+    cdef bint refuse = tally_places(relay.tally) >= room_limit(relay)
     cdef GateState *gate
     cdef int failure
     if refuse and relay.engine.now_ms < relay.room_ms:
@@ -238,7 +238,7 @@ cdef inline void gate_event(Relaying *relay, GateState *gate) noexcept nogil:
     cdef int fd
     while most > 0 and relay.notes_count < NOTES_MOST // 2:
         most -= 1
-        if tally_places(relay.tally) >= relay.most and not (
+        if tally_places(relay.tally) >= room_limit(relay) and not (
                 gate.refuses and shared_get(&relay.quarantine.strays) < STRAYS_MOST):
             if first:
                 gate_rest(relay, gate)

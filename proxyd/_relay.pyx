@@ -17,11 +17,11 @@ from cython cimport no_gc_clear
 
 from proxyd._busy cimport CPUS_MOST, Machine
 from proxyd._connection cimport (
-    Connection, HOW_COUNT, KIND_GATE, KIND_WATCH, NOTE_ACCEPTED, NOTE_BUSY, NOTE_ENDED,
-    NOTE_FAILED, NOTE_NOBODY, NOTE_READY, NOTE_REFUSED, Note, Relaying, connection_free,
-    connection_new, connection_open, connection_place, connections_fewer, connections_free,
-    relay_hang_up, socket_connect, socket_error, socket_met_itself, socket_tune, socket_unlinger,
-    target_set_rights,
+    HOW_COUNT, HOW_CUT, HOW_GONE, KIND_GATE, KIND_WATCH, NOTE_ACCEPTED, NOTE_BUSY, NOTE_NOBODY,
+    NOTE_READY, NOTE_REFUSED, Connection, Note, Relaying, connection_free, connection_new,
+    connection_open, connection_place, connections_fewer, connections_free, relay_hang_up,
+    room_limit, socket_connect, socket_met_itself, socket_take_error, socket_tune,
+    socket_unlinger, target_set_rights,
 )
 from proxyd._crew cimport (
     crew_answered, crew_ask, crew_dismiss, crew_free, crew_hire, crew_order, quarantine_serve,
@@ -31,7 +31,7 @@ from proxyd._gate cimport (
     GATE_CHECK_PORT, GATE_CHECK_TCP, GATE_CHECK_UNIX, GateState, gate_count_early, gate_unwatch,
     gate_watch,
 )
-from proxyd._half cimport endpoint_lost
+from proxyd._half cimport STAT_TO_CLIENT, STAT_TO_TARGET, endpoint_lost
 from proxyd._inbox cimport ORDER_TRIM
 from proxyd._linux cimport (
     AF_UNIX, AF_VSOCK, ECONNREFUSED, ECONNRESET, EFD_CLOEXEC, EFD_NONBLOCK, EINPROGRESS, ELOOP,
@@ -57,34 +57,142 @@ from proxyd._quarantine cimport (
 from proxyd._signals cimport alarm_set
 from proxyd._tally cimport Tally, tally_late, tally_open, tally_wake_at
 
-# kinds of events that run() returns
-READY = NOTE_READY
-ACCEPTED = NOTE_ACCEPTED
-NOBODY = NOTE_NOBODY
-REFUSED = NOTE_REFUSED
-FAILED = NOTE_FAILED
-ENDED = NOTE_ENDED
-BUSY = NOTE_BUSY
-
-# what a Gate is to look for
+# what a RelayListener checks each client for
 CHECK_TCP = GATE_CHECK_TCP
 CHECK_UNIX = GATE_CHECK_UNIX
 CHECK_PORT = GATE_CHECK_PORT
+
+# How a connection can end, by HOW_*. These are the words of the log and of Totals.endings; the
+# policy counts held clients under the two that have names of their own.
+ENDINGS = ("ended", "reset", "idle", "cut", "client gone")
+ENDING_CUT = ENDINGS[HOW_CUT]
+ENDING_CLIENT_GONE = ENDINGS[HOW_GONE]
 
 ctypedef struct WatchedFd:
     Watch watch
     Own own                    # of a socket that dial() made
 
 
+# ── events, as run() returns them ────────────────────────────────────────────────────────────────
+
+cdef class Ready:
+    """A watched fd is ready."""
+
+    cdef readonly int fd
+    cdef readonly unsigned int events      # EPOLLIN …, as epoll_wait(2) has them
+
+    def __init__(self, int fd, unsigned int events):
+        self.fd = fd
+        self.events = events
+
+
+cdef class Accepted:
+    """A client that is not connected automatically: its fd is the caller's now."""
+
+    cdef readonly int listener             # index
+    cdef readonly int client               # fd
+    cdef readonly bytes peer               # packed address; b"": socket_names() can tell it
+
+    def __init__(self, int listener, int client, bytes peer not None):
+        self.listener = listener
+        self.client = client
+        self.peer = peer
+
+
+cdef class AcceptFailed:
+    """accept(2) failed. ELOOP: the client was one of our own outgoing sockets, and was closed."""
+
+    cdef readonly int listener             # index
+    cdef readonly int error                # errno
+
+    def __init__(self, int listener, int error):
+        self.listener = listener
+        self.error = error
+
+
+cdef class Refused:
+    """A client over the limit was closed."""
+
+    cdef readonly int listener             # index
+
+    def __init__(self, int listener):
+        self.listener = listener
+
+
+cdef class ConnectFailed:
+    """A client could not be connected: its fd is the caller's again.
+
+    `pending` has to be sent first when another target is tried: the preamble, and bytes that were
+    already read from the client.
+    """
+
+    cdef readonly int listener             # index, as connect() was given it
+    cdef readonly int client               # fd
+    cdef readonly int error                # errno; ELOOP: the target was the socket itself
+    cdef readonly bytes pending
+    cdef readonly int64_t opened_ms        # when the connect began
+    cdef readonly long long connection     # id; 0: the connect failed before there was any
+
+    def __init__(self, int listener, int client, int error, bytes pending not None,
+                 int64_t opened_ms, long long connection):
+        self.listener = listener
+        self.client = client
+        self.error = error
+        self.pending = pending
+        self.opened_ms = opened_ms
+        self.connection = connection
+
+
+cdef class Ended:
+    """A connection has ended. Only with Relay.report_ends."""
+
+    cdef readonly long long connection     # id
+    cdef readonly str ending               # one of ENDINGS
+    cdef readonly uint64_t bytes_up        # read from the client
+    cdef readonly uint64_t bytes_down      # read from the target
+    cdef readonly int64_t duration_ms
+    cdef readonly int client_error         # errno with which the client's side failed; 0: none
+    cdef readonly int target_error
+
+    def __init__(self, long long connection, str ending not None, uint64_t bytes_up,
+                 uint64_t bytes_down, int64_t duration_ms, int client_error, int target_error):
+        self.connection = connection
+        self.ending = ending
+        self.bytes_up = bytes_up
+        self.bytes_down = bytes_down
+        self.duration_ms = duration_ms
+        self.client_error = client_error
+        self.target_error = target_error
+
+
+cdef class WorkersWanted:
+    """One thread has more to do than it can, a CPU is idle, and there are no workers yet."""
+
+
+cdef class Totals:
+    """What has been counted since the start, over all threads."""
+
+    cdef readonly uint64_t accepted
+    cdef readonly uint64_t refused         # of these, closed at once: over the limit, or ourselves
+    cdef readonly uint64_t bytes_to_targets
+    cdef readonly uint64_t bytes_to_clients
+    cdef readonly uint64_t spliced         # bytes, of both directions, that splice(2) moved …
+    cdef readonly uint64_t copied          # … and those that were copied
+    cdef readonly dict endings             # connections that have ended: {one of ENDINGS: count}
+
+
+# ── listeners ────────────────────────────────────────────────────────────────────────────────────
+
 @no_gc_clear  # __dealloc__ needs the relay
-cdef class Gate:
+cdef class RelayListener:
     """A listener whose clients the relay accepts. The fd stays the caller's.
 
-    Each client becomes an (ACCEPTED, client, peer, index) event; with express() it is connected at
-    once instead. `check` is CHECK_TCP to find clients that are our own outgoing sockets (the
-    listener must be in our network namespace), CHECK_UNIX to find those of this process; such a
-    client is closed, and (NOBODY, ELOOP, index) tells. With CHECK_PORT a client that connected to
-    another port than the listener's is not connected, but becomes an ACCEPTED event in any case.
+    Each client becomes an Accepted event; with auto_connect() it is connected at once instead.
+    `check` is CHECK_TCP to recognise clients that are our own outgoing sockets (the listener must
+    be in our network namespace), CHECK_UNIX to recognise those of this process; such a client is
+    closed, and an AcceptFailed event with ELOOP tells. With CHECK_PORT a client that connected to
+    another port than the listener's becomes an Accepted event in any case. `index` is what events
+    call this listener.
     """
 
     cdef GateState state
@@ -105,24 +213,24 @@ cdef class Gate:
             gate_unwatch(&self.relay.relaying, &self.state)
 
     @property
-    def served(self):
-        """Clients connected by express(), those included whose connect failed later."""
+    def connected_count(self):
+        """Clients that auto_connect() has connected, including those whose connect failed later."""
         return self.state.served
 
-    def open(self):
-        """Begin to accept. Raises OSError. The gate must live until shut() was called."""
+    def start(self):
+        """Begin to accept. Raises OSError. The object must live until stop() was called."""
         cdef int failure
         gate_count_early(&self.state)
         failure = gate_watch(&self.relay.relaying, &self.state)
         if failure < 0:
             raise_errno(-failure)
 
-    def shut(self):
-        """Accept nobody any more; what waits stays in the backlog."""
+    def stop(self):
+        """Accept no more clients; those that wait stay in the backlog."""
         gate_unwatch(&self.relay.relaying, &self.state)
 
-    def express(self, bytes address, long long timeout_ms=0):
-        """Connect clients to the packed `address` from now on, as Relay.connect() does.
+    def auto_connect(self, bytes address, long long timeout_ms=0):
+        """Connect each client to the packed `address` from now on, as Relay.connect() does.
 
         None: no longer.
         """
@@ -137,6 +245,8 @@ cdef object raise_errno(int error):
     raise OSError(error, "")
 
 
+# ── the relay ────────────────────────────────────────────────────────────────────────────────────
+
 cdef class Relay:
     """Forwards between pairs of stream sockets. Belongs to one thread.
 
@@ -144,8 +254,8 @@ cdef class Relay:
     bytes; without `may_splice` everything is copied. Without `may_refuse`, or where the kernel
     cannot refuse file descriptors sent over UNIX sockets, they are taken and dropped.
 
-    The relay owns a client from the moment connect() or adopt() returns; when either raises, the
-    client is still the caller's. A FAILED event gives a client back.
+    The relay owns a client once connect() has returned an id, or adopt() has returned. A
+    ConnectFailed, returned or as an event, gives the client back.
     """
 
     cdef Relaying relaying
@@ -155,8 +265,8 @@ cdef class Relay:
     cdef bint outlived                 # by the quarantine's thread, which cannot be ended
     cdef WatchedFd **watches           # by fd; NULL: not watched
     cdef int watches_size
-    cdef public int wake_at            # run() returns where no more connections are open; -1: never
-    cdef public bint wake_first        # … and when the first one comes
+    cdef public int wake_at_count      # run() returns at this number of connections; -1: never
+    cdef public bint wake_on_first     # … and when the first one comes
 
     def __cinit__(self, size_t stream_unit=256 * 1024, size_t pipe_size=1024 * 1024,
                   bint may_splice=True, bint may_refuse=True):
@@ -170,9 +280,9 @@ cdef class Relay:
         if stream_unit < 1:
             raise ValueError("a recv of nothing would look like the end")
         relay.pid = getpid()
-        relay.most = 1 << 30
+        relay.connections_max = 1 << 30
         self.tally.ended_ms = relay.engine.now_ms
-        self.wake_at = -1
+        self.wake_at_count = -1
         failure = relay_open(relay, stream_unit, pipe_size, may_splice)
         if failure == -ENOMEM:
             raise MemoryError()
@@ -205,28 +315,40 @@ cdef class Relay:
     # ── what the policy sees ─────────────────────────────────────────────────────────────────
 
     @property
-    def open(self):
-        """Connections, those still connecting and those ending included, of all threads."""
+    def connections(self):
+        """Connections of all threads, including those still connecting and those ending."""
         return tally_open(&self.tally)
 
     @property
-    def late(self):
-        """Sockets that the quarantine has yet to close: no open connections any more, but they
-        keep their places in the limit."""
+    def in_quarantine(self):
+        """Sockets that the quarantine has yet to close. They are no connections any more, but keep
+        their places in the limit."""
         return tally_late(&self.tally)
 
     @property
-    def most(self):
-        """So many connections may be open before gates refuse more."""
-        return self.relaying.most
+    def connections_max(self):
+        """The limit: a client is let in while there are fewer connections, sockets in quarantine
+        and held clients, taken together. The relay never changes it."""
+        return self.relaying.connections_max
 
-    @most.setter
-    def most(self, int value):
-        self.relaying.most = value
+    @connections_max.setter
+    def connections_max(self, int value):
+        self.relaying.connections_max = value
 
     @property
-    def quiet_ms(self):
-        """When a connection last ended, on the clock of now_ms; at first, when it all began."""
+    def held(self):
+        """Clients in the caller's hands. Each event that hands one out adds one, so that no other
+        is let in for it; the caller corrects the number after each batch of events."""
+        return self.relaying.held
+
+    @held.setter
+    def held(self, int value):
+        self.relaying.held = value
+
+    @property
+    def last_end_ms(self):
+        """When a connection last ended, on the clock of now_ms; before that, when the relay was
+        made."""
         return moment_get(&self.tally.ended_ms)
 
     @property
@@ -236,7 +358,7 @@ cdef class Relay:
 
     @property
     def idle_ms(self):
-        """Connections over which no byte has moved for so long are closed; 0: never."""
+        """Connections over which no byte has moved for this long are closed; 0: never."""
         return self.relaying.idle_ms
 
     @idle_ms.setter
@@ -245,24 +367,25 @@ cdef class Relay:
 
     @property
     def report_ends(self):
-        """Whether run() returns an ENDED event for each connection."""
+        """Whether run() returns an Ended event for each connection."""
         return bool(self.relaying.report_ends)
 
     @report_ends.setter
     def report_ends(self, bint value):
         self.relaying.report_ends = value
 
-    def counters(self):
-        """(accepted, refused, bytes to targets, to clients, spliced, copied, ends by HOW_*)."""
+    def totals(self):
+        """What has been counted since the start."""
         cdef Relaying *relay = &self.relaying
-        return (
-            relay.accepted, relay.refused,
-            self.sum_of(&relay.engine.counters.forwarded[0]),
-            self.sum_of(&relay.engine.counters.forwarded[1]),
-            self.sum_of(&relay.engine.counters.spliced),
-            self.sum_of(&relay.engine.counters.copied),
-            tuple([self.sum_of(&relay.ends[i]) for i in range(HOW_COUNT)]),
-        )
+        cdef Totals totals = Totals()
+        totals.accepted = relay.accepted
+        totals.refused = relay.refused
+        totals.bytes_to_targets = self.sum_of(&relay.engine.counters.forwarded[STAT_TO_TARGET])
+        totals.bytes_to_clients = self.sum_of(&relay.engine.counters.forwarded[STAT_TO_CLIENT])
+        totals.spliced = self.sum_of(&relay.engine.counters.spliced)
+        totals.copied = self.sum_of(&relay.engine.counters.copied)
+        totals.endings = {ENDINGS[i]: self.sum_of(&relay.ends[i]) for i in range(HOW_COUNT)}
+        return totals
 
     cdef uint64_t sum_of(self, uint64_t *counter) noexcept:
         """Of the boss's `counter` and the same one of all of its crew."""
@@ -278,61 +401,62 @@ cdef class Relay:
     # ── threads ──────────────────────────────────────────────────────────────────────────────
 
     @property
-    def threads(self):
-        """How many forward, the one that calls run() included."""
+    def thread_count(self):
+        """Threads that forward, including the one that calls run()."""
         return 1 + self.relaying.crew.count
 
     @property
     def handed_over(self):
-        """How often a connection went from one thread to another."""
+        """How often a connection moved from one thread to another."""
         return self.sum_of(&self.relaying.handed_over)
 
-    def share(self, int stat, int window_ms=100, cpus=None, int quota=0, int wait_most=100):
-        """Hand over only what is too much for one thread, and while a CPU is idle: see _busy.pxd.
-        That is looked at every `window_ms`. Without share() every new connection goes to the
-        thread that has the fewest.
+    def offload_when_busy(self, int stat, int window_ms=100, cpus=None, int quota=0,
+                          int wait_max=100):
+        """Offload only a thread that is busy, and only while a CPU is idle, as _busy.pxd has it.
+        Load is measured over windows of `window_ms`. Without this call every new connection goes to
+        the thread with the fewest. To be called once, before start_worker().
 
-        `stat` is an fd of /proc/stat or /proc/uptime, the relay's from now on; -1 where neither
-        can be had: then a CPU is taken to be idle always. With `cpus` only the idle time of these
-        counts, which takes /proc/stat. `quota` is how much of a CPU the process may use, in per
-        cent; 0: no limit. An idle CPU does not count after a window of which the thread had to
-        wait for more than `wait_most` per cent. Where there is no further thread yet when one
-        could help, run() returns (BUSY,), once. To be called once, before hire().
+        `stat` is an fd of /proc/stat or /proc/uptime, which the relay closes; with -1, where
+        neither can be opened, a CPU is always taken to be idle. With `cpus` only the idle time of
+        these CPUs counts, which takes /proc/stat. `quota` is how much of a CPU the process may use,
+        in per cent; 0: no limit. An idle CPU does not count after a window of which the thread had
+        to wait for a CPU for more than `wait_max` per cent. The first time that a worker could help
+        and there is none, run() returns a WorkersWanted event.
         """
         cdef Machine *machine = &self.relaying.crew.machine
         self.relaying.shares = True
         self.relaying.crew.window_ms = window_ms
         machine.stat = stat
         machine.quota = quota
-        machine.wait_most = wait_most
+        machine.wait_most = wait_max
         machine.some = cpus is not None
         for cpu in cpus or ():
             if 0 <= cpu < CPUS_MOST:
                 machine.cpus[<int>cpu // 8] |= 1 << (<int>cpu % 8)
 
-    def hire(self):
-        """Start one more thread, to which connections are handed over. Raises OSError.
+    def start_worker(self):
+        """Start one more thread, to which connections are moved. Raises OSError.
 
-        idle_ms and report_ends must be set before: a new thread takes them as they are.
-        All threads must be there before one of them is handed anything.
+        idle_ms and report_ends must be set before: a worker takes them as they are. All workers
+        must be there before run() can move anything to one of them.
         """
         cdef int failure = crew_hire(&self.relaying)
         if failure < 0:
             raise_errno(-failure)
 
-    def ask(self):
-        """Ask every thread whether it is alive; `answered` tells."""
+    def ping_workers(self):
+        """Ask every thread for an answer, to see that none is stuck; see workers_answered."""
         crew_ask(&self.relaying)
 
     @property
-    def answered(self):
-        """Whether every thread has answered since ask()."""
+    def workers_answered(self):
+        """Whether every thread has answered the last ping_workers()."""
         return crew_answered(&self.relaying)
 
     # ── listeners and other fds of the policy ────────────────────────────────────────────────
 
     def watch(self, int fd, unsigned int events=EPOLLIN):
-        """Have run() return (READY, fd, events). The fd stays the caller's.
+        """Have run() return a Ready event for `fd`, which stays the caller's.
 
         Level-triggered unless `events` has EPOLLET.
         """
@@ -352,7 +476,7 @@ cdef class Relay:
         self.watches[fd] = watch
 
     def unwatch(self, int fd):
-        """Forget an fd; before it is closed. Nothing happens where it is not watched."""
+        """Stop watching an fd, before it is closed. Does nothing if it is not watched."""
         cdef WatchedFd *watch = self.watch_of(fd)
         if watch == NULL:
             return
@@ -392,7 +516,7 @@ cdef class Relay:
             socket_unlinger(fd)
         self.relaying.engine.may_splice = False
 
-    def trim(self):
+    def trim_pipes(self):
         """Close the pipes kept for later, to make room where fds are short."""
         pool_clear(&self.relaying.engine.pool)
         crew_order(&self.relaying, ORDER_TRIM)
@@ -400,16 +524,13 @@ cdef class Relay:
     # ── connections ──────────────────────────────────────────────────────────────────────────
 
     def connect(self, int client, int client_family, bytes address not None,
-                bytes preamble=None, long long cookie=0, long long timeout_ms=0):
+                bytes preamble=None, int listener=0, long long timeout_ms=0):
         """Connect an accepted client to the packed sockaddr `address` and forward; the id.
 
-        `preamble` goes to the target before anything else. A connect that fails later, or takes
-        longer than `timeout_ms` (0: as long as the kernel tries), gives the client back as
-        (FAILED, client, errno, cookie, pending, opened_ms, id): pending is what must be sent first
-        when another target is tried, the preamble and bytes already taken from the client.
-
-        Raises OSError, the client still the caller's, where it fails at once. The client is not
-        watched any more in any case.
+        `preamble` is sent to the target first. If the connect fails, the client is the caller's
+        again: a ConnectFailed with this `listener` says so. It is returned if the connect fails at
+        once, and an event of run() if it fails later or takes longer than `timeout_ms` (0: as long
+        as the kernel tries). Either way the client is no longer watched.
         """
         cdef sockaddr_storage target
         cdef long long number
@@ -419,9 +540,10 @@ cdef class Relay:
             preamble = b""
         number = connection_open(
             &self.relaying, client, client_family, &target, <socklen_t>len(address),
-            preamble, <size_t>len(preamble), cookie, timeout_ms)
+            preamble, <size_t>len(preamble), listener, timeout_ms)
         if number < 0:
-            raise_errno(<int>-number)
+            return ConnectFailed(
+                listener, client, <int>-number, preamble, self.relaying.engine.now_ms, 0)
         return number
 
     def dial(self, bytes address not None):
@@ -491,20 +613,10 @@ cdef class Relay:
     # ── the loop ─────────────────────────────────────────────────────────────────────────────
 
     def run(self, long long timeout_ms=-1):
-        """Forward until there is something for the policy; the events, as a list of tuples.
+        """Forward until the policy is needed; the events, as a list.
 
-        (READY, fd, events)                           a watched fd
-        (ACCEPTED, client, peer, index)               the caller's now; its packed address, b"" if
-                                                      that is to be asked of socket_names()
-        (NOBODY, errno, index)                        accept failed
-        (REFUSED, index)                              a client over the limit was closed
-        (BUSY,)                                       see share()
-        (FAILED, client, errno, cookie, …)            see connect(); the cookie is a gate's index
-        (ENDED, id, how, up, down, ms, errnos)        with report_ends: bytes each way, duration,
-                                                      (client's errno, target's errno)
-
-        The list is empty after `timeout_ms` (-1: never), where no more than `wake_at` connections
-        are open, and with `wake_first` when their number has risen from 0.
+        The list is empty after `timeout_ms` (-1: never), at `wake_at_count` connections or fewer,
+        and with `wake_on_first` when their number has risen from 0.
         """
         cdef int64_t deadline_ms = clock_ms() + timeout_ms if timeout_ms >= 0 else -1
         cdef int failure
@@ -531,9 +643,9 @@ cdef class Relay:
                 return 0
             if not list_empty(&relay.ended):
                 return 0
-            if tally_open(&self.tally) <= self.wake_at:
+            if tally_open(&self.tally) <= self.wake_at_count:
                 return 0
-            if self.wake_first and before == 0 and tally_open(&self.tally) > 0:
+            if self.wake_on_first and before == 0 and tally_open(&self.tally) > 0:
                 return 0
             if deadline_ms >= 0 and relay.engine.now_ms >= deadline_ms:
                 return 0
@@ -548,9 +660,9 @@ cdef class Relay:
         """Whether so many connections have ended that there is something to do without an event.
         Otherwise the thread in which the one in question ends will ring."""
         cdef Relaying *relay = &self.relaying
-        cdef int wake_at = self.wake_at
+        cdef int wake_at = self.wake_at_count
         if relay.room_ms != 0:
-            wake_at = max(wake_at, relay.most - 1 - tally_late(&self.tally))
+            wake_at = max(wake_at, room_limit(relay) - 1 - tally_late(&self.tally))
         tally_wake_at(&self.tally, wake_at)
         return tally_open(&self.tally) <= wake_at
 
@@ -560,37 +672,38 @@ cdef class Relay:
         cdef int i
         cdef list events = []
         for i in range(relay.notes_count):
-            events.append(note_tuple(&relay.notes[i], relay.engine.now_ms))
+            events.append(note_event(&relay.notes[i], relay.engine.now_ms))
         relay.notes_count = 0
         while not list_empty(&relay.failed):
             c = <Connection *>relay.failed.next.owner
             list_remove(&c.live)
-            events.append((FAILED, c.client.fd, c.target.error, c.cookie, take_pending(c),
-                           c.opened_ms, c.id))
+            events.append(ConnectFailed(
+                c.listener, c.client.fd, c.target.error, take_pending(c), c.opened_ms, c.id))
             connections_fewer(relay)
-            relay.most -= 1
+            relay.held += 1
             connection_free(c)
         while not list_empty(&relay.ended):
             c = <Connection *>relay.ended.next.owner
             list_remove(&c.live)
-            events.append((ENDED, c.id, c.how, c.up.moved, c.down.moved,
-                           relay.engine.now_ms - c.opened_ms, (c.client.error, c.target.error)))
+            events.append(Ended(
+                c.id, ENDINGS[c.how], c.up.moved, c.down.moved,
+                relay.engine.now_ms - c.opened_ms, c.client.error, c.target.error))
             connection_free(c)
         return events
 
 
-cdef tuple note_tuple(const Note *note, int64_t now_ms):
+cdef object note_event(const Note *note, int64_t now_ms):
     if note.kind == NOTE_READY:
-        return READY, note.fd, note.value
+        return Ready(note.fd, note.value)
     if note.kind == NOTE_ACCEPTED:
-        return ACCEPTED, note.fd, (<char *>&note.peer)[:note.peer_size], note.index
+        return Accepted(note.index, note.fd, (<char *>&note.peer)[:note.peer_size])
     if note.kind == NOTE_NOBODY:
-        return NOBODY, note.value, note.index
+        return AcceptFailed(note.index, note.value)
     if note.kind == NOTE_REFUSED:
-        return REFUSED, note.index
+        return Refused(note.index)
     if note.kind == NOTE_BUSY:
-        return (BUSY,)
-    return FAILED, note.fd, note.value, note.index, b"", now_ms, 0
+        return WorkersWanted()
+    return ConnectFailed(note.index, note.fd, note.value, b"", now_ms, 0)
 
 
 cdef bytes take_pending(Connection *c):
@@ -620,7 +733,7 @@ def connected(int fd):
     ELOOP for one that was connected to itself."""
     cdef sockaddr_storage peer
     cdef socklen_t size = sizeof(peer)
-    cdef int error = socket_error(fd)
+    cdef int error = socket_take_error(fd)
     if error == ECONNRESET and socket_family(fd) == AF_VSOCK:
         return ECONNREFUSED  # how the virtio transport says so
     if error != 0:
@@ -637,9 +750,9 @@ def peek(int fd):
     return -errno if size < 0 else size
 
 
-def failure(int fd):
+def socket_error(int fd):
     """SO_ERROR of a socket, which reading clears; 0: none."""
-    return socket_error(fd)
+    return socket_take_error(fd)
 
 
 def socket_names(int fd):
@@ -655,7 +768,7 @@ def socket_names(int fd):
     return peer, own
 
 
-def tune(int fd, int family):
+def tune_socket(int fd, int family):
     """Give a socket what both legs have; what a listener has, the sockets it accepts inherit."""
     socket_tune(fd, family)
 
@@ -715,7 +828,7 @@ cdef bint signal_is_ignored(int number) noexcept:
 
 
 def signal_fd(numbers):
-    """An fd, the caller's, that is readable when one of these signals has come; signals_come()
+    """An fd, the caller's, that is readable when one of these signals has come; take_signals()
     tells which. It must stay open while they can come.
 
     By handlers, not by signalfd(2): a signal is to interrupt what waits against all expectation. A
@@ -743,7 +856,7 @@ def signal_fd(numbers):
     return signal_bell
 
 
-def signals_come():
+def take_signals():
     """The signals that have come since the last call, each as often as it was delivered."""
     cdef uint64_t rings
     cdef int number, count

@@ -1,6 +1,6 @@
 """Accepting: who comes in, and when nobody does.
 
-The relay accepts, and on express terms connects at once (_gate.pxd). Here the terms are set, and
+The relay accepts, and within its terms connects at once (_gate.pxd). Here the terms are set, and
 the clients admitted for which there are none.
 """
 
@@ -9,7 +9,15 @@ import os
 from _collections_abc import Callable
 
 from proxyd import log
-from proxyd._relay import ACCEPTED, CHECK_PORT, NOBODY, REFUSED, Gate, socket_names, tune
+from proxyd._relay import (
+    CHECK_PORT,
+    Accepted,
+    AcceptFailed,
+    Refused,
+    RelayListener,
+    socket_names,
+    tune_socket,
+)
 from proxyd.address import port, text, unmapped
 from proxyd.listen import Listener
 from proxyd.loop import Loop
@@ -18,7 +26,6 @@ from proxyd.reach import Reach
 
 TYPE_CHECKING = False  # as typing has it
 if TYPE_CHECKING:
-    from proxyd._relay import Event
     from proxyd.ports import Ports
 
 PAUSE_MS = 100
@@ -51,13 +58,13 @@ class Door:
         self, loop: Loop, index: int, listener: Listener, way: Reach, ports: "Ports | None" = None
     ) -> None:
         self.index = index
-        """In Intake.doors; the relay's cookie."""
+        """In Intake.doors; what events call the listener."""
         self.listener = listener
         self.way = way
         self.ports = ports
         """With `HOST:*`: the ways of clients that connected to another port than the listener's."""
         check = what_to_check(listener) | (CHECK_PORT if ports is not None else 0)
-        self.gate = Gate(loop.relay, listener.fd, listener.family, check, index)
+        self.gate = RelayListener(loop.relay, listener.fd, listener.family, check, index)
         way.gates.append(self.gate)
         self.open = False
         self.broken = False
@@ -90,7 +97,7 @@ class Intake:
         self._relay = loop.relay
         self._ways = list({id(door.way): door.way for door in doors}.values())
         self._ports = {door.ports for door in doors if door.ports is not None}
-        self._connections_max = connections_max
+        self._connections_max = self._relay.connections_max = connections_max
         self._proxy_protocol = proxy_protocol
         self._header: Callable[[int, int, bytes], bytes] | None = None
         self._no_header: type[Exception] = Exception
@@ -104,14 +111,14 @@ class Intake:
     def arm(self) -> None:
         """Begin to accept. A connection that was passed in is taken at once."""
         for door in self.doors:
-            tune(door.listener.fd, door.listener.family)
+            tune_socket(door.listener.fd, door.listener.family)
             if door.listener.connected:
                 fd, door.listener.fd = door.listener.fd, -1
                 self.passed_in += 1
                 self._relay.take_over(fd, door.listener.family)
                 self._admit(door, fd, socket_names(fd)[0])
             else:
-                door.gate.open()
+                door.gate.start()
                 door.open = True
         self.set_terms()
 
@@ -123,27 +130,25 @@ class Intake:
 
     def set_terms(self) -> None:
         """Tell the relay which clients it may connect without asking, and how many."""
-        self._relay.most = self._connections_max - self._held()
+        self._relay.held = self._held()
         asked = self._proxy_protocol or self._loop.notes is not None
         for door in self.doors:
-            door.gate.express(None if asked else door.way.express, door.way.connect_ms)
+            door.gate.auto_connect(None if asked else door.way.express, door.way.connect_ms)
 
-    def event(self, event: "Event") -> None:
-        """Take an event of a gate."""
-        kind, *rest, index = event
-        door = self.doors[index]
-        if kind == ACCEPTED:
-            self._accepted(door, rest[0], rest[1])
-        elif kind == NOBODY:
-            self._not_accepted(door, rest[0])
-        elif kind == REFUSED:
+    def event(self, event: Accepted | AcceptFailed | Refused) -> None:
+        """Take an event of a listener."""
+        if isinstance(event, Accepted):
+            self._accepted(self.doors[event.listener], event.client, event.peer)
+        elif isinstance(event, AcceptFailed):
+            self._not_accepted(self.doors[event.listener], event.error)
+        else:
             self._log_refusal()
 
     def tick(self, now_ms: int) -> None:
         """Accept again once it is time, or a connection has ended."""
         if self.resume_ms is None:
             return
-        if now_ms >= self.resume_ms or self._relay.open < self._open_at_pause:
+        if now_ms >= self.resume_ms or self._relay.connections < self._open_at_pause:
             self.resume_ms = None
             for door in self.doors:
                 self._reopen(door)
@@ -152,7 +157,7 @@ class Intake:
         if door.open or door.broken or door.listener.fd < 0:
             return
         try:
-            door.gate.open()
+            door.gate.start()
         except OSError:  # this takes memory too: try again later
             self._rest()
         else:
@@ -163,7 +168,10 @@ class Intake:
         return -1 if self.resume_ms is None else self._open_at_pause - 1
 
     def _accepted(self, door: Door, fd: int, peer: bytes) -> None:
-        if self._relay.open + self._relay.late + self._held() < self._connections_max:
+        if (
+            self._relay.connections + self._relay.in_quarantine + self._held()
+            < self._connections_max
+        ):
             self._admit(door, fd, peer)
             return
         self._relay.hang_up(fd)
@@ -227,7 +235,7 @@ class Intake:
 
     def _pause(self, error: int) -> None:
         """Nothing is left to accept with: a listener would stay readable and burn a CPU."""
-        self._relay.trim()
+        self._relay.trim_pipes()
         self.disarm()
         self._rest()
         log.limited(
@@ -237,10 +245,10 @@ class Intake:
 
     def _rest(self) -> None:
         """Accept again after a while, or when a connection has ended."""
-        self._open_at_pause = self._relay.open
+        self._open_at_pause = self._relay.connections
         self.resume_ms = self._relay.now_ms + PAUSE_MS
 
     def _shut(self, door: Door) -> None:
         if door.open:
             door.open = False
-            door.gate.shut()
+            door.gate.stop()

@@ -3,7 +3,7 @@
 from _collections_abc import Callable
 
 from proxyd import log
-from proxyd._relay import READY, Relay
+from proxyd._relay import Ready, Relay
 
 TYPE_CHECKING = False  # as typing has it
 if TYPE_CHECKING:
@@ -50,10 +50,10 @@ class Loop:
         events = self.relay.run(timeout_ms)
         self.heard = bool(events)
         for event in events:
-            if event[0] != READY:
+            if not isinstance(event, Ready):
                 rest.append(event)
                 continue
-            handler = self.handlers.get(event[1])
+            handler = self.handlers.get(event.fd)
             if handler is not None:  # an earlier event of the batch may have removed it
-                handler(event[2])
+                handler(event.events)
         return rest

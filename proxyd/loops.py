@@ -16,7 +16,7 @@ _SO_NETNS_COOKIE = 71  # asm-generic/socket.h; Linux 5.14
 
 
 def what_to_check(listener: Listener) -> int:
-    """Return what Relay.accept() is to look for, CHECK_TCP or CHECK_UNIX or 0."""
+    """Return what a RelayListener is to check clients for: CHECK_TCP, CHECK_UNIX or 0."""
     family = listener.family
     if family == AF_UNIX:
         address = listener.target.address

@@ -54,7 +54,7 @@ class Manager:
         """When WATCHDOG=1 was sent last."""
         if notifier.watchdog_usec:
             self._watchdog_ms = relay.now_ms + self._watchdog_every_ms
-            relay.ask()
+            relay.ping_workers()
 
     def ready(self) -> None:
         """Every listener is armed."""
@@ -105,13 +105,13 @@ class Manager:
 
     def _watch(self, now_ms: int) -> None:
         """Say that we are alive, if every thread has said so to us; otherwise look again soon."""
-        if not self._relay.answered:
+        if not self._relay.workers_answered:
             self._watchdog_ms = now_ms + -(-self._watchdog_every_ms // 8)
             self._due.pop("WATCHDOG", None)  # no longer true
             self._complain_if_late(now_ms, "a thread does not answer")
             return
         self._watchdog_ms = now_ms + self._watchdog_every_ms
-        self._relay.ask()
+        self._relay.ping_workers()
         self._send("WATCHDOG", self._notifier.watchdog, now_ms)
 
     def _send(self, kind: str, send: Callable[[], bool], now_ms: int) -> None:

@@ -14,7 +14,7 @@ import os
 
 from proxyd import address as sockaddr
 from proxyd import log
-from proxyd._relay import failure, peek
+from proxyd._relay import ConnectFailed, peek, socket_error
 from proxyd.connect_errors import is_congestion, is_denied, may_pass
 from proxyd.listen import Listener
 from proxyd.loop import EPOLLET, Loop
@@ -24,7 +24,7 @@ from proxyd.target import Target
 
 TYPE_CHECKING = False  # as typing has it; a literal target never loads the resolver
 if TYPE_CHECKING:
-    from proxyd._relay import Event, Gate
+    from proxyd._relay import RelayListener
     from proxyd.lookup import Interface, Lookup
     from proxyd.resolver import Resolver
 
@@ -65,7 +65,7 @@ class Client:
 
         A UNIX client that sends and closes hangs up too, but it has spoken and is served.
         """
-        return failure(self.fd) != 0 or not self.has_spoken()
+        return socket_error(self.fd) != 0 or not self.has_spoken()
 
     def has_ended(self) -> bool:
         """Tell whether it has sent its end, and nothing before it."""
@@ -105,7 +105,7 @@ class Reach:
         """What the log limits its lines by, and the counters are summed up by."""
         self.held: dict[int, Client] = {}
         """By fd, the oldest first."""
-        self.gates: list[Gate] = []
+        self.gates: list[RelayListener] = []
         """Those whose clients come here."""
         self.served = 0
         """Connections begun here; the gates count their own."""
@@ -167,9 +167,9 @@ class Reach:
     # ── clients come ─────────────────────────────────────────────────────────────────────────
 
     def take(
-        self, fd: int, listener: Listener, cookie: int, header: bytes | None, name: str
+        self, fd: int, listener: Listener, index: int, header: bytes | None, name: str
     ) -> None:
-        """Serve an accepted client; its fd is owned from now on.
+        """Serve an accepted client; its fd is owned from now on. `index` is its listener's.
 
         While all is well the relay does it all: one call, and no state in Python.
         """
@@ -178,29 +178,26 @@ class Reach:
         if address is None or not self._up or not self._proven or self.held:
             self._hold(Client(fd, listener, header, name, self._relay.now_ms))
             return
-        try:
-            number = self._relay.connect(
-                fd, listener.family, address, header, cookie, self.connect_ms
-            )
-        except OSError as failed:
-            client = Client(fd, listener, header, name, self._relay.now_ms)
-            self._hold(client)
-            self._connect_failed(client, failed.errno or errno.EIO)
+        result = self._relay.connect(fd, listener.family, address, header, index, self.connect_ms)
+        if isinstance(result, ConnectFailed):
+            self.served += 1  # as with one that fails later
+            self.take_back(listener, result, name)
         else:
-            self._entered(number, name)
+            self._entered(result, name)
 
-    def take_back(self, listener: Listener, event: "Event") -> None:
-        """A connect of the relay has failed: the client is ours again. `event` is a FAILED one."""
-        _, fd, error, _, pending, since_ms, number = event
+    def take_back(self, listener: Listener, failed: ConnectFailed, name: str = "") -> None:
+        """A connect of the relay has failed, at once or later: the client is ours again."""
         self.returned += 1
-        note = self._loop.notes.pop(number, "") if self._loop.notes is not None else ""
-        client = Client(fd, listener, pending, note.partition(" → ")[0], since_ms)
+        if self._loop.notes is not None:
+            name = name or self._loop.notes.pop(failed.connection, "").partition(" → ")[0]
+        client = Client(failed.client, listener, failed.pending, name, failed.opened_ms)
         # The relay reads nothing from a client whose PROXY header has not been sent.
-        client.taken = bool(pending) and not self._announces
+        client.taken = bool(failed.pending) and not self._announces
         self._hold(client)
-        silent = error == errno.ETIMEDOUT and self._relay.now_ms - since_ms >= self.connect_ms
+        waited_ms = self._relay.now_ms - failed.opened_ms
+        silent = failed.error == errno.ETIMEDOUT and waited_ms >= self.connect_ms
         if not silent or self.timeout_ms == 0:  # otherwise it has only not answered yet
-            self._connect_failed(client, error)
+            self._connect_failed(client, failed.error)
         elif self._lookup is not None:
             self._lookup.lost()
 
@@ -423,7 +420,7 @@ class Reach:
 
     def _was_reached(self) -> bool:
         """Tell whether a connection was ever made."""
-        return self.served + sum([gate.served for gate in self.gates]) > self.returned
+        return self.served + sum([gate.connected_count for gate in self.gates]) > self.returned
 
     def _settle_down(self) -> None:
         """Nobody is held any more: an attempt too many is no use, and an outage may be over."""

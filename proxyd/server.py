@@ -9,7 +9,14 @@ import _signal  # type: ignore[import-not-found]
 from _collections_abc import MutableMapping
 
 from proxyd import address, log
-from proxyd._relay import BUSY, ENDED, FAILED, signal_fd, signals_come
+from proxyd._relay import (
+    ConnectFailed,
+    Ended,
+    Ready,
+    WorkersWanted,
+    signal_fd,
+    take_signals,
+)
 from proxyd.errors import reason
 from proxyd.intake import Door, Intake
 from proxyd.limits import fit_connections
@@ -74,7 +81,7 @@ class Server:
         if options.threads > 1 and not single:
             self._use_threads()
         self.manager = Manager(Notifier(environ), self._status, self.relay)
-        self.relay.wake_first = self.manager.wanted
+        self.relay.wake_on_first = self.manager.wanted
         if self.loop.notes is not None:
             import proxyd.stats  # noqa: F401 - for _log_end(), while there are fds to load it with
         self.held_ms = self.relay.now_ms
@@ -107,14 +114,14 @@ class Server:
         self._tick()
 
     def _relay_event(self, event: "Event") -> None:
-        if event[0] == FAILED:
-            door = self.intake.doors[event[3]]
-            door.way_of(event[1]).take_back(door.listener, event)
-        elif event[0] == ENDED:
+        if isinstance(event, ConnectFailed):
+            door = self.intake.doors[event.listener]
+            door.way_of(event.client).take_back(door.listener, event)
+        elif isinstance(event, Ended):
             self._log_end(event)
-        elif event[0] == BUSY:
+        elif isinstance(event, WorkersWanted):
             self._hire()
-        else:
+        elif not isinstance(event, Ready):  # those the loop has handled
             self.intake.event(event)
 
     def _tick(self) -> None:
@@ -132,11 +139,11 @@ class Server:
         busy = self._busy()
         self.manager.tick(now_ms, busy)
         ends = self.stopping or self.exit_idle_ms is not None or self.intake.broken
-        last = 0 if self.relay.open > 0 and ends else -1
-        self.relay.wake_at = max(self.intake.wake_at(), last)
+        last = 0 if self.relay.connections > 0 and ends else -1
+        self.relay.wake_at_count = max(self.intake.wake_at(), last)
 
     def _busy(self) -> bool:
-        return self.relay.open > 0 or any(reach.held for reach in self.reaches)
+        return self.relay.connections > 0 or any(reach.held for reach in self.reaches)
 
     def _timeout_ms(self) -> int:
         """How long the relay may go on without us, -1: until something happens."""
@@ -149,7 +156,7 @@ class Server:
         """When to end for want of clients, as things stand."""
         if self.exit_idle_ms is None or self._busy() or self.intake.resume_ms is not None:
             return None
-        return max(self.relay.quiet_ms, self.held_ms) + self.exit_idle_ms
+        return max(self.relay.last_end_ms, self.held_ms) + self.exit_idle_ms
 
     # ── the end ──────────────────────────────────────────────────────────────────────────────
 
@@ -165,8 +172,8 @@ class Server:
     def _somebody_came(self) -> bool:
         """Look once more before an idle exit: who started the program is always served."""
         accepted = -1
-        while not self._busy() and (self.loop.heard or self.relay.counters()[0] != accepted):
-            accepted = self.relay.counters()[0]
+        while not self._busy() and (self.loop.heard or self.relay.totals().accepted != accepted):
+            accepted = self.relay.totals().accepted
             self._turn(0)
         return self._busy() or self.intake.resume_ms is not None
 
@@ -202,7 +209,7 @@ class Server:
         self.loop.watch(signals, lambda _events: self._signalled())
 
     def _signalled(self) -> None:
-        for number in signals_come():
+        for number in take_signals():
             if number == _signal.SIGUSR1:
                 self.asked = True
             else:
@@ -281,10 +288,10 @@ class Server:
 
         return status(self.relay, self.reaches)
 
-    def _log_end(self, event: "Event") -> None:
+    def _log_end(self, event: Ended) -> None:
         from proxyd.stats import ending
 
-        note = self.loop.notes.pop(event[1], "") if self.loop.notes is not None else ""
+        note = self.loop.notes.pop(event.connection, "") if self.loop.notes is not None else ""
         log.debug(ending(note, event))
 
 

@@ -3,19 +3,15 @@
 import os
 from _collections_abc import Iterable
 
-from proxyd._relay import Relay
+from proxyd._relay import ENDING_CLIENT_GONE, ENDING_CUT, Relay
 from proxyd.intake import Intake
 from proxyd.reach import Reach
 
 TYPE_CHECKING = False  # as typing has it
 if TYPE_CHECKING:
-    from proxyd._relay import Event
+    from proxyd._relay import Ended
 
 _UNITS = "BKMGTPE"
-
-# What HOW_* in _connection.pxd stands for, in a sum and for one connection.
-_ENDINGS = ("ended", "reset", "idle", "cut", "client gone")
-_CUT, _GONE = 3, 4  # held clients end so too
 
 
 def bytes_text(count: int) -> str:
@@ -31,11 +27,11 @@ def status(relay: Relay, reaches: list[Reach]) -> str:
     """One line for STATUS=."""
     waiting = _sums((reach.kind, [reach.waiting]) for reach in reaches)
     held = sum(len(reach.held) for reach in reaches)
-    count = relay.open + held - sum(waits for (waits,) in waiting.values())
+    count = relay.connections + held - sum(waits for (waits,) in waiting.values())
     parts = [f"{count} connection{'' if count == 1 else 's'}"]
     parts += [f"{waits} waiting for {kind}" for kind, (waits,) in waiting.items() if waits]
-    _, _, to_targets, to_clients, *_ = relay.counters()
-    parts.append(f"{bytes_text(to_targets + to_clients)} forwarded")
+    totals = relay.totals()
+    parts.append(f"{bytes_text(totals.bytes_to_targets + totals.bytes_to_clients)} forwarded")
     return ", ".join(parts)
 
 
@@ -44,18 +40,18 @@ def summary(intake: Intake, relay: Relay, reaches: list[Reach]) -> list[str]:
 
     Accepted is the sum of open, waiting, refused, failed and all that have ended.
     """
-    accepted, refused, to_targets, to_clients, spliced, copied, ended = relay.counters()
+    totals = relay.totals()
     held = sum(len(reach.held) for reach in reaches)
     failed = sum(reach.failed for reach in reaches)
-    ends = list(ended)
-    ends[_CUT] += sum(reach.cut for reach in reaches)
-    ends[_GONE] += sum(reach.gone for reach in reaches)
-    endings = [f"{count} {how}" for how, count in zip(_ENDINGS, ends, strict=True) if count]
+    ends = dict(totals.endings)  # held clients end as well
+    ends[ENDING_CUT] += sum(reach.cut for reach in reaches)
+    ends[ENDING_CLIENT_GONE] += sum(reach.gone for reach in reaches)
+    endings = [f"{count} {ending}" for ending, count in ends.items() if count]
     line = (
-        f"{accepted + intake.passed_in} accepted, {relay.open} open, {held} waiting, "
-        f"{refused + intake.refused} refused, {failed} failed; "
-        f"{to_targets} bytes to targets, {to_clients} bytes to clients, "
-        f"{spliced} spliced, {copied} copied; {', '.join(endings) or 'none ended'}"
+        f"{totals.accepted + intake.passed_in} accepted, {relay.connections} open, {held} waiting, "
+        f"{totals.refused + intake.refused} refused, {failed} failed; "
+        f"{totals.bytes_to_targets} bytes to targets, {totals.bytes_to_clients} bytes to clients, "
+        f"{totals.spliced} spliced, {totals.copied} copied; {', '.join(endings) or 'none ended'}"
     )
     rows = _sums(
         (reach.kind, [_served(intake, reach), len(reach.held), reach.failed]) for reach in reaches
@@ -64,21 +60,20 @@ def summary(intake: Intake, relay: Relay, reaches: list[Reach]) -> list[str]:
         f"{kind}: {served} served, {waiting} waiting, {failed} failed"
         for kind, (served, waiting, failed) in rows.items()
     ]
-    if relay.threads > 1:
-        lines.append(f"{relay.threads} threads, {relay.handed_over} connections handed over")
+    if relay.thread_count > 1:
+        lines.append(f"{relay.thread_count} threads, {relay.handed_over} connections handed over")
     return lines
 
 
-def ending(note: str, event: "Event") -> str:
-    """One connection's line in the log at debug level; `event` is an ENDED one."""
-    _, _, how, up, down, took_ms, errnos = event
-    sides = [
-        f"{side}: {os.strerror(error)}"
-        for side, error in zip(("client", "target"), errnos, strict=True)
-        if error
-    ]
+def ending(note: str, event: "Ended") -> str:
+    """One connection's line in the log at debug level."""
+    errors = (("client", event.client_error), ("target", event.target_error))
+    sides = [f"{side}: {os.strerror(error)}" for side, error in errors if error]
     why = f" ({', '.join(sides)})" if sides else ""
-    return f"{note}: {up} bytes up, {down} bytes down in {took_ms} ms, {_ENDINGS[how]}{why}."
+    return (
+        f"{note}: {event.bytes_up} bytes up, {event.bytes_down} bytes down "
+        f"in {event.duration_ms} ms, {event.ending}{why}."
+    )
 
 
 def _sums(rows: Iterable[tuple[str, list[int]]]) -> dict[str, list[int]]:
@@ -92,5 +87,5 @@ def _sums(rows: Iterable[tuple[str, list[int]]]) -> dict[str, list[int]]:
 
 def _served(intake: Intake, reach: Reach) -> int:
     """Connections brought to a target, those still under way included."""
-    express = sum(door.gate.served for door in intake.doors if door.way is reach)
+    express = sum(door.gate.connected_count for door in intake.doors if door.way is reach)
     return express + reach.served - reach.returned

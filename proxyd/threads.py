@@ -14,7 +14,7 @@ WAIT_MOST = 25
 
 
 def share(relay: Relay) -> None:
-    """Have further threads only when one has too much to do: run() asks for hire() then."""
+    """Have further threads only when one has too much to do: WorkersWanted asks for hire() then."""
     usable, online = os.sched_getaffinity(0), os.sysconf("SC_NPROCESSORS_ONLN")
     whole = len(usable) >= online
     try:
@@ -23,11 +23,11 @@ def share(relay: Relay) -> None:
     except OSError:  # ProcSubset=pid; as the man page says, a CPU is taken to be idle then
         stat = -1
     limits = [limit for limit in (cpu_quota(), 0 if whole else 100 * len(usable)) if limit]
-    relay.share(
+    relay.offload_when_busy(
         stat,
         cpus=None if whole else usable,
         quota=min(limits, default=0),
-        wait_most=WAIT_MOST,
+        wait_max=WAIT_MOST,
     )
 
 
@@ -74,9 +74,9 @@ def _read(path: str) -> str:
 
 def hire(relay: Relay, threads: int) -> None:
     """Have so many threads from now on; fewer where the system refuses them."""
-    for number in range(relay.threads, threads):
+    for number in range(relay.thread_count, threads):
         try:
-            relay.hire()
+            relay.start_worker()
         except OSError as error:
             log.warning(
                 f"Failed to start a relay thread: {os.strerror(error.errno or 0)}. "

@@ -16,7 +16,7 @@ from relaykit.crew import Crewed
 from relaykit.rig import PATIENCE_S, Incoming, Outgoing, payload
 from relaykit.sockets import close, half_close, reset
 
-from proxyd._relay import BUSY
+from proxyd._relay import WorkersWanted
 
 NOBODY_KNOWS = -1
 """The fd of a /proc/stat that cannot be had: a CPU is idle then."""
@@ -64,7 +64,7 @@ def machine(tmp_path):
 def sharing(rigs):
     def make(*pair, stat=NOBODY_KNOWS, threads=1, window_ms=1, rules=NO_RULES, **options):
         rig = rigs(*pair, **options)
-        rig.relay.share(stat, window_ms, **rules)
+        rig.relay.offload_when_busy(stat, window_ms, **rules)
         rig.pace_ms = 0
         return Crewed(rig, threads)
 
@@ -155,7 +155,7 @@ def test_bytes_and_ends_survive_it(sharing, pair, mode):
             assert crew.rig.until_ended(link.id) == ("ended", len(up), len(down))
         rounds += 1
         assert rounds < 100, "nothing was handed over"
-    assert crew.rig.relay.open == 0
+    assert crew.rig.relay.connections == 0
 
 
 def test_what_it_holds_goes_along(sharing, pair, mode):
@@ -249,17 +249,18 @@ def test_a_crew_is_asked_for_once(sharing):
     crew = sharing(threads=0)
     links = [crew.rig.link() for _ in range(4)]
     crew.rig.until(
-        lambda: keep_busy(crew, links, turns=5) or crew.rig.of_kind(BUSY), "the call for help"
+        lambda: keep_busy(crew, links, turns=5) or crew.rig.of_kind(WorkersWanted),
+        "the call for help",
     )
     stay_busy(crew, links, 0.1)
-    assert crew.rig.of_kind(BUSY) == [(BUSY,)]
-    assert crew.rig.relay.threads == 1
-    crew.rig.relay.ask()
+    assert len(crew.rig.of_kind(WorkersWanted)) == 1
+    assert crew.rig.relay.thread_count == 1
+    crew.rig.relay.ping_workers()
     crew.hire(1)
-    assert crew.rig.relay.answered  # it has not been there to be asked
-    assert crew.rig.relay.threads == 2
+    assert crew.rig.relay.workers_answered  # it has not been there to be asked
+    assert crew.rig.relay.thread_count == 2
     keep_busy(crew, links)
-    assert crew.rig.of_kind(BUSY) == [(BUSY,)]
+    assert len(crew.rig.of_kind(WorkersWanted)) == 1
 
 
 @pytest.mark.parametrize("field", ["idle", "iowait"])
@@ -337,7 +338,7 @@ def test_everything_stays_while_one_is_enough(sharing):
     links = [quiet_link(crew) for _ in range(10)]
     assert [crew.place_of(link.client_fd) for link in links] == [0] * 10
     assert crew.rig.relay.handed_over == 0
-    assert not crew.rig.of_kind(BUSY)
+    assert not crew.rig.of_kind(WorkersWanted)
 
 
 @pytest.mark.parametrize("field", [None, "user", "nice", "system", "irq", "softirq"])
@@ -450,7 +451,7 @@ def test_whoever_is_watched_stays(rigs, way):
     for link in links:
         reset(link.target)
     rig.settle()
-    rig.relay.share(NOBODY_KNOWS, 0)
+    rig.relay.offload_when_busy(NOBODY_KNOWS, 0)
     Crewed(rig)
     words = [Incoming(link.client, most=200_000) for link in links]
     while not all(one.end for one in words):

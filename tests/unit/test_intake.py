@@ -11,7 +11,7 @@ import pytest
 from proxyd import address as sockaddr
 from proxyd import intake as intake_module
 from proxyd import log
-from proxyd._relay import ACCEPTED, FAILED, NOBODY, REFUSED
+from proxyd._relay import Accepted, AcceptFailed, ConnectFailed, Refused
 from proxyd.intake import PAUSE_MS, Door, Intake
 from proxyd.listen import Listener
 from proxyd.loop import Loop
@@ -84,18 +84,18 @@ class World:
         """One round of the main loop, and the events that it had."""
         events = self.loop.run(timeout_ms)
         for event in events:
-            if event[0] == FAILED:
-                door = self.doors[event[3]]
+            if isinstance(event, ConnectFailed):
+                door = self.doors[event.listener]
                 door.way.take_back(door.listener, event)
             else:
                 self.intake.event(event)
-            assert self.relay.open + self.held <= self.intake._connections_max
+            assert self.relay.connections + self.held <= self.intake._connections_max
         for way in self.ways:
             if way.held:
                 way.step(self.relay.now_ms)
         self.intake.tick(self.relay.now_ms)
         self.intake.set_terms()
-        assert self.relay.open + self.held <= self.intake._connections_max
+        assert self.relay.connections + self.held <= self.intake._connections_max
         return events
 
     def until(self, condition):
@@ -108,7 +108,7 @@ class World:
 
     def settle(self, clients):
         """Go on until every one of so many clients was accepted, and none is in between."""
-        self.until(lambda: self.relay.counters()[0] >= clients)
+        self.until(lambda: self.relay.totals().accepted >= clients)
         self.turn()
         self.turn()
 
@@ -174,10 +174,10 @@ def test_so_many_and_not_one_more(world, capfd, clock, most, proxy_protocol):
     intake = world.start(most, proxy_protocol)
     clients = [world.client(sock) for _ in range(most + 3)]
     world.settle(most + 3)
-    assert world.relay.open == most
+    assert world.relay.connections == most
     assert [closed(client) for client in clients] == [False] * most + [True] * 3
-    assert world.relay.counters()[0] == most + 3
-    assert world.relay.counters()[1] + intake.refused == 3
+    assert world.relay.totals().accepted == most + 3
+    assert world.relay.totals().refused + intake.refused == 3
     assert capfd.readouterr().err.splitlines() == [LIMIT_LINE]
 
 
@@ -187,12 +187,12 @@ def test_a_place_that_is_free_again_is_given_away(world, capfd):
     world.start(1)
     for _ in range(5):
         client = world.client(sock)
-        world.until(lambda: world.relay.open)
+        world.until(lambda: world.relay.connections)
         assert not closed(client)
         client.close()
         served, _ = world.backend.accept()
         served.close()
-        world.until(lambda: not world.relay.open)
+        world.until(lambda: not world.relay.connections)
     assert capfd.readouterr().err == ""
 
 
@@ -203,7 +203,7 @@ def test_held_clients_count(world, state):
     world.start(2)
     clients = [world.client(sock) for _ in range(5)]
     world.settle(5)
-    assert world.held + world.relay.open == 2
+    assert world.held + world.relay.connections == 2
     assert sum(map(closed, clients)) == 3
 
 
@@ -227,7 +227,7 @@ def test_a_connect_that_fails_does_not_make_room_for_another_client(world):
     world.start(1)
     clients = [world.client(sock) for _ in range(3)]
     world.settle(3)
-    assert world.held + world.relay.open == 1
+    assert world.held + world.relay.connections == 1
     assert sum(map(closed, clients)) == 2
 
 
@@ -239,22 +239,22 @@ def test_a_crowd_whose_connects_fail_counts(world):
     world.start(60)
     for _ in range(40):
         world.client(sock)
-    world.until(lambda: world.relay.open > 30)  # in turn after turn
+    world.until(lambda: world.relay.connections > 30)  # in turn after turn
     os.unlink(up)
     for _ in range(40):
         world.client(sock)
     world.settle(80)
-    assert len(door.way.held) + world.relay.open == 60
+    assert len(door.way.held) + world.relay.connections == 60
 
 
 def test_the_terms_leave_room_for_the_held(world):
     sock = world.listen()
     world.door(sock, world.target("absent"))
     world.start(10)
-    assert world.relay.most == 10
+    assert (world.relay.connections_max, world.relay.held) == (10, 0)
     world.client(sock)
     world.settle(1)
-    assert world.relay.most == 9
+    assert (world.relay.connections_max, world.relay.held) == (10, 1)
 
 
 # ── terms ────────────────────────────────────────────────────────────────────────────────────────
@@ -269,26 +269,26 @@ class FakeGate:
         self.fd = fd
         self.is_open = False
         self.terms = None
-        self.served = 0
+        self.connected_count = 0
 
-    def open(self):
+    def start(self):
         if self.open_error:
             raise OSError(self.open_error, "")
         assert not self.is_open
         self.is_open = True
 
-    def shut(self):
+    def stop(self):
         assert self.is_open
         self.is_open = False
 
-    def express(self, address, timeout_ms=0):
+    def auto_connect(self, address, timeout_ms=0):
         self.terms = (address, timeout_ms)
 
 
 @pytest.fixture
 def gates(monkeypatch):
     """Doors of the test get fake gates."""
-    monkeypatch.setattr(intake_module, "Gate", FakeGate)
+    monkeypatch.setattr(intake_module, "RelayListener", FakeGate)
 
 
 def test_a_literal_target_that_is_up_is_on_express_terms(world, gates):
@@ -375,9 +375,9 @@ def test_a_client_that_reset_before_it_was_accepted_keeps_its_address(world, tar
     expected = b"PROXY TCP4 127.0.0.1 127.0.0.1 %d %d\r\n" % ports
     seen = []
     take = way.take
-    way.take = lambda fd, listener, cookie, header, name: (
+    way.take = lambda fd, listener, index, header, name: (
         seen.append((header, name)),
-        take(fd, listener, cookie, header, name),
+        take(fd, listener, index, header, name),
     )
     world.settle(1)
     assert seen == [(expected, f"127.0.0.1:{ports[0]}")]
@@ -398,7 +398,7 @@ def test_a_client_without_an_address_is_refused(world, capfd, version):
     world.door(served, world.target("up"), connected=True)
     served.detach()
     intake = world.start(proxy_protocol=version)
-    assert world.relay.open == 0
+    assert world.relay.connections == 0
     assert world.held == 0
     assert (intake.passed_in, intake.refused) == (1, 1)
     (line,) = capfd.readouterr().err.splitlines()
@@ -428,7 +428,7 @@ def test_a_connection_that_was_passed_in(world):
     door = world.door(theirs, target, connected=True)
     theirs.detach()
     intake = world.start()
-    assert world.relay.open == 1
+    assert world.relay.connections == 1
     assert door.listener.fd == -1
     assert intake.passed_in == 1
     assert not door.open
@@ -464,7 +464,7 @@ def test_emfile_pauses(world, capfd):
     intake = world.start()
     client = world.client(sock)
     with NoFds():
-        assert world.turn() == [(NOBODY, errno.EMFILE, 0)]
+        assert [event.error for event in world.turn()] == [errno.EMFILE]
         assert not door.open
         assert intake.resume_ms == world.relay.now_ms + PAUSE_MS
         # No hot loop: although the client waits there is nothing to report.
@@ -478,8 +478,8 @@ def test_emfile_pauses(world, capfd):
     intake.tick(intake.resume_ms)
     assert door.open
     assert intake.resume_ms is None
-    world.until(lambda: world.relay.open)
-    assert world.relay.open == 1
+    world.until(lambda: world.relay.connections)
+    assert world.relay.connections == 1
 
 
 @pytest.mark.parametrize("error", [errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM])
@@ -487,7 +487,7 @@ def test_a_pause_is_one_warning_however_often(world, gates, capfd, clock, error)
     door = world.door(world.listen(), "/run/x")
     intake = world.start()
     for _ in range(20):
-        intake.event((NOBODY, error, 0))
+        intake.event(AcceptFailed(0, error))
         assert not door.gate.is_open
         intake.tick(intake.resume_ms)
         assert door.gate.is_open
@@ -498,8 +498,8 @@ def test_a_pause_is_one_warning_however_often(world, gates, capfd, clock, error)
 def test_a_pause_closes_all_doors(world, gates):
     doors = [world.door(world.listen(), "/run/x") for _ in range(3)]
     intake = world.start()
-    intake.event((NOBODY, errno.EMFILE, 1))
-    intake.event((NOBODY, errno.EMFILE, 2))
+    intake.event(AcceptFailed(1, errno.EMFILE))
+    intake.event(AcceptFailed(2, errno.EMFILE))
     assert not any(door.gate.is_open for door in doors)
     assert not intake.broken
     intake.tick(intake.resume_ms)
@@ -518,7 +518,7 @@ def test_a_pause_ends_when_a_connection_ends(world):
         world.turn()
     assert not door.open
     assert intake.wake_at() == 0  # so run() returns when the first connection has ended
-    world.relay.wake_at = intake.wake_at()
+    world.relay.wake_at_count = intake.wake_at()
     first.close()
     served, _ = world.backend.accept()
     served.close()
@@ -526,7 +526,7 @@ def test_a_pause_ends_when_a_connection_ends(world):
     assert world.loop.run(PATIENCE * 1000) == []
     world.turn()
     assert door.open
-    world.until(lambda: world.relay.open)
+    world.until(lambda: world.relay.connections)
     assert not closed(second)
 
 
@@ -534,7 +534,7 @@ def test_nobody_is_accepted_any_more_when_a_pause_ends_after_disarm(world, gates
     """SIGTERM during a pause: what waits stays with the service manager."""
     door = world.door(world.listen(), "/run/x")
     intake = world.start()
-    intake.event((NOBODY, errno.EMFILE, 0))
+    intake.event(AcceptFailed(0, errno.EMFILE))
     resume_ms = intake.resume_ms
     intake.disarm()
     intake.tick(resume_ms)
@@ -545,7 +545,7 @@ def test_a_door_that_cannot_be_opened_yet_is_opened_later(world, gates):
     """epoll_ctl(2) needs memory too, and that had run out."""
     door = world.door(world.listen(), "/run/x")
     intake = world.start()
-    intake.event((NOBODY, errno.ENOMEM, 0))
+    intake.event(AcceptFailed(0, errno.ENOMEM))
     door.gate.open_error = errno.ENOMEM
     intake.tick(intake.resume_ms)
     assert not door.gate.is_open
@@ -562,8 +562,8 @@ def test_a_door_that_cannot_be_opened_yet_is_opened_later(world, gates):
 def test_an_error_of_one_client_is_not_the_next_one_s(world, gates, capfd, error):
     door = world.door(world.listen(), "/run/x")
     intake = world.start()
-    intake.event((NOBODY, error, 0))
-    intake.event((NOBODY, error, 0))
+    intake.event(AcceptFailed(0, error))
+    intake.event(AcceptFailed(0, error))
     assert door.gate.is_open
     assert intake.resume_ms is None
     assert not intake.broken
@@ -577,7 +577,7 @@ def test_an_error_that_may_last_is_no_hot_loop(world, gates, error):
     so that the listener is readable for ever."""
     door = world.door(world.listen(), "/run/x")
     intake = world.start()
-    intake.event((NOBODY, error, 0))
+    intake.event(AcceptFailed(0, error))
     assert not door.gate.is_open
     assert intake.resume_ms is not None
 
@@ -587,7 +587,7 @@ def test_a_broken_listener(world, capfd):
     door = world.door(sock, world.target("up"))
     intake = world.start()
     sock.shutdown(socket.SHUT_RDWR)
-    assert world.turn() == [(NOBODY, errno.EINVAL, 0)]
+    assert [event.error for event in world.turn()] == [errno.EINVAL]
     assert not door.open
     assert intake.broken
     assert world.loop.run(0) == []
@@ -606,14 +606,14 @@ def test_the_other_listeners_go_on(world):
     world.client(good)
     world.settle(1)
     assert not intake.broken
-    assert world.relay.open == 1
+    assert world.relay.connections == 1
 
 
 def test_a_broken_listener_stays_shut_after_a_pause(world, gates):
     bad, good = (world.door(world.listen(), "/run/x") for _ in range(2))
     intake = world.start()
-    intake.event((NOBODY, errno.EBADF, bad.index))
-    intake.event((NOBODY, errno.EMFILE, good.index))
+    intake.event(AcceptFailed(bad.index, errno.EBADF))
+    intake.event(AcceptFailed(good.index, errno.EMFILE))
     intake.tick(intake.resume_ms)
     assert good.gate.is_open
     assert not bad.gate.is_open
@@ -623,7 +623,7 @@ def test_a_broken_listener_stays_shut_after_a_pause(world, gates):
 def test_a_broken_listener_during_a_pause_is_not_the_end(world, gates, order):
     doors = [world.door(world.listen(), "/run/x") for _ in range(2)]
     intake = world.start()
-    events = [(NOBODY, errno.EBADF, 0), (NOBODY, errno.EMFILE, 1)]
+    events = [AcceptFailed(0, errno.EBADF), AcceptFailed(1, errno.EMFILE)]
     for at in order:
         intake.event(events[at])
     assert not intake.broken
@@ -645,9 +645,9 @@ def test_a_loop_is_refused_with_one_line(world, capfd, clock, kind, proxy_protoc
     # A UNIX client must be another process: it is that which is looked at.
     clients = [connect_elsewhere(sock) for _ in range(3)]
     world.settle(6)
-    world.until(lambda: not world.relay.open)
-    accepted, refused, *_ = world.relay.counters()
-    assert (accepted, refused) == (6, 3)
+    world.until(lambda: not world.relay.connections)
+    totals = world.relay.totals()
+    assert (totals.accepted, totals.refused) == (6, 3)
     assert capfd.readouterr().err.splitlines() == [
         f"Refusing connection: target {name} leads back to our own listener {name}."
     ]
@@ -680,19 +680,19 @@ def connect_elsewhere(sock):
 def test_events_go_to_their_door(world, gates, capfd):
     doors = [world.door(world.listen(), f"/run/x{number}") for number in range(2)]
     intake = world.start(1)
-    intake.event((NOBODY, errno.ELOOP, 1))
+    intake.event(AcceptFailed(1, errno.ELOOP))
     assert f"target /run/x1 leads back to our own listener {doors[1].listener.text}." in (
         capfd.readouterr().err
     )
-    intake.event((REFUSED, 0))
+    intake.event(Refused(0))
     assert capfd.readouterr().err == f"{LIMIT_LINE}\n"
     ours, theirs = socket.socketpair()
     with ours:
-        intake.event((ACCEPTED, theirs.detach(), b"", 1))
+        intake.event(Accepted(1, theirs.detach(), b""))
         assert len(doors[1].way.held) == 1
         assert not doors[0].way.held
         again, last = socket.socketpair()
         with again:
-            intake.event((ACCEPTED, last.detach(), b"", 0))
+            intake.event(Accepted(0, last.detach(), b""))
             assert again.recv(1) == b""
     assert intake.refused == 1

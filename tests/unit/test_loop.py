@@ -5,7 +5,7 @@ import os
 import pytest
 
 from proxyd import log
-from proxyd._relay import ENDED, READY
+from proxyd._relay import Ended, Ready
 from proxyd.loop import EPOLLET, EPOLLIN, Loop
 
 
@@ -89,12 +89,13 @@ def test_a_fd_that_cannot_be_watched(loop, tmp_path):
 def test_what_is_not_for_a_handler_is_returned_in_order(loop):
     class Relay:
         def run(self, timeout_ms):
-            return [(ENDED, 1), (READY, 7, EPOLLIN), (READY, 8, EPOLLIN), (ENDED, 2)]
+            return [ends[0], Ready(7, EPOLLIN), Ready(8, EPOLLIN), ends[1]]
 
+    ends = [Ended(number, "ended", 0, 0, 0, 0, 0) for number in (1, 2)]
     heard = []
     loop.relay = Relay()
     loop.handlers[7] = heard.append
-    assert loop.run(-1) == [(ENDED, 1), (ENDED, 2)]
+    assert loop.run(-1) == ends
     assert heard == [EPOLLIN]
 
 

@@ -25,10 +25,10 @@ class Relay:
 
     def __init__(self):
         self.now_ms = 0
-        self.answered = True
+        self.workers_answered = True
         self.asked = 0
 
-    def ask(self):
+    def ping_workers(self):
         self.asked += 1
 
 
@@ -193,10 +193,10 @@ def test_a_thread_that_does_not_answer_stops_the_watchdog(world):
     assert one.relay.asked == 1
     assert one.run(1000) == [(1000, "WATCHDOG=1")]
     assert one.relay.asked == 2
-    one.relay.answered = False
+    one.relay.workers_answered = False
     assert one.run(10_000) == []
     assert one.relay.asked == 2  # not again before there is an answer
-    one.relay.answered = True
+    one.relay.workers_answered = True
     ((at, text),) = one.run(10_200)
     assert (at, text) == (10_125, "WATCHDOG=1")  # looked again soon
     assert one.relay.asked == 3
@@ -346,7 +346,7 @@ def test_a_watchdog_that_could_not_be_told_in_time_is_logged(world, capfd):
 def test_a_thread_that_does_not_answer_in_time_is_logged(world, capfd):
     log.setup({})
     one = world(WATCHDOG_USEC="2000000")
-    one.relay.answered = False
+    one.relay.workers_answered = False
     wait(one, 2500)
     (line,) = capfd.readouterr().err.splitlines()
     assert line.endswith("late: a thread does not answer.")
@@ -357,7 +357,7 @@ def test_an_old_sign_of_life_is_not_sent_for_a_thread_that_has_stopped(world):
     one = world(WATCHDOG_USEC="2000000")
     one.fill()
     wait(one, 1500)
-    one.relay.answered = False
+    one.relay.workers_answered = False
     wait(one, 2500)
     one.hear()
     assert one.run(10_000) == []

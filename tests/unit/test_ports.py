@@ -98,7 +98,7 @@ def gates(monkeypatch):
         made.append(arguments)
         return arguments
 
-    monkeypatch.setattr(intake_module, "Gate", make)
+    monkeypatch.setattr(intake_module, "RelayListener", make)
     monkeypatch.setattr(intake_module, "what_to_check", lambda listener: 0)
     return made
 

@@ -6,6 +6,7 @@ import signal
 import socket
 import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,7 +14,7 @@ from proxyd import address as sockaddr
 from proxyd import intake as intake_module
 from proxyd import log, threads
 from proxyd import server as server_module
-from proxyd._relay import BUSY, ENDED, FAILED, NOBODY, READY
+from proxyd._relay import ENDINGS, AcceptFailed, ConnectFailed, Ended, Ready, WorkersWanted
 from proxyd.cli import Options
 from proxyd.intake import PAUSE_MS
 from proxyd.listen import Listener
@@ -34,24 +35,24 @@ class SleepsForEverError(Exception):
     """The server waits, and nothing is going to happen any more."""
 
 
-class Gate:
-    """A gate that notes what it is told."""
+class FakeListener:
+    """A relay listener that notes what it is told."""
 
     def __init__(self, relay, fd, family, check, index):
         self.is_open = False
         self.terms = None
-        self.served = 0
+        self.connected_count = 0
         relay.gates.append(self)
 
-    def open(self):
+    def start(self):
         assert not self.is_open
         self.is_open = True
 
-    def shut(self):
+    def stop(self):
         assert self.is_open
         self.is_open = False
 
-    def express(self, address, timeout_ms=0):
+    def auto_connect(self, address, timeout_ms=0):
         self.terms = address
 
 
@@ -59,20 +60,22 @@ class Relay:
     """A relay to which happens what the test says, on a clock that only run() moves."""
 
     def __init__(self):
-        self.now_ms = self.quiet_ms = START_MS
+        self.now_ms = self.last_end_ms = START_MS
         self.script = []
         self.backlog = []
         self.gates = []
-        self.open = 0
+        self.connections = 0
         self.idle_ms = 0
-        self.wake_at = -1
-        self.wake_first = False
-        self.most = 0
+        self.wake_at_count = -1
+        self.wake_on_first = False
+        self.connections_max = 0
+        self.held = 0
+        self.in_quarantine = 0
         self.report_ends = False
         self.accepted = 0
         self.ended = []
         self.spins = 0
-        self.threads = 1
+        self.thread_count = 1
         self.threads_most = 100
         self.handed_over = 0
         self.shares = []
@@ -86,11 +89,11 @@ class Relay:
         until_ms = self.now_ms + timeout_ms if timeout_ms >= 0 else None
         began_ms = self.now_ms
         while True:
-            before = self.open
+            before = self.connections
             events = self.turn(until_ms)
-            if events or before > self.wake_at >= self.open:
+            if events or before > self.wake_at_count >= self.connections:
                 break
-            if self.wake_first and before == 0 and self.open > 0:
+            if self.wake_on_first and before == 0 and self.connections > 0:
                 break
             if until_ms is not None and self.now_ms >= until_ms:
                 break
@@ -100,9 +103,9 @@ class Relay:
 
     def turn(self, until_ms):
         while self.script and self.script[0][0] <= self.now_ms:
-            before = self.open
+            before = self.connections
             events = self.script.pop(0)[1]()
-            if events or self.open != before:
+            if events or self.connections != before:
                 return events or []
         if self.backlog and any(gate.is_open for gate in self.gates):
             return self.accept()
@@ -117,16 +120,24 @@ class Relay:
 
     def accept(self):
         if self.backlog[0] == NO_FDS:
-            return [(NOBODY, errno.EMFILE, 0)]
+            return [AcceptFailed(0, errno.EMFILE)]
         self.accepted += 1
         if self.backlog.pop(0) == STAY:
-            self.open += 1
+            self.connections += 1
         else:
-            self.quiet_ms = self.now_ms
+            self.last_end_ms = self.now_ms
         return []
 
-    def counters(self):
-        return self.accepted, 0, 10, 20, 0, 30, (0, 0, 0, 0, 0)
+    def totals(self):
+        return SimpleNamespace(
+            accepted=self.accepted,
+            refused=0,
+            bytes_to_targets=10,
+            bytes_to_clients=20,
+            spliced=0,
+            copied=30,
+            endings=dict.fromkeys(ENDINGS, 0),
+        )
 
     def watch(self, fd, events=1):
         pass
@@ -137,25 +148,25 @@ class Relay:
     def take_over(self, fd, family):
         pass
 
-    def trim(self):
+    def trim_pipes(self):
         pass
 
-    def share(self, stat, **rules):
+    def offload_when_busy(self, stat, **rules):
         self.shares.append(stat)
 
-    def hire(self):
-        if self.threads == self.threads_most:
+    def start_worker(self):
+        if self.thread_count == self.threads_most:
             raise OSError(errno.EAGAIN, "")
-        self.threads += 1
+        self.thread_count += 1
 
-    def connect(self, client, family, address, preamble=None, cookie=0, timeout_ms=0):
+    def connect(self, client, family, address, preamble=None, listener=0, timeout_ms=0):
         os.close(client)
-        self.open += 1
+        self.connections += 1
         return 1
 
     def close_all(self):
-        cut, self.open = self.open, 0
-        self.ended += [(ENDED, 1, 3, 5, 6, 70, (0, 0))] * (cut if self.report_ends else 0)
+        cut, self.connections = self.connections, 0
+        self.ended += [Ended(1, "cut", 5, 6, 70, 0, 0)] * (cut if self.report_ends else 0)
         return cut
 
     # what the test says
@@ -168,8 +179,8 @@ class Relay:
         self.backlog.append(STAY)
 
     def leave(self):
-        self.open -= 1
-        self.quiet_ms = self.now_ms
+        self.connections -= 1
+        self.last_end_ms = self.now_ms
 
 
 class World:
@@ -180,8 +191,8 @@ class World:
         self.relay = Relay()
         monkeypatch.setattr(server_module, "Loop", self.make_loop)
         monkeypatch.setattr(server_module, "signal_fd", self.signal_fd)
-        monkeypatch.setattr(server_module, "signals_come", self.signals_come)
-        monkeypatch.setattr(intake_module, "Gate", Gate)
+        monkeypatch.setattr(server_module, "take_signals", self.take_signals)
+        monkeypatch.setattr(intake_module, "RelayListener", FakeListener)
         monkeypatch.setattr(log.time, "monotonic", lambda: self.relay.now_ms / 1000)
         self.signals, self.send_signal = os.pipe()
         self.come = []
@@ -202,7 +213,7 @@ class World:
         self.numbers = set(numbers)
         return self.signals
 
-    def signals_come(self):
+    def take_signals(self):
         come, self.come[:] = list(self.come), []
         return come
 
@@ -229,7 +240,7 @@ class World:
 
         def come():
             self.come.append(number)
-            return [(READY, self.signals, 1)]
+            return [Ready(self.signals, 1)]
 
         return come
 
@@ -370,7 +381,7 @@ def test_held_clients_are_connections(world):
         world.relay, "dial", lambda address: (_ for _ in ()).throw(OSError(errno.ENOENT, "")), False
     )
     fd = theirs.detach()
-    failed = (FAILED, fd, errno.ENOENT, 0, b"", START_MS + 500, 1)
+    failed = ConnectFailed(0, fd, errno.ENOENT, b"", START_MS + 500, 1)
     world.relay.at(500, lambda: [failed])
     with ours:
         assert world.serve() == 0
@@ -411,7 +422,7 @@ def test_without_a_drain_time_connections_are_cut(world, capfd):
     world.relay.at(3000, world.signal(signal.SIGTERM))
     assert world.serve() == 0
     assert world.now_ms == 3000
-    assert world.relay.open == 0
+    assert world.relay.connections == 0
     assert capfd.readouterr().err == "Stopped; 2 open and 0 waiting connections were cut.\n"
 
 
@@ -505,7 +516,7 @@ def test_sigusr1_counts_the_clients_of_its_own_batch(world, capfd):
     world.environ.clear()
     ours, theirs = socket.socketpair()
     fd = theirs.detach()
-    failed = (FAILED, fd, errno.ENOENT, 0, b"", START_MS + 500, 1)
+    failed = ConnectFailed(0, fd, errno.ENOENT, b"", START_MS + 500, 1)
     usr1 = world.signal(signal.SIGUSR1)
 
     def both():
@@ -532,7 +543,7 @@ def test_sigusr1_when_nothing_can_be_loaded(world, capfd, monkeypatch):
 
 
 def test_a_false_alarm_of_the_signals(world):
-    world.relay.at(1000, lambda: [(READY, world.signals, 1)])
+    world.relay.at(1000, lambda: [Ready(world.signals, 1)])
     world.relay.at(2000, world.signal(signal.SIGTERM))
     assert world.serve() == 0
     assert world.now_ms == 2000
@@ -547,7 +558,7 @@ def test_when_it_cannot_go_on_connections_are_cut(world):
     world.listen("/run/backend")
     with pytest.raises(OSError, match="broken"):
         run(world.options, world.listeners, {})
-    assert world.relay.open == 0
+    assert world.relay.connections == 0
 
 
 def test_when_it_cannot_go_on_held_clients_are_cut_too(world):
@@ -560,7 +571,7 @@ def test_when_it_cannot_go_on_held_clients_are_cut_too(world):
     world.patch.setattr(
         world.relay, "hang_up", lambda fd, reset: (os.close(fd), cut.append((fd, reset))), False
     )
-    failed = (FAILED, fd, errno.ENOENT, 0, b"", START_MS, 1)
+    failed = ConnectFailed(0, fd, errno.ENOENT, b"", START_MS, 1)
     world.relay.at(0, lambda: [failed])
     world.relay.at(5, break_down)
     world.listen("/run/backend")
@@ -573,7 +584,7 @@ def test_when_it_cannot_go_on_held_clients_are_cut_too(world):
 
 
 def test_when_no_listener_is_left_it_fails(world, capfd):
-    world.relay.at(1000, lambda: [(NOBODY, errno.EINVAL, 0)])
+    world.relay.at(1000, lambda: [AcceptFailed(0, errno.EINVAL)])
     assert world.serve() == 1
     assert world.now_ms == 1000
     assert "Failed to accept from" in capfd.readouterr().err
@@ -581,7 +592,7 @@ def test_when_no_listener_is_left_it_fails(world, capfd):
 
 def test_but_not_before_the_last_connection_has_ended(world):
     world.relay.at(0, world.relay.come)
-    world.relay.at(1000, lambda: [(NOBODY, errno.EINVAL, 0)])
+    world.relay.at(1000, lambda: [AcceptFailed(0, errno.EINVAL)])
     world.relay.at(6000, world.relay.leave)
     assert world.serve() == 1
     # run() returns for that.
@@ -593,7 +604,7 @@ def test_a_listener_that_breaks_while_it_stops_is_no_failure(world):
     world.relay.at(0, world.relay.come)
     world.relay.at(
         1000,
-        lambda: [*world.signal(signal.SIGTERM)(), (NOBODY, errno.EINVAL, 0)],
+        lambda: [*world.signal(signal.SIGTERM)(), AcceptFailed(0, errno.EINVAL)],
     )
     world.relay.at(6000, world.relay.leave)
     assert world.serve() == 0
@@ -615,7 +626,7 @@ def test_the_end_of_a_connection_is_logged_at_debug_level(world, capfd):
     log.setup({"SYSTEMD_LOG_LEVEL": "debug"})
     server = world.make()
     server.loop.notes[7] = "1.2.3.4:5 → /run/backend"
-    server._relay_event((ENDED, 7, 0, 10, 20, 30, (0, 0)))
+    server._relay_event(Ended(7, "ended", 10, 20, 30, 0, 0))
     assert "1.2.3.4:5 → /run/backend: 10 bytes up, 20 bytes down in 30 ms, ended.\n" in (
         capfd.readouterr().err
     )
@@ -675,7 +686,7 @@ def test_any_port_of_a_client_is_a_way_made_for_it(world):
     ours, theirs = socket.socketpair()
     with ours:
         own = sockaddr.pack_inet("198.51.100.1", 8443)
-        event = (FAILED, theirs.detach(), errno.ECONNREFUSED, 0, b"", START_MS, 1)
+        event = ConnectFailed(0, theirs.detach(), errno.ECONNREFUSED, b"", START_MS, 1)
         server._relay_event(event)
         assert [len(reach.held) for reach in server.reaches] == [0, 0, 1]
         assert server.intake._held() == 1
@@ -688,7 +699,7 @@ def test_a_failed_connect_goes_back_to_its_way(world):
     server = world.make()
     ours, theirs = socket.socketpair()
     with ours:
-        server._relay_event((FAILED, theirs.detach(), errno.ENOENT, 1, b"", START_MS, 1))
+        server._relay_event(ConnectFailed(1, theirs.detach(), errno.ENOENT, b"", START_MS, 1))
         assert [len(reach.held) for reach in server.reaches] == [0, 1]
         server.reaches[1].drop_all()
 
@@ -768,9 +779,9 @@ def test_threads_start_when_the_relay_asks_for_them(world):
     (stat,) = world.relay.shares
     assert os.readlink(f"/proc/self/fd/{stat}") == "/proc/stat"
     os.close(stat)
-    assert world.relay.threads == 1
-    world.relay.at(1000, lambda: [(BUSY,)])
-    world.relay.at(2000, lambda: seen.append(world.relay.threads))
+    assert world.relay.thread_count == 1
+    world.relay.at(1000, lambda: [WorkersWanted()])
+    world.relay.at(2000, lambda: seen.append(world.relay.thread_count))
     assert server.serve() == 0
     assert seen == [4]
 
@@ -779,14 +790,14 @@ def test_threads_start_at_once_with_hand_over_always(world):
     world.options.threads = 4
     world.options.always_hand_over = True
     world.make()
-    assert world.relay.threads == 4
+    assert world.relay.thread_count == 4
     assert world.relay.shares == []
 
 
 def test_one_thread_needs_no_rule(world):
     world.options.always_hand_over = True
     world.make()
-    assert world.relay.threads == 1
+    assert world.relay.thread_count == 1
     assert world.relay.shares == []
 
 
@@ -795,17 +806,17 @@ def test_a_single_connection_needs_one_thread(world):
     world.options.always_hand_over = True
     world.listen("/run/backend", connected=True, fd=os.open("/dev/null", os.O_RDONLY))
     world.make()
-    assert world.relay.threads == 1
+    assert world.relay.thread_count == 1
 
 
 def test_fewer_threads_where_they_are_refused(world, capfd):
     world.options.threads = 4
     world.options.exit_idle_time = 5_000_000
     world.relay.threads_most = 3
-    world.relay.at(1000, lambda: [(BUSY,)])
+    world.relay.at(1000, lambda: [WorkersWanted()])
     assert world.serve() == 0
     os.close(*world.relay.shares)
-    assert world.relay.threads == 3
+    assert world.relay.thread_count == 3
     assert capfd.readouterr().err == (
         "Failed to start a relay thread: Resource temporarily unavailable. Going on with 3 of 4.\n"
     )

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxyd._relay import ENDED, Relay
+from proxyd._relay import ENDINGS, Ended, Relay
 from proxyd.stats import bytes_text, ending, status, summary
 
 M = 1024 * 1024
@@ -41,19 +41,19 @@ def test_bytes_text_is_short(count):
 
 
 def relay(opened=0, up=0, down=0, **more):
-    counters = (
-        more.get("accepted", 0),
-        more.get("refused", 0),
-        up,
-        down,
-        more.get("spliced", 0),
-        more.get("copied", 0),
-        more.get("ends", (0, 0, 0, 0, 0)),
+    totals = SimpleNamespace(
+        accepted=more.get("accepted", 0),
+        refused=more.get("refused", 0),
+        bytes_to_targets=up,
+        bytes_to_clients=down,
+        spliced=more.get("spliced", 0),
+        copied=more.get("copied", 0),
+        endings={ending: more.get("endings", {}).get(ending, 0) for ending in ENDINGS},
     )
     return SimpleNamespace(
-        open=opened,
-        counters=lambda: counters,
-        threads=more.get("threads", 1),
+        connections=opened,
+        totals=lambda: totals,
+        thread_count=more.get("threads", 1),
         handed_over=more.get("handed_over", 0),
     )
 
@@ -73,7 +73,7 @@ def reach(text, held=0, waiting=None, served=0, failed=0, returned=0, gone=0, cu
 
 
 def intake(refused=0, doors=()):
-    doors = [SimpleNamespace(way=way, gate=SimpleNamespace(served=n)) for way, n in doors]
+    doors = [SimpleNamespace(way=way, gate=SimpleNamespace(connected_count=n)) for way, n in doors]
     return SimpleNamespace(passed_in=0, refused=refused, doors=doors)
 
 
@@ -104,7 +104,14 @@ def test_status_of_several_targets():
 def test_summary():
     one, other = reach("a:1", held=2, served=5, returned=3, failed=1), reach("b:2", failed=4)
     numbers = relay(
-        3, 10, 20, accepted=30, passed_in=0, refused=2, spliced=25, copied=5, ends=(7, 1, 0, 0, 2)
+        3,
+        10,
+        20,
+        accepted=30,
+        refused=2,
+        spliced=25,
+        copied=5,
+        endings={"ended": 7, "reset": 1, "client gone": 2},
     )
     lines = summary(intake(1, [(one, 10), (other, 6), (one, 1)]), numbers, [one, other])
     assert lines[0] == (
@@ -120,7 +127,7 @@ def test_summary():
 
 def test_held_clients_that_have_ended_count_with_the_others():
     one, other = reach("a:1", gone=2, cut=5), reach("b:2", gone=1)
-    (line, *_) = summary(intake(), relay(ends=(0, 0, 0, 1, 4)), [one, other])
+    (line, *_) = summary(intake(), relay(endings={"cut": 1, "client gone": 4}), [one, other])
     assert line.endswith("; 6 cut, 7 client gone")
 
 
@@ -149,19 +156,19 @@ def test_the_real_relay_has_these_counters():
 @pytest.mark.parametrize(
     ("how", "errors", "words"),
     [
-        (0, (0, 0), "ended."),
-        (1, (errno.ECONNRESET, 0), "reset (client: Connection reset by peer)."),
-        (1, (0, errno.EPIPE), "reset (target: Broken pipe)."),
+        ("ended", (0, 0), "ended."),
+        ("reset", (errno.ECONNRESET, 0), "reset (client: Connection reset by peer)."),
+        ("reset", (0, errno.EPIPE), "reset (target: Broken pipe)."),
         (
-            1,
+            "reset",
             (errno.ECONNRESET, errno.EPIPE),
             "reset (client: Connection reset by peer, target: Broken pipe).",
         ),
-        (2, (0, 0), "idle."),
-        (3, (0, 0), "cut."),
-        (4, (0, 0), "client gone."),
+        ("idle", (0, 0), "idle."),
+        ("cut", (0, 0), "cut."),
+        ("client gone", (0, 0), "client gone."),
     ],
 )
 def test_ending(how, errors, words):
-    line = ending("1.2.3.4:5 → /run/x", (ENDED, 9, how, 10, 2000, 31, errors))
+    line = ending("1.2.3.4:5 → /run/x", Ended(9, how, 10, 2000, 31, *errors))
     assert line == f"1.2.3.4:5 → /run/x: 10 bytes up, 2000 bytes down in 31 ms, {words}"

@@ -59,7 +59,7 @@ def test_quota_without_proc(tmp_path):
 
 
 class FakeRelay:
-    def share(self, stat, **rules):
+    def offload_when_busy(self, stat, **rules):
         self.stat = os.readlink(f"/proc/self/fd/{stat}") if stat >= 0 else None
         self.rules = rules
         if stat >= 0:
@@ -84,4 +84,4 @@ def test_what_is_looked_at(monkeypatch, usable, online, quota, stat, cpus, limit
     relay = FakeRelay()
     threads.share(relay)
     assert relay.stat == stat
-    assert relay.rules == {"cpus": cpus, "quota": limit, "wait_most": threads.WAIT_MOST}
+    assert relay.rules == {"cpus": cpus, "quota": limit, "wait_max": threads.WAIT_MOST}
