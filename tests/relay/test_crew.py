@@ -143,7 +143,7 @@ def test_a_failed_connect_gives_the_client_back(crews):
     client, fd = rig.knock()
     client.send(b"word")
     number = rig.connect(fd, preamble=b"header ", listener=7)
-    rig.relay.connections_max = 2
+    rig.relay.connections_max, rig.relay.held = 2, 0
     rig.until(rig.failures, "the refusal")
     (failed,) = rig.failures()
     assert (failed.client, failed.error) == (fd, errno.ECONNREFUSED)

@@ -394,7 +394,7 @@ def test_everything_stays_where_the_relay_waits_for_a_cpu(sharing, cpus):
     rivals = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(4)]
     try:
         machine = cpus({0, 1, 2, 3})
-        crew = sharing(stat=machine.open(), window_ms=200, rules={"wait_most": 25})
+        crew = sharing(stat=machine.open(), window_ms=200, rules={"wait_max": 25})
         links = [crew.rig.link() for _ in range(4)]
         stay_busy(crew, links, 1.5, machine.write)
         assert crew.rig.relay.handed_over == 0
