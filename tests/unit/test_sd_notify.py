@@ -6,62 +6,50 @@ import socket
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from kit.fake_relay import FakeRelay
 
-from proxyd import log, notify
-from proxyd.manager import (
+from proxyd import log
+from proxyd.sd_notify import (
     EXTEND_BY_USEC,
     EXTEND_EVERY_MS,
-    RETRY_GONE_MS,
+    RETRY_GONE_MS_MAX,
     RETRY_MS,
-    RETRY_SLOWEST_MS,
+    RETRY_MS_MAX,
     STATUS_MS,
-    Manager,
+    Notifier,
+    NotifySocket,
 )
-from proxyd.notify import Notifier
-
-
-class Relay:
-    """Whose threads are alive, or not."""
-
-    def __init__(self):
-        self.now_ms = 0
-        self.workers_answered = True
-        self.asked = 0
-
-    def ping_workers(self):
-        self.asked += 1
-
 
 FILLER = "STATUS=of another service"
 
 
 class World:
-    """A Manager, the clock and the status it shows."""
+    """A Notifier, the clock and the status it shows."""
 
-    def __init__(self, notifier, hear, fill):
+    def __init__(self, sock, hear, fill):
         self.now_ms = 0
         self.text = "0 connections"
         self.hear = hear
         self.fill = fill
         """Fills the queue of the service manager, as other services do."""
-        self.relay = Relay()
-        self.manager = Manager(notifier, lambda: self.text, self.relay)
+        self.relay = FakeRelay()
+        self.notifier = Notifier(sock, lambda: self.text, self.relay)
 
     def run(self, until_ms, busy=False):
         """Let time go by; tick() is called when it is asked for. What was heard, and when."""
-        self.manager.tick(self.now_ms, busy)  # something has happened
+        self.notifier.tick(self.now_ms, busy)  # something has happened
         heard = [(self.now_ms, text) for text in self.hear()]
         while True:
-            next_ms = self.manager.next_ms()
+            next_ms = self.notifier.next_ms()
             if next_ms is None or next_ms > until_ms:
                 break
             assert next_ms >= self.now_ms
             self.now_ms = next_ms
-            self.manager.tick(self.now_ms, busy)
-            assert self.manager.next_ms() is None or self.manager.next_ms() > self.now_ms
+            self.notifier.tick(self.now_ms, busy)
+            assert self.notifier.next_ms() is None or self.notifier.next_ms() > self.now_ms
             heard += [(self.now_ms, text) for text in self.hear()]
         self.now_ms = until_ms
-        self.manager.tick(until_ms, busy)
+        self.notifier.tick(until_ms, busy)
         return heard + [(self.now_ms, text) for text in self.hear()]
 
 
@@ -88,45 +76,45 @@ def world(tmp_path):
 
     def make(wanted=True, **environ):
         environ |= {"NOTIFY_SOCKET": sock.getsockname()} if wanted else {}
-        notifiers.append(Notifier(environ))
-        return World(notifiers[-1], hear, fill)
+        sockets.append(NotifySocket(environ))
+        return World(sockets[-1], hear, fill)
 
-    notifiers = []
+    sockets = []
     yield make
-    for one in (sock, *notifiers):
+    for one in (sock, *sockets):
         one.close()
 
 
 def test_ready_with_a_status(world):
     one = world()
-    one.manager.ready()
+    one.notifier.ready()
     assert one.hear() == ["READY=1\nSTATUS=0 connections"]
 
 
 def test_nobody_listens(world):
     one = world(wanted=False, WATCHDOG_USEC="1000")
-    one.manager.ready()
-    one.manager.stopping(0, waits=True)
-    assert not one.manager.wanted
-    one.manager.tick(0, busy=True)
-    assert one.manager.next_ms() is None
+    one.notifier.ready()
+    one.notifier.stopping(0, waits=True)
+    assert not one.notifier.enabled
+    one.notifier.tick(0, busy=True)
+    assert one.notifier.next_ms() is None
     assert one.hear() == []
 
 
-# ── STATUS= ──────────────────────────────────────────────────────────────────────────────────────
+# ── STATUS= ───────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_an_idle_manager_sleeps(world):
     one = world()
-    one.manager.ready()
+    one.notifier.ready()
     one.hear()
     assert one.run(3_600_000) == []
-    assert one.manager.next_ms() is None
+    assert one.notifier.next_ms() is None
 
 
 def test_status_is_sent_once_in_two_seconds_at_most(world):
     one = world()
-    one.manager.ready()
+    one.notifier.ready()
     one.hear()
     heard = []
     for now_ms in range(0, 10_000, 100):
@@ -139,7 +127,7 @@ def test_status_is_sent_once_in_two_seconds_at_most(world):
 
 def test_status_that_says_nothing_new_is_not_sent(world):
     one = world()
-    one.manager.ready()
+    one.notifier.ready()
     one.hear()
     one.text = "1 connection"
     assert one.run(60_000, busy=True) == [(2000, "STATUS=1 connection")]
@@ -147,23 +135,23 @@ def test_status_that_says_nothing_new_is_not_sent(world):
 
 def test_the_last_status_is_sent_after_the_last_connection(world):
     one = world()
-    one.manager.ready()
+    one.notifier.ready()
     one.hear()
     one.text = "1 connection"
     one.run(4500, busy=True)
     one.text = "0 connections, 5.0M forwarded"
     assert one.run(60_000, busy=False) == [(6000, "STATUS=0 connections, 5.0M forwarded")]
-    assert one.manager.next_ms() is None
+    assert one.notifier.next_ms() is None
 
 
 def test_what_ready_has_said_is_not_said_again(world):
     one = world()
-    one.manager.ready()
+    one.notifier.ready()
     one.hear()
     assert one.run(60_000, busy=True) == []
 
 
-# ── WATCHDOG= ────────────────────────────────────────────────────────────────────────────────────
+# ── WATCHDOG= ─────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(("usec", "every_ms"), [(3_000_000, 1500), (20_000, 10), (1000, 1)])
@@ -183,29 +171,29 @@ def test_watchdog_is_not_sent_oftener_on_a_busy_proxy(world):
 
 def test_watchdog_goes_on_while_connections_finish(world):
     one = world(WATCHDOG_USEC="2000000")
-    one.manager.stopping(0, waits=True)
+    one.notifier.stopping(0, waits=True)
     heard = one.run(3000, busy=True)
     assert [at for at, text in heard if text == "WATCHDOG=1"] == [1000, 2000, 3000]
 
 
 def test_a_thread_that_does_not_answer_stops_the_watchdog(world):
     one = world(WATCHDOG_USEC="2000000")
-    assert one.relay.asked == 1
+    assert one.relay.pings == 1
     assert one.run(1000) == [(1000, "WATCHDOG=1")]
-    assert one.relay.asked == 2
+    assert one.relay.pings == 2
     one.relay.workers_answered = False
     assert one.run(10_000) == []
-    assert one.relay.asked == 2  # not again before there is an answer
+    assert one.relay.pings == 2  # not again before there is an answer
     one.relay.workers_answered = True
     ((at, text),) = one.run(10_200)
     assert (at, text) == (10_125, "WATCHDOG=1")  # looked again soon
-    assert one.relay.asked == 3
+    assert one.relay.pings == 3
 
 
 def test_no_thread_is_asked_without_a_watchdog(world):
     one = world()
     one.run(60_000)
-    assert one.relay.asked == 0
+    assert one.relay.pings == 0
 
 
 def test_a_watchdog_of_another_process(world):
@@ -217,29 +205,29 @@ def test_a_watchdog_of_another_process(world):
 def test_the_watchdog_is_fed_in_time(usec):
     """However small the interval: at half of it, or as often as the clock can."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(notify.Notifier, "watchdog", lambda self: True)
-        notifier = Notifier({"NOTIFY_SOCKET": "@nobody", "WATCHDOG_USEC": str(usec)})
-        manager = Manager(notifier, str, Relay())
-        first = manager.next_ms()
+        patch.setattr(NotifySocket, "watchdog", lambda self: True)
+        sock = NotifySocket({"NOTIFY_SOCKET": "@nobody", "WATCHDOG_USEC": str(usec)})
+        notifier = Notifier(sock, str, FakeRelay())
+        first = notifier.next_ms()
         assert first == 1 or first * 2000 <= usec
-        manager.tick(first, False)
-        assert manager.next_ms() == 2 * first
-        notifier.close()
+        notifier.tick(first, False)
+        assert notifier.next_ms() == 2 * first
+        sock.close()
 
 
-# ── STOPPING= ────────────────────────────────────────────────────────────────────────────────────
+# ── STOPPING= ─────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_stopping_at_once(world):
     one = world()
-    one.manager.stopping(0, waits=False)
+    one.notifier.stopping(0, waits=False)
     assert one.hear() == ["STOPPING=1"]
     assert one.run(60_000) == []
 
 
 def test_the_stop_timeout_is_put_off_while_connections_finish(world):
     one = world()
-    one.manager.stopping(500, waits=True)
+    one.notifier.stopping(500, waits=True)
     assert one.hear() == ["STOPPING=1"]
     one.now_ms = 500
     one.text = ""
@@ -250,17 +238,17 @@ def test_the_stop_timeout_is_put_off_while_connections_finish(world):
     assert EXTEND_EVERY_MS * 1000 * 2 < EXTEND_BY_USEC
 
 
-# ── a service manager that is busy ───────────────────────────────────────────────────────────────
+# ── a service manager that is busy ────────────────────────────────────────────────────────────────
 
 
 def wait(one, until_ms, busy=False):
     """Let time go by while nothing is read; when tick() was asked for."""
     asked = []
-    while (next_ms := one.manager.next_ms()) is not None and next_ms <= until_ms:
+    while (next_ms := one.notifier.next_ms()) is not None and next_ms <= until_ms:
         one.now_ms = next_ms
         asked.append(next_ms)
-        one.manager.tick(next_ms, busy)
-        assert one.manager.next_ms() is None or one.manager.next_ms() > next_ms
+        one.notifier.tick(next_ms, busy)
+        assert one.notifier.next_ms() is None or one.notifier.next_ms() > next_ms
     one.now_ms = until_ms
     return asked
 
@@ -268,31 +256,31 @@ def wait(one, until_ms, busy=False):
 def test_ready_is_repeated_until_it_is_sent(world):
     one = world()
     one.fill()
-    one.manager.ready()
+    one.notifier.ready()
     asked = wait(one, 10_000)
     pauses = [after - before for before, after in zip([0, *asked], asked, strict=False)]
     assert pauses[:4] == [RETRY_MS, 2 * RETRY_MS, 4 * RETRY_MS, 8 * RETRY_MS]
-    assert max(pauses) == RETRY_SLOWEST_MS
+    assert max(pauses) == RETRY_MS_MAX
     assert one.hear() == []
-    ((_, text),) = one.run(one.manager.next_ms())
+    ((_, text),) = one.run(one.notifier.next_ms())
     assert text == "READY=1\nSTATUS=0 connections"
     assert one.run(one.now_ms + 60_000) == []
-    assert one.manager.next_ms() is None
+    assert one.notifier.next_ms() is None
 
 
 def test_each_message_is_kept_once_and_sent_in_order(world):
     one = world(WATCHDOG_USEC="60000000")
     one.fill()
-    one.manager.ready()
+    one.notifier.ready()
     for number in range(3):
         one.text = f"{number} connections"
         wait(one, 40_000 + number, busy=True)
-    one.manager.stopping(one.now_ms, waits=True)
+    one.notifier.stopping(one.now_ms, waits=True)
     wait(one, 60_000, busy=True)
     one.text = "the last status"
     wait(one, 70_000, busy=True)
     one.hear()
-    said = [text for _, text in one.run(one.manager.next_ms(), busy=True)]
+    said = [text for _, text in one.run(one.notifier.next_ms(), busy=True)]
     assert said == [
         "READY=1\nSTATUS=0 connections",
         "STOPPING=1",
@@ -305,13 +293,13 @@ def test_each_message_is_kept_once_and_sent_in_order(world):
 def test_a_pause_begins_short_again(world):
     one = world()
     one.fill()
-    one.manager.ready()
+    one.notifier.ready()
     wait(one, 10_000)
     one.hear()
     one.run(20_000)
     one.fill()
-    one.manager.stopping(20_000, waits=True)
-    assert one.manager.next_ms() in (20_000, 20_000 + RETRY_MS)
+    one.notifier.stopping(20_000, waits=True)
+    assert one.notifier.next_ms() in (20_000, 20_000 + RETRY_MS)
 
 
 @pytest.mark.parametrize("interval_ms", [1, 20, 1000, 30_000])
@@ -366,21 +354,21 @@ def test_an_old_sign_of_life_is_not_sent_for_a_thread_that_has_stopped(world):
 def test_the_end_waits_for_nobody(world):
     one = world()
     one.fill()
-    one.manager.stopping(0, waits=False)  # returns
+    one.notifier.stopping(0, waits=False)  # returns
 
 
 def test_a_socket_that_nobody_has_is_tried_seldom(tmp_path, capfd):
     log.setup({})
     path = tmp_path / "notify"
-    one = World(Notifier({"NOTIFY_SOCKET": str(path)}), list, None)
-    one.manager.ready()
+    one = World(NotifySocket({"NOTIFY_SOCKET": str(path)}), list, None)
+    one.notifier.ready()
     asked = wait(one, 100_000)
-    assert asked[-1] - asked[-2] == RETRY_GONE_MS
+    assert asked[-1] - asked[-2] == RETRY_GONE_MS_MAX
     assert len(capfd.readouterr().err.splitlines()) == 1
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
         sock.bind(str(path))
         sock.setblocking(False)
-        wait(one, one.manager.next_ms())
+        wait(one, one.notifier.next_ms())
         assert sock.recv(4096).startswith(b"READY=1")
-    one.manager._notifier.close()
+    one.notifier._sock.close()
     log.setup({})

@@ -9,10 +9,10 @@ import sys
 import pytest
 
 from proxyd import address as sockaddr
-from proxyd import loops
+from proxyd import loop_guard
 from proxyd._relay import CHECK_TCP, CHECK_UNIX
 from proxyd.listen import Listener
-from proxyd.loops import what_to_check
+from proxyd.loop_guard import what_to_check
 from proxyd.target import parse_target
 
 PATIENCE = 20
@@ -87,7 +87,7 @@ def test_a_kernel_that_cannot_tell_is_no_proof(listening, monkeypatch):
     def too_old(sock):
         raise OSError(92, "Protocol not available")
 
-    monkeypatch.setattr(loops, "_cookie", too_old)
+    monkeypatch.setattr(loop_guard, "_network_of", too_old)
     sock = listening(socket.AF_INET, ("127.0.0.1", 0))
     assert what_to_check(listener(sock, "127.0.0.1:80")) == 0
     assert sock.getsockname()
@@ -104,7 +104,7 @@ def test_no_fd_left_to_compare_with_is_no_proof(listening, monkeypatch):
         def socket(*_, **__):
             raise OSError(24, "Too many open files")
 
-    monkeypatch.setattr(loops, "_socket", Exhausted)
+    monkeypatch.setattr(loop_guard, "_socket", Exhausted)
     assert what_to_check(one) == 0
 
 

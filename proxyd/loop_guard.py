@@ -1,9 +1,9 @@
-"""How a client that is ourselves can be recognised.
+"""Which listeners have to be guarded against clients that are ourselves.
 
 A target may lead back to one of the listeners. Equal addresses do not prove that: an inherited
-listener often lives in another network namespace, where its address is the backend's. What
-proves it is that an accepted client has the address of one of our own outgoing sockets, in the
-same network namespace, or, on a UNIX socket, our own process at the other end.
+listener is often in another network namespace, where its address is the backend's. Proof is that an
+accepted client has the address of one of our own outgoing sockets, in the same network namespace,
+or, on a UNIX socket, that our own process is its peer.
 """
 
 import _socket
@@ -16,7 +16,7 @@ _SO_NETNS_COOKIE = 71  # asm-generic/socket.h; Linux 5.14
 
 
 def what_to_check(listener: Listener) -> int:
-    """Return what a RelayListener is to check clients for: CHECK_TCP, CHECK_UNIX or 0."""
+    """Return how the relay is to check accepted clients: CHECK_TCP, CHECK_UNIX or 0."""
     family = listener.family
     if family == AF_UNIX:
         address = listener.target.address
@@ -27,14 +27,14 @@ def what_to_check(listener: Listener) -> int:
 
 
 def _in_our_network(fd: int, family: int) -> bool:
-    """Tell whether a socket is in our network namespace; False where that cannot be known."""
+    """Tell whether a socket is in our network namespace; False if that is unknown."""
     try:
         ours = _socket.socket(family, _socket.SOCK_STREAM)
     except OSError:
         return False
     theirs = _socket.socket(fileno=fd)
     try:
-        return _cookie(theirs) == _cookie(ours)
+        return _network_of(theirs) == _network_of(ours)
     except OSError:
         return False
     finally:
@@ -42,5 +42,6 @@ def _in_our_network(fd: int, family: int) -> bool:
         ours.close()
 
 
-def _cookie(sock: _socket.socket) -> bytes:
+def _network_of(sock: _socket.socket) -> bytes:
+    """Return the number of a socket's network namespace. Raises OSError."""
     return sock.getsockopt(_socket.SOL_SOCKET, _SO_NETNS_COOKIE, 8)

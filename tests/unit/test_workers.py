@@ -3,8 +3,9 @@
 import os
 
 import pytest
+from kit.fake_relay import FakeRelay
 
-from proxyd import threads
+from proxyd import workers
 
 
 @pytest.fixture
@@ -51,19 +52,11 @@ def machine(tmp_path):
     ],
 )
 def test_quota(machine, cgroup, files, quota):
-    assert threads.cpu_quota(machine(cgroup, files)) == quota
+    assert workers.cpu_quota(machine(cgroup, files)) == quota
 
 
 def test_quota_without_proc(tmp_path):
-    assert threads.cpu_quota(str(tmp_path)) == 0
-
-
-class FakeRelay:
-    def offload_when_busy(self, stat, **rules):
-        self.stat = os.readlink(f"/proc/self/fd/{stat}") if stat >= 0 else None
-        self.rules = rules
-        if stat >= 0:
-            os.close(stat)
+    assert workers.cpu_quota(str(tmp_path)) == 0
 
 
 @pytest.mark.parametrize(
@@ -80,8 +73,10 @@ class FakeRelay:
 def test_what_is_looked_at(monkeypatch, usable, online, quota, stat, cpus, limit):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: usable)
     monkeypatch.setattr(os, "sysconf", lambda name: online)
-    monkeypatch.setattr(threads, "cpu_quota", lambda: quota)
+    monkeypatch.setattr(workers, "cpu_quota", lambda: quota)
     relay = FakeRelay()
-    threads.share(relay)
-    assert relay.stat == stat
-    assert relay.rules == {"cpus": cpus, "quota": limit, "wait_max": threads.WAIT_MOST}
+    workers.offload_when_busy(relay)
+    (fd,) = relay.stats
+    assert os.readlink(f"/proc/self/fd/{fd}") == stat
+    os.close(fd)
+    assert relay.rules == {"cpus": cpus, "quota": limit, "wait_max": workers.WAIT_MAX}

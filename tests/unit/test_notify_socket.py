@@ -1,4 +1,4 @@
-"""Messages to the service manager: what goes out, and what is lost without a fuss."""
+"""NOTIFY_SOCKET: messages that are sent, or cannot be sent."""
 
 import os
 import socket
@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxyd import log
-from proxyd.notify import Notifier
+from proxyd.sd_notify import NotifySocket
 
 
 @pytest.fixture(params=["path", "abstract"])
@@ -23,10 +23,10 @@ def manager(request, tmp_path):
 
 @pytest.fixture
 def notifier(request):
-    """Return a function that makes a Notifier, closed at the end."""
+    """Return a function that makes a NotifySocket, closed at the end."""
 
     def make(**environ):
-        made = Notifier(environ)
+        made = NotifySocket(environ)
         request.addfinalizer(made.close)
         return made
 
@@ -38,7 +38,7 @@ def test_messages(manager, notifier):
     sock, name = manager
     out = notifier(NOTIFY_SOCKET=name)
     assert out.enabled
-    assert out.ready()
+    assert out.send("READY=1")
     assert out.status("3 connections\nREADY=0")
     assert out.watchdog()
     assert out.extend(5_000_000)
@@ -57,7 +57,7 @@ def test_messages(manager, notifier):
 def test_without_a_manager(notifier, capfd):
     out = notifier(WATCHDOG_USEC="1000")
     assert not out.enabled
-    assert not out.ready()
+    assert not out.send("READY=1")
     assert out.watchdog_usec == 0
     assert capfd.readouterr().err == ""
 
@@ -75,7 +75,7 @@ def test_a_manager_that_is_gone_is_one_warning(manager, notifier, capfd):
     sock, name = manager
     out = notifier(NOTIFY_SOCKET=name)
     sock.close()
-    assert not out.ready()
+    assert not out.send("READY=1")
     assert not out.stopping()
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith("Failed to send to NOTIFY_SOCKET: ")
@@ -85,7 +85,7 @@ def test_a_manager_that_is_gone_is_one_warning(manager, notifier, capfd):
 def test_garbage_socket(notifier, capfd, value):
     out = notifier(NOTIFY_SOCKET=value)
     assert not out.enabled
-    assert not out.ready()
+    assert not out.send("READY=1")
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith("Ignoring NOTIFY_SOCKET=")
 
@@ -124,4 +124,4 @@ def test_garbage_watchdog(notifier, capfd, name, value):
     )
 )
 def test_any_environment(environ):
-    Notifier(environ).close()
+    NotifySocket(environ).close()

@@ -1,4 +1,4 @@
-"""Who is accepted, how many, and when nobody is."""
+"""Which clients are accepted, how many, and when none is."""
 
 import errno
 import os
@@ -7,29 +7,30 @@ import socket
 import struct
 
 import pytest
+from kit.fake_relay import FakeListener
 
+from proxyd import acceptor as acceptor_module
 from proxyd import address as sockaddr
-from proxyd import intake as intake_module
 from proxyd import log
 from proxyd._relay import Accepted, AcceptFailed, ConnectFailed, Refused
-from proxyd.intake import PAUSE_MS, Door, Intake
+from proxyd.acceptor import PAUSE_MS, Acceptor
+from proxyd.event_loop import EventLoop
 from proxyd.listen import Listener
-from proxyd.loop import Loop
-from proxyd.reach import Reach
 from proxyd.target import parse_target
+from proxyd.upstream import Upstream
 
 PATIENCE = 20
 """Seconds until what does not come counts as lost."""
 
 
 class World:
-    """Doors, an Intake, and the main loop around them."""
+    """Listeners, an Acceptor, and the main loop around them."""
 
     def __init__(self, tmp_path):
         self.tmp_path = tmp_path
-        self.loop = Loop()
+        self.loop = EventLoop()
         self.relay = self.loop.relay
-        self.doors = []
+        self.listeners = []
         self.sockets = []
         self.backend = None
 
@@ -57,46 +58,52 @@ class World:
         self.backend = self.listen(socket.AF_UNIX)
         return self.backend.getsockname()
 
-    def door(self, sock, target, timeout_ms=10_000, way=None, connected=False):
+    def listener(self, sock, target, timeout_ms=10_000, upstream=None, connected=False):
         name = sockaddr.from_socket_name(sock.family, sock.getsockname())
         listener = Listener(sock.fileno(), "x", name, connected)
         listener.target = parse_target(target)
-        if way is None:
+        if upstream is None:
             port = listener.target.service or 0
-            way = Reach(self.loop, None, listener.target, port, timeout_ms)
-        self.doors.append(Door(self.loop, len(self.doors), listener, way))
-        return self.doors[-1]
+            resolver = object() if listener.target.host else None
+            upstream = Upstream(self.loop, resolver, listener.target, port, timeout_ms)
+        listener.upstream = upstream
+        listener.ports = None
+        self.listeners.append(listener)
+        return listener
 
-    def start(self, most=256, proxy_protocol=0):
-        self.intake = Intake(self.loop, self.doors, most, proxy_protocol)
-        self.intake.arm()
-        return self.intake
+    def start(self, connections_max=256, proxy_protocol=0):
+        self.acceptor = Acceptor(self.loop, self.listeners, connections_max, proxy_protocol)
+        self.acceptor.start()
+        return self.acceptor
 
     @property
-    def ways(self):
-        return list({id(door.way): door.way for door in self.doors}.values())
+    def upstreams(self):
+        return list({id(one.upstream): one.upstream for one in self.listeners}.values())
 
     @property
     def held(self):
-        return sum(len(way.held) for way in self.ways)
+        return sum(len(upstream.held) for upstream in self.upstreams)
 
     def turn(self, timeout_ms=0):
-        """One round of the main loop, and the events that it had."""
+        """One round of the main loop; its events."""
         events = self.loop.run(timeout_ms)
         for event in events:
             if isinstance(event, ConnectFailed):
-                door = self.doors[event.listener]
-                door.way.take_back(door.listener, event)
+                listener = self.listeners[event.listener]
+                listener.upstream.take_back(event, listener.family)
             else:
-                self.intake.event(event)
-            assert self.relay.connections + self.held <= self.intake._connections_max
-        for way in self.ways:
-            if way.held:
-                way.step(self.relay.now_ms)
-        self.intake.tick(self.relay.now_ms)
-        self.intake.set_terms()
-        assert self.relay.connections + self.held <= self.intake._connections_max
+                self.acceptor.handle(event)
+            self.assert_within_limit()
+        for upstream in self.upstreams:
+            if upstream.held:
+                upstream.step(self.relay.now_ms)
+        self.acceptor.tick(self.relay.now_ms)
+        self.acceptor.update_relay()
+        self.assert_within_limit()
         return events
+
+    def assert_within_limit(self):
+        assert self.relay.connections + self.held <= self.relay.connections_max
 
     def until(self, condition):
         """Go on until something is true."""
@@ -119,14 +126,14 @@ class World:
         return one
 
     def close(self):
-        for way in self.ways:
-            way.drop_all()
-        if hasattr(self, "intake"):
-            self.intake.disarm()
+        for upstream in self.upstreams:
+            upstream.drop_all()
+        if hasattr(self, "acceptor"):
+            self.acceptor.stop()
         self.relay.close_all()
-        for door in self.doors:
-            if door.listener.connected and door.listener.fd >= 0:
-                os.close(door.listener.fd)
+        for listener in self.listeners:
+            if listener.connected and listener.fd >= 0:
+                os.close(listener.fd)
         for sock in self.sockets:
             sock.close()
 
@@ -161,7 +168,7 @@ def clock(monkeypatch):
     return Clock
 
 
-# ── the limit ────────────────────────────────────────────────────────────────────────────────────
+# ── the limit ─────────────────────────────────────────────────────────────────────────────────────
 
 LIMIT_LINE = "Hit connection limit, refusing connection."
 
@@ -170,20 +177,20 @@ LIMIT_LINE = "Hit connection limit, refusing connection."
 @pytest.mark.parametrize("proxy_protocol", [0, 1])
 def test_so_many_and_not_one_more(world, capfd, clock, most, proxy_protocol):
     sock = world.listen()
-    world.door(sock, world.target("up"))
-    intake = world.start(most, proxy_protocol)
+    world.listener(sock, world.target("up"))
+    acceptor = world.start(most, proxy_protocol)
     clients = [world.client(sock) for _ in range(most + 3)]
     world.settle(most + 3)
     assert world.relay.connections == most
     assert [closed(client) for client in clients] == [False] * most + [True] * 3
     assert world.relay.totals().accepted == most + 3
-    assert world.relay.totals().refused + intake.refused == 3
+    assert world.relay.totals().refused + acceptor.refused == 3
     assert capfd.readouterr().err.splitlines() == [LIMIT_LINE]
 
 
-def test_a_place_that_is_free_again_is_given_away(world, capfd):
+def test_a_place_that_is_free_again_is_used(world, capfd):
     sock = world.listen()
-    world.door(sock, world.target("up"))
+    world.listener(sock, world.target("up"))
     world.start(1)
     for _ in range(5):
         client = world.client(sock)
@@ -199,7 +206,7 @@ def test_a_place_that_is_free_again_is_given_away(world, capfd):
 @pytest.mark.parametrize("state", ["absent", "refuses"])
 def test_held_clients_count(world, state):
     sock = world.listen()
-    world.door(sock, world.target(state))
+    world.listener(sock, world.target(state))
     world.start(2)
     clients = [world.client(sock) for _ in range(5)]
     world.settle(5)
@@ -208,11 +215,11 @@ def test_held_clients_count(world, state):
 
 
 def test_clients_of_two_listeners_that_fail_in_one_batch_count(world):
-    """Both are on express terms, and both connects fail before the policy hears of the first."""
+    """The relay connects both, and both connects fail before the policy hears of the first."""
     target = world.target("absent")
     first, second = world.listen(), world.listen()
-    way = world.door(first, target).way
-    world.door(second, target, way=way)
+    upstream = world.listener(first, target).upstream
+    world.listener(second, target, upstream=upstream)
     world.start(1)
     clients = [world.client(first), world.client(second)]
     world.settle(2)
@@ -223,7 +230,7 @@ def test_clients_of_two_listeners_that_fail_in_one_batch_count(world):
 def test_a_connect_that_fails_does_not_make_room_for_another_client(world):
     """Its own client is going to be held. Both are there in one batch of events."""
     sock = world.listen()
-    world.door(sock, world.target("refuses"))
+    world.listener(sock, world.target("refuses"))
     world.start(1)
     clients = [world.client(sock) for _ in range(3)]
     world.settle(3)
@@ -235,7 +242,7 @@ def test_a_crowd_whose_connects_fail_counts(world):
     """Where many come in turn after turn, several are accepted at a time."""
     sock = world.listen()
     up = world.target("up")
-    door = world.door(sock, up)
+    listener = world.listener(sock, up)
     world.start(60)
     for _ in range(40):
         world.client(sock)
@@ -244,12 +251,12 @@ def test_a_crowd_whose_connects_fail_counts(world):
     for _ in range(40):
         world.client(sock)
     world.settle(80)
-    assert len(door.way.held) + world.relay.connections == 60
+    assert len(listener.upstream.held) + world.relay.connections == 60
 
 
-def test_the_terms_leave_room_for_the_held(world):
+def test_the_relay_leaves_room_for_held_clients(world):
     sock = world.listen()
-    world.door(sock, world.target("absent"))
+    world.listener(sock, world.target("absent"))
     world.start(10)
     assert (world.relay.connections_max, world.relay.held) == (10, 0)
     world.client(sock)
@@ -257,91 +264,66 @@ def test_the_terms_leave_room_for_the_held(world):
     assert (world.relay.connections_max, world.relay.held) == (10, 1)
 
 
-# ── terms ────────────────────────────────────────────────────────────────────────────────────────
-
-
-class FakeGate:
-    """A gate that notes what it is told."""
-
-    open_error = 0
-
-    def __init__(self, relay, fd, family, check, index):
-        self.fd = fd
-        self.is_open = False
-        self.terms = None
-        self.connected_count = 0
-
-    def start(self):
-        if self.open_error:
-            raise OSError(self.open_error, "")
-        assert not self.is_open
-        self.is_open = True
-
-    def stop(self):
-        assert self.is_open
-        self.is_open = False
-
-    def auto_connect(self, address, timeout_ms=0):
-        self.terms = (address, timeout_ms)
+# ── who connects ──────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.fixture
-def gates(monkeypatch):
-    """Doors of the test get fake gates."""
-    monkeypatch.setattr(intake_module, "RelayListener", FakeGate)
+def fake_listeners(monkeypatch):
+    """The relay's listeners are fake."""
+    monkeypatch.setattr(acceptor_module, "RelayListener", FakeListener)
 
 
-def test_a_literal_target_that_is_up_is_on_express_terms(world, gates):
-    door = world.door(world.listen(), "/run/x", timeout_ms=7000)
+def test_the_relay_connects_to_a_literal_target_that_is_up(world, fake_listeners):
+    listener = world.listener(world.listen(), "/run/x", timeout_ms=7000)
     world.start()
-    assert door.gate.is_open
-    assert door.gate.terms == (sockaddr.pack_unix("/run/x"), 1000)
+    assert listener.relay_listener.accepting
+    assert listener.relay_listener.auto_connects == (sockaddr.pack_unix("/run/x"), 1000)
 
 
 @pytest.mark.parametrize(("timeout_ms", "told"), [(None, 1000), (0, 0), (1, 1)])
-def test_how_long_a_connect_may_take(world, gates, timeout_ms, told):
-    door = world.door(world.listen(), "/run/x")
-    door.way.timeout_ms = timeout_ms
+def test_how_long_a_connect_may_take(world, fake_listeners, timeout_ms, told):
+    listener = world.listener(world.listen(), "/run/x")
+    listener.upstream.timeout_ms = timeout_ms
     world.start()
-    assert door.gate.terms[1] == told
+    assert listener.relay_listener.auto_connects[1] == told
 
 
-def test_a_name_has_no_terms(world, gates):
-    door = world.door(world.listen(), "backend:80")
+def test_the_relay_does_not_connect_to_a_name(world, fake_listeners):
+    listener = world.listener(world.listen(), "backend:80")
     world.start()
-    assert door.gate.terms[0] is None
+    assert listener.relay_listener.auto_connects[0] is None
 
 
-def test_with_a_header_to_make_there_are_no_terms(world, gates):
-    door = world.door(world.listen(), "/run/x")
+def test_with_a_header_to_send_the_relay_does_not_connect(world, fake_listeners):
+    listener = world.listener(world.listen(), "/run/x")
     world.start(proxy_protocol=1)
-    assert door.gate.terms[0] is None
+    assert listener.relay_listener.auto_connects[0] is None
 
 
-def test_at_debug_level_there_are_no_terms(world, gates):
-    world.loop.notes = {}
-    door = world.door(world.listen(), "/run/x")
+def test_at_debug_level_the_relay_does_not_connect(world, fake_listeners):
+    world.loop._labels = {}
+    listener = world.listener(world.listen(), "/run/x")
     world.start()
-    assert door.gate.terms[0] is None
+    assert listener.relay_listener.auto_connects[0] is None
 
 
-def test_while_somebody_waits_there_are_no_terms(world):
+def test_while_a_client_waits_the_relay_does_not_connect(world):
     sock = world.listen()
-    door = world.door(sock, world.target("absent"))
+    listener = world.listener(sock, world.target("absent"))
     world.start()
-    assert door.way.express is not None
+    assert listener.upstream.auto_connect_address is not None
     world.client(sock)
     world.settle(1)
-    assert door.way.held
-    assert door.way.express is None
+    assert listener.upstream.held
+    assert listener.upstream.auto_connect_address is None
 
 
-# ── accepted without terms ───────────────────────────────────────────────────────────────────────
+# ── accepted for the policy ───────────────────────────────────────────────────────────────────────
 
 
 def test_a_client_gets_its_header(world):
     sock = world.listen()
-    world.door(sock, world.target("up"))
+    world.listener(sock, world.target("up"))
     world.start(proxy_protocol=1)
     client = world.client(sock)
     client.send(b"hello")
@@ -364,9 +346,9 @@ def reset(sock):
 @pytest.mark.parametrize("target", ["up", "absent"])
 def test_a_client_that_reset_before_it_was_accepted_keeps_its_address(world, target):
     """In the header, in the log at debug level, and while it is held."""
-    world.loop.notes = {}
+    world.loop._labels = {}
     sock = world.listen()
-    way = world.door(sock, world.target(target)).way
+    upstream = world.listener(sock, world.target(target)).upstream
     client = world.client(sock)
     ports = client.getsockname()[1], client.getpeername()[1]
     client.send(b"hello")
@@ -374,10 +356,10 @@ def test_a_client_that_reset_before_it_was_accepted_keeps_its_address(world, tar
     world.start(proxy_protocol=1)
     expected = b"PROXY TCP4 127.0.0.1 127.0.0.1 %d %d\r\n" % ports
     seen = []
-    take = way.take
-    way.take = lambda fd, listener, index, header, name: (
+    take = upstream.take
+    upstream.take = lambda fd, family, index, header, name: (
         seen.append((header, name)),
-        take(fd, listener, index, header, name),
+        take(fd, family, index, header, name),
     )
     world.settle(1)
     assert seen == [(expected, f"127.0.0.1:{ports[0]}")]
@@ -395,12 +377,12 @@ def test_a_client_without_an_address_is_refused(world, capfd, version):
     served, _ = sock.accept()
     served.setblocking(False)
     reset(client)
-    world.door(served, world.target("up"), connected=True)
+    world.listener(served, world.target("up"), connected=True)
     served.detach()
-    intake = world.start(proxy_protocol=version)
+    acceptor = world.start(proxy_protocol=version)
     assert world.relay.connections == 0
     assert world.held == 0
-    assert (intake.passed_in, intake.refused) == (1, 1)
+    assert (acceptor.passed_in, acceptor.refused) == (1, 1)
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith("Refusing connection to 127.0.0.1:")
     with pytest.raises(BlockingIOError):
@@ -408,15 +390,15 @@ def test_a_client_without_an_address_is_refused(world, capfd, version):
 
 
 def test_a_client_has_a_name_at_debug_level(world):
-    world.loop.notes = {}
+    world.loop._labels = {}
     sock = world.listen(socket.AF_INET)
     target = world.target("up")
-    world.door(sock, target)
+    world.listener(sock, target)
     world.start()
     client = world.client(sock)
     world.settle(1)
     port = client.getsockname()[1]
-    assert list(world.loop.notes.values()) == [f"127.0.0.1:{port} → {target}"]
+    assert list(world.loop._labels.values()) == [f"127.0.0.1:{port} → {target}"]
 
 
 def test_a_connection_that_was_passed_in(world):
@@ -425,24 +407,24 @@ def test_a_connection_that_was_passed_in(world):
     world.keep(ours)
     theirs.setblocking(False)
     target = world.target("up")
-    door = world.door(theirs, target, connected=True)
+    listener = world.listener(theirs, target, connected=True)
     theirs.detach()
-    intake = world.start()
+    acceptor = world.start()
     assert world.relay.connections == 1
-    assert door.listener.fd == -1
-    assert intake.passed_in == 1
-    assert not door.open
-    assert not intake.broken
+    assert listener.fd == -1
+    assert acceptor.passed_in == 1
+    assert not listener.accepting
+    assert not acceptor.broken
     ours.send(b"hello")
     world.turn()
     world.turn()
     served, _ = world.backend.accept()
     with served:
         assert served.recv(10) == b"hello"
-    intake.disarm()
+    acceptor.stop()
 
 
-# ── nothing left to accept with ──────────────────────────────────────────────────────────────────
+# ── nothing left to accept with ───────────────────────────────────────────────────────────────────
 
 
 class NoFds:
@@ -460,178 +442,176 @@ class NoFds:
 
 def test_emfile_pauses(world, capfd):
     sock = world.listen()
-    door = world.door(sock, world.target("up"))
-    intake = world.start()
+    listener = world.listener(sock, world.target("up"))
+    acceptor = world.start()
     client = world.client(sock)
     with NoFds():
         assert [event.error for event in world.turn()] == [errno.EMFILE]
-        assert not door.open
-        assert intake.resume_ms == world.relay.now_ms + PAUSE_MS
+        assert not listener.accepting
+        assert acceptor.resume_ms == world.relay.now_ms + PAUSE_MS
         # No hot loop: although the client waits there is nothing to report.
         assert world.loop.run(0) == []
     assert not closed(client)
     assert capfd.readouterr().err == (
         "Failed to accept: Too many open files. Waiting until a connection ends.\n"
     )
-    intake.tick(intake.resume_ms - 1)
-    assert not door.open
-    intake.tick(intake.resume_ms)
-    assert door.open
-    assert intake.resume_ms is None
+    acceptor.tick(acceptor.resume_ms - 1)
+    assert not listener.accepting
+    acceptor.tick(acceptor.resume_ms)
+    assert listener.accepting
+    assert acceptor.resume_ms is None
     world.until(lambda: world.relay.connections)
     assert world.relay.connections == 1
 
 
 @pytest.mark.parametrize("error", [errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM])
-def test_a_pause_is_one_warning_however_often(world, gates, capfd, clock, error):
-    door = world.door(world.listen(), "/run/x")
-    intake = world.start()
+def test_a_pause_is_one_warning_however_often(world, fake_listeners, capfd, clock, error):
+    listener = world.listener(world.listen(), "/run/x")
+    acceptor = world.start()
     for _ in range(20):
-        intake.event(AcceptFailed(0, error))
-        assert not door.gate.is_open
-        intake.tick(intake.resume_ms)
-        assert door.gate.is_open
+        acceptor.handle(AcceptFailed(0, error))
+        assert not listener.relay_listener.accepting
+        acceptor.tick(acceptor.resume_ms)
+        assert listener.relay_listener.accepting
         clock.now += PAUSE_MS / 1000
     assert len(capfd.readouterr().err.splitlines()) == 1
 
 
-def test_a_pause_closes_all_doors(world, gates):
-    doors = [world.door(world.listen(), "/run/x") for _ in range(3)]
-    intake = world.start()
-    intake.event(AcceptFailed(1, errno.EMFILE))
-    intake.event(AcceptFailed(2, errno.EMFILE))
-    assert not any(door.gate.is_open for door in doors)
-    assert not intake.broken
-    intake.tick(intake.resume_ms)
-    assert all(door.gate.is_open for door in doors)
+def test_a_pause_stops_all_listeners(world, fake_listeners):
+    listeners = [world.listener(world.listen(), "/run/x") for _ in range(3)]
+    acceptor = world.start()
+    acceptor.handle(AcceptFailed(1, errno.EMFILE))
+    acceptor.handle(AcceptFailed(2, errno.EMFILE))
+    assert not any(listener.relay_listener.accepting for listener in listeners)
+    assert not acceptor.broken
+    acceptor.tick(acceptor.resume_ms)
+    assert all(listener.relay_listener.accepting for listener in listeners)
 
 
 def test_a_pause_ends_when_a_connection_ends(world):
     sock = world.listen()
-    door = world.door(sock, world.target("up"))
-    intake = world.start()
+    listener = world.listener(sock, world.target("up"))
+    acceptor = world.start()
     first = world.client(sock)
     world.settle(1)
-    assert intake.wake_at() == -1
+    assert acceptor.wake_at_count() == -1
     second = world.client(sock)
     with NoFds():
         world.turn()
-    assert not door.open
-    assert intake.wake_at() == 0  # so run() returns when the first connection has ended
-    world.relay.wake_at_count = intake.wake_at()
+    assert not listener.accepting
+    assert acceptor.wake_at_count() == 0  # so run() returns when the first connection has ended
+    world.relay.wake_at_count = acceptor.wake_at_count()
     first.close()
     served, _ = world.backend.accept()
     served.close()
-    intake.resume_ms += 10**9
+    acceptor.resume_ms += 10**9
     assert world.loop.run(PATIENCE * 1000) == []
     world.turn()
-    assert door.open
+    assert listener.accepting
     world.until(lambda: world.relay.connections)
     assert not closed(second)
 
 
-def test_nobody_is_accepted_any_more_when_a_pause_ends_after_disarm(world, gates):
+def test_nobody_is_accepted_any_more_when_a_pause_ends_after_disarm(world, fake_listeners):
     """SIGTERM during a pause: what waits stays with the service manager."""
-    door = world.door(world.listen(), "/run/x")
-    intake = world.start()
-    intake.event(AcceptFailed(0, errno.EMFILE))
-    resume_ms = intake.resume_ms
-    intake.disarm()
-    intake.tick(resume_ms)
-    assert not door.gate.is_open
+    listener = world.listener(world.listen(), "/run/x")
+    acceptor = world.start()
+    acceptor.handle(AcceptFailed(0, errno.EMFILE))
+    resume_ms = acceptor.resume_ms
+    acceptor.stop()
+    acceptor.tick(resume_ms)
+    assert not listener.relay_listener.accepting
 
 
-def test_a_door_that_cannot_be_opened_yet_is_opened_later(world, gates):
+def test_a_listener_that_cannot_start_yet_is_started_later(world, fake_listeners):
     """epoll_ctl(2) needs memory too, and that had run out."""
-    door = world.door(world.listen(), "/run/x")
-    intake = world.start()
-    intake.event(AcceptFailed(0, errno.ENOMEM))
-    door.gate.open_error = errno.ENOMEM
-    intake.tick(intake.resume_ms)
-    assert not door.gate.is_open
-    door.gate.open_error = 0
-    assert intake.resume_ms is not None
-    intake.tick(intake.resume_ms)
-    assert door.gate.is_open
+    listener = world.listener(world.listen(), "/run/x")
+    acceptor = world.start()
+    acceptor.handle(AcceptFailed(0, errno.ENOMEM))
+    listener.relay_listener.start_error = errno.ENOMEM
+    acceptor.tick(acceptor.resume_ms)
+    assert not listener.relay_listener.accepting
+    listener.relay_listener.start_error = 0
+    assert acceptor.resume_ms is not None
+    acceptor.tick(acceptor.resume_ms)
+    assert listener.relay_listener.accepting
 
 
-# ── other errors of accept ───────────────────────────────────────────────────────────────────────
+# ── other errors of accept ────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("error", [errno.ECONNABORTED, errno.EPROTO, errno.ENETDOWN])
-def test_an_error_of_one_client_is_not_the_next_one_s(world, gates, capfd, error):
-    door = world.door(world.listen(), "/run/x")
-    intake = world.start()
-    intake.event(AcceptFailed(0, error))
-    intake.event(AcceptFailed(0, error))
-    assert door.gate.is_open
-    assert intake.resume_ms is None
-    assert not intake.broken
+def test_an_error_of_one_client_is_not_the_next_one_s(world, fake_listeners, capfd, error):
+    listener = world.listener(world.listen(), "/run/x")
+    acceptor = world.start()
+    acceptor.handle(AcceptFailed(0, error))
+    acceptor.handle(AcceptFailed(0, error))
+    assert listener.relay_listener.accepting
+    assert acceptor.resume_ms is None
+    assert not acceptor.broken
     (line,) = capfd.readouterr().err.splitlines()
-    assert line == f"Failed to accept from {door.listener.text}: {os.strerror(error)}."
+    assert line == f"Failed to accept from {listener.text}: {os.strerror(error)}."
 
 
 @pytest.mark.parametrize("error", [errno.EACCES, errno.EPERM, errno.ENOSYS])
-def test_an_error_that_may_last_is_no_hot_loop(world, gates, error):
+def test_an_error_that_may_last_is_no_hot_loop(world, fake_listeners, error):
     """A security module or a seccomp filter forbids accept(2): the client stays in the backlog,
     so that the listener is readable for ever."""
-    door = world.door(world.listen(), "/run/x")
-    intake = world.start()
-    intake.event(AcceptFailed(0, error))
-    assert not door.gate.is_open
-    assert intake.resume_ms is not None
+    listener = world.listener(world.listen(), "/run/x")
+    acceptor = world.start()
+    acceptor.handle(AcceptFailed(0, error))
+    assert not listener.relay_listener.accepting
+    assert acceptor.resume_ms is not None
 
 
 def test_a_broken_listener(world, capfd):
     sock = world.listen()
-    door = world.door(sock, world.target("up"))
-    intake = world.start()
+    listener = world.listener(sock, world.target("up"))
+    acceptor = world.start()
     sock.shutdown(socket.SHUT_RDWR)
     assert [event.error for event in world.turn()] == [errno.EINVAL]
-    assert not door.open
-    assert intake.broken
+    assert not listener.accepting
+    assert acceptor.broken
     assert world.loop.run(0) == []
-    assert capfd.readouterr().err == (
-        f"Failed to accept from {door.listener.text}: Invalid argument.\n"
-    )
+    assert capfd.readouterr().err == (f"Failed to accept from {listener.text}: Invalid argument.\n")
 
 
 def test_the_other_listeners_go_on(world):
     bad, good = world.listen(), world.listen()
     target = world.target("up")
-    world.door(bad, target)
-    world.door(good, target)
-    intake = world.start()
+    world.listener(bad, target)
+    world.listener(good, target)
+    acceptor = world.start()
     bad.shutdown(socket.SHUT_RDWR)
     world.client(good)
     world.settle(1)
-    assert not intake.broken
+    assert not acceptor.broken
     assert world.relay.connections == 1
 
 
-def test_a_broken_listener_stays_shut_after_a_pause(world, gates):
-    bad, good = (world.door(world.listen(), "/run/x") for _ in range(2))
-    intake = world.start()
-    intake.event(AcceptFailed(bad.index, errno.EBADF))
-    intake.event(AcceptFailed(good.index, errno.EMFILE))
-    intake.tick(intake.resume_ms)
-    assert good.gate.is_open
-    assert not bad.gate.is_open
+def test_a_broken_listener_stays_stopped_after_a_pause(world, fake_listeners):
+    bad, good = (world.listener(world.listen(), "/run/x") for _ in range(2))
+    acceptor = world.start()
+    acceptor.handle(AcceptFailed(bad.index, errno.EBADF))
+    acceptor.handle(AcceptFailed(good.index, errno.EMFILE))
+    acceptor.tick(acceptor.resume_ms)
+    assert good.relay_listener.accepting
+    assert not bad.relay_listener.accepting
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
-def test_a_broken_listener_during_a_pause_is_not_the_end(world, gates, order):
-    doors = [world.door(world.listen(), "/run/x") for _ in range(2)]
-    intake = world.start()
+def test_a_broken_listener_during_a_pause_is_not_the_end(world, fake_listeners, order):
+    listeners = [world.listener(world.listen(), "/run/x") for _ in range(2)]
+    acceptor = world.start()
     events = [AcceptFailed(0, errno.EBADF), AcceptFailed(1, errno.EMFILE)]
     for at in order:
-        intake.event(events[at])
-    assert not intake.broken
-    intake.tick(intake.resume_ms)
-    assert doors[1].gate.is_open
+        acceptor.handle(events[at])
+    assert not acceptor.broken
+    acceptor.tick(acceptor.resume_ms)
+    assert listeners[1].relay_listener.accepting
 
 
-# ── our own tail ─────────────────────────────────────────────────────────────────────────────────
+# ── our own tail ──────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("kind", [socket.AF_UNIX, socket.AF_INET])
@@ -639,9 +619,9 @@ def test_a_broken_listener_during_a_pause_is_not_the_end(world, gates, order):
 def test_a_loop_is_refused_with_one_line(world, capfd, clock, kind, proxy_protocol):
     sock = world.listen(kind)
     name = sockaddr.text(sockaddr.from_socket_name(kind, sock.getsockname()))
-    door = world.door(sock, name)
+    listener = world.listener(sock, name)
     world.start(proxy_protocol=proxy_protocol)
-    assert door.listener.text == name
+    assert listener.text == name
     # A UNIX client must be another process: it is that which is looked at.
     clients = [connect_elsewhere(sock) for _ in range(3)]
     world.settle(6)
@@ -677,22 +657,22 @@ def connect_elsewhere(sock):
     return pid
 
 
-def test_events_go_to_their_door(world, gates, capfd):
-    doors = [world.door(world.listen(), f"/run/x{number}") for number in range(2)]
-    intake = world.start(1)
-    intake.event(AcceptFailed(1, errno.ELOOP))
-    assert f"target /run/x1 leads back to our own listener {doors[1].listener.text}." in (
+def test_events_go_to_their_listener(world, fake_listeners, capfd):
+    listeners = [world.listener(world.listen(), f"/run/x{number}") for number in range(2)]
+    acceptor = world.start(1)
+    acceptor.handle(AcceptFailed(1, errno.ELOOP))
+    assert f"target /run/x1 leads back to our own listener {listeners[1].text}." in (
         capfd.readouterr().err
     )
-    intake.event(Refused(0))
+    acceptor.handle(Refused(0))
     assert capfd.readouterr().err == f"{LIMIT_LINE}\n"
     ours, theirs = socket.socketpair()
     with ours:
-        intake.event(Accepted(1, theirs.detach(), b""))
-        assert len(doors[1].way.held) == 1
-        assert not doors[0].way.held
+        acceptor.handle(Accepted(1, theirs.detach(), b""))
+        assert len(listeners[1].upstream.held) == 1
+        assert not listeners[0].upstream.held
         again, last = socket.socketpair()
         with again:
-            intake.event(Accepted(0, last.detach(), b""))
+            acceptor.handle(Accepted(0, last.detach(), b""))
             assert again.recv(1) == b""
-    assert intake.refused == 1
+    assert acceptor.refused == 1

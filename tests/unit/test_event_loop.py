@@ -6,13 +6,13 @@ import pytest
 
 from proxyd import log
 from proxyd._relay import Ended, Ready
-from proxyd.loop import EPOLLET, EPOLLIN, Loop
+from proxyd.event_loop import EPOLLET, EPOLLIN, EventLoop
 
 
 @pytest.fixture
 def loop():
     log.setup({})
-    return Loop()
+    return EventLoop()
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_after_unwatch_nothing_is_called(loop, pipe):
     loop.unwatch(reader)
     assert loop.run(0) == []
     assert heard == []
-    assert loop.handlers == {}
+    assert loop._handlers == {}
 
 
 def test_unwatch_of_what_was_never_watched(loop):
@@ -83,7 +83,7 @@ def test_a_handler_may_take_another_away(loop, pipe):
 def test_a_fd_that_cannot_be_watched(loop, tmp_path):
     with (tmp_path / "file").open("w") as file, pytest.raises(OSError):
         loop.watch(file.fileno(), print)
-    assert loop.handlers == {}
+    assert loop._handlers == {}
 
 
 def test_what_is_not_for_a_handler_is_returned_in_order(loop):
@@ -94,17 +94,17 @@ def test_what_is_not_for_a_handler_is_returned_in_order(loop):
     ends = [Ended(number, "ended", 0, 0, 0, 0, 0) for number in (1, 2)]
     heard = []
     loop.relay = Relay()
-    loop.handlers[7] = heard.append
+    loop._handlers[7] = heard.append
     assert loop.run(-1) == ends
     assert heard == [EPOLLIN]
 
 
-@pytest.mark.parametrize(("level", "notes"), [("info", None), ("debug", {})])
-def test_connections_have_names_at_debug_level_only(level, notes):
+@pytest.mark.parametrize(("level", "labels"), [("info", None), ("debug", {})])
+def test_connections_have_names_at_debug_level_only(level, labels):
     log.setup({"SYSTEMD_LOG_LEVEL": level})
     try:
-        loop = Loop()
+        loop = EventLoop()
     finally:
         log.setup({})
-    assert loop.notes == notes
-    assert loop.relay.report_ends == (notes is not None)
+    assert loop._labels == labels
+    assert loop.relay.report_ends == (labels is not None)

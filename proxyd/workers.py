@@ -1,41 +1,42 @@
-"""Further relay threads: when they start, and by which rule they get connections."""
+"""Further relay threads: when they start, and which connections they get."""
 
 import os
 
 from proxyd import log
 from proxyd._relay import Relay
 
-MANY_CPUS = 32
-"""On a larger machine /proc/uptime is read, although it counts a CPU that waits for a disk as busy:
-for /proc/stat the kernel adds up every interrupt of every CPU, which takes milliseconds."""
+CPUS_MAX = 32
+"""With more CPUs than this, /proc/uptime is read instead of /proc/stat. For the latter, the kernel
+adds up every interrupt of every CPU, which takes milliseconds. But the former counts a CPU as busy
+while it waits for a disk."""
 
-WAIT_MOST = 25
-"""Per cent of the time for which a busy thread may have waited for a CPU itself."""
+WAIT_MAX = 25
+"""Per cent of the time that a busy thread may have waited for a CPU itself."""
 
 
-def share(relay: Relay) -> None:
-    """Have further threads only when one has too much to do: WorkersWanted asks for hire() then."""
+def offload_when_busy(relay: Relay) -> None:
+    """Use further threads only once one is busy: a WorkersWanted event asks for them."""
     usable, online = os.sched_getaffinity(0), os.sysconf("SC_NPROCESSORS_ONLN")
     whole = len(usable) >= online
     try:
-        path = "/proc/uptime" if whole and online > MANY_CPUS else "/proc/stat"
+        path = "/proc/uptime" if whole and online > CPUS_MAX else "/proc/stat"
         stat = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:  # ProcSubset=pid; as the man page says, a CPU is taken to be idle then
+    except OSError:  # ProcSubset=pid: as the manual says, a CPU is assumed to be idle then
         stat = -1
     limits = [limit for limit in (cpu_quota(), 0 if whole else 100 * len(usable)) if limit]
     relay.offload_when_busy(
         stat,
         cpus=None if whole else usable,
         quota=min(limits, default=0),
-        wait_max=WAIT_MOST,
+        wait_max=WAIT_MAX,
     )
 
 
 def cpu_quota(root: str = "") -> int:
-    """Return how much of a CPU this process may use, in per cent; 0: no limit, or none is seen.
+    """Return how much of a CPU this process may use, in per cent; 0: no limit is known.
 
-    That is the least quota of its cgroup and those above it, cgroups(7): CPUQuota= of a unit, or a
-    container's limit.
+    That is the smallest quota of its cgroup and of those above it, cgroups(7): CPUQuota= of a unit,
+    or the limit of a container.
     """
     quotas = []
     for line in _read(f"{root}/proc/self/cgroup").splitlines():
@@ -54,17 +55,8 @@ def cpu_quota(root: str = "") -> int:
     return min([quota for quota in quotas if quota], default=0)
 
 
-def _quota(text: str) -> int:
-    """Read "QUOTA PERIOD", both in µs; "max" or -1 is no limit."""
-    words = text.split()
-    if len(words) != 2 or not all(word.isascii() and word.isdigit() for word in words):
-        return 0
-    quota, period = map(int, words)
-    return max(quota * 100 // period, 1) if period else 0
-
-
 def _read(path: str) -> str:
-    """Return a file of the kernel's, "" where it cannot be read."""
+    """Return the text of a kernel file, "" if it cannot be read."""
     try:
         with open(path, encoding="ascii", errors="replace") as file:
             return file.read()
@@ -72,8 +64,17 @@ def _read(path: str) -> str:
         return ""
 
 
-def hire(relay: Relay, threads: int) -> None:
-    """Have so many threads from now on; fewer where the system refuses them."""
+def _quota(text: str) -> int:
+    """Read "QUOTA PERIOD", both in µs, as per cent; 0 for "max" or -1, which are no limit."""
+    words = text.split()
+    if len(words) != 2 or not all(word.isascii() and word.isdigit() for word in words):
+        return 0
+    quota, period = map(int, words)
+    return max(quota * 100 // period, 1) if period else 0
+
+
+def start(relay: Relay, threads: int) -> None:
+    """Start threads until there are `threads`; fewer, with a warning, if the system refuses."""
     for number in range(relay.thread_count, threads):
         try:
             relay.start_worker()
