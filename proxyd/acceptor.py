@@ -107,10 +107,10 @@ class Acceptor:
     def update_relay(self) -> None:
         """Tell the relay how many clients are held, and where it may connect others by itself."""
         self._relay.held = self._held()
-        asked = self._proxy_protocol or self._loop.labelled
+        seen = self._proxy_protocol or self._loop.labelled  # each client has to pass through here
         for listener in self.listeners:
             upstream = listener.upstream
-            address = None if asked else upstream.auto_connect_address
+            address = None if seen else upstream.auto_connect_address
             listener.relay_listener.auto_connect(address, upstream.connect_ms)
 
     def wake_at_count(self) -> int:

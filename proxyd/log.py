@@ -201,10 +201,10 @@ def _write_line(line: bytes) -> None:
     if _rest:
         _rest = _rest[_put(_rest) :]
     if _lost and not _rest:
-        told = _line(
+        line_of_lost = _line(
             WARNING, f"Lines lost here, because standard error did not take them: {_lost}."
         )
-        _rest = told[_put(told) :]
+        _rest = line_of_lost[_put(line_of_lost) :]
         _lost = 0
     if _rest:
         raise BlockingIOError

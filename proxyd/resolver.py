@@ -55,8 +55,8 @@ class Name:
 
     __slots__ = (
         "addresses",
-        "asked_ms",
         "began_ms",
+        "ended_ms",
         "error",
         "good_ms",
         "host",
@@ -70,7 +70,7 @@ class Name:
         """Packed, with port 0, in the order to try them; a new list for each good answer."""
         self.good_ms: int | None = None
         """When they were looked up."""
-        self.asked_ms: int | None = None
+        self.ended_ms: int | None = None
         """When the last look-up ended."""
         self.error: _socket.gaierror | None = None
         """Its error, None if it succeeded."""
@@ -94,25 +94,25 @@ class Name:
         """Tell whether the last look-up has failed recently, or the current one is late."""
         if self.began_ms is not None and now_ms - self.began_ms >= LATE_MS:
             return True
-        failed = self.error is not None and self.asked_ms is not None
-        return failed and now_ms - (self.asked_ms or 0) < FAILING_MS
+        failed = self.error is not None and self.ended_ms is not None
+        return failed and now_ms - (self.ended_ms or 0) < FAILING_MS
 
     def fresh(self, now_ms: int) -> bool:
         """Tell whether the result of the last look-up, good or bad, is still used."""
-        return self.asked_ms is not None and now_ms - self.asked_ms < FRESH_MS
+        return self.ended_ms is not None and now_ms - self.ended_ms < FRESH_MS
 
     def due(self, now_ms: int) -> bool:
         """Tell whether to look it up again, so that no client will have to wait for that."""
-        if self.began_ms is not None or self.asked_ms is None:
+        if self.began_ms is not None or self.ended_ms is None:
             return False
         ahead_ms = min(AHEAD_MS + self.took_ms, FRESH_MS) if self.error is None else 0
-        return now_ms - self.asked_ms >= FRESH_MS - ahead_ms
+        return now_ms - self.ended_ms >= FRESH_MS - ahead_ms
 
     def learn(self, addresses: list[bytes], error: "_socket.gaierror | None", now_ms: int) -> None:
         """Store the result of the look-up that was under way."""
         self.took_ms = now_ms - (now_ms if self.began_ms is None else self.began_ms)
         self.began_ms = None
-        self.asked_ms, self.error = now_ms, error
+        self.ended_ms, self.error = now_ms, error
         if error is None:
             self.addresses, self.good_ms = addresses, now_ms
         elif error.errno in GONE:
