@@ -3,37 +3,37 @@
 #
 # binding, auto_pickle: nobody introspects or pickles a relay, and both cost start-up time.
 # freethreading_compatible: a relay's methods are for one thread. What its crew of threads shares
-#   with it has locks and atomics of its own (_inbox.pxd, _tally.pxd), and no Python.
+#   with it has locks and atomics of its own (relay/mailbox.pxd, relay/gauges.pxd), and no Python.
 # boundscheck …: only C arrays, with C's rules.
 """The mechanism: an epoll loop that forwards between pairs of sockets without the GIL.
 
-This file is its Python face. Where to read on, in the order a byte meets it: _loop.pxd (a batch of
-events), _gate.pxd (how clients come in), _connection.pxd (how a connection begins and ends),
-_half.pxd (the pump), _pipe.pxd (pipes); and _crew.pxd for the same in several threads.
+This file is its Python face. Where to read on, in the order a byte meets it: relay/loop.pxd (a batch of
+events), relay/accept.pxd (how clients come in), relay/connection.pxd (how a connection begins and ends),
+relay/pump.pxd (the pump), relay/pipe.pxd (pipes); and relay/workers.pxd for the same in several threads.
 """
 
 from cpython.ref cimport Py_INCREF
 from cython cimport no_gc_clear
 
-from proxyd._busy cimport CPUS_MOST, Machine
-from proxyd._connection cimport (
+from proxyd.relay.busy cimport CPUS_MOST, Machine
+from proxyd.relay.connection cimport (
     HOW_COUNT, HOW_CUT, HOW_GONE, KIND_GATE, KIND_WATCH, NOTE_ACCEPTED, NOTE_BUSY, NOTE_NOBODY,
     NOTE_READY, NOTE_REFUSED, Connection, Note, Relaying, connection_free, connection_new,
     connection_open, connection_place, connections_fewer, connections_free, relay_hang_up,
     room_limit, socket_connect, socket_met_itself, socket_take_error, socket_tune,
     socket_unlinger, target_set_rights,
 )
-from proxyd._crew cimport (
+from proxyd.relay.workers cimport (
     crew_answered, crew_ask, crew_dismiss, crew_free, crew_hire, crew_order, quarantine_serve,
     relay_close_inbox,
 )
-from proxyd._gate cimport (
+from proxyd.relay.accept cimport (
     GATE_CHECK_PORT, GATE_CHECK_TCP, GATE_CHECK_UNIX, GateState, gate_count_early, gate_unwatch,
     gate_watch,
 )
-from proxyd._half cimport STAT_TO_CLIENT, STAT_TO_TARGET, endpoint_lost
-from proxyd._inbox cimport ORDER_TRIM
-from proxyd._linux cimport (
+from proxyd.relay.pump cimport STAT_TO_CLIENT, STAT_TO_TARGET, endpoint_lost
+from proxyd.relay.mailbox cimport ORDER_TRIM
+from proxyd.relay.sys cimport (
     AF_UNIX, AF_VSOCK, ECONNREFUSED, ECONNRESET, EFD_CLOEXEC, EFD_NONBLOCK, EINPROGRESS, ELOOP,
     ENOMEM, EPOLLET, EPOLLIN, EPOLLOUT, EPOLLRDHUP, EPOLL_CTL_ADD, EPOLL_CTL_DEL, MSG_DONTWAIT,
     MSG_PEEK, RLIMIT_NOFILE, SIGALRM, SIGHUP, SIGINT, SIG_IGN, SIG_UNBLOCK, SOL_SOCKET, SO_DOMAIN,
@@ -43,19 +43,19 @@ from proxyd._linux cimport (
     shared_get, shared_take, sigaction, sigaction_t, sigaddset, sigemptyset, sigset_t, sockaddr,
     sockaddr_storage, socklen_t, uint64_t,
 )
-from proxyd._list cimport link_init, list_empty, list_remove
-from proxyd._loop cimport (
+from proxyd.relay.list cimport link_init, list_empty, list_remove
+from proxyd.relay.loop cimport (
     Watch, clock_ms, earlier, relay_cut, relay_free, relay_init, relay_open, relay_turn,
 )
-from proxyd._own cimport (
+from proxyd.relay.self_connect cimport (
     Own, OwnTable, local_port, own_add, own_move, own_remove, own_table_close, own_table_init,
 )
-from proxyd._pipe cimport pool_clear
-from proxyd._quarantine cimport (
+from proxyd.relay.pipe cimport pool_clear
+from proxyd.relay.quarantine cimport (
     Quarantine, quarantine_destroy, quarantine_due, quarantine_init,
 )
-from proxyd._signals cimport alarm_set
-from proxyd._tally cimport Tally, tally_late, tally_open, tally_wake_at
+from proxyd.relay.signals cimport alarm_set
+from proxyd.relay.gauges cimport Tally, tally_late, tally_open, tally_wake_at
 
 # what a RelayListener checks each client for
 CHECK_TCP = GATE_CHECK_TCP
@@ -412,7 +412,7 @@ cdef class Relay:
 
     def offload_when_busy(self, int stat, int window_ms=100, cpus=None, int quota=0,
                           int wait_max=100):
-        """Offload only a thread that is busy, and only while a CPU is idle, as _busy.pxd has it.
+        """Offload only a thread that is busy, and only while a CPU is idle, as relay/busy.pxd has it.
         Load is measured over windows of `window_ms`. Without this call every new connection goes to
         the thread with the fewest. To be called once, before start_worker().
 

@@ -193,7 +193,7 @@ def _refuse_descriptors(sock: _socket.socket) -> None:
     try:
         sock.setsockopt(_socket.SOL_SOCKET, _SO_PASSRIGHTS, 0)
     except OSError:
-        pass  # _rights.pxd has what is done instead
+        pass  # relay/rights.pxd has what is done instead
 
 
 def _refuses_descriptors(fd: int) -> bool:

@@ -1,22 +1,22 @@
-# What a relay does that has more to do than one CPU can, while another is idle (_busy.pxd): it
+# What a relay does that has more to do than one CPU can, while another is idle (busy.pxd): it
 # gives half of its work to a relay that sleeps. Where there is none yet, the boss asks for a crew.
 #
 # Nothing is ever taken back: the connections that come later begin with the boss again.
 
-from proxyd._busy cimport SPARE_LEAST, busy_window
-from proxyd._connection cimport (
+from proxyd.relay.busy cimport SPARE_LEAST, busy_window
+from proxyd.relay.connection cimport (
     CONNECTED, CONNECTING, Connection, NOTE_BUSY, Relaying, endpoint_unregister, note_add,
     relay_left,
 )
-from proxyd._half cimport Endpoint
-from proxyd._inbox cimport inbox_put
-from proxyd._linux cimport (
+from proxyd.relay.pump cimport Endpoint
+from proxyd.relay.mailbox cimport inbox_put
+from proxyd.relay.sys cimport (
     AF_UNIX, SOL_SOCKET, SO_LINGER, counter_add, hint_get, linger, setsockopt, shared_add,
     shared_get,
 )
-from proxyd._list cimport Link, list_remove
-from proxyd._quarantine cimport quarantine_put, quarantine_runs, quarantine_want
-from proxyd._rights cimport RIGHTS_ANY
+from proxyd.relay.list cimport Link, list_remove
+from proxyd.relay.quarantine cimport quarantine_put, quarantine_runs, quarantine_want
+from proxyd.relay.rights cimport RIGHTS_ANY
 
 cdef enum:
     GIVE_MOST = 32             # connections at a time: each costs four epoll_ctl

@@ -16,13 +16,13 @@
 # lingering connection has only Y left, X is closed. Nothing is freed while a batch of events is
 # worked on, since a later event of the batch may still point to it: the dead go last.
 
-from proxyd._busy cimport Busy, Machine, SPARE_FOR_NEW
-from proxyd._half cimport (
+from proxyd.relay.busy cimport Busy, Machine, SPARE_FOR_NEW
+from proxyd.relay.pump cimport (
     DEAD, DRAINING, Endpoint, Engine, FLOWING, Half, SHUT, STAT_TO_CLIENT, STAT_TO_TARGET,
     endpoint_failed, endpoint_interest, endpoint_lost, endpoint_recv, endpoint_refuse_rights,
     half_abandon, half_drop, half_held, half_keep, half_pump, spill_free,
 )
-from proxyd._linux cimport (
+from proxyd.relay.sys cimport (
     AF_INET, AF_INET6, AF_UNIX, AF_UNSPEC, AF_VSOCK, EAGAIN, ECONNREFUSED, ECONNRESET, EINPROGRESS,
     EINTR, ELOOP, ENOMEM, ENOTCONN, EPIPE, EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLPRI,
     EPOLLRDHUP, EPOLL_CTL_ADD, EPOLL_CTL_DEL, ETIMEDOUT, IPPROTO_TCP, MSG_DONTWAIT, MSG_NOSIGNAL,
@@ -33,16 +33,16 @@ from proxyd._linux cimport (
     shared_get, shutdown, sockaddr, sockaddr_in6, sockaddr_storage, socket, socklen_t, uint32_t,
     uint64_t,
 )
-from proxyd._inbox cimport Inbox, inbox_put, inbox_ring
-from proxyd._list cimport Link, link_init, list_append, list_empty, list_remove
-from proxyd._own cimport Own, OwnTable, own_add, own_remove
-from proxyd._pipe cimport pipe_init, pool_clear
-from proxyd._quarantine cimport Quarantine, quarantine_put
-from proxyd._rights cimport (
+from proxyd.relay.mailbox cimport Inbox, inbox_put, inbox_ring
+from proxyd.relay.list cimport Link, link_init, list_append, list_empty, list_remove
+from proxyd.relay.self_connect cimport Own, OwnTable, own_add, own_remove
+from proxyd.relay.pipe cimport pipe_init, pool_clear
+from proxyd.relay.quarantine cimport Quarantine, quarantine_put
+from proxyd.relay.rights cimport (
     RIGHTS_AHEAD, RIGHTS_ANY, RIGHTS_MAYBE, RIGHTS_NONE, RIGHTS_UNKNOWN, Rights, rights_may_close,
     rights_refuse,
 )
-from proxyd._tally cimport Tally, tally_join, tally_leave
+from proxyd.relay.gauges cimport Tally, tally_join, tally_leave
 
 cdef enum:
     KIND_WATCH, KIND_GATE, KIND_INBOX, KIND_CLIENT, KIND_TARGET
@@ -315,7 +315,7 @@ cdef inline void endpoint_close_late(Relaying *relay, Endpoint *end) noexcept no
 
 
 cdef inline bint endpoint_may_close(Endpoint *end) noexcept nogil:
-    """Whether close(2) cannot wait, for descriptors that were sent to it. See _rights.pxd."""
+    """Whether close(2) cannot wait, for descriptors that were sent to it. See rights.pxd."""
     return end.family != AF_UNIX or end.ended or rights_may_close(&end.rights, end.fd)
 
 

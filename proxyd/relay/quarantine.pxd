@@ -1,6 +1,6 @@
 # What may block for as long as its peer likes is left to a thread for which nobody waits.
 #
-# Two things go there: connections whose next message has file descriptors (_rights.pxd), to be
+# Two things go there: connections whose next message has file descriptors (rights.pxd), to be
 # forwarded from then on by a relay that reads and closes as it comes; and sockets whose queue has
 # such messages, to be closed. Both keep their place in the limit, so there are never more of them
 # than connections. While the thread waits, the clients that sent descriptors wait for it, and
@@ -9,12 +9,12 @@
 # The thread starts with the first of them. Where the system refuses it, sockets that are to be
 # closed stay open, and connections stay where they are, unread; the boss tries again.
 
-from proxyd._inbox cimport Inbox, inbox_put, inbox_ring
-from proxyd._linux cimport (
+from proxyd.relay.mailbox cimport Inbox, inbox_put, inbox_ring
+from proxyd.relay.sys cimport (
     int64_t, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t,
     pthread_mutex_unlock, shared_get, shared_set,
 )
-from proxyd._list cimport Link, link_init, list_append, list_move_all, list_remove
+from proxyd.relay.list cimport Link, link_init, list_append, list_move_all, list_remove
 
 cdef enum:
     QUARANTINE_RETRY_MS = 1000  # after the thread was refused

@@ -24,7 +24,7 @@
 #   anything else       src has failed: DRAINING    dst is gone: DEAD; src's last words go on in
 #                                                   the other half
 
-from proxyd._linux cimport (
+from proxyd.relay.sys cimport (
     AF_UNIX, AF_VSOCK, EAGAIN, EINTR, EINVAL, ENOMEM, ENOSYS, EOPNOTSUPP, EPERM, EPIPE, EPOLLET,
     EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP, EPOLL_CTL_MOD, MSG_CTRUNC, MSG_DONTWAIT,
     MSG_NOSIGNAL, SOCK_CLOEXEC, SOCK_STREAM, SOL_SOCKET, SO_SNDBUF, SPLICE_F_MOVE,
@@ -32,8 +32,8 @@ from proxyd._linux cimport (
     int64_t, iovec, malloc, memcpy, memset, msghdr, read, recv, recvmsg, send, setsockopt, socket,
     socklen_t, splice, uint32_t, uint64_t, uint8_t,
 )
-from proxyd._pipe cimport Pipe, PipePool, pipe_close, pipe_get, pipe_put
-from proxyd._rights cimport (
+from proxyd.relay.pipe cimport Pipe, PipePool, pipe_close, pipe_get, pipe_put
+from proxyd.relay.rights cimport (
     PEEK_MOST, RIGHTS_ANY, RIGHTS_MAYBE, RIGHTS_NONE, RIGHTS_QUEUED, Rights, rights_recv,
     rights_recv_any, rights_refuse,
 )
@@ -71,7 +71,7 @@ ctypedef struct Engine:
     Counters counters
 
 ctypedef struct Endpoint:
-    int kind                   # what an epoll event points to: see _connection.pxd
+    int kind                   # what an epoll event points to: see connection.pxd
     int fd                     # -1: closed
     int family
     int error                  # the errno that ended it; 0: none

@@ -11,7 +11,7 @@
 # peers.) An idle CPU does not help where a quota (CPUQuota=) is used up, nor where the relay itself
 # had to wait for a CPU, be it for a quota that cannot be seen from here.
 
-from proxyd._linux cimport (
+from proxyd.relay.sys cimport (
     CLOCK_MONOTONIC, CLOCK_PROCESS_CPUTIME_ID, CLOCK_THREAD_CPUTIME_ID, _SC_CLK_TCK, clock_gettime,
     clockid_t, int64_t, pread, strtoull, sysconf, timespec, uint64_t, uint8_t,
 )

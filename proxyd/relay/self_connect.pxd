@@ -7,7 +7,7 @@
 #
 # There is one table for all threads: any of them may close such a socket.
 
-from proxyd._linux cimport (
+from proxyd.relay.sys cimport (
     AF_INET, AF_INET6, getsockname, memcmp, memcpy, memset, pthread_mutex_destroy,
     pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock, sockaddr,
     sockaddr_in, sockaddr_in6, sockaddr_storage, socklen_t, uint16_t, uint8_t,

@@ -1,6 +1,6 @@
 # An alarm that keeps interrupting a system call which may wait after all.
 
-from proxyd._linux cimport (
+from proxyd.relay.sys cimport (
     ITIMER_REAL, SIGALRM, SIG_DFL, itimerval, setitimer, sigaction, sigaction_t,
 )
 

@@ -4,7 +4,7 @@
 # out of the queue, or closes the socket with the message in it; and where nobody else has that file
 # any more, this closes it, which lasts for as long as the sender likes: a TCP socket with SO_LINGER
 # waits for its peer. So no thread that others wait for may take such a message, or close such a
-# socket. Those are left to a thread of their own (_quarantine.pxd). No descriptor is ever installed
+# socket. Those are left to a thread of their own (quarantine.pxd). No descriptor is ever installed
 # here: that could find the table full, and close(2) then flushes, which recvmsg(2) without room for
 # descriptors does not; a FUSE file's flush cannot even be killed.
 #
@@ -17,7 +17,7 @@
 # With care: a look first (MSG_PEEK). It drops references too, but never the last, which the queue
 # has. MSG_CTRUNC says that a descriptor did not fit; then the message is left where it is.
 
-from proxyd._linux cimport (
+from proxyd.relay.sys cimport (
     EAGAIN, MSG_CTRUNC, MSG_DONTWAIT, MSG_PEEK, SHUT_RD, SIOCINQ, SOL_SOCKET, SO_OOBINLINE,
     SO_PASSCRED, SO_PASSPIDFD, SO_PASSRIGHTS, SO_PASSSEC, errno, errno_set, ioctl, iovec,
     memset, msghdr, recv, recvmsg, setsockopt, shutdown, uint8_t,

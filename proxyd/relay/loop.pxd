@@ -3,24 +3,24 @@
 # Every relay has one, the boss's and those of its crew. Only the boss has gates, watched fds and
 # notes for the policy.
 
-from proxyd._busy cimport clock_ns
-from proxyd._connection cimport (
+from proxyd.relay.busy cimport clock_ns
+from proxyd.relay.connection cimport (
     CONNECTED, Connection, EVENTS_MOST, HOW_CUT, HOW_IDLE, KIND_GATE, KIND_INBOX, KIND_WATCH,
     NOTE_READY, Relaying, connection_advance, connection_begin, connection_close,
     connection_event, connections_free, endpoint_close, note_add, relay_timers,
 )
-from proxyd._gate cimport GateState, gate_event, gates_reopen
-from proxyd._half cimport COPY_UNIT, Endpoint, FIRST_UNIT, half_held
-from proxyd._inbox cimport ORDER_ANSWER, ORDER_STOP, ORDER_TRIM, inbox_take
-from proxyd._linux cimport (
+from proxyd.relay.accept cimport GateState, gate_event, gates_reopen
+from proxyd.relay.pump cimport COPY_UNIT, Endpoint, FIRST_UNIT, half_held
+from proxyd.relay.mailbox cimport ORDER_ANSWER, ORDER_STOP, ORDER_TRIM, inbox_take
+from proxyd.relay.sys cimport (
     EINTR, ENOMEM, EPOLL_CLOEXEC, close, epoll_create1, epoll_event, epoll_wait, errno, free,
     hint_set, int64_t, malloc, shared_get, shared_set, uint32_t,
 )
-from proxyd._list cimport Link, link_init, list_append, list_empty, list_remove
-from proxyd._own cimport OwnTable
-from proxyd._pipe cimport PIPE_LEAST, pool_clear
-from proxyd._share cimport relay_exile, relay_overflows, relay_share
-from proxyd._tally cimport Tally
+from proxyd.relay.list cimport Link, link_init, list_append, list_empty, list_remove
+from proxyd.relay.self_connect cimport OwnTable
+from proxyd.relay.pipe cimport PIPE_LEAST, pool_clear
+from proxyd.relay.balance cimport relay_exile, relay_overflows, relay_share
+from proxyd.relay.gauges cimport Tally
 
 cdef enum:
     PIPE_MOST = 1 << 30        # F_SETPIPE_SZ takes an int

@@ -2,12 +2,12 @@
 #
 # Connections are linked by their `live` link, which no other list has while they are on their way.
 
-from proxyd._linux cimport (
+from proxyd.relay.sys cimport (
     EFD_CLOEXEC, EFD_NONBLOCK, close, errno, eventfd, eventfd_read, eventfd_write,
     pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t,
     pthread_mutex_unlock, uint32_t, uint64_t,
 )
-from proxyd._list cimport Link, link_init, list_append, list_empty, list_move_all, list_remove
+from proxyd.relay.list cimport Link, link_init, list_append, list_empty, list_move_all, list_remove
 
 # orders to a relay
 cdef enum:

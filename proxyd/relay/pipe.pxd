@@ -3,7 +3,7 @@
 # A half holds a pipe only while bytes are inside it, so a handful serves thousands of connections.
 # What goes back to the pool is empty; a pipe with bytes in it can only be closed.
 
-from proxyd._linux cimport (
+from proxyd.relay.sys cimport (
     EAGAIN, F_GETPIPE_SZ, F_SETPIPE_SZ, O_CLOEXEC, O_NONBLOCK, close, errno, fcntl, int64_t,
     pipe2,
 )

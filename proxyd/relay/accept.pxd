@@ -4,22 +4,22 @@
 # costs no Python at all. Everything else becomes a note to the policy: a client accepted without
 # terms, one over the limit, one whose connect failed, an error of accept.
 
-from proxyd._connection cimport (
+from proxyd.relay.connection cimport (
     KIND_GATE, NOTES_MOST, NOTE_ACCEPTED, NOTE_FAILED, NOTE_NOBODY, NOTE_REFUSED, Note, Relaying,
     connection_open, note_add, relay_hang_up, room_limit, socket_tune, socket_unlinger,
 )
-from proxyd._linux cimport (
+from proxyd.relay.sys cimport (
     AF_UNIX, EAGAIN, EINTR, ELOOP, EPOLLIN, EPOLL_CTL_ADD, EPOLL_CTL_DEL, F_GETFL, F_SETFL,
     IPPROTO_TCP, O_NONBLOCK, SOCK_CLOEXEC, SOCK_NONBLOCK, SOL_SOCKET, SO_PEERCRED, TCP_INFO,
     accept4, epoll_ctl, epoll_event, errno, errno_set, fcntl, getsockopt, int64_t, memcpy, memset,
     shared_get, sockaddr, sockaddr_storage, socklen_t, tcp_info, ucred, uint16_t, uint32_t,
     uint64_t,
 )
-from proxyd._list cimport Link, list_append, list_empty, list_remove
-from proxyd._own cimport local_port, own_came_back
-from proxyd._quarantine cimport STRAYS_MOST
-from proxyd._signals cimport alarm_is_handled, alarm_set
-from proxyd._tally cimport tally_places
+from proxyd.relay.list cimport Link, list_append, list_empty, list_remove
+from proxyd.relay.self_connect cimport local_port, own_came_back
+from proxyd.relay.quarantine cimport STRAYS_MOST
+from proxyd.relay.signals cimport alarm_is_handled, alarm_set
+from proxyd.relay.gauges cimport tally_places
 
 # what to look for in an accepted client, to find that it is ourselves
 cdef enum:

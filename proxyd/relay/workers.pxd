@@ -5,20 +5,20 @@
 # reported come back through the boss's inbox. These threads never run Python, and block no longer
 # than a batch of events takes.
 
-from proxyd._connection cimport Crew, HOW_COUNT, KIND_INBOX, Relaying, connections_free
-from proxyd._inbox cimport (
+from proxyd.relay.connection cimport Crew, HOW_COUNT, KIND_INBOX, Relaying, connections_free
+from proxyd.relay.mailbox cimport (
     ORDER_ANSWER, ORDER_STOP, inbox_close, inbox_open, inbox_order, inbox_return, inbox_ring,
 )
-from proxyd._linux cimport (
+from proxyd.relay.sys cimport (
     CLOCK_REALTIME, ENOMEM, EPOLLIN, EPOLL_CTL_ADD, EPOLL_CTL_DEL, SIG_SETMASK, calloc,
     clock_gettime, counter_add, epoll_ctl, epoll_event, errno, free, pthread_attr_destroy,
     pthread_attr_init, pthread_attr_setstacksize, pthread_attr_t, pthread_create, pthread_join,
     pthread_sigmask, pthread_timedjoin_np, realloc, shared_add, shared_get, shared_set, sigfillset,
     sigset_t, timespec, uint32_t,
 )
-from proxyd._list cimport list_move_all
-from proxyd._quarantine cimport QUARANTINE_RETRY_MS, quarantine_begin, quarantine_end
-from proxyd._loop cimport (
+from proxyd.relay.list cimport list_move_all
+from proxyd.relay.quarantine cimport QUARANTINE_RETRY_MS, quarantine_begin, quarantine_end
+from proxyd.relay.loop cimport (
     relay_cut, relay_free, relay_init, relay_open, relay_read_inbox, relay_turn,
 )
 

@@ -1,6 +1,6 @@
 # What the relays of one program count together, whichever thread they run in.
 
-from proxyd._linux cimport int64_t, moment_set, shared_add, shared_get, shared_set
+from proxyd.relay.sys cimport int64_t, moment_set, shared_add, shared_get, shared_set
 
 ctypedef struct Tally:
     int open                   # connections, from connect(2) until closed or given back
