@@ -13,40 +13,20 @@
 
 from proxyd.relay.sys cimport (
     CLOCK_MONOTONIC, CLOCK_PROCESS_CPUTIME_ID, CLOCK_THREAD_CPUTIME_ID, _SC_CLK_TCK, clock_gettime,
-    clockid_t, int64_t, pread, strtoull, sysconf, timespec, uint64_t, uint8_t,
+    clockid_t, int64_t, pread, strtoull, sysconf, timespec, uint64_t,
 )
+from proxyd.relay.types cimport CPUS_MAX, Busy, Machine
 
 cdef enum:
-    ASLEEP_MOST = 10           # per cent of a window; with less a relay has all that it can do
-    SPARE_MOST = 100           # where nobody knows
-    CPUS_MOST = 8192           # NR_CPUS of the largest configuration …
-    CPUS_BYTES = 1024          # … at a bit each
+    ASLEEP_MAX = 10           # per cent of a window; with less a relay has all that it can do
+    SPARE_MAX = 100           # where nobody knows
     LINE = 255                 # bytes to read where the first line tells all
     READ_RARELY = 200          # times what reading has cost pass until it is read again
 
 # how much of another CPU must have been idle, in per cent
 cdef enum:
-    SPARE_LEAST = 25           # with less, the peers lose what is gained
+    SPARE_MIN = 25           # with less, the peers lose what is gained
     SPARE_FOR_NEW = 75         # a short connection costs half as much again in another thread
-
-ctypedef struct Machine:
-    int stat                   # fd of /proc/stat or /proc/uptime; -1: not to be had
-    bint some                  # not all CPUs count, but those of `cpus`
-    uint8_t cpus[CPUS_BYTES]
-    int quota                  # per cent of a CPU that the process may use; 0: no limit
-    int wait_most              # per cent of a window: with more, the relay had to wait for a CPU
-
-ctypedef struct Busy:
-    int64_t since_ns           # when this window began, on CLOCK_MONOTONIC
-    int64_t asleep_ns          # how much of it the relay has slept
-    int64_t ran_ns             # CPU time of the thread until this window,
-    int64_t spent_ns           # … and of the process
-    bint asked                 # busy ever since it was last asked how idle the CPUs are:
-    int64_t asked_ns           # when that was,
-    uint64_t idle_ns           # … and what they had been until then, modulo 2**64
-    int64_t ask_ns             # when to ask again at the earliest
-    int spare                  # per cent of one CPU that were idle when last asked; 0: it slept
-
 
 cdef inline int64_t clock_ns() noexcept nogil:
     cdef timespec now
@@ -65,7 +45,7 @@ cdef inline int64_t spent_ns(clockid_t clock) noexcept nogil:
 # ── how idle the machine is ──────────────────────────────────────────────────────────────────
 
 cdef inline bint machine_has(const Machine *machine, uint64_t cpu) noexcept nogil:
-    return cpu < CPUS_MOST and (machine.cpus[cpu // 8] >> (cpu % 8)) & 1
+    return cpu < CPUS_MAX and (machine.cpus[cpu // 8] >> (cpu % 8)) & 1
 
 
 cdef inline uint64_t stat_line_idle(char **at) noexcept nogil:
@@ -86,11 +66,11 @@ cdef inline uint64_t stat_idle(const Machine *machine, char *text) noexcept nogi
     cdef uint64_t ticks = 0
     cdef uint64_t cpu
     cdef char *at = text + 3
-    cdef bint counts = not machine.some
+    cdef bint counts = not machine.some_cpus
     while True:
         if counts:
             ticks += stat_line_idle(&at)
-        if not machine.some:
+        if not machine.some_cpus:
             return ticks
         while at[0] != 0 and at[0] != c"\n":
             at += 1
@@ -121,11 +101,11 @@ cdef inline bint machine_idle(
     where that cannot be known. `buffer` is for the text; what does not fit counts as busy."""
     cdef ssize_t got
     cdef size_t asked = size - 1
-    if machine.stat < 0:
+    if machine.stat_fd < 0:
         return False
-    if not machine.some:
+    if not machine.some_cpus:
         asked = min(asked, <size_t>LINE)
-    got = pread(machine.stat, buffer, asked, 0)
+    got = pread(machine.stat_fd, buffer, asked, 0)
     if got < 4:
         return False
     buffer[got] = 0
@@ -138,7 +118,7 @@ cdef inline bint machine_idle(
 
 # ── windows ──────────────────────────────────────────────────────────────────────────────────
 
-cdef inline bint busy_ask(
+cdef inline bint busy_sample(
     Busy *busy, const Machine *machine, int64_t now_ns, bint waited, char *buffer, size_t size
 ) noexcept nogil:
     """After a window in which the relay was busy: find out how much of another CPU was idle since
@@ -146,24 +126,24 @@ cdef inline bint busy_ask(
     idle: more threads than one were asked for."""
     cdef int64_t before_ns
     cdef uint64_t idle_ns = 0
-    cdef bint answered = False
-    if machine.stat >= 0 and now_ns < busy.ask_ns:
+    cdef bint answered_ping = False
+    if machine.stat_fd >= 0 and now_ns < busy.sample_after_ns:
         return False
     before_ns = spent_ns(CLOCK_THREAD_CPUTIME_ID)
     if not machine_idle(machine, buffer, size, &idle_ns):
-        busy.spare = SPARE_MOST
+        busy.spare = SPARE_MAX
         return True
-    busy.ask_ns = now_ns + READ_RARELY * (spent_ns(CLOCK_THREAD_CPUTIME_ID) - before_ns)
+    busy.sample_after_ns = now_ns + READ_RARELY * (spent_ns(CLOCK_THREAD_CPUTIME_ID) - before_ns)
     busy.spare = 0
-    if busy.asked and not waited and now_ns > busy.asked_ns:
+    if busy.sampled and not waited and now_ns > busy.sampled_ns:
         busy.spare = <int>max(min(
-            <int64_t>(idle_ns - busy.idle_ns) * 100 // (now_ns - busy.asked_ns),
-            <int64_t>SPARE_MOST), 0)
-        answered = True
-    busy.asked = True
-    busy.asked_ns = now_ns
+            <int64_t>(idle_ns - busy.idle_ns) * 100 // (now_ns - busy.sampled_ns),
+            <int64_t>SPARE_MAX), 0)
+        answered_ping = True
+    busy.sampled = True
+    busy.sampled_ns = now_ns
     busy.idle_ns = idle_ns
-    return answered
+    return answered_ping
 
 
 cdef inline bint busy_window(
@@ -177,16 +157,16 @@ cdef inline bint busy_window(
     cdef int64_t process_ns = spent_ns(CLOCK_PROCESS_CPUTIME_ID)
     cdef int64_t waited_ns = length_ns - asleep_ns - (ran_ns - busy.ran_ns)
     cdef int64_t used_ns = process_ns - busy.spent_ns
-    cdef bint waited = waited_ns // max(machine.wait_most, 1) > length_ns // 100
+    cdef bint waited = waited_ns // max(machine.wait_max, 1) > length_ns // 100
     busy.since_ns = now_ns
     busy.asleep_ns = 0
     busy.ran_ns = ran_ns
     busy.spent_ns = process_ns
-    if asleep_ns // ASLEEP_MOST > length_ns // 100:
+    if asleep_ns // ASLEEP_MAX > length_ns // 100:
         busy.spare = 0
-        busy.asked = False
+        busy.sampled = False
         return False
-    if not busy_ask(busy, machine, now_ns, waited, buffer, size):
+    if not busy_sample(busy, machine, now_ns, waited, buffer, size):
         return False
     if machine.quota > 0:
         busy.spare = <int>max(min(

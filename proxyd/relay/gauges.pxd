@@ -1,41 +1,34 @@
 # What the relays of one program count together, whichever thread they run in.
 
-from proxyd.relay.sys cimport int64_t, moment_set, shared_add, shared_get, shared_set
+from proxyd.relay.sys cimport atomic_add, atomic_get, atomic_set, int64_t, moment_set
+from proxyd.relay.types cimport Gauges
 
-ctypedef struct Tally:
-    int open                   # connections, from connect(2) until closed or given back
-    int late                   # of ended ones, and strays: what the quarantine has yet to close
-    int wake_at                # the boss sleeps, and wants to hear when `open` falls to this
-    int64_t ended_ms           # when a connection last ended
-    int failure                # errno of a relay that cannot go on; 0: none
+cdef inline int gauges_connections(Gauges *gauges) noexcept nogil:
+    return atomic_get(&gauges.connections)
 
 
-cdef inline int tally_open(Tally *tally) noexcept nogil:
-    return shared_get(&tally.open)
+cdef inline int gauges_in_quarantine(Gauges *gauges) noexcept nogil:
+    return atomic_get(&gauges.in_quarantine)
 
 
-cdef inline int tally_late(Tally *tally) noexcept nogil:
-    return shared_get(&tally.late)
-
-
-cdef inline int tally_places(Tally *tally) noexcept nogil:
+cdef inline int gauges_places(Gauges *gauges) noexcept nogil:
     """How much of the limit is taken."""
-    return tally_open(tally) + tally_late(tally)
+    return gauges_connections(gauges) + gauges_in_quarantine(gauges)
 
 
-cdef inline void tally_join(Tally *tally) noexcept nogil:
-    shared_add(&tally.open, 1)
+cdef inline void gauges_add_connection(Gauges *gauges) noexcept nogil:
+    atomic_add(&gauges.connections, 1)
 
 
-cdef inline bint tally_leave(Tally *tally, int64_t now_ms) noexcept nogil:
+cdef inline bint gauges_remove_connection(Gauges *gauges, int64_t now_ms) noexcept nogil:
     """One connection less. Whether the boss wants to hear of it.
 
     The boss says so and looks at `open` once more before it sleeps; here it is the other way
     round. So one of the two always sees the other.
     """
-    moment_set(&tally.ended_ms, now_ms)
-    return shared_add(&tally.open, -1) == shared_get(&tally.wake_at)
+    moment_set(&gauges.last_end_ms, now_ms)
+    return atomic_add(&gauges.connections, -1) == atomic_get(&gauges.wake_at_count)
 
 
-cdef inline void tally_wake_at(Tally *tally, int count) noexcept nogil:
-    shared_set(&tally.wake_at, count)
+cdef inline void gauges_set_wake_at_count(Gauges *gauges, int count) noexcept nogil:
+    atomic_set(&gauges.wake_at_count, count)

@@ -3,11 +3,7 @@
 # A list is a Link that stands for both ends; a link that is in no list points to itself, so that
 # removing it twice does nothing.
 
-ctypedef struct Link:
-    Link *prev
-    Link *next
-    void *owner
-
+from proxyd.relay.types cimport Link
 
 cdef inline void link_init(Link *link, void *owner) noexcept nogil:
     link.prev = link.next = link

@@ -4,27 +4,13 @@
 # What goes back to the pool is empty; a pipe with bytes in it can only be closed.
 
 from proxyd.relay.sys cimport (
-    EAGAIN, F_GETPIPE_SZ, F_SETPIPE_SZ, O_CLOEXEC, O_NONBLOCK, close, errno, fcntl, int64_t,
-    pipe2,
+    EAGAIN, F_GETPIPE_SZ, F_SETPIPE_SZ, O_CLOEXEC, O_NONBLOCK, close, errno, fcntl, int64_t, pipe2,
 )
+from proxyd.relay.types cimport POOL_MAX, Pipe, PipePool
 
 cdef enum:
-    POOL_MOST = 8              # idle pipes kept, 2 fds each
-    PIPE_LEAST = 16 * 4096     # bytes; past pipe-user-pages-soft new pipes have 1 or 2 slots
+    PIPE_SIZE_MIN = 16 * 4096     # bytes; past pipe-user-pages-soft new pipes have 1 or 2 slots
     PIPE_RETRY_MS = 1000       # after a pipe could not be had, none is asked for so long
-
-ctypedef struct Pipe:
-    int rd                     # -1: no pipe
-    int wr
-    size_t filled              # bytes inside; may exceed capacity (slots hold whole fragments)
-    size_t capacity            # bytes, as F_GETPIPE_SZ says
-
-ctypedef struct PipePool:
-    Pipe idle[POOL_MOST]
-    int count
-    size_t size                # bytes asked for; pipe-max-size may grant less
-    int64_t refused_ms         # when a pipe could last not be had; 0: never
-
 
 cdef inline void pipe_init(Pipe *pipe) noexcept nogil:
     pipe.rd = pipe.wr = -1
@@ -47,12 +33,12 @@ cdef inline int pipe_open(Pipe *pipe, size_t size) noexcept nogil:
     pipe.rd = ends[0]
     pipe.wr = ends[1]
     capacity = fcntl(pipe.wr, F_SETPIPE_SZ, <int>size)
-    while capacity < 0 and size > PIPE_LEAST:
+    while capacity < 0 and size > PIPE_SIZE_MIN:
         size //= 2
         capacity = fcntl(pipe.wr, F_SETPIPE_SZ, <int>size)
     if capacity < 0:
         capacity = fcntl(pipe.wr, F_GETPIPE_SZ)
-    if capacity < PIPE_LEAST:
+    if capacity < PIPE_SIZE_MIN:
         pipe_close(pipe)
         return -EAGAIN
     pipe.capacity = <size_t>capacity
@@ -76,7 +62,7 @@ cdef inline int pipe_get(PipePool *pool, Pipe *pipe, int64_t now_ms) noexcept no
 
 cdef inline void pipe_put(PipePool *pool, Pipe *pipe) noexcept nogil:
     """Give the pipe up: into the pool if it is empty and there is room."""
-    if pipe.rd >= 0 and pipe.filled == 0 and pool.count < POOL_MOST:
+    if pipe.rd >= 0 and pipe.filled == 0 and pool.count < POOL_MAX:
         pool.idle[pool.count] = pipe[0]
         pool.count += 1
         pipe_init(pipe)

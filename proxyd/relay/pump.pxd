@@ -24,22 +24,19 @@
 #   anything else       src has failed: DRAINING    dst is gone: DEAD; src's last words go on in
 #                                                   the other half
 
+from proxyd.relay.pipe cimport pipe_close, pipe_get, pipe_put
+from proxyd.relay.rights cimport PEEK_MAX, rights_recv, rights_recv_any, rights_refuse
 from proxyd.relay.sys cimport (
     AF_UNIX, AF_VSOCK, EAGAIN, EINTR, EINVAL, ENOMEM, ENOSYS, EOPNOTSUPP, EPERM, EPIPE, EPOLLET,
-    EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP, EPOLL_CTL_MOD, MSG_CTRUNC, MSG_DONTWAIT,
-    MSG_NOSIGNAL, SOCK_CLOEXEC, SOCK_STREAM, SOL_SOCKET, SO_SNDBUF, SPLICE_F_MOVE,
-    SPLICE_F_NONBLOCK, close, counter_add, epoll_ctl, epoll_event, errno, free, getsockopt,
-    int64_t, iovec, malloc, memcpy, memset, msghdr, read, recv, recvmsg, send, setsockopt, socket,
-    socklen_t, splice, uint32_t, uint64_t, uint8_t,
+    EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP, EPOLL_CTL_MOD, MSG_CTRUNC, MSG_DONTWAIT, MSG_NOSIGNAL,
+    SOCK_CLOEXEC, SOCK_STREAM, SOL_SOCKET, SO_SNDBUF, SPLICE_F_MOVE, SPLICE_F_NONBLOCK, close,
+    counter_add, epoll_ctl, epoll_event, errno, free, getsockopt, iovec, malloc, memcpy, memset,
+    msghdr, read, recv, recvmsg, send, setsockopt, socket, socklen_t, splice, uint32_t,
 )
-from proxyd.relay.pipe cimport Pipe, PipePool, pipe_close, pipe_get, pipe_put
-from proxyd.relay.rights cimport (
-    PEEK_MOST, RIGHTS_ANY, RIGHTS_MAYBE, RIGHTS_NONE, RIGHTS_QUEUED, Rights, rights_recv,
-    rights_recv_any, rights_refuse,
+from proxyd.relay.types cimport (
+    DEAD, DRAINING, FLOWING, RIGHTS_ANY, RIGHTS_MAYBE, RIGHTS_NONE, RIGHTS_QUEUED, SHUT, Endpoint,
+    Half, PumpContext,
 )
-
-cdef enum:
-    FLOWING, DRAINING, SHUT, DEAD
 
 cdef enum:
     COPY_UNIT = 64 * 1024      # most bytes asked of one recv, but of a stream
@@ -47,63 +44,8 @@ cdef enum:
     STREAM_READS = 2           # so many full reads in a row make a stream …
     STREAM_SMALL = 16 * 1024   # … and so many reads below this size make it none
     STREAM_MISSES = 4
-    SEND_BUFFER = 256 * 1024   # bytes asked for where a stream goes into a UNIX socket: twice that
+    SNDBUF = 256 * 1024   # bytes asked for where a stream goes into a UNIX socket: twice that
     PUMP_BUDGET = 1024 * 1024  # bytes one pump may move before the others have their turn
-
-cdef enum:
-    STAT_TO_TARGET, STAT_TO_CLIENT
-
-ctypedef struct Counters:
-    uint64_t forwarded[2]      # bytes delivered, by direction: to targets, to clients
-    uint64_t spliced           # of them, bytes that never entered this process
-    uint64_t copied
-
-ctypedef struct Engine:
-    int epoll
-    int64_t now_ms             # CLOCK_MONOTONIC, read once per batch of events
-    char *buffer               # the copy buffer, shared by all halves: empty between two calls
-    size_t first_unit          # bytes asked of one recv while connecting,
-    size_t copy_unit           # … until the half proves to be a stream,
-    size_t stream_unit         # … and of a stream; the size of `buffer`
-    bint may_splice
-    bint may_refuse            # descriptors: the kernel has SO_PASSRIGHTS, as far as is known
-    PipePool pool
-    Counters counters
-
-ctypedef struct Endpoint:
-    int kind                   # what an epoll event points to: see connection.pxd
-    int fd                     # -1: closed
-    int family
-    int error                  # the errno that ended it; 0: none
-    uint8_t readable
-    uint8_t writable
-    uint8_t ending             # FIN, RST or hang-up announced: read on until it comes
-    uint8_t urgent             # an urgent byte is ahead: splice stops there, recv does not
-    uint8_t ended              # its end was read
-    uint8_t gone               # nothing can be written to it any more
-    uint8_t refused            # … and bytes for it were lost: that is the reset of a UNIX socket
-    uint8_t armed              # EPOLLOUT is asked for
-    uint8_t registered         # with epoll
-    Rights rights              # what its queue may hold; AF_UNIX
-    int late                   # fd that the quarantine is to close; -1: none
-    void *connection           # the Connection it is part of
-
-ctypedef struct Half:
-    Endpoint *src
-    Endpoint *dst
-    int state
-    int direction              # STAT_TO_TARGET or STAT_TO_CLIENT
-    Pipe pipe                  # bytes on their way by splice
-    char *spill                # bytes that recv has taken and send has not; NULL: none
-    size_t spill_at            # the first of them
-    size_t spill_end
-    uint64_t moved             # bytes taken from src
-    uint8_t full_reads         # in a row
-    uint8_t small_reads        # in a row, of a stream
-    uint8_t streaming          # large units, by splice or by copy as half_splices() says
-    uint8_t widened            # dst has as large a send buffer as it may
-    uint8_t copy_only          # the kernel refuses to splice these sockets
-
 
 # ── endpoints ────────────────────────────────────────────────────────────────────────────────
 
@@ -127,7 +69,7 @@ cdef inline void endpoint_failed(Endpoint *end, int error) noexcept nogil:
         end.error = error
 
 
-cdef inline void endpoint_blocked(Engine *engine, Endpoint *end) noexcept nogil:
+cdef inline void endpoint_blocked(PumpContext *ctx, Endpoint *end) noexcept nogil:
     """No more fits into the socket: wait for EPOLLOUT."""
     cdef epoll_event event
     end.writable = 0
@@ -137,7 +79,7 @@ cdef inline void endpoint_blocked(Engine *engine, Endpoint *end) noexcept nogil:
     if end.registered:
         event.events = endpoint_interest(end)
         event.data.ptr = end
-        if epoll_ctl(engine.epoll, EPOLL_CTL_MOD, end.fd, &event) < 0:
+        if epoll_ctl(ctx.epoll, EPOLL_CTL_MOD, end.fd, &event) < 0:
             endpoint_failed(end, errno)  # it would wait for ever
 
 
@@ -154,45 +96,45 @@ cdef inline void endpoint_lost(Endpoint *end, int error) noexcept nogil:
     end.readable = end.ending = 1
 
 
-cdef inline void endpoint_widen(const Endpoint *end) noexcept nogil:
+cdef inline void endpoint_grow_sndbuf(const Endpoint *end) noexcept nogil:
     """Let a stream into a UNIX socket have as large a send buffer as it may (net.core.wmem_max).
 
     Such a socket is announced as writable when it is nearly empty; the default takes 208 KiB, and
     a wake-up for every 150 of them. TCP finds the right size by itself. Never less than it has:
     the default may be more than an ordinary user may ask for.
     """
-    cdef int size = SEND_BUFFER
-    if end.family == AF_UNIX and send_buffer_of(end.fd) < send_buffer_granted():
+    cdef int size = SNDBUF
+    if end.family == AF_UNIX and sndbuf_of(end.fd) < sndbuf_granted():
         setsockopt(end.fd, SOL_SOCKET, SO_SNDBUF, &size, sizeof(size))
 
 
-cdef inline int send_buffer_of(int fd) noexcept nogil:
+cdef inline int sndbuf_of(int fd) noexcept nogil:
     cdef int size = 0
     cdef socklen_t length = sizeof(size)
     if getsockopt(fd, SOL_SOCKET, SO_SNDBUF, &size, &length) < 0:
-        return SEND_BUFFER * 2  # it stays as it is
+        return SNDBUF * 2  # it stays as it is
     return size
 
 
-cdef inline int send_buffer_granted() noexcept nogil:
+cdef inline int sndbuf_granted() noexcept nogil:
     """What a socket would have that asks for SEND_BUFFER: tried on one that nobody needs, for
     nothing less tells the limit, and what was once reduced may not be restored. 0: not known."""
-    cdef int size = SEND_BUFFER
+    cdef int size = SNDBUF
     cdef int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0)
     if fd < 0:
         return 0
     setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &size, sizeof(size))
-    size = send_buffer_of(fd)
+    size = sndbuf_of(fd)
     close(fd)
     return size
 
 
-cdef inline void endpoint_refuse_rights(Engine *engine, Endpoint *end) noexcept nogil:
+cdef inline void endpoint_refuse_rights(PumpContext *ctx, Endpoint *end) noexcept nogil:
     """Have no descriptors sent to an accepted UNIX client, or be prepared for them."""
-    if engine.may_refuse and rights_refuse(end.fd):
+    if ctx.may_refuse and rights_refuse(end.fd):
         end.rights.state = RIGHTS_QUEUED
     else:
-        engine.may_refuse = False
+        ctx.may_refuse = False
         end.rights.state = RIGHTS_MAYBE
 
 
@@ -214,10 +156,10 @@ cdef inline ssize_t endpoint_recv(Endpoint *end, char *buffer, size_t size) noex
         got = recv(end.fd, buffer, size, MSG_DONTWAIT)
         message.msg_flags = 0
     elif end.rights.state == RIGHTS_ANY:
-        got = rights_recv_any(&end.rights, end.fd, buffer, min(size, <size_t>PEEK_MOST))
+        got = rights_recv_any(&end.rights, end.fd, buffer, min(size, <size_t>PEEK_MAX))
         message.msg_flags = MSG_CTRUNC  # there is always more to do: to take what was only seen
     elif not endpoint_is_plain(end):
-        size = min(size, <size_t>PEEK_MOST)
+        size = min(size, <size_t>PEEK_MAX)
         got = rights_recv(&end.rights, end.fd, buffer, size)
         message.msg_flags = 0
     else:
@@ -243,19 +185,19 @@ cdef inline ssize_t endpoint_recv(Endpoint *end, char *buffer, size_t size) noex
 
 cdef inline size_t half_held(const Half *half) noexcept nogil:
     """Bytes taken from src and not yet given to dst."""
-    return half.pipe.filled + (half.spill_end - half.spill_at)
+    return half.pipe.filled + (half.unsent_end - half.unsent_start)
 
 
-cdef inline void spill_free(Half *half) noexcept nogil:
-    free(half.spill)
-    half.spill = NULL
-    half.spill_at = half.spill_end = 0
+cdef inline void unsent_free(Half *half) noexcept nogil:
+    free(half.unsent)
+    half.unsent = NULL
+    half.unsent_start = half.unsent_end = 0
 
 
 cdef inline void half_drop(Half *half) noexcept nogil:
     """Give up what is held, and the memory and fds that held it."""
     pipe_close(&half.pipe)
-    spill_free(half)
+    unsent_free(half)
 
 
 cdef inline void half_abandon(Half *half) noexcept nogil:
@@ -268,12 +210,12 @@ cdef inline void half_abandon(Half *half) noexcept nogil:
 
 cdef inline int half_keep(Half *half, const char *data, size_t size) noexcept nogil:
     """Keep bytes that dst did not take; 0 or -ENOMEM. Only while nothing else is held."""
-    half.spill = <char *>malloc(size)
-    if half.spill == NULL:
+    half.unsent = <char *>malloc(size)
+    if half.unsent == NULL:
         return -ENOMEM
-    memcpy(half.spill, data, size)
-    half.spill_at = 0
-    half.spill_end = size
+    memcpy(half.unsent, data, size)
+    half.unsent_start = 0
+    half.unsent_end = size
     return 0
 
 
@@ -292,7 +234,7 @@ cdef inline void half_broke(Half *half) noexcept nogil:
 
 
 cdef inline ssize_t half_send(
-    Engine *engine, Half *half, const char *data, size_t size
+    PumpContext *ctx, Half *half, const char *data, size_t size
 ) noexcept nogil:
     """Bytes that dst took, 0 where it takes none now, -errno where it is gone."""
     cdef ssize_t sent = send(half.dst.fd, data, size, MSG_DONTWAIT | MSG_NOSIGNAL)
@@ -306,33 +248,33 @@ cdef inline ssize_t half_send(
             return -error
         sent = 0
     if <size_t>sent < size:
-        endpoint_blocked(engine, half.dst)
-    counter_add(&engine.counters.forwarded[half.direction], <size_t>sent)
-    counter_add(&engine.counters.copied, <size_t>sent)
+        endpoint_blocked(ctx, half.dst)
+    counter_add(&ctx.counters.forwarded[half.direction], <size_t>sent)
+    counter_add(&ctx.counters.copied, <size_t>sent)
     return sent
 
 
-cdef inline void half_send_spill(Engine *engine, Half *half) noexcept nogil:
+cdef inline void half_send_unsent(PumpContext *ctx, Half *half) noexcept nogil:
     cdef ssize_t sent = half_send(
-        engine, half, half.spill + half.spill_at, half.spill_end - half.spill_at)
+        ctx, half, half.unsent + half.unsent_start, half.unsent_end - half.unsent_start)
     if sent <= 0:
         return
-    half.spill_at += <size_t>sent
-    if half.spill_at == half.spill_end:
-        spill_free(half)
+    half.unsent_start += <size_t>sent
+    if half.unsent_start == half.unsent_end:
+        unsent_free(half)
 
 
-cdef inline void half_unpipe(Engine *engine, Half *half) noexcept nogil:
+cdef inline void half_unpipe(PumpContext *ctx, Half *half) noexcept nogil:
     """dst refuses splice: read what the pipe holds, and copy from now on."""
-    cdef ssize_t size = read(half.pipe.rd, engine.buffer, engine.stream_unit)
+    cdef ssize_t size = read(half.pipe.rd, ctx.buffer, ctx.stream_unit)
     half.copy_only = 1
-    if size <= 0 or half_keep(half, engine.buffer, <size_t>size) < 0:
+    if size <= 0 or half_keep(half, ctx.buffer, <size_t>size) < 0:
         half_broke(half)
         return
     half.pipe.filled -= min(<size_t>size, half.pipe.filled)
     if half.pipe.filled == 0:
-        pipe_put(&engine.pool, &half.pipe)
-    half_send_spill(engine, half)
+        pipe_put(&ctx.pool, &half.pipe)
+    half_send_unsent(ctx, half)
 
 
 cdef inline bint splice_refused(int error) noexcept nogil:
@@ -340,7 +282,7 @@ cdef inline bint splice_refused(int error) noexcept nogil:
     return error == EINVAL or error == ENOSYS or error == EPERM or error == EOPNOTSUPP
 
 
-cdef inline void half_splice_out(Engine *engine, Half *half) noexcept nogil:
+cdef inline void half_splice_out(PumpContext *ctx, Half *half) noexcept nogil:
     """Empty the pipe into dst. Asks for exactly what is inside: a larger length may be taken for
     a promise of more to come, and the last segment is then held back."""
     cdef ssize_t moved
@@ -351,27 +293,27 @@ cdef inline void half_splice_out(Engine *engine, Half *half) noexcept nogil:
         if moved <= 0:
             error = errno if moved < 0 else EPIPE
             if error == EAGAIN:
-                endpoint_blocked(engine, half.dst)
+                endpoint_blocked(ctx, half.dst)
             elif splice_refused(error):
-                half_unpipe(engine, half)
+                half_unpipe(ctx, half)
             elif error != EINTR:
                 half_write_failed(half, error)
             return
         half.pipe.filled -= min(<size_t>moved, half.pipe.filled)
-        counter_add(&engine.counters.forwarded[half.direction], <size_t>moved)
-        counter_add(&engine.counters.spliced, <size_t>moved)
-    pipe_put(&engine.pool, &half.pipe)
+        counter_add(&ctx.counters.forwarded[half.direction], <size_t>moved)
+        counter_add(&ctx.counters.spliced, <size_t>moved)
+    pipe_put(&ctx.pool, &half.pipe)
 
 
-cdef inline void half_flush(Engine *engine, Half *half) noexcept nogil:
+cdef inline void half_flush(PumpContext *ctx, Half *half) noexcept nogil:
     """Give dst what is held. The spill goes first: it is older than anything in the pipe."""
-    if half.spill != NULL:
-        half_send_spill(engine, half)
-    if half.spill == NULL and half.pipe.filled > 0:
+    if half.unsent != NULL:
+        half_send_unsent(ctx, half)
+    if half.unsent == NULL and half.pipe.filled > 0:
         if half.copy_only:
-            half_unpipe(engine, half)
+            half_unpipe(ctx, half)
         else:
-            half_splice_out(engine, half)
+            half_splice_out(ctx, half)
 
 
 # ── reading ──────────────────────────────────────────────────────────────────────────────────
@@ -383,12 +325,12 @@ cdef inline void half_read_failed(Half *half, int error) noexcept nogil:
     half.state = DRAINING
 
 
-cdef inline bint half_splices(const Engine *engine, const Half *half) noexcept nogil:
+cdef inline bint half_splices(const PumpContext *ctx, const Half *half) noexcept nogil:
     """Whether a stream goes by splice in this direction (otherwise by large copies).
 
     Measured: out of a UNIX socket into TCP copying is cheaper, everywhere else splicing is.
     """
-    if not engine.may_splice or half.copy_only or half.src.urgent:
+    if not ctx.may_splice or half.copy_only or half.src.urgent:
         return False
     if not endpoint_is_plain(half.src):
         return False
@@ -397,24 +339,24 @@ cdef inline bint half_splices(const Engine *engine, const Half *half) noexcept n
     return half.dst.family == AF_UNIX or half.src.family != AF_UNIX
 
 
-cdef inline void half_learn(Half *half, size_t size, size_t asked) noexcept nogil:
+cdef inline void half_classify(Half *half, size_t size, size_t asked) noexcept nogil:
     """A few full reads in a row make a stream, a few small ones make it none."""
     if not half.streaming:
         half.full_reads = half.full_reads + 1 if size == asked else 0
         half.streaming = half.full_reads >= STREAM_READS
         half.small_reads = 0
-        if half.streaming and not half.widened:
-            half.widened = 1
-            endpoint_widen(half.dst)
+        if half.streaming and not half.sndbuf_grown:
+            half.sndbuf_grown = 1
+            endpoint_grow_sndbuf(half.dst)
         return
     half.small_reads = half.small_reads + 1 if size < STREAM_SMALL else 0
     if half.small_reads >= STREAM_MISSES:
         half.streaming = half.full_reads = 0
 
 
-cdef inline ssize_t half_copy(Engine *engine, Half *half, size_t unit) noexcept nogil:
+cdef inline ssize_t half_copy(PumpContext *ctx, Half *half, size_t unit) noexcept nogil:
     """One recv and one send. Bytes taken, 0 at the end or where none can be had now."""
-    cdef ssize_t size = endpoint_recv(half.src, engine.buffer, unit)
+    cdef ssize_t size = endpoint_recv(half.src, ctx.buffer, unit)
     cdef ssize_t sent
     if size < 0:
         if errno != EAGAIN and errno != EINTR:
@@ -424,14 +366,14 @@ cdef inline ssize_t half_copy(Engine *engine, Half *half, size_t unit) noexcept 
         half.state = DRAINING
         return 0
     half.moved += <size_t>size
-    half_learn(half, <size_t>size, unit)
-    sent = half_send(engine, half, engine.buffer, <size_t>size)
-    if 0 <= sent < size and half_keep(half, engine.buffer + sent, <size_t>(size - sent)) < 0:
+    half_classify(half, <size_t>size, unit)
+    sent = half_send(ctx, half, ctx.buffer, <size_t>size)
+    if 0 <= sent < size and half_keep(half, ctx.buffer + sent, <size_t>(size - sent)) < 0:
         half_broke(half)
     return size
 
 
-cdef inline ssize_t half_splice(Engine *engine, Half *half) noexcept nogil:
+cdef inline ssize_t half_splice(PumpContext *ctx, Half *half) noexcept nogil:
     """Fill an empty pipe from src and empty it into dst. As half_copy.
 
     Only an empty pipe is filled: then EAGAIN can only mean that the socket is empty, and a pipe
@@ -440,25 +382,25 @@ cdef inline ssize_t half_splice(Engine *engine, Half *half) noexcept nogil:
     """
     cdef ssize_t size
     cdef int error
-    if half.pipe.rd < 0 and pipe_get(&engine.pool, &half.pipe, engine.now_ms) < 0:
-        return half_copy(engine, half, engine.stream_unit)
+    if half.pipe.rd < 0 and pipe_get(&ctx.pool, &half.pipe, ctx.now_ms) < 0:
+        return half_copy(ctx, half, ctx.stream_unit)
     size = splice(half.src.fd, NULL, half.pipe.wr, NULL, half.pipe.capacity,
                   SPLICE_F_MOVE | SPLICE_F_NONBLOCK)
     if size > 0:
         half.moved += <size_t>size
         half.pipe.filled = <size_t>size
-        half_learn(half, <size_t>size, half.pipe.capacity)
-        half_splice_out(engine, half)
+        half_classify(half, <size_t>size, half.pipe.capacity)
+        half_splice_out(ctx, half)
         return size
     error = errno
-    pipe_put(&engine.pool, &half.pipe)
+    pipe_put(&ctx.pool, &half.pipe)
     if size == 0:
-        return half_copy(engine, half, engine.stream_unit)
+        return half_copy(ctx, half, ctx.stream_unit)
     if error == EAGAIN:
         half.src.readable = 0
     elif splice_refused(error):
         half.copy_only = 1
-        return half_copy(engine, half, engine.stream_unit)
+        return half_copy(ctx, half, ctx.stream_unit)
     elif error != EINTR:
         half_read_failed(half, error)
     return 0
@@ -466,7 +408,7 @@ cdef inline ssize_t half_splice(Engine *engine, Half *half) noexcept nogil:
 
 # ── the pump ─────────────────────────────────────────────────────────────────────────────────
 
-cdef inline bint half_pump(Engine *engine, Half *half) noexcept nogil:
+cdef inline bint half_pump(PumpContext *ctx, Half *half) noexcept nogil:
     """Move bytes until one side has none, the other takes none, or the budget is spent.
 
     True: the budget is spent and there is more to do.
@@ -480,16 +422,16 @@ cdef inline bint half_pump(Engine *engine, Half *half) noexcept nogil:
         if half_held(half) > 0:
             if not half.dst.writable:
                 break
-            half_flush(engine, half)
+            half_flush(ctx, half)
             continue
         if half.state == DRAINING or not half.src.readable:
             break
         if budget == 0:
             return True
-        if half.streaming and half_splices(engine, half):
-            size = <size_t>half_splice(engine, half)
+        if half.streaming and half_splices(ctx, half):
+            size = <size_t>half_splice(ctx, half)
         else:
             size = <size_t>half_copy(
-                engine, half, engine.stream_unit if half.streaming else engine.copy_unit)
+                ctx, half, ctx.stream_unit if half.streaming else ctx.copy_unit)
         budget -= min(size, budget)
     return False

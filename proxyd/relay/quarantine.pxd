@@ -9,31 +9,22 @@
 # The thread starts with the first of them. Where the system refuses it, sockets that are to be
 # closed stay open, and connections stay where they are, unread; the boss tries again.
 
-from proxyd.relay.mailbox cimport Inbox, inbox_put, inbox_ring
+from proxyd.relay.list cimport link_init, list_append, list_move_all, list_remove
+from proxyd.relay.mailbox cimport mailbox_put, mailbox_wake
 from proxyd.relay.sys cimport (
-    int64_t, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t,
-    pthread_mutex_unlock, shared_get, shared_set,
+    atomic_get, atomic_set, int64_t, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock,
+    pthread_mutex_unlock,
 )
-from proxyd.relay.list cimport Link, link_init, list_append, list_move_all, list_remove
+from proxyd.relay.types cimport Link, Mailbox, Quarantine
 
 cdef enum:
     QUARANTINE_RETRY_MS = 1000  # after the thread was refused
-    STRAYS_MOST = 4             # while so many strays wait, no client is accepted to be refused
+    ORPHAN_SOCKETS_MAX = 4             # while so many strays wait, no client is accepted to be refused
 
-ctypedef struct Quarantine:
-    pthread_mutex_t lock
-    Link waiting               # connections with a socket to close, while there is no thread
-    Inbox *inbox               # its thread's; NULL: there is none yet
-    Inbox *boss                # whose owner starts it
-    int wanted                 # that is to happen
-    int strays                 # sockets to be closed that were no connection's
-    int64_t retry_ms           # not before
-
-
-cdef inline void quarantine_init(Quarantine *quarantine, Inbox *boss) noexcept nogil:
+cdef inline void quarantine_init(Quarantine *quarantine, Mailbox *main) noexcept nogil:
     pthread_mutex_init(&quarantine.lock, NULL)
     link_init(&quarantine.waiting, NULL)
-    quarantine.boss = boss
+    quarantine.main_mailbox = main
 
 
 cdef inline void quarantine_destroy(Quarantine *quarantine) noexcept nogil:
@@ -42,17 +33,17 @@ cdef inline void quarantine_destroy(Quarantine *quarantine) noexcept nogil:
 
 cdef inline void quarantine_want(Quarantine *quarantine) noexcept nogil:
     """Have the boss start the thread. It is told once: who waits for it asks in every turn."""
-    if shared_get(&quarantine.wanted):
+    if atomic_get(&quarantine.wanted):
         return
-    shared_set(&quarantine.wanted, 1)
-    if quarantine.boss.bell >= 0:
-        inbox_ring(quarantine.boss)
+    atomic_set(&quarantine.wanted, 1)
+    if quarantine.main_mailbox.wake_fd >= 0:
+        mailbox_wake(quarantine.main_mailbox)
 
 
 cdef inline bint quarantine_runs(Quarantine *quarantine) noexcept nogil:
     cdef bint runs
     pthread_mutex_lock(&quarantine.lock)
-    runs = quarantine.inbox != NULL
+    runs = quarantine.mailbox != NULL
     pthread_mutex_unlock(&quarantine.lock)
     return runs
 
@@ -61,9 +52,9 @@ cdef inline void quarantine_put(Quarantine *quarantine, Link *link) noexcept nog
     """Leave it a connection, which waits until there is a thread."""
     cdef bint runs
     pthread_mutex_lock(&quarantine.lock)
-    runs = quarantine.inbox != NULL
+    runs = quarantine.mailbox != NULL
     if runs:
-        inbox_put(quarantine.inbox, &quarantine.inbox.begin, link)
+        mailbox_put(quarantine.mailbox, &quarantine.mailbox.begin, link)
     else:
         list_remove(link)
         list_append(&quarantine.waiting, link)
@@ -73,23 +64,23 @@ cdef inline void quarantine_put(Quarantine *quarantine, Link *link) noexcept nog
 
 
 cdef inline bint quarantine_due(Quarantine *quarantine, int64_t now_ms) noexcept nogil:
-    return shared_get(&quarantine.wanted) and now_ms >= quarantine.retry_ms
+    return atomic_get(&quarantine.wanted) and now_ms >= quarantine.retry_ms
 
 
-cdef inline void quarantine_begin(Quarantine *quarantine, Inbox *inbox) noexcept nogil:
+cdef inline void quarantine_begin(Quarantine *quarantine, Mailbox *mailbox) noexcept nogil:
     """There is a thread now: give it what has waited."""
     pthread_mutex_lock(&quarantine.lock)
-    quarantine.inbox = inbox
-    pthread_mutex_lock(&inbox.lock)
-    list_move_all(&inbox.begin, &quarantine.waiting)
-    pthread_mutex_unlock(&inbox.lock)
+    quarantine.mailbox = mailbox
+    pthread_mutex_lock(&mailbox.lock)
+    list_move_all(&mailbox.begin, &quarantine.waiting)
+    pthread_mutex_unlock(&mailbox.lock)
     pthread_mutex_unlock(&quarantine.lock)
-    shared_set(&quarantine.wanted, 0)
-    inbox_ring(inbox)
+    atomic_set(&quarantine.wanted, 0)
+    mailbox_wake(mailbox)
 
 
 cdef inline void quarantine_end(Quarantine *quarantine) noexcept nogil:
     """There is no thread any more."""
     pthread_mutex_lock(&quarantine.lock)
-    quarantine.inbox = NULL
+    quarantine.mailbox = NULL
     pthread_mutex_unlock(&quarantine.lock)

@@ -19,29 +19,17 @@
 
 from proxyd.relay.sys cimport (
     EAGAIN, MSG_CTRUNC, MSG_DONTWAIT, MSG_PEEK, SHUT_RD, SIOCINQ, SOL_SOCKET, SO_OOBINLINE,
-    SO_PASSCRED, SO_PASSPIDFD, SO_PASSRIGHTS, SO_PASSSEC, errno, errno_set, ioctl, iovec,
-    memset, msghdr, recv, recvmsg, setsockopt, shutdown, uint8_t,
+    SO_PASSCRED, SO_PASSPIDFD, SO_PASSRIGHTS, SO_PASSSEC, errno, errno_set, ioctl, iovec, memset,
+    msghdr, recv, recvmsg, setsockopt, shutdown,
 )
-
-# what the queue of a UNIX socket may hold
-cdef enum:
-    RIGHTS_UNKNOWN             # nothing has been done about it yet
-    RIGHTS_NONE                # no descriptors, now and for ever
-    RIGHTS_QUEUED              # those that were queued before they were refused
-    RIGHTS_LEFT                # likewise, and `Rights.left` bytes are yet to be read with care
-    RIGHTS_MAYBE               # any, at any time
-    RIGHTS_AHEAD               # some, with the next message
-    RIGHTS_ANY                 # any, but it is in quarantine, and nobody needs to care
+from proxyd.relay.types cimport (
+    RIGHTS_AHEAD, RIGHTS_ANY, RIGHTS_LEFT, RIGHTS_MAYBE, RIGHTS_NONE, RIGHTS_QUEUED, Rights,
+)
 
 cdef enum:
     PEEK_UNIT = 4096           # bytes that a look at much data writes again and again
     PEEK_PIECES = 64
-    PEEK_MOST = PEEK_UNIT * PEEK_PIECES
-
-ctypedef struct Rights:
-    uint8_t state              # RIGHTS_*
-    int left                   # bytes to be read with care; RIGHTS_ANY: seen, but not yet taken
-
+    PEEK_MAX = PEEK_UNIT * PEEK_PIECES
 
 cdef inline bint rights_refuse(int fd) noexcept nogil:
     """Have descriptors refused that are sent from now on. Whether the kernel can do so."""

@@ -9,39 +9,21 @@
 
 from proxyd.relay.sys cimport (
     AF_INET, AF_INET6, getsockname, memcmp, memcpy, memset, pthread_mutex_destroy,
-    pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock, sockaddr,
-    sockaddr_in, sockaddr_in6, sockaddr_storage, socklen_t, uint16_t, uint8_t,
+    pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock, sockaddr, sockaddr_in,
+    sockaddr_in6, sockaddr_storage, socklen_t, uint16_t,
 )
+from proxyd.relay.types cimport SELF_CONNECT_BUCKETS, SelfConnect, SelfConnectKey, SelfConnectTable
 
-cdef enum:
-    OWN_BUCKETS = 4096         # by port; local ports rarely repeat
-
-ctypedef struct OwnKey:
-    uint8_t address[16]        # IPv4 as ::ffff:a.b.c.d, so that both families compare
-    uint16_t port              # network byte order; 0: not TCP
-
-ctypedef struct Own:
-    OwnKey key                 # its own address
-    OwnKey goal                # where it goes
-    Own *next
-    bint listed
-    bint self_possible         # its own port is the target's: it may have met itself
-
-ctypedef struct OwnTable:
-    pthread_mutex_t lock
-    Own *bucket[OWN_BUCKETS]
-
-
-cdef inline void own_table_init(OwnTable *table) noexcept nogil:
+cdef inline void self_connect_table_init(SelfConnectTable *table) noexcept nogil:
     memset(table.bucket, 0, sizeof(table.bucket))
     pthread_mutex_init(&table.lock, NULL)
 
 
-cdef inline void own_table_close(OwnTable *table) noexcept nogil:
+cdef inline void self_connect_table_destroy(SelfConnectTable *table) noexcept nogil:
     pthread_mutex_destroy(&table.lock)
 
 
-cdef inline void own_key(OwnKey *key, const sockaddr_storage *address) noexcept nogil:
+cdef inline void self_connect_key(SelfConnectKey *key, const sockaddr_storage *address) noexcept nogil:
     cdef const sockaddr_in *v4 = <const sockaddr_in *>address
     cdef const sockaddr_in6 *v6 = <const sockaddr_in6 *>address
     memset(key, 0, sizeof(key[0]))
@@ -58,16 +40,16 @@ cdef inline uint16_t local_port(int fd) noexcept nogil:
     """The port of a socket, in network byte order; 0 where it has none."""
     cdef sockaddr_storage name
     cdef socklen_t size = sizeof(name)
-    cdef OwnKey key
+    cdef SelfConnectKey key
     memset(&name, 0, sizeof(name))
     if getsockname(fd, <sockaddr *>&name, &size) < 0:
         return 0
-    own_key(&key, &name)
+    self_connect_key(&key, &name)
     return key.port
 
 
-cdef inline void own_add(
-    OwnTable *table, Own *own, int fd, const sockaddr_storage *target
+cdef inline void self_connect_add(
+    SelfConnectTable *table, SelfConnect *entry, int fd, const sockaddr_storage *target
 ) noexcept nogil:
     """Enter a TCP socket that is on its way to `target`; connect() has given it its address."""
     cdef sockaddr_storage mine
@@ -76,92 +58,92 @@ cdef inline void own_add(
         return
     if getsockname(fd, <sockaddr *>&mine, &size) < 0:
         return
-    own_key(&own.key, &mine)
-    own_key(&own.goal, target)
-    own.self_possible = own.key.port == own.goal.port
+    self_connect_key(&entry.local, &mine)
+    self_connect_key(&entry.remote, target)
+    entry.self_possible = entry.local.port == entry.remote.port
     pthread_mutex_lock(&table.lock)
-    own_link(table, own)
+    self_connect_link(table, entry)
     pthread_mutex_unlock(&table.lock)
 
 
-cdef inline void own_link(OwnTable *table, Own *own) noexcept nogil:
+cdef inline void self_connect_link(SelfConnectTable *table, SelfConnect *entry) noexcept nogil:
     """With the lock held."""
-    cdef int index = own.key.port % OWN_BUCKETS
-    own.next = table.bucket[index]
-    table.bucket[index] = own
-    own.listed = True
+    cdef int index = entry.local.port % SELF_CONNECT_BUCKETS
+    entry.next = table.bucket[index]
+    table.bucket[index] = entry
+    entry.listed = True
 
 
-cdef inline void own_unlink(OwnTable *table, Own *own) noexcept nogil:
+cdef inline void self_connect_unlink(SelfConnectTable *table, SelfConnect *entry) noexcept nogil:
     """With the lock held."""
-    cdef Own **place = &table.bucket[own.key.port % OWN_BUCKETS]
-    while place[0] != own:
+    cdef SelfConnect **place = &table.bucket[entry.local.port % SELF_CONNECT_BUCKETS]
+    while place[0] != entry:
         place = &place[0].next
-    place[0] = own.next
-    own.listed = False
+    place[0] = entry.next
+    entry.listed = False
 
 
-cdef inline void own_remove(OwnTable *table, Own *own) noexcept nogil:
-    if not own.listed:
+cdef inline void self_connect_remove(SelfConnectTable *table, SelfConnect *entry) noexcept nogil:
+    if not entry.listed:
         return
     pthread_mutex_lock(&table.lock)
-    own_unlink(table, own)
+    self_connect_unlink(table, entry)
     pthread_mutex_unlock(&table.lock)
 
 
-cdef inline bint own_goes_to(const Own *own, const OwnKey *place) noexcept nogil:
+cdef inline bint self_connect_leads_to(const SelfConnect *entry, const SelfConnectKey *place) noexcept nogil:
     """Whether it goes to `place`; the unspecified address goes to loopback, ip(7)."""
-    cdef OwnKey nowhere
-    if own.goal.port != place.port:
+    cdef SelfConnectKey nowhere
+    if entry.remote.port != place.port:
         return False
-    if memcmp(own.goal.address, place.address, 16) == 0:
+    if memcmp(entry.remote.address, place.address, 16) == 0:
         return True
     memset(&nowhere, 0, sizeof(nowhere))
-    return memcmp(own.goal.address, nowhere.address, 16) == 0 or (
-        memcmp(own.goal.address, place.address, 12) == 0
-        and memcmp(&own.goal.address[12], nowhere.address, 4) == 0)
+    return memcmp(entry.remote.address, nowhere.address, 16) == 0 or (
+        memcmp(entry.remote.address, place.address, 12) == 0
+        and memcmp(&entry.remote.address[12], nowhere.address, 4) == 0)
 
 
-cdef inline bint own_found(
-    OwnTable *table, const OwnKey *client, const OwnKey *here
+cdef inline bint self_connect_found(
+    SelfConnectTable *table, const SelfConnectKey *client, const SelfConnectKey *here
 ) noexcept nogil:
     """Whether one of ours has the client's address and goes `here` (NULL: anywhere)."""
-    cdef const Own *own
+    cdef const SelfConnect *entry
     cdef bint found = False
     pthread_mutex_lock(&table.lock)
-    own = table.bucket[client.port % OWN_BUCKETS]
-    while own != NULL and not found:
-        found = memcmp(&own.key, client, sizeof(client[0])) == 0 and (
-            here == NULL or own_goes_to(own, here))
-        own = own.next
+    entry = table.bucket[client.port % SELF_CONNECT_BUCKETS]
+    while entry != NULL and not found:
+        found = memcmp(&entry.local, client, sizeof(client[0])) == 0 and (
+            here == NULL or self_connect_leads_to(entry, here))
+        entry = entry.next
     pthread_mutex_unlock(&table.lock)
     return found
 
 
-cdef inline bint own_came_back(
-    OwnTable *table, int fd, const sockaddr_storage *peer
+cdef inline bint self_connect_came_back(
+    SelfConnectTable *table, int fd, const sockaddr_storage *peer
 ) noexcept nogil:
     """Whether the accepted client `fd` is the other end of one of our outgoing sockets."""
     cdef sockaddr_storage name
     cdef socklen_t size = sizeof(name)
-    cdef OwnKey client, here
-    own_key(&client, peer)
+    cdef SelfConnectKey client, here
+    self_connect_key(&client, peer)
     # Nothing is asked of the kernel where no socket of ours has that address: nearly always.
-    if client.port == 0 or not own_found(table, &client, NULL):
+    if client.port == 0 or not self_connect_found(table, &client, NULL):
         return False
     memset(&name, 0, sizeof(name))
     if getsockname(fd, <sockaddr *>&name, &size) < 0:
         return False
-    own_key(&here, &name)
-    return own_found(table, &client, &here)
+    self_connect_key(&here, &name)
+    return self_connect_found(table, &client, &here)
 
 
-cdef inline void own_move(OwnTable *table, Own *to, Own *own) noexcept nogil:
+cdef inline void self_connect_move(SelfConnectTable *table, SelfConnect *to, SelfConnect *entry) noexcept nogil:
     """Let `to` stand for the same socket instead of `own`."""
-    if not own.listed:
+    if not entry.listed:
         return
     pthread_mutex_lock(&table.lock)
-    own_unlink(table, own)
-    to[0] = own[0]
-    own_link(table, to)
+    self_connect_unlink(table, entry)
+    to[0] = entry[0]
+    self_connect_link(table, to)
     pthread_mutex_unlock(&table.lock)

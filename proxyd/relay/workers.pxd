@@ -5,21 +5,24 @@
 # reported come back through the boss's inbox. These threads never run Python, and block no longer
 # than a batch of events takes.
 
-from proxyd.relay.connection cimport Crew, HOW_COUNT, KIND_INBOX, Relaying, connections_free
-from proxyd.relay.mailbox cimport (
-    ORDER_ANSWER, ORDER_STOP, inbox_close, inbox_open, inbox_order, inbox_return, inbox_ring,
+from proxyd.relay.connection cimport connections_free
+from proxyd.relay.list cimport list_move_all
+from proxyd.relay.loop cimport (
+    worker_cut, worker_destroy, worker_init, worker_read_mailbox, worker_set_up, worker_turn,
 )
+from proxyd.relay.mailbox cimport (
+    mailbox_destroy, mailbox_init, mailbox_order, mailbox_return, mailbox_wake,
+)
+from proxyd.relay.quarantine cimport QUARANTINE_RETRY_MS, quarantine_begin, quarantine_end
 from proxyd.relay.sys cimport (
-    CLOCK_REALTIME, ENOMEM, EPOLLIN, EPOLL_CTL_ADD, EPOLL_CTL_DEL, SIG_SETMASK, calloc,
-    clock_gettime, counter_add, epoll_ctl, epoll_event, errno, free, pthread_attr_destroy,
-    pthread_attr_init, pthread_attr_setstacksize, pthread_attr_t, pthread_create, pthread_join,
-    pthread_sigmask, pthread_timedjoin_np, realloc, shared_add, shared_get, shared_set, sigfillset,
+    CLOCK_REALTIME, ENOMEM, EPOLLIN, EPOLL_CTL_ADD, EPOLL_CTL_DEL, SIG_SETMASK, atomic_add,
+    atomic_get, atomic_set, calloc, clock_gettime, counter_add, epoll_ctl, epoll_event, errno,
+    free, pthread_attr_destroy, pthread_attr_init, pthread_attr_setstacksize, pthread_attr_t,
+    pthread_create, pthread_join, pthread_sigmask, pthread_timedjoin_np, realloc, sigfillset,
     sigset_t, timespec, uint32_t,
 )
-from proxyd.relay.list cimport list_move_all
-from proxyd.relay.quarantine cimport QUARANTINE_RETRY_MS, quarantine_begin, quarantine_end
-from proxyd.relay.loop cimport (
-    relay_cut, relay_free, relay_init, relay_open, relay_read_inbox, relay_turn,
+from proxyd.relay.types cimport (
+    ENDING_COUNT, KIND_MAILBOX, ORDER_ANSWER, ORDER_STOP, Worker, Workers,
 )
 
 cdef enum:
@@ -27,46 +30,46 @@ cdef enum:
     FAREWELL_MS = 200          # the end of the quarantine's thread is waited for so long
 
 
-cdef inline int relay_open_inbox(Relaying *relay) noexcept nogil:
+cdef inline int worker_open_mailbox(Worker *worker) noexcept nogil:
     """Open its inbox, so that other threads can leave something here; 0 or -errno."""
     cdef epoll_event event
     cdef int failure
-    if relay.inbox.bell >= 0:
+    if worker.mailbox.wake_fd >= 0:
         return 0
-    failure = inbox_open(&relay.inbox, KIND_INBOX)
+    failure = mailbox_init(&worker.mailbox, KIND_MAILBOX)
     if failure < 0:
         return failure
     event.events = EPOLLIN
-    event.data.ptr = &relay.inbox
-    if epoll_ctl(relay.engine.epoll, EPOLL_CTL_ADD, relay.inbox.bell, &event) < 0:
+    event.data.ptr = &worker.mailbox
+    if epoll_ctl(worker.ctx.epoll, EPOLL_CTL_ADD, worker.mailbox.wake_fd, &event) < 0:
         failure = -errno
-        inbox_close(&relay.inbox)
+        mailbox_destroy(&worker.mailbox)
     return failure
 
 
-cdef inline void relay_close_inbox(Relaying *relay) noexcept nogil:
+cdef inline void worker_close_mailbox(Worker *worker) noexcept nogil:
     """Only once it is empty."""
-    if relay.inbox.bell >= 0:
-        epoll_ctl(relay.engine.epoll, EPOLL_CTL_DEL, relay.inbox.bell, NULL)
-    inbox_close(&relay.inbox)
+    if worker.mailbox.wake_fd >= 0:
+        epoll_ctl(worker.ctx.epoll, EPOLL_CTL_DEL, worker.mailbox.wake_fd, NULL)
+    mailbox_destroy(&worker.mailbox)
 
 
-cdef inline void *crew_work(void *argument) noexcept nogil:
+cdef inline void *worker_thread(void *argument) noexcept nogil:
     """The life of a thread."""
-    cdef Relaying *relay = <Relaying *>argument
-    cdef Relaying *boss = relay.boss
+    cdef Worker *worker = <Worker *>argument
+    cdef Worker *main = worker.main
     cdef int failure = 0
-    while failure == 0 and not relay.stopping:
-        failure = relay_turn(relay, -1)
-        inbox_return(&boss.inbox, &relay.failed, &relay.ended)
+    while failure == 0 and not worker.stopping:
+        failure = worker_turn(worker, -1)
+        mailbox_return(&main.mailbox, &worker.failed, &worker.ended)
     if failure < 0:
-        shared_set(&relay.tally.failure, -failure)
-        inbox_ring(&boss.inbox)
+        atomic_set(&worker.gauges.worker_error, -failure)
+        mailbox_wake(&main.mailbox)
     return NULL
 
 
-cdef inline int crew_start(
-    Relaying *relay, void *(*work)(void *) noexcept nogil
+cdef inline int worker_start_thread(
+    Worker *worker, void *(*work)(void *) noexcept nogil
 ) noexcept nogil:
     """Start its thread, which hears no signal: those are the boss's. 0 or -errno."""
     cdef pthread_attr_t attributes
@@ -76,183 +79,183 @@ cdef inline int crew_start(
     pthread_attr_init(&attributes)
     pthread_attr_setstacksize(&attributes, STACK_SIZE)
     pthread_sigmask(SIG_SETMASK, &every, &before)
-    error = pthread_create(&relay.thread, &attributes, work, relay)
+    error = pthread_create(&worker.thread, &attributes, work, worker)
     pthread_sigmask(SIG_SETMASK, &before, NULL)
     pthread_attr_destroy(&attributes)
     return -error
 
 
-cdef inline void crew_free(Relaying *relay) noexcept nogil:
+cdef inline void worker_free(Worker *worker) noexcept nogil:
     """One whose thread has ended, or never was."""
-    relay_close_inbox(relay)
-    relay_free(relay)
-    free(relay)
+    worker_close_mailbox(worker)
+    worker_destroy(worker)
+    free(worker)
 
 
-cdef inline int crew_open(Relaying *relay, const Relaying *boss) noexcept nogil:
+cdef inline int worker_set_up_like(Worker *worker, const Worker *main) noexcept nogil:
     """Make a relay as the boss's is; 0 or -errno."""
-    cdef int failure = relay_open(
-        relay, boss.engine.stream_unit, boss.engine.pool.size, boss.engine.may_splice)
-    relay.engine.may_refuse = boss.engine.may_refuse
-    relay.idle_ms = boss.idle_ms
-    relay.report_ends = boss.report_ends
-    return relay_open_inbox(relay) if failure == 0 else failure
+    cdef int failure = worker_set_up(
+        worker, main.ctx.stream_unit, main.ctx.pool.size, main.ctx.may_splice)
+    worker.ctx.may_refuse = main.ctx.may_refuse
+    worker.idle_ms = main.idle_ms
+    worker.report_ends = main.report_ends
+    return worker_open_mailbox(worker) if failure == 0 else failure
 
 
-cdef inline int crew_fits(Crew *crew) noexcept nogil:
+cdef inline int workers_make_room(Workers *workers) noexcept nogil:
     """Make room for one more; 0 or -ENOMEM."""
-    cdef int size = max(2 * crew.size, 4)
-    cdef Relaying **relays
-    if crew.count < crew.size:
+    cdef int size = max(2 * workers.size, 4)
+    cdef Worker **each
+    if workers.count < workers.size:
         return 0
-    relays = <Relaying **>realloc(crew.relays, size * sizeof(Relaying *))
-    if relays == NULL:
+    each = <Worker **>realloc(workers.each, size * sizeof(Worker *))
+    if each == NULL:
         return -ENOMEM
-    crew.relays = relays
-    crew.size = size
+    workers.each = each
+    workers.size = size
     return 0
 
 
-cdef inline int crew_hire(Relaying *boss) noexcept nogil:
+cdef inline int workers_start_one(Worker *main) noexcept nogil:
     """Start one more thread; 0 or -errno. What it is to know of the boss must be settled."""
-    cdef int failure = crew_fits(&boss.crew)
+    cdef int failure = workers_make_room(&main.workers)
     if failure == 0:
-        failure = crew_begin(
-            boss, &boss.crew.relays[boss.crew.count], boss.shares, crew_work)
+        failure = worker_start(
+            main, &main.workers.each[main.workers.count], main.offloads_when_busy, worker_thread)
     if failure == 0:
-        boss.crew.count += 1
+        main.workers.count += 1
     return failure
 
 
-cdef inline int crew_begin(
-    Relaying *boss, Relaying **place, bint shares, void *(*work)(void *) noexcept nogil
+cdef inline int worker_start(
+    Worker *main, Worker **place, bint offloads_when_busy, void *(*work)(void *) noexcept nogil
 ) noexcept nogil:
     """Start the thread of a further relay, and put that in `place`; 0 or -errno."""
-    cdef Relaying *relay
-    cdef int failure = relay_open_inbox(boss)
+    cdef Worker *worker
+    cdef int failure = worker_open_mailbox(main)
     if failure < 0:
         return failure
-    relay = <Relaying *>calloc(1, sizeof(Relaying))
-    if relay == NULL:
+    worker = <Worker *>calloc(1, sizeof(Worker))
+    if worker == NULL:
         return -ENOMEM
-    relay_init(relay, boss.tally, boss.own)
-    relay.boss = boss
-    relay.quarantine = boss.quarantine
-    relay.answered = boss.crew.asked  # it has not been there to be asked
-    failure = crew_open(relay, boss)
-    relay.shares = shares
+    worker_init(worker, main.gauges, main.self_connects)
+    worker.main = main
+    worker.quarantine = main.quarantine
+    worker.answered_ping = main.workers.ping_sequence  # it has not been there to be asked
+    failure = worker_set_up_like(worker, main)
+    worker.offloads_when_busy = offloads_when_busy
     if failure == 0:
-        failure = crew_start(relay, work)
+        failure = worker_start_thread(worker, work)
     if failure < 0:
-        crew_free(relay)
+        worker_free(worker)
         return failure
-    place[0] = relay
+    place[0] = worker
     return 0
 
 
-cdef inline void crew_order(const Relaying *boss, uint32_t order) noexcept nogil:
+cdef inline void workers_order(const Worker *main, uint32_t order) noexcept nogil:
     cdef int i
-    for i in range(boss.crew.count):
-        inbox_order(&boss.crew.relays[i].inbox, order)
+    for i in range(main.workers.count):
+        mailbox_order(&main.workers.each[i].mailbox, order)
 
 
-cdef inline bint crew_answered(const Relaying *boss) noexcept nogil:
+cdef inline bint workers_answered(const Worker *main) noexcept nogil:
     """Whether every thread has answered since crew_ask()."""
     cdef int i
-    for i in range(boss.crew.count):
-        if shared_get(&boss.crew.relays[i].answered) != boss.crew.asked:
+    for i in range(main.workers.count):
+        if atomic_get(&main.workers.each[i].answered_ping) != main.workers.ping_sequence:
             return False
     return True
 
 
-cdef inline void crew_ask(Relaying *boss) noexcept nogil:
-    shared_add(&boss.crew.asked, 1)
-    crew_order(boss, ORDER_ANSWER)
+cdef inline void workers_ping(Worker *main) noexcept nogil:
+    atomic_add(&main.workers.ping_sequence, 1)
+    workers_order(main, ORDER_ANSWER)
 
 
-cdef inline void relay_inherit(Relaying *boss, Relaying *relay) noexcept nogil:
+cdef inline void worker_inherit(Worker *main, Worker *worker) noexcept nogil:
     """Take over what a relay that is to go has counted and has not reported yet."""
     cdef int i
-    for i in range(HOW_COUNT):
-        counter_add(&boss.ends[i], relay.ends[i])
+    for i in range(ENDING_COUNT):
+        counter_add(&main.ends[i], worker.ends[i])
     for i in range(2):
-        counter_add(&boss.engine.counters.forwarded[i], relay.engine.counters.forwarded[i])
-    counter_add(&boss.handed_over, relay.handed_over)
-    counter_add(&boss.engine.counters.spliced, relay.engine.counters.spliced)
-    counter_add(&boss.engine.counters.copied, relay.engine.counters.copied)
-    list_move_all(&boss.failed, &relay.failed)
-    list_move_all(&boss.ended, &relay.ended)
+        counter_add(&main.ctx.counters.forwarded[i], worker.ctx.counters.forwarded[i])
+    counter_add(&main.handed_over, worker.handed_over)
+    counter_add(&main.ctx.counters.spliced, worker.ctx.counters.spliced)
+    counter_add(&main.ctx.counters.copied, worker.ctx.counters.copied)
+    list_move_all(&main.failed, &worker.failed)
+    list_move_all(&main.ended, &worker.ended)
 
 
 # ── quarantine ───────────────────────────────────────────────────────────────────────────────
 
-cdef inline void *quarantine_work(void *argument) noexcept nogil:
+cdef inline void *quarantine_thread(void *argument) noexcept nogil:
     """The life of its thread. It also cuts what is left itself, since that may block."""
-    cdef Relaying *relay = <Relaying *>argument
-    crew_work(relay)
-    relay.cut = relay_cut(relay, True)
-    connections_free(&relay.dead)
+    cdef Worker *worker = <Worker *>argument
+    worker_thread(worker)
+    worker.cut = worker_cut(worker, True)
+    connections_free(&worker.dead)
     return NULL
 
 
-cdef inline void quarantine_serve(Relaying *boss) noexcept nogil:
+cdef inline void quarantine_start(Worker *main) noexcept nogil:
     """Somebody is to go into quarantine: see that there is a thread, now or later."""
-    if boss.crew.quarantine == NULL and crew_begin(
-            boss, &boss.crew.quarantine, False, quarantine_work) < 0:
-        boss.quarantine.retry_ms = boss.engine.now_ms + QUARANTINE_RETRY_MS
+    if main.workers.quarantine == NULL and worker_start(
+            main, &main.workers.quarantine, False, quarantine_thread) < 0:
+        main.quarantine.retry_ms = main.ctx.now_ms + QUARANTINE_RETRY_MS
         return
-    quarantine_begin(boss.quarantine, &boss.crew.quarantine.inbox)
-    crew_order(boss, 0)  # who has waited for this is to look again
-    inbox_ring(&boss.inbox)
+    quarantine_begin(main.quarantine, &main.workers.quarantine.mailbox)
+    workers_order(main, 0)  # who has waited for this is to look again
+    mailbox_wake(&main.mailbox)
 
 
-cdef inline bint thread_joins(Relaying *relay, int ms) noexcept nogil:
+cdef inline bint thread_join_within(Worker *worker, int ms) noexcept nogil:
     """Wait until its thread has ended, but no longer than `ms`."""
     cdef timespec until
     clock_gettime(CLOCK_REALTIME, &until)
     until.tv_nsec += ms * 1000000
     until.tv_sec += until.tv_nsec // 1000000000
     until.tv_nsec %= 1000000000
-    return pthread_timedjoin_np(relay.thread, NULL, &until) == 0
+    return pthread_timedjoin_np(worker.thread, NULL, &until) == 0
 
 
-cdef inline int quarantine_dismiss(Relaying *boss) noexcept nogil:
+cdef inline int quarantine_stop(Worker *main) noexcept nogil:
     """End its thread and cut its connections; how many those were.
 
     A thread that blocks is left alone, and boss.crew.quarantine tells: what it uses must stay.
     Its connections are cut by the end of the process, as endpoint_exile() has prepared.
     """
-    cdef Relaying *relay = boss.crew.quarantine
+    cdef Worker *worker = main.workers.quarantine
     cdef int count
-    if relay == NULL:
+    if worker == NULL:
         return 0
-    inbox_order(&relay.inbox, ORDER_STOP)
-    if not thread_joins(relay, FAREWELL_MS):
-        return shared_get(&relay.open)
-    count = relay.cut
-    quarantine_end(boss.quarantine)
-    relay_inherit(boss, relay)
-    boss.crew.quarantine = NULL
-    crew_free(relay)
+    mailbox_order(&worker.mailbox, ORDER_STOP)
+    if not thread_join_within(worker, FAREWELL_MS):
+        return atomic_get(&worker.connection_count)
+    count = worker.cut
+    quarantine_end(main.quarantine)
+    worker_inherit(main, worker)
+    main.workers.quarantine = NULL
+    worker_free(worker)
     return count
 
 
-cdef inline int crew_dismiss(Relaying *boss, bint reset) noexcept nogil:
+cdef inline int workers_stop(Worker *main, bint reset) noexcept nogil:
     """End every thread and cut its connections; how many those were."""
-    cdef Relaying *relay
+    cdef Worker *worker
     cdef int i, count = 0
-    crew_order(boss, ORDER_STOP)
-    for i in range(boss.crew.count):  # all, before any is freed to which another may still give
-        pthread_join(boss.crew.relays[i].thread, NULL)
-    count += quarantine_dismiss(boss)
-    for i in range(boss.crew.count):
-        relay = boss.crew.relays[i]
-        relay_read_inbox(relay)  # what a thread has left that could not go on
-        count += relay_cut(relay, reset)
-        relay_inherit(boss, relay)
-        crew_free(relay)
-    boss.crew.count = 0
-    boss.shares = False  # and no other crew is asked for
-    if boss.inbox.bell >= 0:
-        relay_read_inbox(boss)
+    workers_order(main, ORDER_STOP)
+    for i in range(main.workers.count):  # all, before any is freed to which another may still give
+        pthread_join(main.workers.each[i].thread, NULL)
+    count += quarantine_stop(main)
+    for i in range(main.workers.count):
+        worker = main.workers.each[i]
+        worker_read_mailbox(worker)  # what a thread has left that could not go on
+        count += worker_cut(worker, reset)
+        worker_inherit(main, worker)
+        worker_free(worker)
+    main.workers.count = 0
+    main.offloads_when_busy = False  # and no other crew is asked for
+    if main.mailbox.wake_fd >= 0:
+        worker_read_mailbox(main)
     return count
