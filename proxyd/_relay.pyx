@@ -17,24 +17,27 @@ from cython cimport no_gc_clear
 
 from proxyd.relay cimport types
 from proxyd.relay.accept cimport listener_count_early, listener_unwatch, listener_watch
-from proxyd.relay.connection cimport (
-    connection_connect, connection_free, connection_limit, connection_new, connection_place,
-    connections_decrement, connections_free, socket_connect, socket_self_connected,
-    socket_take_error, socket_tune, socket_unlinger, target_set_rights, worker_hang_up,
+from proxyd.relay.bookkeeping cimport connection_limit, connections_decrement
+from proxyd.relay.clock cimport clock_ms, earlier
+from proxyd.relay.close cimport connection_free, connections_free
+from proxyd.relay.connect cimport (
+    connection_connect, connection_new, connection_place, socket_connect, target_set_rights,
+    worker_hang_up,
 )
+from proxyd.relay.endpoint cimport endpoint_lost
 from proxyd.relay.gauges cimport gauges_connections, gauges_in_quarantine, gauges_set_wake_at_count
 from proxyd.relay.list cimport link_init, list_empty, list_remove
-from proxyd.relay.loop cimport (
-    clock_ms, earlier, worker_cut, worker_destroy, worker_init, worker_set_up, worker_turn,
-)
+from proxyd.relay.loop cimport worker_cut, worker_destroy, worker_init, worker_set_up, worker_turn
 from proxyd.relay.pipe cimport pool_clear
-from proxyd.relay.pump cimport endpoint_lost
 from proxyd.relay.quarantine cimport quarantine_destroy, quarantine_due, quarantine_init
 from proxyd.relay.self_connect cimport (
     local_port, self_connect_add, self_connect_move, self_connect_remove,
     self_connect_table_destroy, self_connect_table_init,
 )
 from proxyd.relay.signals cimport alarm_set
+from proxyd.relay.socket cimport (
+    socket_self_connected, socket_take_error, socket_tune, socket_unlinger,
+)
 from proxyd.relay.sys cimport (
     AF_UNIX, AF_VSOCK, ECONNREFUSED, ECONNRESET, EFD_CLOEXEC, EFD_NONBLOCK, EINPROGRESS, ELOOP,
     ENOMEM, EPOLLET, EPOLLIN, EPOLLOUT, EPOLLRDHUP, EPOLL_CTL_ADD, EPOLL_CTL_DEL, MSG_DONTWAIT,

@@ -1,24 +1,45 @@
-# What a relay does that has more to do than one CPU can, while another is idle (busy.pxd): it
-# gives half of its work to a relay that sleeps. Where there is none yet, the boss asks for a crew.
+# Which worker forwards a connection.
 #
-# Nothing is ever taken back: the connections that come later begin with the boss again.
+# A worker that is busy while a CPU is idle (busy.pxd) gives half of its work to one that sleeps. If
+# there is none yet, the policy is asked to start workers. Nothing is taken back: later connections
+# begin in the main worker again.
 
-from proxyd.relay.busy cimport SPARE_MIN, busy_window
-from proxyd.relay.connection cimport endpoint_unregister, policy_event_add, worker_remove_connection
+from proxyd.relay.bookkeeping cimport policy_event_add, worker_remove_connection
+from proxyd.relay.busy cimport SPARE_FOR_NEW, SPARE_MIN, busy_window
+from proxyd.relay.endpoint cimport endpoint_unregister
 from proxyd.relay.list cimport list_remove
 from proxyd.relay.mailbox cimport mailbox_put
-from proxyd.relay.quarantine cimport quarantine_put, quarantine_runs, quarantine_want
-from proxyd.relay.sys cimport (
-    AF_UNIX, SOL_SOCKET, SO_LINGER, atomic_add, atomic_get, counter_add, hint_get, linger,
-    setsockopt,
-)
-from proxyd.relay.types cimport (
-    CONNECTED, CONNECTING, EVENT_WORKERS_WANTED, RIGHTS_ANY, Connection, Endpoint, Link, Worker,
-)
+from proxyd.relay.sys cimport atomic_add, atomic_get, counter_add, hint_get
+from proxyd.relay.types cimport CONNECTED, EVENT_WORKERS_WANTED, Connection, Link, Worker
 
 cdef enum:
-    MOVE_MAX = 32             # connections at a time: each costs four epoll_ctl
+    MOVE_MAX = 32              # connections per turn: each costs four epoll_ctl
 
+
+# ── new connections ──────────────────────────────────────────────────────────────────────────────
+
+cdef inline Worker *worker_for_new(Worker *main) noexcept nogil:
+    """Where a new connection is to begin: with the boss, unless that is too much for it."""
+    if main.offloads_when_busy and main.busy.spare < SPARE_FOR_NEW:
+        return main
+    return worker_with_fewest(main)
+
+
+cdef inline Worker *worker_with_fewest(Worker *main) noexcept nogil:
+    """The relay with the fewest connections; the boss's own where that is no more than others
+    have, since it costs no change of threads."""
+    cdef Worker *least = main
+    cdef int fewest = atomic_get(&main.connection_count)
+    cdef int i, count
+    for i in range(main.workers.count):
+        count = atomic_get(&main.workers.each[i].connection_count)
+        if count < fewest:
+            fewest = count
+            least = main.workers.each[i]
+    return least
+
+
+# ── offload ──────────────────────────────────────────────────────────────────────────────────────
 
 cdef inline bint worker_is_overloaded(Worker *worker) noexcept nogil:
     """Whether a window has ended after which the relay is to give work away."""
@@ -92,48 +113,3 @@ cdef inline void connection_move(Worker *worker, Worker *other, Connection *c) n
     atomic_add(&other.connection_count, 1)
     counter_add(&worker.handed_over, 1)
     mailbox_put(&other.mailbox, &other.mailbox.begin, &c.live)
-
-
-# ── into quarantine ──────────────────────────────────────────────────────────────────────────
-
-cdef inline void endpoint_quarantine(Worker *worker, Endpoint *end) noexcept nogil:
-    """Where the thread still waits when the program ends, the kernel closes its sockets: that is no
-    clean end."""
-    cdef linger now
-    if end.fd < 0:
-        return
-    endpoint_unregister(&worker.ctx, end)
-    end.rights.state = RIGHTS_ANY
-    end.rights.left = 0
-    end.readable = 1
-    if end.family != AF_UNIX:
-        now.l_onoff = 1
-        now.l_linger = 0
-        setsockopt(end.fd, SOL_SOCKET, SO_LINGER, &now, sizeof(now))
-
-
-cdef inline void connection_quarantine(Worker *worker, Connection *c) noexcept nogil:
-    """With all it holds, its time limit too. It begins there as one does that was given away."""
-    cdef Worker *main = worker if worker.main == NULL else worker.main
-    endpoint_quarantine(worker, &c.client)
-    endpoint_quarantine(worker, &c.target)
-    list_remove(&c.ready)
-    list_remove(&c.to_quarantine)
-    list_remove(&c.timed)
-    worker_remove_connection(worker)
-    atomic_add(&main.workers.quarantine.connection_count, 1)
-    quarantine_put(worker.quarantine, &c.live)
-
-
-cdef inline void worker_quarantine(Worker *worker) noexcept nogil:
-    """Only at the end of a turn, as relay_share()."""
-    cdef Link *link = worker.to_quarantine.next
-    cdef Link *after
-    if not quarantine_runs(worker.quarantine):
-        quarantine_want(worker.quarantine)
-        return
-    while link != &worker.to_quarantine:
-        after = link.next
-        if (<Connection *>link.owner).state != CONNECTING:
-            connection_quarantine(worker, <Connection *>link.owner)
-        link = after

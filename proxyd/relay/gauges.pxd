@@ -1,7 +1,12 @@
-# What the relays of one program count together, whichever thread they run in.
+# What the workers of the program count together, whichever thread they run in.
 
 from proxyd.relay.sys cimport atomic_add, atomic_get, atomic_set, int64_t, moment_set
 from proxyd.relay.types cimport Gauges
+
+cdef inline int gauges_places(Gauges *gauges) noexcept nogil:
+    """How much of the limit is taken."""
+    return gauges_connections(gauges) + gauges_in_quarantine(gauges)
+
 
 cdef inline int gauges_connections(Gauges *gauges) noexcept nogil:
     return atomic_get(&gauges.connections)
@@ -9,11 +14,6 @@ cdef inline int gauges_connections(Gauges *gauges) noexcept nogil:
 
 cdef inline int gauges_in_quarantine(Gauges *gauges) noexcept nogil:
     return atomic_get(&gauges.in_quarantine)
-
-
-cdef inline int gauges_places(Gauges *gauges) noexcept nogil:
-    """How much of the limit is taken."""
-    return gauges_connections(gauges) + gauges_in_quarantine(gauges)
 
 
 cdef inline void gauges_add_connection(Gauges *gauges) noexcept nogil:

@@ -9,19 +9,22 @@ from proxyd.relay.sys cimport (
 from proxyd.relay.types cimport POOL_MAX, Pipe, PipePool
 
 cdef enum:
-    PIPE_SIZE_MIN = 16 * 4096     # bytes; past pipe-user-pages-soft new pipes have 1 or 2 slots
-    PIPE_RETRY_MS = 1000       # after a pipe could not be had, none is asked for so long
-
-cdef inline void pipe_init(Pipe *pipe) noexcept nogil:
-    pipe.rd = pipe.wr = -1
-    pipe.filled = pipe.capacity = 0
+    PIPE_SIZE_MIN = 16 * 4096  # bytes; past pipe-user-pages-soft new pipes have 1 or 2 slots
+    PIPE_RETRY_MS = 1000       # after a pipe was refused, none is asked for during this time
 
 
-cdef inline void pipe_close(Pipe *pipe) noexcept nogil:
-    if pipe.rd >= 0:
-        close(pipe.rd)
-        close(pipe.wr)
-    pipe_init(pipe)
+cdef inline int pipe_get(PipePool *pool, Pipe *pipe, int64_t now_ms) noexcept nogil:
+    """An empty pipe, from the pool or new; 0 or -errno."""
+    cdef int failure
+    if pool.count > 0:
+        pool.count -= 1
+        pipe[0] = pool.idle[pool.count]
+        return 0
+    if pool.refused_ms != 0 and now_ms - pool.refused_ms < PIPE_RETRY_MS:
+        return -EAGAIN
+    failure = pipe_open(pipe, pool.size)
+    pool.refused_ms = now_ms if failure < 0 else 0
+    return failure
 
 
 cdef inline int pipe_open(Pipe *pipe, size_t size) noexcept nogil:
@@ -46,20 +49,6 @@ cdef inline int pipe_open(Pipe *pipe, size_t size) noexcept nogil:
     return 0
 
 
-cdef inline int pipe_get(PipePool *pool, Pipe *pipe, int64_t now_ms) noexcept nogil:
-    """An empty pipe, from the pool or new; 0 or -errno."""
-    cdef int failure
-    if pool.count > 0:
-        pool.count -= 1
-        pipe[0] = pool.idle[pool.count]
-        return 0
-    if pool.refused_ms != 0 and now_ms - pool.refused_ms < PIPE_RETRY_MS:
-        return -EAGAIN
-    failure = pipe_open(pipe, pool.size)
-    pool.refused_ms = now_ms if failure < 0 else 0
-    return failure
-
-
 cdef inline void pipe_put(PipePool *pool, Pipe *pipe) noexcept nogil:
     """Give the pipe up: into the pool if it is empty and there is room."""
     if pipe.rd >= 0 and pipe.filled == 0 and pool.count < POOL_MAX:
@@ -74,3 +63,15 @@ cdef inline void pool_clear(PipePool *pool) noexcept nogil:
     while pool.count > 0:
         pool.count -= 1
         pipe_close(&pool.idle[pool.count])
+
+
+cdef inline void pipe_close(Pipe *pipe) noexcept nogil:
+    if pipe.rd >= 0:
+        close(pipe.rd)
+        close(pipe.wr)
+    pipe_init(pipe)
+
+
+cdef inline void pipe_init(Pipe *pipe) noexcept nogil:
+    pipe.rd = pipe.wr = -1
+    pipe.filled = pipe.capacity = 0

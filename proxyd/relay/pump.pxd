@@ -24,306 +24,58 @@
 #   anything else       src has failed: DRAINING    dst is gone: DEAD; src's last words go on in
 #                                                   the other half
 
-from proxyd.relay.pipe cimport pipe_close, pipe_get, pipe_put
-from proxyd.relay.rights cimport PEEK_MAX, rights_recv, rights_recv_any, rights_refuse
+from proxyd.relay.endpoint cimport (
+    endpoint_blocked, endpoint_failed, endpoint_grow_sndbuf, endpoint_is_plain, endpoint_lost,
+    endpoint_recv,
+)
+from proxyd.relay.half cimport half_abandon, half_held, half_keep, unsent_free
+from proxyd.relay.pipe cimport pipe_get, pipe_put
 from proxyd.relay.sys cimport (
-    AF_UNIX, AF_VSOCK, EAGAIN, EINTR, EINVAL, ENOMEM, ENOSYS, EOPNOTSUPP, EPERM, EPIPE, EPOLLET,
-    EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP, EPOLL_CTL_MOD, MSG_CTRUNC, MSG_DONTWAIT, MSG_NOSIGNAL,
-    SOCK_CLOEXEC, SOCK_STREAM, SOL_SOCKET, SO_SNDBUF, SPLICE_F_MOVE, SPLICE_F_NONBLOCK, close,
-    counter_add, epoll_ctl, epoll_event, errno, free, getsockopt, iovec, malloc, memcpy, memset,
-    msghdr, read, recv, recvmsg, send, setsockopt, socket, socklen_t, splice, uint32_t,
+    AF_UNIX, AF_VSOCK, EAGAIN, EINTR, EINVAL, ENOMEM, ENOSYS, EOPNOTSUPP, EPERM, EPIPE,
+    MSG_DONTWAIT, MSG_NOSIGNAL, SPLICE_F_MOVE, SPLICE_F_NONBLOCK, counter_add, errno, read, send,
+    splice,
 )
-from proxyd.relay.types cimport (
-    DEAD, DRAINING, FLOWING, RIGHTS_ANY, RIGHTS_MAYBE, RIGHTS_NONE, RIGHTS_QUEUED, SHUT, Endpoint,
-    Half, PumpContext,
-)
+from proxyd.relay.types cimport DRAINING, FLOWING, Half, PumpContext
 
 cdef enum:
-    COPY_UNIT = 64 * 1024      # most bytes asked of one recv, but of a stream
+    COPY_UNIT = 64 * 1024      # most bytes asked of one recv, except from a stream …
     FIRST_UNIT = 16 * 1024     # … and while connecting: the bytes are kept if that fails
-    STREAM_READS = 2           # so many full reads in a row make a stream …
-    STREAM_SMALL = 16 * 1024   # … and so many reads below this size make it none
-    STREAM_MISSES = 4
-    SNDBUF = 256 * 1024   # bytes asked for where a stream goes into a UNIX socket: twice that
-    PUMP_BUDGET = 1024 * 1024  # bytes one pump may move before the others have their turn
+    STREAM_READS = 2           # this number of full reads in a row makes a stream …
+    STREAM_SMALL = 16 * 1024   # … and reads below this size …
+    STREAM_MISSES = 4          # … make it none, after this number in a row
+    PUMP_BUDGET = 1024 * 1024  # bytes that one pump may move before the others have their turn
 
-# ── endpoints ────────────────────────────────────────────────────────────────────────────────
 
-cdef inline uint32_t endpoint_interest(const Endpoint *end) noexcept nogil:
-    """What epoll is to announce: a function of the endpoint's state, computed only here.
+cdef inline bint half_pump(PumpContext *ctx, Half *half) noexcept nogil:
+    """Move bytes until one side has none, the other takes none, or the budget is spent.
 
-    EPOLLOUT is asked for while connecting and after the first send that did not fit, and stays:
-    TCP announces free space only after such a send, so it costs nothing more; a UNIX socket does
-    so whenever its peer has read, which a socket that never fills has no use for.
+    True: the budget is spent and there is more to do.
     """
-    cdef uint32_t interest = EPOLLIN | EPOLLRDHUP | EPOLLPRI | EPOLLET
-    if end.armed:
-        interest |= EPOLLOUT
-    return interest
-
-
-cdef inline void endpoint_failed(Endpoint *end, int error) noexcept nogil:
-    """A read or write said that the peer is gone, not having ended cleanly."""
-    end.gone = 1
-    if end.error == 0:
-        end.error = error
-
-
-cdef inline void endpoint_blocked(PumpContext *ctx, Endpoint *end) noexcept nogil:
-    """No more fits into the socket: wait for EPOLLOUT."""
-    cdef epoll_event event
-    end.writable = 0
-    if end.armed:
-        return
-    end.armed = 1
-    if end.registered:
-        event.events = endpoint_interest(end)
-        event.data.ptr = end
-        if epoll_ctl(ctx.epoll, EPOLL_CTL_MOD, end.fd, &event) < 0:
-            endpoint_failed(end, errno)  # it would wait for ever
-
-
-cdef inline void endpoint_lost(Endpoint *end, int error) noexcept nogil:
-    """A write failed. What it had already sent is still to be read, to the end.
-
-    EPIPE from a UNIX socket is a peer that closed, or only stopped reading: no error when that is
-    read.
-    """
-    if error == EPIPE and end.family == AF_UNIX:
-        end.gone = end.refused = 1
-    else:
-        endpoint_failed(end, error)
-    end.readable = end.ending = 1
-
-
-cdef inline void endpoint_grow_sndbuf(const Endpoint *end) noexcept nogil:
-    """Let a stream into a UNIX socket have as large a send buffer as it may (net.core.wmem_max).
-
-    Such a socket is announced as writable when it is nearly empty; the default takes 208 KiB, and
-    a wake-up for every 150 of them. TCP finds the right size by itself. Never less than it has:
-    the default may be more than an ordinary user may ask for.
-    """
-    cdef int size = SNDBUF
-    if end.family == AF_UNIX and sndbuf_of(end.fd) < sndbuf_granted():
-        setsockopt(end.fd, SOL_SOCKET, SO_SNDBUF, &size, sizeof(size))
-
-
-cdef inline int sndbuf_of(int fd) noexcept nogil:
-    cdef int size = 0
-    cdef socklen_t length = sizeof(size)
-    if getsockopt(fd, SOL_SOCKET, SO_SNDBUF, &size, &length) < 0:
-        return SNDBUF * 2  # it stays as it is
-    return size
-
-
-cdef inline int sndbuf_granted() noexcept nogil:
-    """What a socket would have that asks for SEND_BUFFER: tried on one that nobody needs, for
-    nothing less tells the limit, and what was once reduced may not be restored. 0: not known."""
-    cdef int size = SNDBUF
-    cdef int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0)
-    if fd < 0:
-        return 0
-    setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &size, sizeof(size))
-    size = sndbuf_of(fd)
-    close(fd)
-    return size
-
-
-cdef inline void endpoint_refuse_rights(PumpContext *ctx, Endpoint *end) noexcept nogil:
-    """Have no descriptors sent to an accepted UNIX client, or be prepared for them."""
-    if ctx.may_refuse and rights_refuse(end.fd):
-        end.rights.state = RIGHTS_QUEUED
-    else:
-        ctx.may_refuse = False
-        end.rights.state = RIGHTS_MAYBE
-
-
-cdef inline bint endpoint_is_plain(const Endpoint *end) noexcept nogil:
-    """Whether it may be read as it comes: it has no descriptors."""
-    return end.family != AF_UNIX or end.rights.state == RIGHTS_NONE
-
-
-cdef inline ssize_t endpoint_recv(Endpoint *end, char *buffer, size_t size) noexcept nogil:
-    """As recv(2), and `readable` is true afterwards only if there may be more to read.
-
-    A message with fds or credentials ends a recv from a UNIX socket, whatever is behind it. That
-    is told by MSG_CTRUNC, since there is no room for either here: they are lost, as documented.
-    """
-    cdef ssize_t got
-    cdef iovec piece
-    cdef msghdr message
-    if end.family != AF_UNIX:
-        got = recv(end.fd, buffer, size, MSG_DONTWAIT)
-        message.msg_flags = 0
-    elif end.rights.state == RIGHTS_ANY:
-        got = rights_recv_any(&end.rights, end.fd, buffer, min(size, <size_t>PEEK_MAX))
-        message.msg_flags = MSG_CTRUNC  # there is always more to do: to take what was only seen
-    elif not endpoint_is_plain(end):
-        size = min(size, <size_t>PEEK_MAX)
-        got = rights_recv(&end.rights, end.fd, buffer, size)
-        message.msg_flags = 0
-    else:
-        memset(&message, 0, sizeof(message))
-        piece.iov_base = buffer
-        piece.iov_len = size
-        message.msg_iov = &piece
-        message.msg_iovlen = 1
-        got = recvmsg(end.fd, &message, MSG_DONTWAIT)
-    if got < 0:
-        if errno == EAGAIN:
-            end.readable = end.urgent = 0
-    elif got == 0:
-        end.readable = 0
-        end.ended = 1
-    elif <size_t>got < size and not (
-            end.ending or end.urgent or message.msg_flags & MSG_CTRUNC):
-        end.readable = 0
-    return got
-
-
-# ── what a half holds ────────────────────────────────────────────────────────────────────────
-
-cdef inline size_t half_held(const Half *half) noexcept nogil:
-    """Bytes taken from src and not yet given to dst."""
-    return half.pipe.filled + (half.unsent_end - half.unsent_start)
-
-
-cdef inline void unsent_free(Half *half) noexcept nogil:
-    free(half.unsent)
-    half.unsent = NULL
-    half.unsent_start = half.unsent_end = 0
-
-
-cdef inline void half_drop(Half *half) noexcept nogil:
-    """Give up what is held, and the memory and fds that held it."""
-    pipe_close(&half.pipe)
-    unsent_free(half)
-
-
-cdef inline void half_abandon(Half *half) noexcept nogil:
-    """dst cannot be written any more."""
-    if half.state != SHUT:
-        half.state = DEAD
-    half.dst.refused |= half_held(half) > 0
-    half_drop(half)
-
-
-cdef inline int half_keep(Half *half, const char *data, size_t size) noexcept nogil:
-    """Keep bytes that dst did not take; 0 or -ENOMEM. Only while nothing else is held."""
-    half.unsent = <char *>malloc(size)
-    if half.unsent == NULL:
-        return -ENOMEM
-    memcpy(half.unsent, data, size)
-    half.unsent_start = 0
-    half.unsent_end = size
-    return 0
-
-
-# ── writing ──────────────────────────────────────────────────────────────────────────────────
-
-cdef inline void half_write_failed(Half *half, int error) noexcept nogil:
-    endpoint_lost(half.dst, error)
-    half_abandon(half)
-
-
-cdef inline void half_broke(Half *half) noexcept nogil:
-    """Bytes were lost for want of memory: neither side may take this for a clean end."""
-    endpoint_failed(half.src, ENOMEM)
-    endpoint_failed(half.dst, ENOMEM)
-    half_abandon(half)
-
-
-cdef inline ssize_t half_send(
-    PumpContext *ctx, Half *half, const char *data, size_t size
-) noexcept nogil:
-    """Bytes that dst took, 0 where it takes none now, -errno where it is gone."""
-    cdef ssize_t sent = send(half.dst.fd, data, size, MSG_DONTWAIT | MSG_NOSIGNAL)
-    cdef int error
-    if sent < 0:
-        error = errno
-        if error == EINTR:
-            return 0
-        if error != EAGAIN:
-            half_write_failed(half, error)
-            return -error
-        sent = 0
-    if <size_t>sent < size:
-        endpoint_blocked(ctx, half.dst)
-    counter_add(&ctx.counters.forwarded[half.direction], <size_t>sent)
-    counter_add(&ctx.counters.copied, <size_t>sent)
-    return sent
-
-
-cdef inline void half_send_unsent(PumpContext *ctx, Half *half) noexcept nogil:
-    cdef ssize_t sent = half_send(
-        ctx, half, half.unsent + half.unsent_start, half.unsent_end - half.unsent_start)
-    if sent <= 0:
-        return
-    half.unsent_start += <size_t>sent
-    if half.unsent_start == half.unsent_end:
-        unsent_free(half)
-
-
-cdef inline void half_unpipe(PumpContext *ctx, Half *half) noexcept nogil:
-    """dst refuses splice: read what the pipe holds, and copy from now on."""
-    cdef ssize_t size = read(half.pipe.rd, ctx.buffer, ctx.stream_unit)
-    half.copy_only = 1
-    if size <= 0 or half_keep(half, ctx.buffer, <size_t>size) < 0:
-        half_broke(half)
-        return
-    half.pipe.filled -= min(<size_t>size, half.pipe.filled)
-    if half.pipe.filled == 0:
-        pipe_put(&ctx.pool, &half.pipe)
-    half_send_unsent(ctx, half)
-
-
-cdef inline bint splice_refused(int error) noexcept nogil:
-    """Whether the kernel will not splice such a socket at all."""
-    return error == EINVAL or error == ENOSYS or error == EPERM or error == EOPNOTSUPP
-
-
-cdef inline void half_splice_out(PumpContext *ctx, Half *half) noexcept nogil:
-    """Empty the pipe into dst. Asks for exactly what is inside: a larger length may be taken for
-    a promise of more to come, and the last segment is then held back."""
-    cdef ssize_t moved
-    cdef int error
-    while half.pipe.filled > 0:
-        moved = splice(half.pipe.rd, NULL, half.dst.fd, NULL, half.pipe.filled,
-                       SPLICE_F_MOVE | SPLICE_F_NONBLOCK)
-        if moved <= 0:
-            error = errno if moved < 0 else EPIPE
-            if error == EAGAIN:
-                endpoint_blocked(ctx, half.dst)
-            elif splice_refused(error):
-                half_unpipe(ctx, half)
-            elif error != EINTR:
-                half_write_failed(half, error)
-            return
-        half.pipe.filled -= min(<size_t>moved, half.pipe.filled)
-        counter_add(&ctx.counters.forwarded[half.direction], <size_t>moved)
-        counter_add(&ctx.counters.spliced, <size_t>moved)
-    pipe_put(&ctx.pool, &half.pipe)
-
-
-cdef inline void half_flush(PumpContext *ctx, Half *half) noexcept nogil:
-    """Give dst what is held. The spill goes first: it is older than anything in the pipe."""
-    if half.unsent != NULL:
-        half_send_unsent(ctx, half)
-    if half.unsent == NULL and half.pipe.filled > 0:
-        if half.copy_only:
-            half_unpipe(ctx, half)
+    cdef size_t budget = PUMP_BUDGET
+    cdef size_t size
+    while half.state == FLOWING or half.state == DRAINING:
+        if half.dst.gone:
+            half_abandon(half)
+            break
+        if half_held(half) > 0:
+            if not half.dst.writable:
+                break
+            half_flush(ctx, half)
+            continue
+        if half.state == DRAINING or not half.src.readable:
+            break
+        if budget == 0:
+            return True
+        if half.streaming and half_splices(ctx, half):
+            size = <size_t>half_splice(ctx, half)
         else:
-            half_splice_out(ctx, half)
+            size = <size_t>half_copy(
+                ctx, half, ctx.stream_unit if half.streaming else ctx.copy_unit)
+        budget -= min(size, budget)
+    return False
 
 
-# ── reading ──────────────────────────────────────────────────────────────────────────────────
-
-cdef inline void half_read_failed(Half *half, int error) noexcept nogil:
-    """src is gone, and nothing more can be read from it."""
-    endpoint_failed(half.src, error)
-    half.src.readable = 0
-    half.state = DRAINING
-
+# ── reading ──────────────────────────────────────────────────────────────────────────────────────
 
 cdef inline bint half_splices(const PumpContext *ctx, const Half *half) noexcept nogil:
     """Whether a stream goes by splice in this direction (otherwise by large copies).
@@ -337,40 +89,6 @@ cdef inline bint half_splices(const PumpContext *ctx, const Half *half) noexcept
     if half.src.family == AF_VSOCK or half.dst.family == AF_VSOCK:
         return False
     return half.dst.family == AF_UNIX or half.src.family != AF_UNIX
-
-
-cdef inline void half_classify(Half *half, size_t size, size_t asked) noexcept nogil:
-    """A few full reads in a row make a stream, a few small ones make it none."""
-    if not half.streaming:
-        half.full_reads = half.full_reads + 1 if size == asked else 0
-        half.streaming = half.full_reads >= STREAM_READS
-        half.small_reads = 0
-        if half.streaming and not half.sndbuf_grown:
-            half.sndbuf_grown = 1
-            endpoint_grow_sndbuf(half.dst)
-        return
-    half.small_reads = half.small_reads + 1 if size < STREAM_SMALL else 0
-    if half.small_reads >= STREAM_MISSES:
-        half.streaming = half.full_reads = 0
-
-
-cdef inline ssize_t half_copy(PumpContext *ctx, Half *half, size_t unit) noexcept nogil:
-    """One recv and one send. Bytes taken, 0 at the end or where none can be had now."""
-    cdef ssize_t size = endpoint_recv(half.src, ctx.buffer, unit)
-    cdef ssize_t sent
-    if size < 0:
-        if errno != EAGAIN and errno != EINTR:
-            half_read_failed(half, errno)
-        return 0
-    if size == 0:
-        half.state = DRAINING
-        return 0
-    half.moved += <size_t>size
-    half_classify(half, <size_t>size, unit)
-    sent = half_send(ctx, half, ctx.buffer, <size_t>size)
-    if 0 <= sent < size and half_keep(half, ctx.buffer + sent, <size_t>(size - sent)) < 0:
-        half_broke(half)
-    return size
 
 
 cdef inline ssize_t half_splice(PumpContext *ctx, Half *half) noexcept nogil:
@@ -406,32 +124,139 @@ cdef inline ssize_t half_splice(PumpContext *ctx, Half *half) noexcept nogil:
     return 0
 
 
-# ── the pump ─────────────────────────────────────────────────────────────────────────────────
+cdef inline ssize_t half_copy(PumpContext *ctx, Half *half, size_t unit) noexcept nogil:
+    """One recv and one send. Bytes taken, 0 at the end or where none can be had now."""
+    cdef ssize_t size = endpoint_recv(half.src, ctx.buffer, unit)
+    cdef ssize_t sent
+    if size < 0:
+        if errno != EAGAIN and errno != EINTR:
+            half_read_failed(half, errno)
+        return 0
+    if size == 0:
+        half.state = DRAINING
+        return 0
+    half.moved += <size_t>size
+    half_classify(half, <size_t>size, unit)
+    sent = half_send(ctx, half, ctx.buffer, <size_t>size)
+    if 0 <= sent < size and half_keep(half, ctx.buffer + sent, <size_t>(size - sent)) < 0:
+        half_broke(half)
+    return size
 
-cdef inline bint half_pump(PumpContext *ctx, Half *half) noexcept nogil:
-    """Move bytes until one side has none, the other takes none, or the budget is spent.
 
-    True: the budget is spent and there is more to do.
-    """
-    cdef size_t budget = PUMP_BUDGET
-    cdef size_t size
-    while half.state == FLOWING or half.state == DRAINING:
-        if half.dst.gone:
-            half_abandon(half)
-            break
-        if half_held(half) > 0:
-            if not half.dst.writable:
-                break
-            half_flush(ctx, half)
-            continue
-        if half.state == DRAINING or not half.src.readable:
-            break
-        if budget == 0:
-            return True
-        if half.streaming and half_splices(ctx, half):
-            size = <size_t>half_splice(ctx, half)
+cdef inline void half_classify(Half *half, size_t size, size_t asked) noexcept nogil:
+    """A few full reads in a row make a stream, a few small ones make it none."""
+    if not half.streaming:
+        half.full_reads = half.full_reads + 1 if size == asked else 0
+        half.streaming = half.full_reads >= STREAM_READS
+        half.small_reads = 0
+        if half.streaming and not half.sndbuf_grown:
+            half.sndbuf_grown = 1
+            endpoint_grow_sndbuf(half.dst)
+        return
+    half.small_reads = half.small_reads + 1 if size < STREAM_SMALL else 0
+    if half.small_reads >= STREAM_MISSES:
+        half.streaming = half.full_reads = 0
+
+
+cdef inline void half_read_failed(Half *half, int error) noexcept nogil:
+    """src is gone, and nothing more can be read from it."""
+    endpoint_failed(half.src, error)
+    half.src.readable = 0
+    half.state = DRAINING
+
+
+# ── writing ──────────────────────────────────────────────────────────────────────────────────────
+
+cdef inline void half_flush(PumpContext *ctx, Half *half) noexcept nogil:
+    """Give dst what is held. The spill goes first: it is older than anything in the pipe."""
+    if half.unsent != NULL:
+        half_send_unsent(ctx, half)
+    if half.unsent == NULL and half.pipe.filled > 0:
+        if half.copy_only:
+            half_unpipe(ctx, half)
         else:
-            size = <size_t>half_copy(
-                ctx, half, ctx.stream_unit if half.streaming else ctx.copy_unit)
-        budget -= min(size, budget)
-    return False
+            half_splice_out(ctx, half)
+
+
+cdef inline void half_splice_out(PumpContext *ctx, Half *half) noexcept nogil:
+    """Empty the pipe into dst. Asks for exactly what is inside: a larger length may be taken for
+    a promise of more to come, and the last segment is then held back."""
+    cdef ssize_t moved
+    cdef int error
+    while half.pipe.filled > 0:
+        moved = splice(half.pipe.rd, NULL, half.dst.fd, NULL, half.pipe.filled,
+                       SPLICE_F_MOVE | SPLICE_F_NONBLOCK)
+        if moved <= 0:
+            error = errno if moved < 0 else EPIPE
+            if error == EAGAIN:
+                endpoint_blocked(ctx, half.dst)
+            elif splice_refused(error):
+                half_unpipe(ctx, half)
+            elif error != EINTR:
+                half_write_failed(half, error)
+            return
+        half.pipe.filled -= min(<size_t>moved, half.pipe.filled)
+        counter_add(&ctx.counters.forwarded[half.direction], <size_t>moved)
+        counter_add(&ctx.counters.spliced, <size_t>moved)
+    pipe_put(&ctx.pool, &half.pipe)
+
+
+cdef inline void half_unpipe(PumpContext *ctx, Half *half) noexcept nogil:
+    """dst refuses splice: read what the pipe holds, and copy from now on."""
+    cdef ssize_t size = read(half.pipe.rd, ctx.buffer, ctx.stream_unit)
+    half.copy_only = 1
+    if size <= 0 or half_keep(half, ctx.buffer, <size_t>size) < 0:
+        half_broke(half)
+        return
+    half.pipe.filled -= min(<size_t>size, half.pipe.filled)
+    if half.pipe.filled == 0:
+        pipe_put(&ctx.pool, &half.pipe)
+    half_send_unsent(ctx, half)
+
+
+cdef inline void half_send_unsent(PumpContext *ctx, Half *half) noexcept nogil:
+    cdef ssize_t sent = half_send(
+        ctx, half, half.unsent + half.unsent_start, half.unsent_end - half.unsent_start)
+    if sent <= 0:
+        return
+    half.unsent_start += <size_t>sent
+    if half.unsent_start == half.unsent_end:
+        unsent_free(half)
+
+
+cdef inline ssize_t half_send(
+    PumpContext *ctx, Half *half, const char *data, size_t size
+) noexcept nogil:
+    """Bytes that dst took, 0 where it takes none now, -errno where it is gone."""
+    cdef ssize_t sent = send(half.dst.fd, data, size, MSG_DONTWAIT | MSG_NOSIGNAL)
+    cdef int error
+    if sent < 0:
+        error = errno
+        if error == EINTR:
+            return 0
+        if error != EAGAIN:
+            half_write_failed(half, error)
+            return -error
+        sent = 0
+    if <size_t>sent < size:
+        endpoint_blocked(ctx, half.dst)
+    counter_add(&ctx.counters.forwarded[half.direction], <size_t>sent)
+    counter_add(&ctx.counters.copied, <size_t>sent)
+    return sent
+
+
+cdef inline void half_write_failed(Half *half, int error) noexcept nogil:
+    endpoint_lost(half.dst, error)
+    half_abandon(half)
+
+
+cdef inline void half_broke(Half *half) noexcept nogil:
+    """Bytes were lost for want of memory: neither side may take this for a clean end."""
+    endpoint_failed(half.src, ENOMEM)
+    endpoint_failed(half.dst, ENOMEM)
+    half_abandon(half)
+
+
+cdef inline bint splice_refused(int error) noexcept nogil:
+    """Whether the kernel will not splice such a socket at all."""
+    return error == EINVAL or error == ENOSYS or error == EPERM or error == EOPNOTSUPP

@@ -27,9 +27,12 @@ from proxyd.relay.types cimport (
 )
 
 cdef enum:
-    PEEK_UNIT = 4096           # bytes that a look at much data writes again and again
+    PEEK_UNIT = 4096           # bytes; a look at much data writes these again and again
     PEEK_PIECES = 64
     PEEK_MAX = PEEK_UNIT * PEEK_PIECES
+
+
+# ── refusing ─────────────────────────────────────────────────────────────────────────────────────
 
 cdef inline bint rights_refuse(int fd) noexcept nogil:
     """Have descriptors refused that are sent from now on. Whether the kernel can do so."""
@@ -37,50 +40,25 @@ cdef inline bint rights_refuse(int fd) noexcept nogil:
     return setsockopt(fd, SOL_SOCKET, SO_PASSRIGHTS, &off, sizeof(off)) == 0
 
 
-cdef inline void rights_forget_writers(int fd) noexcept nogil:
-    """Ask for no credentials, as a listener may have (PassCredentials=): for want of room they,
-    too, are told by MSG_CTRUNC."""
-    cdef int off = 0
-    setsockopt(fd, SOL_SOCKET, SO_PASSCRED, &off, sizeof(off))
-    setsockopt(fd, SOL_SOCKET, SO_PASSSEC, &off, sizeof(off))
-    setsockopt(fd, SOL_SOCKET, SO_PASSPIDFD, &off, sizeof(off))
+# ── reading ──────────────────────────────────────────────────────────────────────────────────────
 
-
-cdef inline ssize_t rights_peek_once(
-    int fd, char *buffer, size_t size, bint *truncated
-) noexcept nogil:
-    """As recv(2) with MSG_PEEK, but that of much data `buffer` holds nothing that makes sense: it
-    is written over and over, which is cheaper. At most PEEK_MOST bytes."""
-    cdef iovec pieces[PEEK_PIECES]
-    cdef msghdr message
-    cdef ssize_t got
-    cdef size_t count = 0
-    memset(&message, 0, sizeof(message))
-    while size > 0 and count < PEEK_PIECES:
-        pieces[count].iov_base = buffer
-        pieces[count].iov_len = min(size, <size_t>PEEK_UNIT)
-        size -= pieces[count].iov_len
-        count += 1
-    message.msg_iov = pieces
-    message.msg_iovlen = count
-    got = recvmsg(fd, &message, MSG_PEEK | MSG_DONTWAIT)
-    truncated[0] = got > 0 and message.msg_flags & MSG_CTRUNC
+cdef inline ssize_t rights_recv(Rights *rights, int fd, char *buffer, size_t size) noexcept nogil:
+    """As recv(2) without waiting, with care: EAGAIN also where descriptors come next."""
+    cdef bint some = False
+    cdef ssize_t got = -1
+    errno_set(EAGAIN)
+    if rights.state != RIGHTS_AHEAD:
+        got = rights_peek(fd, buffer, size, &some)
+    if some:
+        rights.state = RIGHTS_AHEAD
+        errno_set(EAGAIN)
+        return -1
+    if got > 0:
+        got = recv(fd, buffer, <size_t>got, MSG_DONTWAIT)
+        rights_took(rights, fd, <size_t>max(got, 0))
+    elif got == 0 or rights.state < RIGHTS_MAYBE and errno == EAGAIN:
+        rights.state = RIGHTS_NONE
     return got
-
-
-cdef inline ssize_t rights_peek(int fd, char *buffer, size_t size, bint *some) noexcept nogil:
-    """How many bytes a recv(2) would give, and whether descriptors came with the last of them."""
-    cdef ssize_t got = rights_peek_once(fd, buffer, size, some)
-    if not some[0]:
-        return got
-    rights_forget_writers(fd)
-    return rights_peek_once(fd, buffer, size, some)
-
-
-cdef inline int queue_length(int fd) noexcept nogil:
-    """Bytes that are yet to be read, or -errno."""
-    cdef int size = 0
-    return size if ioctl(fd, SIOCINQ, &size) == 0 else -errno
 
 
 cdef inline void rights_took(Rights *rights, int fd, size_t size) noexcept nogil:
@@ -117,23 +95,18 @@ cdef inline ssize_t rights_recv_any(
     return got
 
 
-cdef inline ssize_t rights_recv(Rights *rights, int fd, char *buffer, size_t size) noexcept nogil:
-    """As recv(2) without waiting, with care: EAGAIN also where descriptors come next."""
-    cdef bint some = False
-    cdef ssize_t got = -1
-    errno_set(EAGAIN)
-    if rights.state != RIGHTS_AHEAD:
-        got = rights_peek(fd, buffer, size, &some)
-    if some:
-        rights.state = RIGHTS_AHEAD
-        errno_set(EAGAIN)
-        return -1
-    if got > 0:
-        got = recv(fd, buffer, <size_t>got, MSG_DONTWAIT)
-        rights_took(rights, fd, <size_t>max(got, 0))
-    elif got == 0 or rights.state < RIGHTS_MAYBE and errno == EAGAIN:
-        rights.state = RIGHTS_NONE
-    return got
+# ── closing ──────────────────────────────────────────────────────────────────────────────────────
+
+cdef inline bint rights_may_close(const Rights *rights, int fd) noexcept nogil:
+    """Whether a close(2) of this UNIX socket finds no descriptors. Nothing can be sent to it any
+    more afterwards: otherwise some could come in between.
+
+    Data that nobody has read stays, so that the peer sees ECONNRESET as after any such close.
+    """
+    if rights.state == RIGHTS_NONE or rights.state == RIGHTS_ANY:
+        return True
+    shutdown(fd, SHUT_RD)
+    return rights_queue_is_plain(fd)
 
 
 cdef inline bint rights_queue_is_plain(int fd) noexcept nogil:
@@ -172,13 +145,49 @@ cdef inline bint queue_take(int fd, char *scrap, ssize_t size) noexcept nogil:
     return True
 
 
-cdef inline bint rights_may_close(const Rights *rights, int fd) noexcept nogil:
-    """Whether a close(2) of this UNIX socket finds no descriptors. Nothing can be sent to it any
-    more afterwards: otherwise some could come in between.
+cdef inline int queue_length(int fd) noexcept nogil:
+    """Bytes that are yet to be read, or -errno."""
+    cdef int size = 0
+    return size if ioctl(fd, SIOCINQ, &size) == 0 else -errno
 
-    Data that nobody has read stays, so that the peer sees ECONNRESET as after any such close.
-    """
-    if rights.state == RIGHTS_NONE or rights.state == RIGHTS_ANY:
-        return True
-    shutdown(fd, SHUT_RD)
-    return rights_queue_is_plain(fd)
+
+# ── looking ──────────────────────────────────────────────────────────────────────────────────────
+
+cdef inline ssize_t rights_peek(int fd, char *buffer, size_t size, bint *some) noexcept nogil:
+    """How many bytes a recv(2) would give, and whether descriptors came with the last of them."""
+    cdef ssize_t got = rights_peek_once(fd, buffer, size, some)
+    if not some[0]:
+        return got
+    rights_forget_writers(fd)
+    return rights_peek_once(fd, buffer, size, some)
+
+
+cdef inline ssize_t rights_peek_once(
+    int fd, char *buffer, size_t size, bint *truncated
+) noexcept nogil:
+    """As recv(2) with MSG_PEEK, but that of much data `buffer` holds nothing that makes sense: it
+    is written over and over, which is cheaper. At most PEEK_MOST bytes."""
+    cdef iovec pieces[PEEK_PIECES]
+    cdef msghdr message
+    cdef ssize_t got
+    cdef size_t count = 0
+    memset(&message, 0, sizeof(message))
+    while size > 0 and count < PEEK_PIECES:
+        pieces[count].iov_base = buffer
+        pieces[count].iov_len = min(size, <size_t>PEEK_UNIT)
+        size -= pieces[count].iov_len
+        count += 1
+    message.msg_iov = pieces
+    message.msg_iovlen = count
+    got = recvmsg(fd, &message, MSG_PEEK | MSG_DONTWAIT)
+    truncated[0] = got > 0 and message.msg_flags & MSG_CTRUNC
+    return got
+
+
+cdef inline void rights_forget_writers(int fd) noexcept nogil:
+    """Ask for no credentials, as a listener may have (PassCredentials=): for want of room they,
+    too, are told by MSG_CTRUNC."""
+    cdef int off = 0
+    setsockopt(fd, SOL_SOCKET, SO_PASSCRED, &off, sizeof(off))
+    setsockopt(fd, SOL_SOCKET, SO_PASSSEC, &off, sizeof(off))
+    setsockopt(fd, SOL_SOCKET, SO_PASSPIDFD, &off, sizeof(off))
