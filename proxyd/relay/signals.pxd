@@ -1,9 +1,11 @@
-# An alarm that keeps interrupting a system call which may wait after all.
+# Signals: handlers that interrupt what waits, and an alarm that goes on interrupting.
+#
+# Handlers have no argument but the number, so what they write is static. There is one copy, since
+# all of this is compiled into one extension.
 
-from proxyd._linux cimport (
+from proxyd.relay.sys cimport (
     ITIMER_REAL, SIGALRM, SIG_DFL, itimerval, setitimer, sigaction, sigaction_t,
 )
-
 
 cdef inline void alarm_set(long ms) noexcept nogil:
     """Interrupt this process every `ms` from now on; 0: no more."""
