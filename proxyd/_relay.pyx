@@ -3,130 +3,235 @@
 #
 # binding, auto_pickle: nobody introspects or pickles a relay, and both cost start-up time.
 # freethreading_compatible: a relay's methods are for one thread. What its crew of threads shares
-#   with it has locks and atomics of its own (_inbox.pxd, _tally.pxd), and no Python.
+#   with it has locks and atomics of its own (relay/mailbox.pxd, relay/gauges.pxd), and no Python.
 # boundscheck …: only C arrays, with C's rules.
 """The mechanism: an epoll loop that forwards between pairs of sockets without the GIL.
 
-This file is its Python face. Where to read on, in the order a byte meets it: _loop.pxd (a batch of
-events), _gate.pxd (how clients come in), _connection.pxd (how a connection begins and ends),
-_half.pxd (the pump), _pipe.pxd (pipes); and _crew.pxd for the same in several threads.
+This file is its Python face. Where to read on, in the order a byte meets it: relay/loop.pxd (a batch of
+events), relay/accept.pxd (how clients come in), relay/connection.pxd (how a connection begins and ends),
+relay/pump.pxd (the pump), relay/pipe.pxd (pipes); and relay/workers.pxd for the same in several threads.
 """
 
 from cpython.ref cimport Py_INCREF
 from cython cimport no_gc_clear
 
-from proxyd._busy cimport CPUS_MOST, Machine
-from proxyd._connection cimport (
-    Connection, HOW_COUNT, KIND_GATE, KIND_WATCH, NOTE_ACCEPTED, NOTE_BUSY, NOTE_ENDED,
-    NOTE_FAILED, NOTE_NOBODY, NOTE_READY, NOTE_REFUSED, Note, Relaying, connection_free,
-    connection_new, connection_open, connection_place, connections_fewer, connections_free,
-    relay_hang_up, socket_connect, socket_error, socket_met_itself, socket_tune, socket_unlinger,
-    target_set_rights,
+from proxyd.relay cimport types
+from proxyd.relay.accept cimport listener_count_early, listener_unwatch, listener_watch
+from proxyd.relay.bookkeeping cimport connection_limit, connections_decrement
+from proxyd.relay.clock cimport clock_ms, earlier
+from proxyd.relay.close cimport connection_free, connections_free
+from proxyd.relay.connect cimport (
+    connection_connect, connection_new, connection_place, socket_connect, target_set_rights,
+    worker_hang_up,
 )
-from proxyd._crew cimport (
-    crew_answered, crew_ask, crew_dismiss, crew_free, crew_hire, crew_order, quarantine_serve,
-    relay_close_inbox,
+from proxyd.relay.endpoint cimport endpoint_lost
+from proxyd.relay.gauges cimport gauges_connections, gauges_in_quarantine, gauges_set_wake_at_count
+from proxyd.relay.list cimport link_init, list_empty, list_remove
+from proxyd.relay.loop cimport worker_cut, worker_destroy, worker_init, worker_set_up, worker_turn
+from proxyd.relay.pipe cimport pool_clear
+from proxyd.relay.quarantine cimport quarantine_destroy, quarantine_due, quarantine_init
+from proxyd.relay.self_connect cimport (
+    local_port, self_connect_add, self_connect_move, self_connect_remove,
+    self_connect_table_destroy, self_connect_table_init,
 )
-from proxyd._gate cimport (
-    GATE_CHECK_PORT, GATE_CHECK_TCP, GATE_CHECK_UNIX, GateState, gate_count_early, gate_unwatch,
-    gate_watch,
+from proxyd.relay.signals cimport alarm_set
+from proxyd.relay.socket cimport (
+    socket_self_connected, socket_take_error, socket_tune, socket_unlinger,
 )
-from proxyd._half cimport endpoint_lost
-from proxyd._inbox cimport ORDER_TRIM
-from proxyd._linux cimport (
+from proxyd.relay.sys cimport (
     AF_UNIX, AF_VSOCK, ECONNREFUSED, ECONNRESET, EFD_CLOEXEC, EFD_NONBLOCK, EINPROGRESS, ELOOP,
     ENOMEM, EPOLLET, EPOLLIN, EPOLLOUT, EPOLLRDHUP, EPOLL_CTL_ADD, EPOLL_CTL_DEL, MSG_DONTWAIT,
     MSG_PEEK, RLIMIT_NOFILE, SIGALRM, SIGHUP, SIGINT, SIG_IGN, SIG_UNBLOCK, SOL_SOCKET, SO_DOMAIN,
-    calloc, close, counter_get, epoll_ctl, epoll_event, errno, errno_set, eventfd, eventfd_read,
-    eventfd_write, free, getpeername, getpid, getrlimit, getsockname, getsockopt, int64_t, memcpy,
-    memset, moment_get, pthread_join, pthread_sigmask, recv, rlimit, setrlimit, shared_add,
-    shared_get, shared_take, sigaction, sigaction_t, sigaddset, sigemptyset, sigset_t, sockaddr,
+    atomic_add, atomic_get, atomic_take, calloc, close, counter_get, epoll_ctl, epoll_event, errno,
+    errno_set, eventfd, eventfd_read, eventfd_write, free, getpeername, getpid, getrlimit,
+    getsockname, getsockopt, int64_t, memcpy, memset, moment_get, pthread_join, pthread_sigmask,
+    recv, rlimit, setrlimit, sigaction, sigaction_t, sigaddset, sigemptyset, sigset_t, sockaddr,
     sockaddr_storage, socklen_t, uint64_t,
 )
-from proxyd._list cimport link_init, list_empty, list_remove
-from proxyd._loop cimport (
-    Watch, clock_ms, earlier, relay_cut, relay_free, relay_init, relay_open, relay_turn,
+from proxyd.relay.types cimport (
+    CPUS_MAX, ENDING_COUNT, EVENT_ACCEPTED, EVENT_ACCEPT_FAILED, EVENT_READY, EVENT_REFUSED,
+    EVENT_WORKERS_WANTED, KIND_LISTENER, KIND_WATCH, ORDER_TRIM, TO_CLIENT, TO_TARGET, Connection,
+    Gauges, Listener, Machine, PolicyEvent, Quarantine, SelfConnectTable, Watch, Worker,
 )
-from proxyd._own cimport (
-    Own, OwnTable, local_port, own_add, own_move, own_remove, own_table_close, own_table_init,
+from proxyd.relay.workers cimport (
+    quarantine_start, worker_close_mailbox, worker_free, workers_answered, workers_order,
+    workers_ping, workers_start_one, workers_stop,
 )
-from proxyd._pipe cimport pool_clear
-from proxyd._quarantine cimport (
-    Quarantine, quarantine_destroy, quarantine_due, quarantine_init,
-)
-from proxyd._signals cimport alarm_set
-from proxyd._tally cimport Tally, tally_late, tally_open, tally_wake_at
 
-# kinds of events that run() returns
-READY = NOTE_READY
-ACCEPTED = NOTE_ACCEPTED
-NOBODY = NOTE_NOBODY
-REFUSED = NOTE_REFUSED
-FAILED = NOTE_FAILED
-ENDED = NOTE_ENDED
-BUSY = NOTE_BUSY
+# what a RelayListener checks each client for
+CHECK_TCP = types.CHECK_TCP
+CHECK_UNIX = types.CHECK_UNIX
+CHECK_PORT = types.CHECK_PORT
 
-# what a Gate is to look for
-CHECK_TCP = GATE_CHECK_TCP
-CHECK_UNIX = GATE_CHECK_UNIX
-CHECK_PORT = GATE_CHECK_PORT
-
-ctypedef struct WatchedFd:
-    Watch watch
-    Own own                    # of a socket that dial() made
+# How a connection can end, by HOW_*. These are the words of the log and of Totals.endings; the
+# policy counts held clients under the two that have names of their own.
+ENDINGS = ("ended", "reset", "idle", "cut", "client gone")
+ENDING_CUT = ENDINGS[types.ENDING_CUT]
+ENDING_CLIENT_GONE = ENDINGS[types.ENDING_CLIENT_GONE]
 
 
-@no_gc_clear  # __dealloc__ needs the relay
-cdef class Gate:
-    """A listener whose clients the relay accepts. The fd stays the caller's.
+# ── events, as run() returns them ────────────────────────────────────────────────────────────────
 
-    Each client becomes an (ACCEPTED, client, peer, index) event; with express() it is connected at
-    once instead. `check` is CHECK_TCP to find clients that are our own outgoing sockets (the
-    listener must be in our network namespace), CHECK_UNIX to find those of this process; such a
-    client is closed, and (NOBODY, ELOOP, index) tells. With CHECK_PORT a client that connected to
-    another port than the listener's is not connected, but becomes an ACCEPTED event in any case.
+cdef class Ready:
+    """A watched fd is ready."""
+
+    cdef readonly int fd
+    cdef readonly unsigned int events      # EPOLLIN …, as epoll_wait(2) has them
+
+    def __init__(self, int fd, unsigned int events):
+        self.fd = fd
+        self.events = events
+
+
+cdef class Accepted:
+    """A client that is not connected automatically: its fd is the caller's now."""
+
+    cdef readonly int listener             # index
+    cdef readonly int client               # fd
+    cdef readonly bytes peer               # packed address; b"": socket_names() can tell it
+
+    def __init__(self, int listener, int client, bytes peer not None):
+        self.listener = listener
+        self.client = client
+        self.peer = peer
+
+
+cdef class AcceptFailed:
+    """accept(2) failed. ELOOP: the client was one of our own outgoing sockets, and was closed."""
+
+    cdef readonly int listener             # index
+    cdef readonly int error                # errno
+
+    def __init__(self, int listener, int error):
+        self.listener = listener
+        self.error = error
+
+
+cdef class Refused:
+    """A client over the limit was closed."""
+
+    cdef readonly int listener             # index
+
+    def __init__(self, int listener):
+        self.listener = listener
+
+
+cdef class ConnectFailed:
+    """A client could not be connected: its fd is the caller's again.
+
+    `pending` has to be sent first when another target is tried: the preamble, and bytes that were
+    already read from the client.
     """
 
-    cdef GateState state
+    cdef readonly int listener             # index, as connect() was given it
+    cdef readonly int client               # fd
+    cdef readonly int error                # errno; ELOOP: the target was the socket itself
+    cdef readonly bytes pending
+    cdef readonly int64_t opened_ms        # when the connect began
+    cdef readonly long long connection     # id; 0: the connect failed before there was any
+
+    def __init__(self, int listener, int client, int error, bytes pending not None,
+                 int64_t opened_ms, long long connection):
+        self.listener = listener
+        self.client = client
+        self.error = error
+        self.pending = pending
+        self.opened_ms = opened_ms
+        self.connection = connection
+
+
+cdef class Ended:
+    """A connection has ended. Only with Relay.report_ends."""
+
+    cdef readonly long long connection     # id
+    cdef readonly str ending               # one of ENDINGS
+    cdef readonly uint64_t bytes_up        # read from the client
+    cdef readonly uint64_t bytes_down      # read from the target
+    cdef readonly int64_t duration_ms
+    cdef readonly int client_error         # errno with which the client's side failed; 0: none
+    cdef readonly int target_error
+
+    def __init__(self, long long connection, str ending not None, uint64_t bytes_up,
+                 uint64_t bytes_down, int64_t duration_ms, int client_error, int target_error):
+        self.connection = connection
+        self.ending = ending
+        self.bytes_up = bytes_up
+        self.bytes_down = bytes_down
+        self.duration_ms = duration_ms
+        self.client_error = client_error
+        self.target_error = target_error
+
+
+cdef class WorkersWanted:
+    """One thread has more to do than it can, a CPU is idle, and there are no workers yet."""
+
+
+cdef class Totals:
+    """What has been counted since the start, over all threads."""
+
+    cdef readonly uint64_t accepted
+    cdef readonly uint64_t refused         # of these, closed at once: over the limit, or ourselves
+    cdef readonly uint64_t bytes_to_targets
+    cdef readonly uint64_t bytes_to_clients
+    cdef readonly uint64_t spliced         # bytes, of both directions, that splice(2) moved …
+    cdef readonly uint64_t copied          # … and those that were copied
+    cdef readonly dict endings             # connections that have ended: {one of ENDINGS: count}
+
+
+# ── listeners ────────────────────────────────────────────────────────────────────────────────────
+
+@no_gc_clear  # __dealloc__ needs the relay
+cdef class RelayListener:
+    """A listener whose clients the relay accepts. The fd stays the caller's.
+
+    Each client becomes an Accepted event; with auto_connect() it is connected at once instead.
+    `check` is CHECK_TCP to recognise clients that are our own outgoing sockets (the listener must
+    be in our network namespace), CHECK_UNIX to recognise those of this process; such a client is
+    closed, and an AcceptFailed event with ELOOP tells. With CHECK_PORT a client that connected to
+    another port than the listener's becomes an Accepted event in any case. `index` is what events
+    call this listener.
+    """
+
+    cdef Listener state
     cdef Relay relay
 
     def __init__(self, Relay relay not None, int fd, int family, int check, int index):
         self.relay = relay
-        self.state.kind = KIND_GATE
+        self.state.kind = KIND_LISTENER
         self.state.fd = fd
         self.state.family = family
         self.state.check = check
         self.state.index = index
         self.state.port = local_port(fd)
-        link_init(&self.state.full, &self.state)
+        link_init(&self.state.waiting, &self.state)
 
     def __dealloc__(self):
         if self.relay is not None:
-            gate_unwatch(&self.relay.relaying, &self.state)
+            listener_unwatch(&self.relay.worker, &self.state)
 
     @property
-    def served(self):
-        """Clients connected by express(), those included whose connect failed later."""
-        return self.state.served
+    def connected_count(self):
+        """Clients that auto_connect() has connected, including those whose connect failed later."""
+        return self.state.connected_count
 
-    def open(self):
-        """Begin to accept. Raises OSError. The gate must live until shut() was called."""
+    def start(self):
+        """Begin to accept. Raises OSError. The object must live until stop() was called."""
         cdef int failure
-        gate_count_early(&self.state)
-        failure = gate_watch(&self.relay.relaying, &self.state)
+        listener_count_early(&self.state)
+        failure = listener_watch(&self.relay.worker, &self.state)
         if failure < 0:
             raise_errno(-failure)
 
-    def shut(self):
-        """Accept nobody any more; what waits stays in the backlog."""
-        gate_unwatch(&self.relay.relaying, &self.state)
+    def stop(self):
+        """Accept no more clients; those that wait stay in the backlog."""
+        listener_unwatch(&self.relay.worker, &self.state)
 
-    def express(self, bytes address, long long timeout_ms=0):
-        """Connect clients to the packed `address` from now on, as Relay.connect() does.
+    def auto_connect(self, bytes address, long long timeout_ms=0):
+        """Connect each client to the packed `address` from now on, as Relay.connect() does.
 
         None: no longer.
         """
-        self.state.express = address is not None
+        self.state.auto_connect = address is not None
         if address is not None:
             address_unpack(&self.state.target, address)
             self.state.target_size = <socklen_t>len(address)
@@ -137,6 +242,8 @@ cdef object raise_errno(int error):
     raise OSError(error, "")
 
 
+# ── the relay ────────────────────────────────────────────────────────────────────────────────────
+
 cdef class Relay:
     """Forwards between pairs of stream sockets. Belongs to one thread.
 
@@ -144,36 +251,36 @@ cdef class Relay:
     bytes; without `may_splice` everything is copied. Without `may_refuse`, or where the kernel
     cannot refuse file descriptors sent over UNIX sockets, they are taken and dropped.
 
-    The relay owns a client from the moment connect() or adopt() returns; when either raises, the
-    client is still the caller's. A FAILED event gives a client back.
+    The relay owns a client once connect() has returned an id, or adopt() has returned. A
+    ConnectFailed, returned or as an event, gives the client back.
     """
 
-    cdef Relaying relaying
-    cdef Tally tally
-    cdef OwnTable own
+    cdef Worker worker
+    cdef Gauges gauges
+    cdef SelfConnectTable self_connects
     cdef Quarantine quarantine
     cdef bint outlived                 # by the quarantine's thread, which cannot be ended
-    cdef WatchedFd **watches           # by fd; NULL: not watched
+    cdef Watch **watches           # by fd; NULL: not watched
     cdef int watches_size
-    cdef public int wake_at            # run() returns where no more connections are open; -1: never
-    cdef public bint wake_first        # … and when the first one comes
+    cdef public int wake_at_count      # run() returns at this number of connections; -1: never
+    cdef public bint wake_on_first     # … and when the first one comes
 
     def __cinit__(self, size_t stream_unit=256 * 1024, size_t pipe_size=1024 * 1024,
                   bint may_splice=True, bint may_refuse=True):
-        cdef Relaying *relay = &self.relaying
+        cdef Worker *worker = &self.worker
         cdef int failure
-        own_table_init(&self.own)
-        relay_init(relay, &self.tally, &self.own)
-        quarantine_init(&self.quarantine, &relay.inbox)
-        relay.quarantine = &self.quarantine
-        relay.engine.may_refuse = may_refuse
+        self_connect_table_init(&self.self_connects)
+        worker_init(worker, &self.gauges, &self.self_connects)
+        quarantine_init(&self.quarantine, &worker.mailbox)
+        worker.quarantine = &self.quarantine
+        worker.ctx.may_refuse = may_refuse
         if stream_unit < 1:
             raise ValueError("a recv of nothing would look like the end")
-        relay.pid = getpid()
-        relay.most = 1 << 30
-        self.tally.ended_ms = relay.engine.now_ms
-        self.wake_at = -1
-        failure = relay_open(relay, stream_unit, pipe_size, may_splice)
+        worker.pid = getpid()
+        worker.connections_max = 1 << 30
+        self.gauges.last_end_ms = worker.ctx.now_ms
+        self.wake_at_count = -1
+        failure = worker_set_up(worker, stream_unit, pipe_size, may_splice)
         if failure == -ENOMEM:
             raise MemoryError()
         if failure < 0:
@@ -181,202 +288,216 @@ cdef class Relay:
 
     def __dealloc__(self):
         cdef Connection *c
-        if self.relaying.live.next == NULL:
+        if self.worker.live.next == NULL:
             return  # __cinit__ has not even begun: its arguments were no good
-        crew_dismiss(&self.relaying, True)
-        if self.relaying.crew.quarantine != NULL:  # without a close_all() that could have kept us
-            pthread_join(self.relaying.crew.quarantine.thread, NULL)
-            crew_free(self.relaying.crew.quarantine)
-        free(self.relaying.crew.relays)
-        if self.relaying.crew.machine.stat >= 0:
-            close(self.relaying.crew.machine.stat)
-        relay_close_inbox(&self.relaying)
+        workers_stop(&self.worker, True)
+        if self.worker.workers.quarantine != NULL:  # without a close_all() that could have kept us
+            pthread_join(self.worker.workers.quarantine.thread, NULL)
+            worker_free(self.worker.workers.quarantine)
+        free(self.worker.workers.each)
+        if self.worker.workers.machine.stat_fd >= 0:
+            close(self.worker.workers.machine.stat_fd)
+        worker_close_mailbox(&self.worker)
         for fd in range(self.watches_size):
             self.unwatch(fd)
         free(self.watches)
-        relay_free(&self.relaying)
+        worker_destroy(&self.worker)
         while not list_empty(&self.quarantine.waiting):  # their sockets end with the process
             c = <Connection *>self.quarantine.waiting.next.owner
             list_remove(&c.live)
             free(c)
         quarantine_destroy(&self.quarantine)
-        own_table_close(&self.own)
+        self_connect_table_destroy(&self.self_connects)
 
     # ── what the policy sees ─────────────────────────────────────────────────────────────────
 
     @property
-    def open(self):
-        """Connections, those still connecting and those ending included, of all threads."""
-        return tally_open(&self.tally)
+    def connections(self):
+        """Connections of all threads, including those still connecting and those ending."""
+        return gauges_connections(&self.gauges)
 
     @property
-    def late(self):
-        """Sockets that the quarantine has yet to close: no open connections any more, but they
-        keep their places in the limit."""
-        return tally_late(&self.tally)
+    def in_quarantine(self):
+        """Sockets that the quarantine has yet to close. They are no connections any more, but keep
+        their places in the limit."""
+        return gauges_in_quarantine(&self.gauges)
 
     @property
-    def most(self):
-        """So many connections may be open before gates refuse more."""
-        return self.relaying.most
+    def connections_max(self):
+        """The limit: a client is let in while there are fewer connections, sockets in quarantine
+        and held clients, taken together. The relay never changes it."""
+        return self.worker.connections_max
 
-    @most.setter
-    def most(self, int value):
-        self.relaying.most = value
+    @connections_max.setter
+    def connections_max(self, int value):
+        self.worker.connections_max = value
 
     @property
-    def quiet_ms(self):
-        """When a connection last ended, on the clock of now_ms; at first, when it all began."""
-        return moment_get(&self.tally.ended_ms)
+    def held(self):
+        """Clients in the caller's hands. Each event that hands one out adds one, so that no other
+        is let in for it; the caller corrects the number after each batch of events."""
+        return self.worker.held
+
+    @held.setter
+    def held(self, int value):
+        self.worker.held = value
+
+    @property
+    def last_end_ms(self):
+        """When a connection last ended, on the clock of now_ms; before that, when the relay was
+        made."""
+        return moment_get(&self.gauges.last_end_ms)
 
     @property
     def now_ms(self):
         """CLOCK_MONOTONIC in ms, as read for the last batch of events."""
-        return self.relaying.engine.now_ms
+        return self.worker.ctx.now_ms
 
     @property
     def idle_ms(self):
-        """Connections over which no byte has moved for so long are closed; 0: never."""
-        return self.relaying.idle_ms
+        """Connections over which no byte has moved for this long are closed; 0: never."""
+        return self.worker.idle_ms
 
     @idle_ms.setter
     def idle_ms(self, long long value):
-        self.relaying.idle_ms = value
+        self.worker.idle_ms = value
 
     @property
     def report_ends(self):
-        """Whether run() returns an ENDED event for each connection."""
-        return bool(self.relaying.report_ends)
+        """Whether run() returns an Ended event for each connection."""
+        return bool(self.worker.report_ends)
 
     @report_ends.setter
     def report_ends(self, bint value):
-        self.relaying.report_ends = value
+        self.worker.report_ends = value
 
-    def counters(self):
-        """(accepted, refused, bytes to targets, to clients, spliced, copied, ends by HOW_*)."""
-        cdef Relaying *relay = &self.relaying
-        return (
-            relay.accepted, relay.refused,
-            self.sum_of(&relay.engine.counters.forwarded[0]),
-            self.sum_of(&relay.engine.counters.forwarded[1]),
-            self.sum_of(&relay.engine.counters.spliced),
-            self.sum_of(&relay.engine.counters.copied),
-            tuple([self.sum_of(&relay.ends[i]) for i in range(HOW_COUNT)]),
-        )
+    def totals(self):
+        """What has been counted since the start."""
+        cdef Worker *worker = &self.worker
+        cdef Totals totals = Totals()
+        totals.accepted = worker.accepted
+        totals.refused = worker.refused
+        totals.bytes_to_targets = self.sum_of(&worker.ctx.counters.forwarded[TO_TARGET])
+        totals.bytes_to_clients = self.sum_of(&worker.ctx.counters.forwarded[TO_CLIENT])
+        totals.spliced = self.sum_of(&worker.ctx.counters.spliced)
+        totals.copied = self.sum_of(&worker.ctx.counters.copied)
+        totals.endings = {ENDINGS[i]: self.sum_of(&worker.ends[i]) for i in range(ENDING_COUNT)}
+        return totals
 
     cdef uint64_t sum_of(self, uint64_t *counter) noexcept:
         """Of the boss's `counter` and the same one of all of its crew."""
-        cdef Relaying *relay = &self.relaying
-        cdef size_t offset = <char *>counter - <char *>relay
+        cdef Worker *worker = &self.worker
+        cdef size_t offset = <char *>counter - <char *>worker
         cdef uint64_t total = counter_get(counter)
-        for i in range(relay.crew.count):
-            total += counter_get(<uint64_t *>(<char *>relay.crew.relays[i] + offset))
-        if relay.crew.quarantine != NULL:
-            total += counter_get(<uint64_t *>(<char *>relay.crew.quarantine + offset))
+        for i in range(worker.workers.count):
+            total += counter_get(<uint64_t *>(<char *>worker.workers.each[i] + offset))
+        if worker.workers.quarantine != NULL:
+            total += counter_get(<uint64_t *>(<char *>worker.workers.quarantine + offset))
         return total
 
     # ── threads ──────────────────────────────────────────────────────────────────────────────
 
     @property
-    def threads(self):
-        """How many forward, the one that calls run() included."""
-        return 1 + self.relaying.crew.count
+    def thread_count(self):
+        """Threads that forward, including the one that calls run()."""
+        return 1 + self.worker.workers.count
 
     @property
     def handed_over(self):
-        """How often a connection went from one thread to another."""
-        return self.sum_of(&self.relaying.handed_over)
+        """How often a connection moved from one thread to another."""
+        return self.sum_of(&self.worker.handed_over)
 
-    def share(self, int stat, int window_ms=100, cpus=None, int quota=0, int wait_most=100):
-        """Hand over only what is too much for one thread, and while a CPU is idle: see _busy.pxd.
-        That is looked at every `window_ms`. Without share() every new connection goes to the
-        thread that has the fewest.
+    def offload_when_busy(self, int stat, int window_ms=100, cpus=None, int quota=0,
+                          int wait_max=100):
+        """Offload only a thread that is busy, and only while a CPU is idle, as relay/busy.pxd has it.
+        Load is measured over windows of `window_ms`. Without this call every new connection goes to
+        the thread with the fewest. To be called once, before start_worker().
 
-        `stat` is an fd of /proc/stat or /proc/uptime, the relay's from now on; -1 where neither
-        can be had: then a CPU is taken to be idle always. With `cpus` only the idle time of these
-        counts, which takes /proc/stat. `quota` is how much of a CPU the process may use, in per
-        cent; 0: no limit. An idle CPU does not count after a window of which the thread had to
-        wait for more than `wait_most` per cent. Where there is no further thread yet when one
-        could help, run() returns (BUSY,), once. To be called once, before hire().
+        `stat` is an fd of /proc/stat or /proc/uptime, which the relay closes; with -1, where
+        neither can be opened, a CPU is always taken to be idle. With `cpus` only the idle time of
+        these CPUs counts, which takes /proc/stat. `quota` is how much of a CPU the process may use,
+        in per cent; 0: no limit. An idle CPU does not count after a window of which the thread had
+        to wait for a CPU for more than `wait_max` per cent. The first time that a worker could help
+        and there is none, run() returns a WorkersWanted event.
         """
-        cdef Machine *machine = &self.relaying.crew.machine
-        self.relaying.shares = True
-        self.relaying.crew.window_ms = window_ms
-        machine.stat = stat
+        cdef Machine *machine = &self.worker.workers.machine
+        self.worker.offloads_when_busy = True
+        self.worker.workers.window_ms = window_ms
+        machine.stat_fd = stat
         machine.quota = quota
-        machine.wait_most = wait_most
-        machine.some = cpus is not None
+        machine.wait_max = wait_max
+        machine.some_cpus = cpus is not None
         for cpu in cpus or ():
-            if 0 <= cpu < CPUS_MOST:
+            if 0 <= cpu < CPUS_MAX:
                 machine.cpus[<int>cpu // 8] |= 1 << (<int>cpu % 8)
 
-    def hire(self):
-        """Start one more thread, to which connections are handed over. Raises OSError.
+    def start_worker(self):
+        """Start one more thread, to which connections are moved. Raises OSError.
 
-        idle_ms and report_ends must be set before: a new thread takes them as they are.
-        All threads must be there before one of them is handed anything.
+        idle_ms and report_ends must be set before: a worker takes them as they are. All workers
+        must be there before run() can move anything to one of them.
         """
-        cdef int failure = crew_hire(&self.relaying)
+        cdef int failure = workers_start_one(&self.worker)
         if failure < 0:
             raise_errno(-failure)
 
-    def ask(self):
-        """Ask every thread whether it is alive; `answered` tells."""
-        crew_ask(&self.relaying)
+    def ping_workers(self):
+        """Ask every thread for an answer, to see that none is stuck; see workers_answered."""
+        workers_ping(&self.worker)
 
     @property
-    def answered(self):
-        """Whether every thread has answered since ask()."""
-        return crew_answered(&self.relaying)
+    def workers_answered(self):
+        """Whether every thread has answered the last ping_workers()."""
+        return workers_answered(&self.worker)
 
     # ── listeners and other fds of the policy ────────────────────────────────────────────────
 
     def watch(self, int fd, unsigned int events=EPOLLIN):
-        """Have run() return (READY, fd, events). The fd stays the caller's.
+        """Have run() return a Ready event for `fd`, which stays the caller's.
 
         Level-triggered unless `events` has EPOLLET.
         """
         cdef epoll_event event
-        cdef WatchedFd *watch
+        cdef Watch *watch
         self.watches_fit(fd)
-        watch = <WatchedFd *>calloc(1, sizeof(WatchedFd))
+        watch = <Watch *>calloc(1, sizeof(Watch))
         if watch == NULL:
             raise_errno(ENOMEM)
-        watch.watch.kind = KIND_WATCH
-        watch.watch.fd = fd
+        watch.kind = KIND_WATCH
+        watch.fd = fd
         event.events = events
         event.data.ptr = watch
-        if epoll_ctl(self.relaying.engine.epoll, EPOLL_CTL_ADD, fd, &event) < 0:
+        if epoll_ctl(self.worker.ctx.epoll, EPOLL_CTL_ADD, fd, &event) < 0:
             free(watch)
             raise_errno(errno)
         self.watches[fd] = watch
 
     def unwatch(self, int fd):
-        """Forget an fd; before it is closed. Nothing happens where it is not watched."""
-        cdef WatchedFd *watch = self.watch_of(fd)
+        """Stop watching an fd, before it is closed. Does nothing if it is not watched."""
+        cdef Watch *watch = self.watch_of(fd)
         if watch == NULL:
             return
         self.watches[fd] = NULL
-        epoll_ctl(self.relaying.engine.epoll, EPOLL_CTL_DEL, fd, NULL)
-        own_remove(&self.own, &watch.own)
+        epoll_ctl(self.worker.ctx.epoll, EPOLL_CTL_DEL, fd, NULL)
+        self_connect_remove(&self.self_connects, &watch.self_connect)
         free(watch)
 
-    cdef WatchedFd *watch_of(self, int fd) noexcept:
+    cdef Watch *watch_of(self, int fd) noexcept:
         return self.watches[fd] if 0 <= fd < self.watches_size else NULL
 
     cdef int watches_fit(self, int fd) except -1:
         """Make room for `fd` in the table."""
         cdef int size = max(self.watches_size, 16)
-        cdef WatchedFd **table
+        cdef Watch **table
         while size <= fd:
             size *= 2
         if size == self.watches_size:
             return 0
-        table = <WatchedFd **>calloc(size, sizeof(WatchedFd *))
+        table = <Watch **>calloc(size, sizeof(Watch *))
         if table == NULL:
             raise_errno(ENOMEM)
         if self.watches != NULL:
-            memcpy(table, self.watches, self.watches_size * sizeof(WatchedFd *))
+            memcpy(table, self.watches, self.watches_size * sizeof(Watch *))
         free(self.watches)
         self.watches = table
         self.watches_size = size
@@ -390,26 +511,23 @@ cdef class Relay:
         """
         if family != AF_UNIX:
             socket_unlinger(fd)
-        self.relaying.engine.may_splice = False
+        self.worker.ctx.may_splice = False
 
-    def trim(self):
+    def trim_pipes(self):
         """Close the pipes kept for later, to make room where fds are short."""
-        pool_clear(&self.relaying.engine.pool)
-        crew_order(&self.relaying, ORDER_TRIM)
+        pool_clear(&self.worker.ctx.pool)
+        workers_order(&self.worker, ORDER_TRIM)
 
     # ── connections ──────────────────────────────────────────────────────────────────────────
 
     def connect(self, int client, int client_family, bytes address not None,
-                bytes preamble=None, long long cookie=0, long long timeout_ms=0):
+                bytes preamble=None, int listener=0, long long timeout_ms=0):
         """Connect an accepted client to the packed sockaddr `address` and forward; the id.
 
-        `preamble` goes to the target before anything else. A connect that fails later, or takes
-        longer than `timeout_ms` (0: as long as the kernel tries), gives the client back as
-        (FAILED, client, errno, cookie, pending, opened_ms, id): pending is what must be sent first
-        when another target is tried, the preamble and bytes already taken from the client.
-
-        Raises OSError, the client still the caller's, where it fails at once. The client is not
-        watched any more in any case.
+        `preamble` is sent to the target first. If the connect fails, the client is the caller's
+        again: a ConnectFailed with this `listener` says so. It is returned if the connect fails at
+        once, and an event of run() if it fails later or takes longer than `timeout_ms` (0: as long
+        as the kernel tries). Either way the client is no longer watched.
         """
         cdef sockaddr_storage target
         cdef long long number
@@ -417,11 +535,12 @@ cdef class Relay:
         self.unwatch(client)
         if preamble is None:
             preamble = b""
-        number = connection_open(
-            &self.relaying, client, client_family, &target, <socklen_t>len(address),
-            preamble, <size_t>len(preamble), cookie, timeout_ms)
+        number = connection_connect(
+            &self.worker, client, client_family, &target, <socklen_t>len(address),
+            preamble, <size_t>len(preamble), listener, timeout_ms)
         if number < 0:
-            raise_errno(<int>-number)
+            return ConnectFailed(
+                listener, client, <int>-number, preamble, self.worker.ctx.now_ms, 0)
         return number
 
     def dial(self, bytes address not None):
@@ -433,57 +552,57 @@ cdef class Relay:
         cdef sockaddr_storage target
         cdef bint connecting
         cdef int fd
-        cdef WatchedFd *watch
+        cdef Watch *watch
         address_unpack(&target, address)
-        fd = socket_connect(&self.relaying.engine, &target, <socklen_t>len(address), &connecting)
+        fd = socket_connect(&self.worker.ctx, &target, <socklen_t>len(address), &connecting)
         if fd < 0:
             raise_errno(-fd)
         try:
             self.watch(fd, EPOLLOUT | EPOLLIN | EPOLLRDHUP | EPOLLET)
         except OSError:
-            relay_hang_up(&self.relaying, fd, target.ss_family, False)
+            worker_hang_up(&self.worker, fd, target.ss_family, False)
             raise
         watch = self.watches[fd]
-        own_add(&self.own, &watch.own, fd, &target)
+        self_connect_add(&self.self_connects, &watch.self_connect, fd, &target)
         return fd
 
     def hang_up(self, int fd, bint reset=False):
         """Close a client or a socket of dial(), watched or not; as a reset where it may have been
         heard of and is not to look complete. Never waits."""
         self.unwatch(fd)
-        relay_hang_up(&self.relaying, fd, socket_family(fd), reset)
+        worker_hang_up(&self.worker, fd, socket_family(fd), reset)
 
     def adopt(self, int client, int client_family, int fd, bytes preamble=None, int error=0):
         """Forward between a client and a connected socket of dial(), both owned from now on; the
         id. Raises OSError, both still the caller's.
         """
-        cdef WatchedFd *watch = self.watch_of(fd)
+        cdef Watch *watch = self.watch_of(fd)
         cdef Connection *c
         if preamble is None:
             preamble = b""
-        c = connection_new(&self.relaying, client, client_family, fd, socket_family(fd),
+        c = connection_new(&self.worker, client, client_family, fd, socket_family(fd),
                            preamble, <size_t>len(preamble))
         if c == NULL:
             raise_errno(ENOMEM)
-        target_set_rights(&self.relaying.engine, &c.target)
+        target_set_rights(&self.worker.ctx, &c.target)
         self.unwatch(client)
         if watch != NULL:
-            own_move(&self.own, &c.own, &watch.own)
+            self_connect_move(&self.self_connects, &c.self_connect, &watch.self_connect)
             self.unwatch(fd)
         if error != 0:  # it has answered and reset: what connected() has read nobody else can
             endpoint_lost(&c.target, error)
-        connection_place(&self.relaying, c, False)
-        return self.relaying.last_id
+        connection_place(&self.worker, c, False)
+        return self.worker.last_id
 
     def close_all(self):
         """Cut every connection, as a reset: this is no clean end. How many there were. The threads
         that were hired end with it, but for one that is blocked in quarantine: see there."""
         cdef int count
         with nogil:
-            count = crew_dismiss(&self.relaying, True)  # may leave some to the boss
-            count += relay_cut(&self.relaying, True)
-            connections_free(&self.relaying.dead)
-        if self.relaying.crew.quarantine != NULL and not self.outlived:
+            count = workers_stop(&self.worker, True)  # may leave some to the boss
+            count += worker_cut(&self.worker, True)
+            connections_free(&self.worker.dead)
+        if self.worker.workers.quarantine != NULL and not self.outlived:
             self.outlived = True
             Py_INCREF(self)  # for good: the thread uses what is in here
         return count
@@ -491,20 +610,10 @@ cdef class Relay:
     # ── the loop ─────────────────────────────────────────────────────────────────────────────
 
     def run(self, long long timeout_ms=-1):
-        """Forward until there is something for the policy; the events, as a list of tuples.
+        """Forward until the policy is needed; the events, as a list.
 
-        (READY, fd, events)                           a watched fd
-        (ACCEPTED, client, peer, index)               the caller's now; its packed address, b"" if
-                                                      that is to be asked of socket_names()
-        (NOBODY, errno, index)                        accept failed
-        (REFUSED, index)                              a client over the limit was closed
-        (BUSY,)                                       see share()
-        (FAILED, client, errno, cookie, …)            see connect(); the cookie is a gate's index
-        (ENDED, id, how, up, down, ms, errnos)        with report_ends: bytes each way, duration,
-                                                      (client's errno, target's errno)
-
-        The list is empty after `timeout_ms` (-1: never), where no more than `wake_at` connections
-        are open, and with `wake_first` when their number has risen from 0.
+        The list is empty after `timeout_ms` (-1: never), at `wake_at_count` connections or fewer,
+        and with `wake_on_first` when their number has risen from 0.
         """
         cdef int64_t deadline_ms = clock_ms() + timeout_ms if timeout_ms >= 0 else -1
         cdef int failure
@@ -516,87 +625,88 @@ cdef class Relay:
 
     cdef int turn_until(self, int64_t deadline_ms) noexcept nogil:
         """Turn until the policy is needed; 0 or -errno."""
-        cdef Relaying *relay = &self.relaying
+        cdef Worker *worker = &self.worker
         cdef int failure, before
         while True:
-            before = tally_open(&self.tally)
-            if quarantine_due(&self.quarantine, relay.engine.now_ms):
-                quarantine_serve(relay)
-            failure = relay_turn(relay, 0 if self.is_wanted() else self.until(deadline_ms))
+            before = gauges_connections(&self.gauges)
+            if quarantine_due(&self.quarantine, worker.ctx.now_ms):
+                quarantine_start(worker)
+            failure = worker_turn(worker, 0 if self.is_wanted() else self.until(deadline_ms))
             if failure == 0:
-                failure = -shared_get(&self.tally.failure)
+                failure = -atomic_get(&self.gauges.worker_error)
             if failure < 0:
                 return failure
-            if relay.notes_count > 0 or not list_empty(&relay.failed):
+            if worker.policy_event_count > 0 or not list_empty(&worker.failed):
                 return 0
-            if not list_empty(&relay.ended):
+            if not list_empty(&worker.ended):
                 return 0
-            if tally_open(&self.tally) <= self.wake_at:
+            if gauges_connections(&self.gauges) <= self.wake_at_count:
                 return 0
-            if self.wake_first and before == 0 and tally_open(&self.tally) > 0:
+            if self.wake_on_first and before == 0 and gauges_connections(&self.gauges) > 0:
                 return 0
-            if deadline_ms >= 0 and relay.engine.now_ms >= deadline_ms:
+            if deadline_ms >= 0 and worker.ctx.now_ms >= deadline_ms:
                 return 0
 
     cdef int64_t until(self, int64_t deadline_ms) noexcept nogil:
         """`deadline_ms`, or when to try again to start the quarantine's thread."""
-        if shared_get(&self.quarantine.wanted):
+        if atomic_get(&self.quarantine.wanted):
             return earlier(deadline_ms, self.quarantine.retry_ms)
         return deadline_ms
 
     cdef bint is_wanted(self) noexcept nogil:
         """Whether so many connections have ended that there is something to do without an event.
         Otherwise the thread in which the one in question ends will ring."""
-        cdef Relaying *relay = &self.relaying
-        cdef int wake_at = self.wake_at
-        if relay.room_ms != 0:
-            wake_at = max(wake_at, relay.most - 1 - tally_late(&self.tally))
-        tally_wake_at(&self.tally, wake_at)
-        return tally_open(&self.tally) <= wake_at
+        cdef Worker *worker = &self.worker
+        cdef int wake_at = self.wake_at_count
+        if worker.room_ms != 0:
+            wake_at = max(wake_at, connection_limit(worker) - 1 - gauges_in_quarantine(&self.gauges))
+        gauges_set_wake_at_count(&self.gauges, wake_at)
+        return gauges_connections(&self.gauges) <= wake_at
 
     cdef list take_events(self):
-        cdef Relaying *relay = &self.relaying
+        cdef Worker *worker = &self.worker
         cdef Connection *c
         cdef int i
         cdef list events = []
-        for i in range(relay.notes_count):
-            events.append(note_tuple(&relay.notes[i], relay.engine.now_ms))
-        relay.notes_count = 0
-        while not list_empty(&relay.failed):
-            c = <Connection *>relay.failed.next.owner
+        for i in range(worker.policy_event_count):
+            events.append(make_event(&worker.policy_events[i], worker.ctx.now_ms))
+        worker.policy_event_count = 0
+        while not list_empty(&worker.failed):
+            c = <Connection *>worker.failed.next.owner
             list_remove(&c.live)
-            events.append((FAILED, c.client.fd, c.target.error, c.cookie, take_pending(c),
-                           c.opened_ms, c.id))
-            connections_fewer(relay)
-            relay.most -= 1
+            events.append(ConnectFailed(
+                c.listener, c.client.fd, c.target.error, take_pending(c), c.opened_ms, c.id))
+            connections_decrement(worker)
+            worker.held += 1
             connection_free(c)
-        while not list_empty(&relay.ended):
-            c = <Connection *>relay.ended.next.owner
+        while not list_empty(&worker.ended):
+            c = <Connection *>worker.ended.next.owner
             list_remove(&c.live)
-            events.append((ENDED, c.id, c.how, c.up.moved, c.down.moved,
-                           relay.engine.now_ms - c.opened_ms, (c.client.error, c.target.error)))
+            events.append(Ended(
+                c.id, ENDINGS[c.ending], c.up.moved, c.down.moved,
+                worker.ctx.now_ms - c.opened_ms, c.client.error, c.target.error))
             connection_free(c)
         return events
 
 
-cdef tuple note_tuple(const Note *note, int64_t now_ms):
-    if note.kind == NOTE_READY:
-        return READY, note.fd, note.value
-    if note.kind == NOTE_ACCEPTED:
-        return ACCEPTED, note.fd, (<char *>&note.peer)[:note.peer_size], note.index
-    if note.kind == NOTE_NOBODY:
-        return NOBODY, note.value, note.index
-    if note.kind == NOTE_REFUSED:
-        return REFUSED, note.index
-    if note.kind == NOTE_BUSY:
-        return (BUSY,)
-    return FAILED, note.fd, note.value, note.index, b"", now_ms, 0
+cdef object make_event(const PolicyEvent *event, int64_t now_ms):
+    if event.kind == EVENT_READY:
+        return Ready(event.fd, event.value)
+    if event.kind == EVENT_ACCEPTED:
+        return Accepted(event.listener, event.fd, (<char *>&event.peer)[:event.peer_size])
+    if event.kind == EVENT_ACCEPT_FAILED:
+        return AcceptFailed(event.listener, event.value)
+    if event.kind == EVENT_REFUSED:
+        return Refused(event.listener)
+    if event.kind == EVENT_WORKERS_WANTED:
+        return WorkersWanted()
+    return ConnectFailed(event.listener, event.fd, event.value, b"", now_ms, 0)
 
 
 cdef bytes take_pending(Connection *c):
-    if c.up.spill == NULL:
+    if c.up.unsent == NULL:
         return b""
-    return c.up.spill[c.up.spill_at:c.up.spill_end]
+    return c.up.unsent[c.up.unsent_start:c.up.unsent_end]
 
 
 cdef int socket_family(int fd) noexcept:
@@ -620,14 +730,14 @@ def connected(int fd):
     ELOOP for one that was connected to itself."""
     cdef sockaddr_storage peer
     cdef socklen_t size = sizeof(peer)
-    cdef int error = socket_error(fd)
+    cdef int error = socket_take_error(fd)
     if error == ECONNRESET and socket_family(fd) == AF_VSOCK:
         return ECONNREFUSED  # how the virtio transport says so
     if error != 0:
         return error
     if getpeername(fd, <sockaddr *>&peer, &size) < 0:
         return EINPROGRESS
-    return ELOOP if socket_met_itself(fd) else 0
+    return ELOOP if socket_self_connected(fd) else 0
 
 
 def peek(int fd):
@@ -637,9 +747,9 @@ def peek(int fd):
     return -errno if size < 0 else size
 
 
-def failure(int fd):
+def socket_error(int fd):
     """SO_ERROR of a socket, which reading clears; 0: none."""
-    return socket_error(fd)
+    return socket_take_error(fd)
 
 
 def socket_names(int fd):
@@ -655,7 +765,7 @@ def socket_names(int fd):
     return peer, own
 
 
-def tune(int fd, int family):
+def tune_socket(int fd, int family):
     """Give a socket what both legs have; what a listener has, the sockets it accepts inherit."""
     socket_tune(fd, family)
 
@@ -678,19 +788,19 @@ def raise_fd_limit(long long wanted):
 # ── signals ──────────────────────────────────────────────────────────────────────────────────────
 
 cdef enum:
-    SIGNALS_MOST = 65          # Linux has 64
+    SIGNALS_MAX = 65          # Linux has 64
     ALARM_MS = 50              # how often a signal interrupts until it is noticed
 
-cdef int signal_bell = -1      # eventfd
-cdef int signal_counts[SIGNALS_MOST]
+cdef int signal_wake_fd = -1      # eventfd
+cdef int signal_counts[SIGNALS_MAX]
 
 
 cdef void signal_came(int number) noexcept nogil:
     """The handler: leave a note. What it interrupts was perhaps not yet waiting; so an alarm goes
     on interrupting until the note is read."""
     cdef int error = errno
-    shared_add(&signal_counts[number], 1)
-    eventfd_write(signal_bell, 1)
+    atomic_add(&signal_counts[number], 1)
+    eventfd_write(signal_wake_fd, 1)
     alarm_set(ALARM_MS)
     errno_set(error)
 
@@ -715,24 +825,24 @@ cdef bint signal_is_ignored(int number) noexcept:
 
 
 def signal_fd(numbers):
-    """An fd, the caller's, that is readable when one of these signals has come; signals_come()
+    """An fd, the caller's, that is readable when one of these signals has come; take_signals()
     tells which. It must stay open while they can come.
 
     By handlers, not by signalfd(2): a signal is to interrupt what waits against all expectation. A
     SIGINT or SIGHUP that whoever started us ignores stays ignored, as nohup(1) wants it.
     """
-    global signal_bell
+    global signal_wake_fd
     cdef sigset_t mask
     cdef int number
-    cdef int bell = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
-    if bell < 0:
+    cdef int wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
+    if wake_fd < 0:
         raise_errno(errno)
-    signal_bell = bell
+    signal_wake_fd = wake_fd
     signal_handle(SIGALRM, alarm_came)
     sigemptyset(&mask)
     sigaddset(&mask, SIGALRM)
     for number in numbers:
-        if not 0 < number < SIGNALS_MOST:
+        if not 0 < number < SIGNALS_MAX:
             raise ValueError("no such signal")
         if (number == SIGINT or number == SIGHUP) and signal_is_ignored(number):
             continue
@@ -740,17 +850,17 @@ def signal_fd(numbers):
         sigaddset(&mask, number)
     if pthread_sigmask(SIG_UNBLOCK, &mask, NULL) != 0:
         raise_errno(errno)
-    return signal_bell
+    return signal_wake_fd
 
 
-def signals_come():
+def take_signals():
     """The signals that have come since the last call, each as often as it was delivered."""
     cdef uint64_t rings
     cdef int number, count
     found = []
-    eventfd_read(signal_bell, &rings)  # before the look: what comes after it rings again
+    eventfd_read(signal_wake_fd, &rings)  # before the look: what comes after it rings again
     alarm_set(0)
-    for number in range(SIGNALS_MOST):
-        count = shared_take(&signal_counts[number])  # Cython 0.29 would evaluate it twice
+    for number in range(SIGNALS_MAX):
+        count = atomic_take(&signal_counts[number])  # Cython 0.29 would evaluate it twice
         found += [number] * count
     return found

@@ -19,24 +19,24 @@ def inherited(
 ) -> list[Listener]:
     """Return the sockets passed to process `pid`, checked, close-on-exec and non-blocking.
 
-    With `by_name` each must have its name; otherwise a socket may be without one. The LISTEN_
-    variables are removed from `environ` in any case, so that no child takes them for its own.
-    Sockets meant for another process are not ours: the list is empty then. Raises UsageError.
+    With `by_name`, each of them must have a name. The LISTEN_ variables are removed from `environ`,
+    so that no child takes them for its own. If the sockets are meant for another process, the list
+    is empty. Raises UsageError.
     """
     values = {name: environ.pop(name) for name in _VARIABLES if name in environ}
     if not values or not _meant_for(values, pid):
         return []
     count = _number(values, "LISTEN_FDS", 1)
     names = _names(values, count, by_name)
-    # The first fd that is not there ends this, however large the number is.
+    # The first fd that is not open raises, however large the number is.
     return [_inherit(_FDS_START + n, names[n] if names else UNNAMED) for n in range(count)]
 
 
 def on_standard_fds() -> str:
     """Return which setting of the service passes its socket as a standard fd; "" if none does.
 
-    systemd passes it there and nowhere else then, see systemd.exec(5). What is told from it: the
-    journal, and the socketpair of a remote shell, which have no address at our end.
+    systemd then passes it nowhere else, see systemd.exec(5). Other sockets that may be standard
+    fds, the journal's and the socketpair of a remote shell, have no address at our end.
     """
     for fd, setting in enumerate(("StandardInput", "StandardOutput", "StandardError")):
         try:
@@ -63,7 +63,7 @@ def reject_mixture(listeners: list[Listener]) -> None:
 
 
 def _meant_for(values: dict[str, str], pid: int) -> bool:
-    """Tell whether the sockets are ours; raise UsageError if that cannot be told."""
+    """Tell whether the sockets are meant for us. Raises UsageError for garbage."""
     if "LISTEN_PID" not in values or _number(values, "LISTEN_PID", 1) != pid:
         return False
     if "LISTEN_PIDFDID" in values:
@@ -76,9 +76,9 @@ def _meant_for(values: dict[str, str], pid: int) -> bool:
 def _names(values: dict[str, str], count: int, by_name: bool) -> list[str]:
     """Return the names of `count` sockets, or nothing if they have none. Raises UsageError.
 
-    A unit's name may contain the colon that separates names, as in web@127.0.0.1:8080.socket. Then
-    there are more names than sockets. Of one socket all of it is the name; of several nobody can
-    tell which belongs to which.
+    The name of a unit may contain the colon that separates names, as in
+    web@127.0.0.1:8080.socket. Then there are more names than sockets. For a single socket, all of
+    it is the name; for several, the names cannot be assigned.
     """
     if "LISTEN_FDNAMES" not in values:
         return []
@@ -99,10 +99,10 @@ def _names(values: dict[str, str], count: int, by_name: bool) -> list[str]:
 
 
 def _pidfd_inode(pid: int) -> int | None:
-    """Return the number that tells `pid` from an earlier process of the same pid.
+    """Return the number that distinguishes `pid` from an earlier process with the same pid.
 
-    None where the kernel has no such number (pidfs came with Linux 6.9): before that all pidfds
-    share one inode, with eventfds and the like.
+    None if the kernel has no such number: before pidfs (Linux 6.9), all pidfds share one inode,
+    which is also that of eventfds.
     """
     try:
         pidfd, shared = _stat_and_close(os.pidfd_open(pid)), _stat_and_close(os.eventfd(0))
@@ -119,7 +119,7 @@ def _stat_and_close(fd: int) -> os.stat_result:
 
 
 def _inherit(fd: int, name: str) -> Listener:
-    """Check one fd and take it over. Raises UsageError."""
+    """Check one fd, and make it a Listener. Raises UsageError."""
     try:
         os.set_inheritable(fd, False)
         os.set_blocking(fd, False)
@@ -138,7 +138,7 @@ def _inherit(fd: int, name: str) -> Listener:
             f"Failed to use passed in socket fd {fd} ('{name}'): {reason(error)}"
         ) from None
     finally:
-        sock.detach()  # or its end would close the fd
+        sock.detach()  # otherwise it would close the fd
 
 
 def _listener(sock: _socket.socket, name: str) -> Listener:
@@ -153,16 +153,16 @@ def _listener(sock: _socket.socket, name: str) -> Listener:
 
 
 def _was_connected(sock: _socket.socket) -> bool:
-    """Tell whether `sock` is a connection, even one that the client has reset meanwhile."""
+    """Tell whether `sock` is a connection, even if the client has reset it."""
     try:
         sock.getpeername()
-    except OSError:  # ENOTCONN, after a reset too: then there is an error to be fetched
+    except OSError:  # ENOTCONN; but after a reset, an error is pending
         return sock.getsockopt(_socket.SOL_SOCKET, _socket.SO_ERROR) != 0
     return True
 
 
 def _number(values: dict[str, str], name: str, minimum: int) -> int:
-    """Read a variable that is a decimal number of 64 bits. Raises UsageError."""
+    """Read a variable as a decimal number of 64 bits. Raises UsageError."""
     try:
         return sockaddr.parse_number(values[name], minimum, 2**64 - 1, "valid number")
     except ValueError:

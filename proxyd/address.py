@@ -1,6 +1,6 @@
-"""Socket addresses, packed as connect(2) and bind(2) read them.
+"""Socket addresses, packed as for connect(2) and bind(2).
 
-An address is the `bytes` of a sockaddr. It begins with the family, two bytes in host order:
+An address is a sockaddr as `bytes`. It begins with the family, two bytes in host order:
 
     sockaddr_in   ip(7)    family, port (2, big-endian), IPv4 address (4), zeroes (8)
     sockaddr_in6  ipv6(7)  family, port (2, big-endian), flow label (4), IPv6 address (16),
@@ -23,177 +23,28 @@ AF_VSOCK = 40
 
 VMADDR_CID_ANY = 2**32 - 1
 
-# asm-generic/socket.h; `_socket` has only the first, and that not everywhere
+# asm-generic/socket.h; `_socket` lacks the second, and the first depends on the build
 _SO_BINDTODEVICE = 25
 _SO_BINDTOIFINDEX = 62
 
-_INTERFACE_MAX = 15  # IFNAMSIZ is 16 bytes, and the NUL belongs to it
+_INTERFACE_MAX = 15  # IFNAMSIZ is 16 bytes, including the NUL
 
-_UNIX_PATH_MAX = 107  # sun_path is 108 bytes, and the NUL belongs to it
+_UNIX_PATH_MAX = 107  # sun_path is 108 bytes, including the NUL
 _V4_MAPPED = bytes(10) + b"\xff\xff"  # ::ffff:0:0/96, RFC 4291 2.5.5.2
 
 
 class UnknownInterfaceError(ValueError):
-    """A scope names a network interface that does not exist, at least not yet."""
+    """A scope names a network interface that does not exist, or does not exist yet."""
 
 
-def pack_inet(host: str, port: int) -> bytes:
-    """Pack an IPv4 or IPv6 literal, the latter with a `%SCOPE` if need be. Raises ValueError."""
-    if ":" in host:
-        literal, scope = split_scope(host)
-        return pack_inet6(literal, port, _scope_id(scope) if scope else 0)
-    return _head(AF_INET) + port.to_bytes(2, "big") + _literal(AF_INET, host) + bytes(8)
-
-
-def pack_inet6(host: str, port: int, scope_id: int = 0) -> bytes:
-    """Pack an IPv6 literal; `scope_id` is an interface index or 0. Raises ValueError."""
-    return (
-        _head(AF_INET6)
-        + port.to_bytes(2, "big")
-        + bytes(4)
-        + _literal(AF_INET6, host)
-        + scope_id.to_bytes(4, sys.byteorder)
-    )
-
-
-def split_scope(host: str) -> tuple[str, str]:
-    """Split `V6%SCOPE`; the scope is "" where there is none. Raises ValueError."""
-    literal, percent, scope = host.partition("%")
-    if percent and ":" in literal and not _can_be_scope(scope):
-        raise ValueError(f"'{scope}' is not a network interface")
-    return literal, scope
-
-
-def pack_unix(path: bytes | str) -> bytes:
-    """Pack a path, or `@NAME` for the abstract namespace. Raises ValueError."""
-    raw = os.fsencode(path)
-    if raw.startswith(b"@"):
-        raw = b"\0" + raw[1:]
-        limit = _UNIX_PATH_MAX + 1  # an abstract name has no NUL at its end
-    elif b"\0" in raw:
-        raise ValueError("a path cannot contain a NUL")
-    else:
-        limit = _UNIX_PATH_MAX
-    if raw in (b"", b"\0"):
-        raise ValueError("empty path; expected /PATH or @NAME")
-    if len(raw) > limit:
-        raise ValueError(f"it doesn't fit in an AF_UNIX address of at most {limit} bytes")
-    return _pack_sun_path(raw)
-
-
-def pack_vsock(cid: int, port: int) -> bytes:
-    """Pack an AF_VSOCK address; both numbers have 32 bits."""
-    return (
-        _head(AF_VSOCK)
-        + bytes(2)
-        + port.to_bytes(4, sys.byteorder)
-        + cid.to_bytes(4, sys.byteorder)
-        + bytes(4)
-    )
-
-
-def from_socket_name(family: int, name: object) -> bytes:
-    """Pack what `_socket` returns for getsockname(2) or getpeername(2).
-
-    Raises ValueError for a family that this program does not serve.
-    """
-    if family == AF_UNIX and isinstance(name, (bytes, str)):
-        return _pack_sun_path(os.fsencode(name))
-    if isinstance(name, tuple):
-        if family == AF_INET:
-            return pack_inet(name[0], name[1])
-        if family == AF_INET6:
-            return pack_inet6(name[0], name[1], name[3])
-        if family == AF_VSOCK:
-            return pack_vsock(name[0], name[1])
-    raise ValueError(f"address family {family} is not supported")
-
-
-def to_socket_name(address: bytes) -> tuple[str | int, ...] | bytes:
-    """Return `address` in the form that `_socket`'s bind() and connect() want."""
-    kind = family(address)
-    if kind == AF_INET:
-        return _socket.inet_ntop(AF_INET, address[4:8]), port(address)
-    if kind == AF_INET6:
-        return _socket.inet_ntop(AF_INET6, address[8:24]), port(address), 0, _scope(address)
-    if kind == AF_VSOCK:
-        return _cid(address), port(address)
-    return unix_name(address)
-
-
-def unix_name(address: bytes) -> bytes:
-    """Return what names a UNIX `address`: path, NUL and abstract name, or b"" if unnamed."""
-    raw = address[2:]
-    return raw if raw.startswith(b"\0") else raw.partition(b"\0")[0]
-
-
-def family(address: bytes) -> int:
-    """Return the address family, an AF_ number."""
-    return int.from_bytes(address[:2], sys.byteorder)
-
-
-def port(address: bytes) -> int:
-    """Return the port; a UNIX address has none, which is 0."""
-    kind = family(address)
-    if kind == AF_VSOCK:
-        return int.from_bytes(address[4:8], sys.byteorder)
-    if kind in (AF_INET, AF_INET6):
-        return int.from_bytes(address[2:4], "big")
-    return 0
-
-
-def with_port(address: bytes, number: int) -> bytes:
-    """Return an IPv4 or IPv6 `address` with another port."""
-    return address[:2] + number.to_bytes(2, "big") + address[4:]
-
-
-def with_scope(address: bytes, scope_id: int) -> bytes:
-    """Return an IPv6 `address` with another scope."""
-    return address[:24] + scope_id.to_bytes(4, sys.byteorder)
-
-
-def interface_index(name: str) -> int:
-    """Return the index of a network interface. Raises OSError, ENODEV where it does not exist.
-
-    The loop calls this, so it must not wait. if_nametoindex(3) may: for an interface that does
-    not exist its ioctl has the kernel load a module, where the program may (CAP_NET_ADMIN).
-    """
-    probe = _socket.socket(AF_INET6, _socket.SOCK_DGRAM)
-    try:
-        probe.setsockopt(_socket.SOL_SOCKET, _SO_BINDTODEVICE, os.fsencode(name))
-        return probe.getsockopt(_socket.SOL_SOCKET, _SO_BINDTOIFINDEX)
-    finally:
-        probe.close()
-
-
-def unmapped(address: bytes) -> bytes:
-    """Return the IPv4 address inside an IPv4-mapped IPv6 one; any other address unchanged."""
-    if family(address) == AF_INET6 and address[8:20] == _V4_MAPPED:
-        return _head(AF_INET) + address[2:4] + address[20:24] + bytes(8)
-    return address
-
-
-def text(address: bytes) -> str:
-    """Write `address` for people: 127.0.0.1:80, [::1]:80, /run/x, @x, vsock:2:80."""
-    kind = family(address)
-    if kind == AF_INET:
-        return f"{_socket.inet_ntop(AF_INET, address[4:8])}:{port(address)}"
-    if kind == AF_INET6:
-        host = _socket.inet_ntop(AF_INET6, address[8:24])
-        return f"[{host}{_scope_text(address)}]:{port(address)}"
-    if kind == AF_VSOCK:
-        cid = _cid(address)
-        return f"vsock:{'' if cid == VMADDR_CID_ANY else cid}:{port(address)}"
-    if kind == AF_UNIX:
-        return _unix_text(unix_name(address))
-    return f"address family {kind}"
+# ── text forms ────────────────────────────────────────────────────────────────────────────────────
 
 
 def parse_local(target: str) -> bytes | None:
     """Pack a UNIX or VSOCK address in text form; None if `target` is neither.
 
-    `unix:` without a slash and `vsock:` without a second colon are left to be host names,
-    because to the original `unix:80` is port 80 of a host called unix. Raises ValueError.
+    `unix:` without a slash and `vsock:` without a second colon remain host names, because for the
+    original `unix:80` is port 80 of a host called unix. Raises ValueError.
     """
     if target.startswith(("/", "@")):
         return pack_unix(target)
@@ -204,8 +55,17 @@ def parse_local(target: str) -> bytes | None:
     return None
 
 
+def _parse_vsock(target: str) -> bytes:
+    cid, _, number = target.partition(":")
+    any_cid = VMADDR_CID_ANY
+    return pack_vsock(
+        parse_number(cid, 0, any_cid, f"CID from 0 to {any_cid}") if cid else any_cid,
+        parse_number(number, 0, any_cid, f"VSOCK port number from 0 to {any_cid}"),
+    )
+
+
 def split_host(target: str) -> tuple[str, str | None]:
-    """Split `HOST:PORT`, `[V6]:PORT`, `HOST` or `[V6]`; the port is None if there is none.
+    """Split `HOST:PORT`, `[V6]:PORT`, `HOST` or `[V6]`; without a port, it is None.
 
     The split is at the last colon, so `::1:80` is port 80 of ::1. Raises ValueError.
     """
@@ -226,32 +86,8 @@ def split_host(target: str) -> tuple[str, str | None]:
     return (host, service) if colon else (target, None)
 
 
-def parse_port(digits: str, minimum: int = 1) -> int:
-    """Read a TCP port number. Raises ValueError."""
-    return parse_number(digits, minimum, 65535, f"port number from {minimum} to 65535")
-
-
-def parse_number(digits: str, minimum: int, maximum: int, what: str) -> int:
-    """Read a plain decimal number; `what` it is stands in the message of the ValueError."""
-    # The length keeps int() cheap; isascii() keeps out the digits of other scripts.
-    if digits.isascii() and digits.isdigit() and len(digits) <= 20:
-        number = int(digits)
-        if minimum <= number <= maximum:
-            return number
-    raise ValueError(f"'{digits}' is not a {what}")
-
-
-def _parse_vsock(target: str) -> bytes:
-    cid, _, number = target.partition(":")
-    any_cid = VMADDR_CID_ANY
-    return pack_vsock(
-        parse_number(cid, 0, any_cid, f"CID from 0 to {any_cid}") if cid else any_cid,
-        parse_number(number, 0, any_cid, f"VSOCK port number from 0 to {any_cid}"),
-    )
-
-
 def _without_url(scheme: str, rest: str) -> str:
-    """Return the address that the URL SCHEME://REST leads to."""
+    """Return the address of the URL SCHEME://REST."""
     host = rest.partition("/")[0].rpartition("@")[2]
     if not host:
         return "HOST:PORT"
@@ -260,15 +96,105 @@ def _without_url(scheme: str, rest: str) -> str:
     return host if has_port else f"{host.rstrip(':')}:{port}"
 
 
-def _literal(kind: int, host: str) -> bytes:
+def parse_port(digits: str, minimum: int = 1) -> int:
+    """Read a TCP port number. Raises ValueError."""
+    return parse_number(digits, minimum, 65535, f"port number from {minimum} to 65535")
+
+
+def parse_number(digits: str, minimum: int, maximum: int, what: str) -> int:
+    """Read a plain decimal number. The message of the ValueError says that it is not a `what`."""
+    # The limit on the length keeps int() fast; isascii() rejects the digits of other scripts.
+    if digits.isascii() and digits.isdigit() and len(digits) <= 20:
+        number = int(digits)
+        if minimum <= number <= maximum:
+            return number
+    raise ValueError(f"'{digits}' is not a {what}")
+
+
+def text(address: bytes) -> str:
+    """Format `address` for messages: 127.0.0.1:80, [::1]:80, /run/x, @x, vsock:2:80."""
+    kind = family(address)
+    if kind == AF_INET:
+        return f"{_socket.inet_ntop(AF_INET, address[4:8])}:{port(address)}"
+    if kind == AF_INET6:
+        host = _socket.inet_ntop(AF_INET6, address[8:24])
+        return f"[{host}{_scope_text(address)}]:{port(address)}"
+    if kind == AF_VSOCK:
+        cid = _cid(address)
+        return f"vsock:{'' if cid == VMADDR_CID_ANY else cid}:{port(address)}"
+    if kind == AF_UNIX:
+        return _unix_text(unix_name(address))
+    return f"address family {kind}"
+
+
+def _unix_text(raw: bytes) -> str:
+    if not raw:
+        return "unix client"
+    if raw.startswith(b"\0"):
+        raw = b"@" + raw[1:]
+    return os.fsdecode(raw)
+
+
+def _scope_text(address: bytes) -> str:
+    scope = _scope(address)
+    if not scope:
+        return ""
     try:
-        return _socket.inet_pton(kind, host)
-    except (OSError, ValueError):
-        raise ValueError(f"'{host}' is not an IP address") from None
+        return f"%{_socket.if_indextoname(scope)}"
+    except OSError:
+        return f"%{scope}"
+
+
+# ── packing ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def from_socket_name(family: int, name: object) -> bytes:
+    """Pack what `_socket` returns for getsockname(2) or getpeername(2).
+
+    Raises ValueError for an unsupported family.
+    """
+    if family == AF_UNIX and isinstance(name, (bytes, str)):
+        return _pack_sun_path(os.fsencode(name))
+    if isinstance(name, tuple):
+        if family == AF_INET:
+            return pack_inet(name[0], name[1])
+        if family == AF_INET6:
+            return pack_inet6(name[0], name[1], name[3])
+        if family == AF_VSOCK:
+            return pack_vsock(name[0], name[1])
+    raise ValueError(f"address family {family} is not supported")
+
+
+def to_socket_name(address: bytes) -> tuple[str | int, ...] | bytes:
+    """Return `address` in the form that `_socket` expects for bind() and connect()."""
+    kind = family(address)
+    if kind == AF_INET:
+        return _socket.inet_ntop(AF_INET, address[4:8]), port(address)
+    if kind == AF_INET6:
+        return _socket.inet_ntop(AF_INET6, address[8:24]), port(address), 0, _scope(address)
+    if kind == AF_VSOCK:
+        return _cid(address), port(address)
+    return unix_name(address)
+
+
+def pack_inet(host: str, port: int) -> bytes:
+    """Pack an IPv4 literal, or an IPv6 literal with an optional `%SCOPE`. Raises ValueError."""
+    if ":" in host:
+        literal, scope = split_scope(host)
+        return pack_inet6(literal, port, _scope_id(scope) if scope else 0)
+    return _head(AF_INET) + port.to_bytes(2, "big") + _literal(AF_INET, host) + bytes(8)
+
+
+def split_scope(host: str) -> tuple[str, str]:
+    """Split `V6%SCOPE`; without a scope, it is "". Raises ValueError."""
+    literal, percent, scope = host.partition("%")
+    if percent and ":" in literal and not _can_be_scope(scope):
+        raise ValueError(f"'{scope}' is not a network interface")
+    return literal, scope
 
 
 def _can_be_scope(scope: str) -> bool:
-    """Tell whether this can be the name of an interface, or its number (dev_valid_name())."""
+    """Tell whether this can be the name of an interface (dev_valid_name()), or its number."""
     try:
         size = len(os.fsencode(scope))
     except UnicodeError:
@@ -276,9 +202,22 @@ def _can_be_scope(scope: str) -> bool:
     return 0 < size <= _INTERFACE_MAX and not any(c in "/:\0" or c.isspace() for c in scope)
 
 
-def is_index(scope: str) -> bool:
-    """Tell whether a scope is an interface's number, not its name."""
-    return scope.isascii() and scope.isdigit()
+def pack_inet6(host: str, port: int, scope_id: int = 0) -> bytes:
+    """Pack an IPv6 literal; `scope_id` is an interface index or 0. Raises ValueError."""
+    return (
+        _head(AF_INET6)
+        + port.to_bytes(2, "big")
+        + bytes(4)
+        + _literal(AF_INET6, host)
+        + scope_id.to_bytes(4, sys.byteorder)
+    )
+
+
+def _literal(kind: int, host: str) -> bytes:
+    try:
+        return _socket.inet_pton(kind, host)
+    except (OSError, ValueError):
+        raise ValueError(f"'{host}' is not an IP address") from None
 
 
 def _scope_id(scope: str) -> int:
@@ -292,8 +231,40 @@ def _scope_id(scope: str) -> int:
         raise UnknownInterfaceError(f"there is no network interface '{scope}'") from None
 
 
-def _head(kind: int) -> bytes:
-    return kind.to_bytes(2, sys.byteorder)
+def is_index(scope: str) -> bool:
+    """Tell whether a scope is the number of an interface, not its name."""
+    return scope.isascii() and scope.isdigit()
+
+
+def interface_index(name: str) -> int:
+    """Return the index of a network interface. Raises OSError: ENODEV if it does not exist.
+
+    The main loop calls this, so it must not block. if_nametoindex(3) may: if the interface does not
+    exist, its ioctl makes the kernel load a module, given CAP_NET_ADMIN.
+    """
+    probe = _socket.socket(AF_INET6, _socket.SOCK_DGRAM)
+    try:
+        probe.setsockopt(_socket.SOL_SOCKET, _SO_BINDTODEVICE, os.fsencode(name))
+        return probe.getsockopt(_socket.SOL_SOCKET, _SO_BINDTOIFINDEX)
+    finally:
+        probe.close()
+
+
+def pack_unix(path: bytes | str) -> bytes:
+    """Pack a path, or `@NAME` for the abstract namespace. Raises ValueError."""
+    raw = os.fsencode(path)
+    if raw.startswith(b"@"):
+        raw = b"\0" + raw[1:]
+        limit = _UNIX_PATH_MAX + 1  # an abstract name has no NUL at the end
+    elif b"\0" in raw:
+        raise ValueError("a path cannot contain a NUL")
+    else:
+        limit = _UNIX_PATH_MAX
+    if raw in (b"", b"\0"):
+        raise ValueError("empty path; expected /PATH or @NAME")
+    if len(raw) > limit:
+        raise ValueError(f"it doesn't fit in an AF_UNIX address of at most {limit} bytes")
+    return _pack_sun_path(raw)
 
 
 def _pack_sun_path(raw: bytes) -> bytes:
@@ -301,12 +272,60 @@ def _pack_sun_path(raw: bytes) -> bytes:
     return _head(AF_UNIX) + raw + (b"\0" if terminated else b"")
 
 
-def _unix_text(raw: bytes) -> str:
-    if not raw:
-        return "unix client"
-    if raw.startswith(b"\0"):
-        raw = b"@" + raw[1:]
-    return os.fsdecode(raw)
+def pack_vsock(cid: int, port: int) -> bytes:
+    """Pack an AF_VSOCK address; both numbers have 32 bits."""
+    return (
+        _head(AF_VSOCK)
+        + bytes(2)
+        + port.to_bytes(4, sys.byteorder)
+        + cid.to_bytes(4, sys.byteorder)
+        + bytes(4)
+    )
+
+
+def _head(kind: int) -> bytes:
+    return kind.to_bytes(2, sys.byteorder)
+
+
+# ── parts of a packed address ─────────────────────────────────────────────────────────────────────
+
+
+def unmapped(address: bytes) -> bytes:
+    """Return the IPv4 address inside an IPv4-mapped IPv6 one; any other address unchanged."""
+    if family(address) == AF_INET6 and address[8:20] == _V4_MAPPED:
+        return _head(AF_INET) + address[2:4] + address[20:24] + bytes(8)
+    return address
+
+
+def with_port(address: bytes, number: int) -> bytes:
+    """Return an IPv4 or IPv6 `address` with another port."""
+    return address[:2] + number.to_bytes(2, "big") + address[4:]
+
+
+def with_scope(address: bytes, scope_id: int) -> bytes:
+    """Return an IPv6 `address` with another scope."""
+    return address[:24] + scope_id.to_bytes(4, sys.byteorder)
+
+
+def unix_name(address: bytes) -> bytes:
+    """Return the name of a UNIX `address`: path, NUL and abstract name, or b"" if unnamed."""
+    raw = address[2:]
+    return raw if raw.startswith(b"\0") else raw.partition(b"\0")[0]
+
+
+def port(address: bytes) -> int:
+    """Return the port; 0 for a UNIX address."""
+    kind = family(address)
+    if kind == AF_VSOCK:
+        return int.from_bytes(address[4:8], sys.byteorder)
+    if kind in (AF_INET, AF_INET6):
+        return int.from_bytes(address[2:4], "big")
+    return 0
+
+
+def family(address: bytes) -> int:
+    """Return the address family, an AF_ number."""
+    return int.from_bytes(address[:2], sys.byteorder)
 
 
 def _scope(address: bytes) -> int:
@@ -315,13 +334,3 @@ def _scope(address: bytes) -> int:
 
 def _cid(address: bytes) -> int:
     return int.from_bytes(address[8:12], sys.byteorder)
-
-
-def _scope_text(address: bytes) -> str:
-    scope = _scope(address)
-    if not scope:
-        return ""
-    try:
-        return f"%{_socket.if_indextoname(scope)}"
-    except OSError:
-        return f"%{scope}"

@@ -1,33 +1,35 @@
-"""How many connections the fd limit allows."""
+"""What the limit of open files allows: connections, and attempts to connect."""
+
+from _collections_abc import Callable
 
 from proxyd import log
 from proxyd._relay import raise_fd_limit
 
-# What is open beside connections: stdio (3), epoll, signals, the service manager's socket, the
+# Open besides connections: stdio (3), epoll, signals, the service manager's socket, the
 # extension's eventfd, a client that is accepted only to be refused, what writes to stderr, and two
 # to spare.
 _BASE = 11
 
 _PER_LOOKUP = 4
-"""A socket to each of up to three name servers, and a file; there is one look-up for each name."""
+"""A socket to each of up to three name servers, and a file; each name has one look-up at a time."""
 
-_ATTEMPTS = 4
-"""Connects beyond one for each client that waits: race.SPARE_ALL."""
+SPARE_ATTEMPTS = 4
+"""Attempts to all targets beyond one per held client."""
 
 _PER_THREAD = 2
-"""Of each further thread: its epoll and the bell of its inbox; the first has such a bell then."""
+"""For each further thread: its epoll instance and wake-up eventfd."""
 
 _QUARANTINE = 3
-"""With UNIX sockets: the epoll and the bell of its thread, and the bell of the first."""
+"""With UNIX sockets: epoll instance and eventfd of the quarantine's thread, and our own eventfd."""
 
 _STAT = 1
-"""With several threads /proc/stat or /proc/uptime is kept open."""
+"""With several threads, /proc/stat or /proc/uptime is kept open."""
 
 _PER_CONNECTION = 2
-"""Client and target. Pipes are had only while they can be."""
+"""Client and target. Pipes are optional; without one the relay copies."""
 
 _WITH_PIPES = 6
-"""A connection that stalls both ways holds two pipes."""
+"""A connection that stalls in both directions holds two pipes."""
 
 
 def fit_connections(
@@ -35,10 +37,10 @@ def fit_connections(
 ) -> int:
     """Raise the soft RLIMIT_NOFILE to what `wanted` connections need; return how many fit.
 
-    `names` is how many have to be looked up. The limit is never lowered, and never raised past
-    the hard one. One that is too small costs one warning, and connections: at least one remains.
+    `names`: the number of names to look up. The limit is never lowered, and never raised beyond
+    the hard one. If it is too small, a warning is logged and fewer connections fit, at least one.
     """
-    base = _BASE + _ATTEMPTS + listeners + _PER_LOOKUP * names
+    base = _BASE + SPARE_ATTEMPTS + listeners + _PER_LOOKUP * names
     if unix:
         base += _QUARANTINE
     if threads > 1:
@@ -52,3 +54,25 @@ def fit_connections(
         "raise LimitNOFILE=."
     )
     return fitting
+
+
+class AttemptBudget:
+    """Limits the attempts to all targets that go beyond one per held client."""
+
+    __slots__ = ("_surpluses",)
+
+    def __init__(self) -> None:
+        self._surpluses: list[Callable[[], int]] = []
+
+    def join(self, surplus: Callable[[], int]) -> None:
+        """Count the attempts to one more target; `surplus` returns their current number."""
+        self._surpluses.append(surplus)
+
+    def leave(self, surplus: Callable[[], int]) -> None:
+        """Stop counting the attempts to a target."""
+        self._surpluses.remove(surplus)
+
+    @property
+    def exhausted(self) -> bool:
+        """Tell whether no further attempt is allowed."""
+        return sum([surplus() for surplus in self._surpluses]) >= SPARE_ATTEMPTS

@@ -1,123 +1,90 @@
-"""Listeners: the class that stands for one, and those of --listen=."""
+"""Listeners: what one is, how it is closed, and which target its clients are for."""
 
 import _socket
-import errno
 import os
+from _collections_abc import Callable, Iterable
 
 from proxyd import address as sockaddr
-from proxyd.errors import UsageError, reason
-from proxyd.target import Target
+from proxyd.errors import UsageError
+from proxyd.target import Target, valid_name
+
+TYPE_CHECKING = False  # as in typing, which is slow to import
+if TYPE_CHECKING:
+    from proxyd._relay import RelayListener
+    from proxyd.ports import Ports
+    from proxyd.upstream import Upstream
 
 UNNAMED = "unknown"
-"""What sd_listen_fds_with_names(3) calls a socket that came without a name."""
+"""What sd_listen_fds_with_names(3) calls a socket without a name."""
 
-_BACKLOG = 65535  # the kernel caps it at net.core.somaxconn
+SO_PASSRIGHTS = 83  # asm-generic/socket.h; Linux 6.16
 
-_NO_SUCH_ADDRESS = (
-    "No interface has it yet: start this after network-online.target, or from a socket unit with "
-    "FreeBind=yes"
-)
-
-LOCK_S = 5.0
-"""How long to wait at start for others that begin or end to listen in the same folder."""
-
-_LOCK_AT_EXIT_S = 0.1
-_LOCK_PAUSE_S = 0.01
-_SO_PASSRIGHTS = 83  # asm-generic/socket.h; Linux 6.16
-
-
-class ListenAddress:
-    """What --listen=[NAME=]ADDRESS says."""
-
-    __slots__ = ("address", "any_family", "name", "text")
-
-    def __init__(self, name: str, address: bytes, text: str, any_family: bool) -> None:
-        self.name = name
-        self.address = address
-        """Packed, to bind(2) to."""
-        self.text = text
-        """ADDRESS as it was given."""
-        self.any_family = any_family
-        """A bare PORT: IPv6 and IPv4 alike, or IPv4 alone where there is no IPv6."""
+_NAMES_MAX = 10
+"""A message lists at most this many names."""
 
 
 class Listener:
     """A socket that connections come from.
 
-    Usually it listens; with `connected` it is the one connection itself (Accept=yes). It owns
-    its fd. The object is made before its target is known: `target` is set once all listeners
-    are there.
+    Usually it listens; with `connected` it is itself the only connection (Accept=yes). It owns its
+    fd. The parts of the program complete it one after another: first the socket is there, then its
+    target, then what serves it.
     """
 
-    __slots__ = ("address", "connected", "family", "fd", "inode", "name", "target", "text")
+    __slots__ = (
+        "accepting",
+        "address",
+        "before_close",
+        "broken",
+        "connected",
+        "family",
+        "fd",
+        "index",
+        "inode",
+        "name",
+        "ports",
+        "relay_listener",
+        "target",
+        "text",
+        "upstream",
+    )
 
     target: Target
+    index: int
+    """Its place among all listeners, by which the relay's events refer to it."""
+    upstream: "Upstream"
+    """Where its clients go …"""
+    ports: "Ports | None"
+    """… unless the target is `HOST:*` and they connected to another port than the listener's."""
+    relay_listener: "RelayListener"
+    """The relay's side of it."""
 
     def __init__(self, fd: int, name: str, address: bytes, connected: bool = False) -> None:
         self.fd = fd
         self.name = name
         self.address = address
-        """Packed; what getsockname(2) says."""
+        """Packed, from getsockname(2)."""
         self.family = sockaddr.family(address)
         self.text = sockaddr.text(address)
-        """The address for messages."""
+        """The address, for messages."""
         self.connected = connected
         self.inode: tuple[int, int] | None = None
         """Device and inode of the socket file, if it is ours to unlink."""
-
-    @property
-    def ours(self) -> bool:
-        """Tell whether close_listener() has a socket file to unlink."""
-        return self.inode is not None
-
-
-def parse_listen(text: str) -> ListenAddress:
-    """Read [NAME=]ADDRESS, with the ADDRESS forms of ListenStream= (systemd.socket(5)).
-
-    Port 0 lets the kernel choose one. Raises ValueError, UsageError.
-    """
-    from proxyd.names import split_pair  # which imports Listener from here
-
-    name, rest = split_pair(text)
-    bare_port = rest.isascii() and rest.isdigit()
-    try:
-        return ListenAddress(name or UNNAMED, _parse_address(rest, bare_port), rest, bare_port)
-    except sockaddr.UnknownInterfaceError as error:
-        raise UsageError(
-            f"Failed to listen on {rest}: {error}. Start this once it is there, or from a socket "
-            "unit with BindToDevice=, which waits for it."
-        ) from None
-
-
-def open_listener(where: ListenAddress) -> Listener:
-    """Bind and listen, close-on-exec and non-blocking.
-
-    A UNIX socket file that nobody listens on any more is replaced. Raises OSError.
-    """
-    if where.any_family:
-        try:
-            return _open(where.name, where.address)
-        except OSError as error:
-            if error.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
-                raise
-            port = sockaddr.port(where.address)
-            return _open(where.name, sockaddr.pack_inet("0.0.0.0", port))
-    try:
-        return _open(where.name, where.address)
-    except OSError as error:
-        if error.errno != errno.EADDRNOTAVAIL:
-            raise
-        why = f"{error.strerror}. {_NO_SUCH_ADDRESS}"
-        raise OSError(error.errno, why) from None
+        self.before_close: Callable[[Listener], None] | None = None
+        """Unlinks this file."""
+        self.accepting = False
+        self.broken = False
+        """Whether accept(2) has failed for good."""
 
 
 def close_listener(listener: Listener) -> None:
-    """Close the fd, and unlink the socket file if it is the one we made. Does not raise.
+    """Close the fd, and unlink the socket file if we made it. Does not raise.
 
-    A UNIX listener stays open until the process ends where its backlog may have file descriptors:
-    they are closed with it, which could take as long as their sender likes.
+    If the backlog of a UNIX listener may contain file descriptors, the fd stays open until the
+    process ends: closing the fd closes them, which may take as long as their sender likes.
     """
-    _unlink_at_exit(listener)
+    if listener.before_close is not None:
+        listener.before_close(listener)
     fd, listener.fd = listener.fd, -1
     if fd >= 0 and (listener.family != sockaddr.AF_UNIX or _refuses_descriptors(fd)):
         try:
@@ -126,204 +93,76 @@ def close_listener(listener: Listener) -> None:
             pass  # closed before
 
 
-def _unlink_at_exit(listener: Listener) -> None:
-    """Unlink the socket file while it is still listened to.
-
-    Until then nobody takes it for stale, and no other file is given its inode.
-    """
-    inode, listener.inode = listener.inode, None
-    path = _file_path(listener.address)
-    if inode is None or not path:
-        return
-    lock = _FolderLock(path, _LOCK_AT_EXIT_S)  # against one that begins after the file was removed
-    _unlink_ours(listener.address, inode)
-    lock.release()
-
-
-def _parse_address(text: str, bare_port: bool) -> bytes:
-    if bare_port:
-        return sockaddr.pack_inet6("::", sockaddr.parse_port(text, minimum=0))
-    local = sockaddr.parse_local(text)
-    if local is not None:
-        return local
-    host, service = sockaddr.split_host(text)
-    if service is None:
-        raise ValueError("expected a port, HOST:PORT, a path, @NAME or vsock:CID:PORT")
-    return sockaddr.pack_inet(host, sockaddr.parse_port(service, minimum=0))
-
-
-def _open(name: str, address: bytes) -> Listener:
-    path = _file_path(address)
-    if not path:
-        return _open_locked(name, address, None)
-    lock = _FolderLock(path, LOCK_S)
-    try:
-        return _open_locked(name, address, lock)
-    finally:
-        lock.release()
-
-
-def _open_locked(name: str, address: bytes, lock: "_FolderLock | None") -> Listener:
-    family = sockaddr.family(address)
-    sock = _socket.socket(family, _socket.SOCK_STREAM | _socket.SOCK_NONBLOCK)
-    try:
-        if family in (sockaddr.AF_INET, sockaddr.AF_INET6):
-            sock.setsockopt(_socket.SOL_SOCKET, _socket.SO_REUSEADDR, 1)
-        if family == sockaddr.AF_INET6:
-            sock.setsockopt(_socket.IPPROTO_IPV6, _socket.IPV6_V6ONLY, 0)
-        if family == sockaddr.AF_UNIX:
-            _refuse_descriptors(sock)
-        inode = _bind(sock, address, lock)
-        try:
-            sock.listen(_BACKLOG)
-            bound = sockaddr.from_socket_name(family, sock.getsockname())
-        except OSError:
-            _unlink_ours(address, inode)
-            raise
-        listener = Listener(sock.fileno(), name, bound)
-        listener.inode = inode
-        sock.detach()
-        return listener
-    finally:
-        sock.close()  # nothing, once it is detached
-
-
-def _refuse_descriptors(sock: _socket.socket) -> None:
-    """Have clients refused that send them, from before they are accepted: ours alone is this."""
-    try:
-        sock.setsockopt(_socket.SOL_SOCKET, _SO_PASSRIGHTS, 0)
-    except OSError:
-        pass  # _rights.pxd has what is done instead
-
-
 def _refuses_descriptors(fd: int) -> bool:
     try:
         sock = _socket.socket(fileno=fd)
     except OSError:
-        return True  # closed before, or no socket
+        return True  # closed before, or not a socket
     try:
-        return sock.getsockopt(_socket.SOL_SOCKET, _SO_PASSRIGHTS) == 0
+        return sock.getsockopt(_socket.SOL_SOCKET, SO_PASSRIGHTS) == 0
     except OSError:
         return False
     finally:
         sock.detach()
 
 
-def _bind(
-    sock: _socket.socket, address: bytes, lock: "_FolderLock | None"
-) -> tuple[int, int] | None:
-    """Bind `sock`; return device and inode of the socket file, if there is one."""
-    path = _file_path(address)
-    try:
-        sock.bind(sockaddr.to_socket_name(address))
-    except OSError as error:
-        inode = _stale(path) if path else None
-        if not path or not lock or inode is None:
-            raise
-        if lock.missing:
-            raise OSError(
-                error.errno,
-                "there is a stale socket file, which cannot be replaced safely: "
-                f"failed to lock its folder: {lock.missing}",
-            ) from None
-        # Somebody else may have replaced it since, without the lock.
-        if _inode(path) != inode or not _unlink(path):
-            raise
-        sock.bind(path)
-    return _inode(path) if path else None
+def match_targets(
+    targets: list[tuple[str | None, Target]], listeners: list[Listener]
+) -> tuple[list[Target], list[str]]:
+    """Find the target of each listener.
 
-
-class _FolderLock:
-    """An exclusive lock of the folder of a socket file, flock(2); it leaves nothing behind.
-
-    It is held from before bind(2) until after listen(2): in between the socket looks as if nobody
-    listened on it any more, and another start would replace it. Where it cannot be had, `missing`
-    says why. Then a new file may still be made, but none replaced: those that would replace ours
-    need the lock, too.
+    Returns one target per listener, in the same order, and the names without a listener. Raises
+    UsageError for a listener without a target, and for a `HOST:*` target whose listener has no
+    TCP port to pass on.
     """
-
-    __slots__ = ("_fd", "missing")
-
-    def __init__(self, path: bytes, patience_s: float) -> None:
-        self._fd = -1
-        self.missing = ""
-        try:
-            self._fd = os.open(
-                os.path.dirname(path) or b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+    by_name = dict(targets)
+    plain = by_name.get(None)
+    matched: list[Target] = []
+    for listener in listeners:
+        target = plain or by_name.get(listener.name)
+        if target is None:
+            raise UsageError(
+                f"No target for listener '{listener.name}' ({listener.text})"
+                f"{_instead(listener.name, by_name)}."
             )
-            self._take(patience_s)
-        except BlockingIOError:
-            self.missing = "another process holds it"
-        except (OSError, ImportError) as error:
-            self.missing = reason(error)
-        if self.missing:
-            self.release()
-
-    def release(self) -> None:
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
-
-    def _take(self, patience_s: float) -> None:
-        """Wait for the lock, but not for one that is held for ever. Raises BlockingIOError."""
-        import fcntl
-        import time
-
-        deadline = time.monotonic() + patience_s
-        while True:
-            try:
-                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    raise
-                time.sleep(_LOCK_PAUSE_S)
-            else:
-                return
+        if target.any_port and listener.family not in (sockaddr.AF_INET, sockaddr.AF_INET6):
+            raise UsageError(
+                f"Target {target.text} needs a TCP listener, to take the port from: "
+                f"'{listener.name}' ({listener.text}) is not one."
+            )
+        matched.append(target)
+    used = {listener.name for listener in listeners}
+    return matched, [name for name in by_name if name is not None and name not in used]
 
 
-def _stale(path: bytes) -> tuple[int, int] | None:
-    """Return what _inode() does if `path` is a socket file on which nobody listens."""
-    inode = _inode(path)
-    if inode is None:
-        return None
-    probe = _socket.socket(sockaddr.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_NONBLOCK)
-    try:
-        probe.connect(path)
-    except ConnectionRefusedError:
-        return inode
-    except OSError:
-        return None  # in use (EAGAIN), or not for us to judge
-    finally:
-        probe.close()
-    return None
+def _instead(name: str, by_name: "dict[str | None, Target]") -> str:
+    """Return which names have targets, and the likely fault of `name`."""
+    from difflib import get_close_matches
+
+    names = [one for one in by_name if one is not None]
+    there_are = f": the targets are for {list_names(names)}"
+    if name in ("", UNNAMED):
+        return (
+            f"{there_are}, and this one has no name: set FileDescriptorName= in the socket unit, "
+            "or use --listen=NAME=ADDRESS"
+        )
+    if not valid_name(name):
+        return (
+            f"{there_are}, and this name cannot be a NAME: set FileDescriptorName= "
+            f"in the socket unit to one {_what_a_name_is(name)}"
+        )
+    close = get_close_matches(name, names, n=1)
+    return f"{there_are}; is '{close[0]}' meant for it?" if close else there_are
 
 
-def _file_path(address: bytes) -> bytes | None:
-    """Return the path of a UNIX address, None if it has none."""
-    name = sockaddr.unix_name(address) if sockaddr.family(address) == sockaddr.AF_UNIX else b""
-    return name if name[:1] not in (b"", b"\0") else None
+def _what_a_name_is(bad: str) -> str:
+    if ":" in bad:
+        return "without a colon"
+    return "without an equals sign, which does not begin with a slash, @ or ["
 
 
-def _inode(path: bytes) -> tuple[int, int] | None:
-    """Return device and inode of the socket file at `path`, None if there is no such."""
-    try:
-        stat = os.lstat(path)
-    except OSError:
-        return None
-    is_socket = stat.st_mode & 0o170000 == 0o140000  # inode(7); the stat module costs a file
-    return (stat.st_dev, stat.st_ino) if is_socket else None
-
-
-def _unlink_ours(address: bytes, inode: tuple[int, int] | None) -> None:
-    """Unlink the socket file of `address` if it is still the one with our `inode`."""
-    path = _file_path(address)
-    if path and inode is not None and _inode(path) == inode:
-        _unlink(path)
-
-
-def _unlink(path: bytes) -> bool:
-    try:
-        os.unlink(path)
-    except OSError:  # pragma: no cover - somebody has removed it since it was looked at
-        return False
-    return True
+def list_names(names: Iterable[str]) -> str:
+    """Quote names for a message; of a long list, only the first ones."""
+    quoted = [f"'{name}'" for name in dict.fromkeys(names)]
+    more = f" and {len(quoted) - _NAMES_MAX} more" if len(quoted) > _NAMES_MAX else ""
+    return ", ".join(quoted[:_NAMES_MAX]) + more

@@ -1,24 +1,24 @@
-"""One-line logging to stderr, aware of the journal.
+"""Logging to stderr, in single lines, and with priorities for the journal.
 
-A line is one write of less than PIPE_BUF bytes, so that lines never interleave. No write waits: a
-reader of the log that has stopped costs lines, never a stalled proxy. Lines that stderr did not
-take are counted, and the count is told before the next line that it takes. Nothing here raises.
+A line is one write of less than PIPE_BUF bytes, so that lines never interleave. No write blocks: if
+the reader of the log stops, lines are lost, but the proxy never stalls. Lines that stderr did not
+take are counted, and their number is logged before the next line. Nothing here raises.
 
-poll(2) does not help: a terminal is writable while a single byte fits, and whoever shares a pipe
-may fill it after the poll. Nor does O_NONBLOCK on stderr itself, for its open file description is
-shared with whoever started us. So it depends on what stderr is:
+poll(2) does not help: a terminal is writable if a single byte fits, and another process that shares
+a pipe may fill it after the poll. O_NONBLOCK on stderr itself does not help, because other
+processes share its open file description. So the method depends on what stderr is:
 
-    a socket        send(2) with MSG_DONTWAIT; the journal's is one
-    a regular file  write(2): no reader can stop it. A file system that stalls (NFS, FUSE) does stop
-                    us, as it would if our modules or a UNIX target were on it.
+    a socket        send(2) with MSG_DONTWAIT, as for the journal
+    a regular file  write(2): no reader can stop it. A file system that stalls (NFS, FUSE) does, as
+                    it would if our modules or a UNIX target were on it.
     anything else   an open file description of our own, with O_NONBLOCK, opened through /proc.
                     If that fails, because /proc is hidden or stderr belongs to another user:
-    - a pipe        splice(2) from a pipe of our own; SPLICE_F_NONBLOCK keeps it from waiting
-    - a terminal    a thread that may wait. It is the last resort: from the second thread on the
+    - a pipe        splice(2) from a pipe of our own, which SPLICE_F_NONBLOCK keeps from blocking
+    - a terminal    a thread that may block. It is the last resort: from the second thread on, the
                     kernel counts the users of each fd at every call
 
-The main thread and the resolver's threads log. One thread writes at a time, and writes the lines of
-the others as well, so that none waits for a lock.
+The main thread and the threads of the resolver log. One thread writes at a time, and also writes
+the lines of the others, so that no thread waits for a lock.
 """
 
 import _signal  # type: ignore[import-not-found]
@@ -42,10 +42,10 @@ _REPEAT_PAUSE = 5.0
 _LINE_MAX = 1000
 
 _FINISH_S = 0.2
-"""How long the end of the program waits for a thread that writes to a terminal."""
+"""How long the program waits at its end for the thread that writes to a terminal."""
 
 _THREAD_LINES_MAX = 64
-"""Lines that wait for such a thread."""
+"""The maximum number of lines that wait for this thread."""
 
 _FORMAT, _SOCKET, _FILE, _PIPE = 0o170000, 0o140000, 0o100000, 0o010000  # inode(7)
 
@@ -54,35 +54,35 @@ _SPLICE_F_NONBLOCK = 2
 _max_level = INFO
 _on_journal = False
 
-# kind -> (time of the last line written, lines left out since, level and text of the last of them)
+# kind -> (time of the last line written, lines left out since; level and text of the last of these)
 _repeats: dict[str, tuple[float, int, int, str]] = {}
 
 _lines: list[bytes] = []
-"""What is to be written, by whoever holds the lock."""
+"""Lines to be written by the thread that holds the lock."""
 
 _writing = _thread.allocate_lock()
 
 _rest = b""
-"""Of a line that a terminal has taken in part: it comes before the next one."""
+"""The rest of a line of which a terminal took only a part; to be written before the next one."""
 
 _lost = 0
-"""Lines that stderr did not take, and of which nothing has been said."""
+"""The number of lines that stderr did not take, as far as it has not been logged."""
 
-_way: "tuple[tuple[int, int], _Description | _Splice | _Thread] | None" = None
-"""How a pipe or a terminal is written to, and which one: its device and inode."""
+_writer: "tuple[tuple[int, int], _Description | _Splice | _Thread] | None" = None
+"""Device and inode of a pipe or terminal, and what writes to it."""
 
 
 def setup(environ: Mapping[str, str]) -> None:
     """Take the level and the destination from `environ`.
 
-    SYSTEMD_LOG_LEVEL and JOURNAL_STREAM are those of systemd.exec(5) and systemd(1). Garbage in
-    either costs one warning that names the variable.
+    SYSTEMD_LOG_LEVEL and JOURNAL_STREAM are described in systemd(1) and systemd.exec(5). Garbage in
+    either is ignored, with a warning that names the variable.
     """
     global _max_level, _on_journal
     _repeats.clear()
     _max_level = INFO
     if os.isatty(2):
-        # Or a line would stop us while we are in the background (`stty tostop`).
+        # Otherwise, with `stty tostop`, a line would stop us while we are in the background.
         _signal.signal(_signal.SIGTTOU, _signal.SIG_IGN)
     try:
         _on_journal = _is_journal(environ.get("JOURNAL_STREAM", ""))
@@ -97,7 +97,7 @@ def setup(environ: Mapping[str, str]) -> None:
 
 
 def enabled(level: int) -> bool:
-    """Tell whether lines of `level` are written, for callers that would build one at a cost."""
+    """Tell whether lines of `level` are written, for callers to whom building one has a cost."""
     return level <= _max_level
 
 
@@ -107,12 +107,12 @@ def error(text: str) -> None:
 
 
 def warning(text: str) -> None:
-    """Log something that an administrator should look at."""
+    """Log something that an administrator should look into."""
     _log(WARNING, text)
 
 
 def notice(text: str) -> None:
-    """Log something normal but worth knowing."""
+    """Log something that is normal, but significant."""
     _log(NOTICE, text)
 
 
@@ -122,14 +122,14 @@ def info(text: str) -> None:
 
 
 def debug(text: str) -> None:
-    """Log what only somebody who looks for a fault wants to see."""
+    """Log details for finding a fault."""
     _log(DEBUG, text)
 
 
 def limited(kind: str, text: str, level: int = WARNING) -> None:
     """Log `text` unless a line of the same `kind` was logged in the last 5 s.
 
-    The next line of that kind tells how many were left out.
+    The next line of that kind says how many were left out.
     """
     now = time.monotonic()
     last, left_out, _, _ = _repeats.get(kind, (now - _REPEAT_PAUSE, 0, level, text))
@@ -142,23 +142,23 @@ def limited(kind: str, text: str, level: int = WARNING) -> None:
     _log(level, text)
 
 
-def flush_limited() -> None:
-    """Log what `limited` has left out and not yet told, for use at exit."""
-    for _, left_out, level, text in _repeats.values():
-        if left_out:
-            _log(level, f"{text} (last of {left_out} left out)")
-    _repeats.clear()
-
-
 def finish() -> None:
     """Write what has not been written yet, for use at exit. Does not wait for a reader."""
     flush_limited()
     try:
         _deliver(b"")
-        if _way is not None:
-            _way[1].finish()
+        if _writer is not None:
+            _writer[1].finish()
     except (OSError, ValueError, MemoryError):
-        pass  # There is nobody left to tell.
+        pass  # there is no way left to report it
+
+
+def flush_limited() -> None:
+    """Log what limited() has left out since its last line, for use at exit."""
+    for _, left_out, level, text in _repeats.values():
+        if left_out:
+            _log(level, f"{text} (last of {left_out} left out)")
+    _repeats.clear()
 
 
 def _log(level: int, text: str) -> None:
@@ -167,7 +167,7 @@ def _log(level: int, text: str) -> None:
     try:
         _deliver(_line(level, text))
     except (OSError, ValueError, MemoryError):
-        pass  # There is nobody left to tell.
+        pass  # there is no way left to report it
 
 
 def _line(level: int, text: str) -> bytes:
@@ -176,9 +176,9 @@ def _line(level: int, text: str) -> bytes:
 
 
 def _deliver(line: bytes) -> None:
-    """Write `line`, or leave it to the thread that is writing just now."""
+    """Write `line`, or leave it to the thread that is writing at the moment."""
     _lines.append(line)
-    while _lines and _writing.acquire(False):  # looked at again once others can have the lock
+    while _lines and _writing.acquire(False):  # checked again once others can take the lock
         try:
             while _lines:
                 _write_or_count(_lines.pop(0))
@@ -187,7 +187,7 @@ def _deliver(line: bytes) -> None:
 
 
 def _write_or_count(line: bytes) -> None:
-    """Write a line; an empty one is for what earlier ones have left behind."""
+    """Write a line; an empty one only writes what is left of earlier ones."""
     global _lost
     try:
         _write_line(line)
@@ -196,15 +196,15 @@ def _write_or_count(line: bytes) -> None:
 
 
 def _write_line(line: bytes) -> None:
-    """Write what is left of the last line, how many were lost, and `line`. Raises OSError."""
+    """Write the rest of the last line, the number of lost lines, and `line`. Raises OSError."""
     global _rest, _lost
     if _rest:
         _rest = _rest[_put(_rest) :]
     if _lost and not _rest:
-        told = _line(
+        line_of_lost = _line(
             WARNING, f"Lines lost here, because standard error did not take them: {_lost}."
         )
-        _rest = told[_put(told) :]
+        _rest = line_of_lost[_put(line_of_lost) :]
         _lost = 0
     if _rest:
         raise BlockingIOError
@@ -213,8 +213,8 @@ def _write_line(line: bytes) -> None:
 
 
 def _put(data: bytes) -> int:
-    """Write to stderr without waiting; how many bytes it took. Raises OSError."""
-    global _way
+    """Write to stderr without blocking; return how many bytes it took. Raises OSError."""
+    global _writer
     stat = os.fstat(2)
     kind = stat.st_mode & _FORMAT
     if kind == _SOCKET:
@@ -222,13 +222,13 @@ def _put(data: bytes) -> int:
     if kind == _FILE:
         return os.write(2, data)
     which = stat.st_dev, stat.st_ino
-    if _way is None or _way[0] != which:
-        _way = which, _find_way(which, kind == _PIPE)
-    return _way[1].put(data)
+    if _writer is None or _writer[0] != which:
+        _writer = which, _find_writer(which, kind == _PIPE)
+    return _writer[1].put(data)
 
 
 def _send(data: bytes) -> int:
-    # Whatever the family is: only its send() is used. Naming it saves asking the kernel.
+    # Only send() is used, so the family may be wrong. Giving it saves asking the kernel.
     sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM, 0, fileno=2)
     try:
         return sock.send(data, _socket.MSG_DONTWAIT | _socket.MSG_NOSIGNAL)
@@ -236,8 +236,8 @@ def _send(data: bytes) -> int:
         sock.detach()
 
 
-def _find_way(which: tuple[int, int], is_pipe: bool) -> "_Description | _Splice | _Thread":
-    """Find how to write to a pipe or a terminal. Raises OSError and RuntimeError."""
+def _find_writer(which: tuple[int, int], is_pipe: bool) -> "_Description | _Splice | _Thread":
+    """Return what writes to a pipe or a terminal without blocking us. Raises OSError."""
     try:
         return _Description(which)
     except OSError:
@@ -246,7 +246,7 @@ def _find_way(which: tuple[int, int], is_pipe: bool) -> "_Description | _Splice 
         if is_pipe:
             return _Splice()
     except OSError:
-        pass  # there is no fd left; a thread needs none
+        pass  # no fd is left; a thread needs none
     try:
         return _Thread()
     except RuntimeError:  # TasksMax=
@@ -254,7 +254,7 @@ def _find_way(which: tuple[int, int], is_pipe: bool) -> "_Description | _Splice 
 
 
 class _Description:
-    """An open file description of our own of what stderr is. Owns its fd."""
+    """An open file description of our own for stderr. Owns its fd."""
 
     __slots__ = ("_fd",)
 
@@ -262,7 +262,7 @@ class _Description:
         flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
         self._fd = os.open("/proc/self/fd/2", flags)
         stat = os.fstat(self._fd)
-        if (stat.st_dev, stat.st_ino) != which:  # that is no procfs
+        if (stat.st_dev, stat.st_ino) != which:  # /proc is not a procfs
             os.close(self._fd)
             raise FileNotFoundError
 
@@ -274,7 +274,7 @@ class _Description:
 
 
 class _Splice:
-    """A pipe of our own, from which lines are moved to the pipe that stderr is. Owns its fds."""
+    """A pipe of our own, from which lines are spliced into the pipe of stderr. Owns its fds."""
 
     __slots__ = ("_rd", "_wr")
 
@@ -295,22 +295,27 @@ class _Splice:
 
 
 class _Thread:
-    """A thread that writes to stderr, and waits where it must."""
+    """A thread that writes to stderr, and may block."""
 
-    __slots__ = ("_bell", "_done", "_queue")
+    __slots__ = ("_done", "_queue", "_wake")
 
     def __init__(self) -> None:
         self._queue: list[bytes] = []
-        """What it has not written yet; b"" asks it to say when it comes to that."""
-        self._bell, self._done = _thread.allocate_lock(), _thread.allocate_lock()
-        self._bell.acquire()
+        """What it has not written yet; at b"" it releases `_done`."""
+        self._wake, self._done = _thread.allocate_lock(), _thread.allocate_lock()
+        self._wake.acquire()
         self._done.acquire()
-        # Signals are for the main thread, which may not have a signalfd yet.
+        # Signals are for the main thread, whose handlers may not be installed yet.
         mask = _signal.pthread_sigmask(_signal.SIG_BLOCK, _signal.valid_signals())
         try:
             _thread.start_new_thread(self._run, ())
         finally:
             _signal.pthread_sigmask(_signal.SIG_SETMASK, mask)
+
+    def finish(self) -> None:
+        """Wait until all is written, but not for long: the terminal may have stopped for good."""
+        self.put(b"")
+        self._done.acquire(timeout=_FINISH_S)
 
     def put(self, data: bytes) -> int:
         if len(self._queue) >= _THREAD_LINES_MAX:
@@ -325,12 +330,12 @@ class _Thread:
 
     def _append(self, data: bytes) -> None:
         self._queue.append(data)
-        if self._bell.locked():  # nobody else unlocks it
-            self._bell.release()
+        if self._wake.locked():  # only _append() unlocks it
+            self._wake.release()
 
     def _run(self) -> None:
         while True:
-            self._bell.acquire()
+            self._wake.acquire()
             while self._queue:
                 if self._queue[0]:
                     self._write(self._queue[0])
@@ -343,11 +348,11 @@ class _Thread:
             while data:
                 data = data[os.write(2, data) :]
         except OSError:
-            pass  # a terminal that has gone
+            pass  # the terminal is gone
 
 
 def _printable(text: str) -> str:
-    """Escape what would break the line or fool a terminal; undecodable bytes become hexadecimal."""
+    """Escape what would break the line or control a terminal; undecodable bytes in hexadecimal."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else _escape(c) for c in text)
@@ -363,9 +368,9 @@ def _escape(char: str) -> str:
 
 
 def _parse_level(text: str) -> int:
-    """Read SYSTEMD_LOG_LEVEL: a name or 0-7, or a list of these, some for one destination only.
+    """Read SYSTEMD_LOG_LEVEL: a name or 0-7, or a list of these, also for single destinations.
 
-    A value such as `console:debug` (systemd(1)) counts where the lines go to that destination.
+    A value such as `console:debug` (systemd(1)) applies if stderr is that destination.
     Raises ValueError.
     """
     level = INFO

@@ -1,46 +1,46 @@
-"""Where a target is that has to be looked up: a name, or an address with an interface.
+"""The addresses of a target that have to be looked up: a name, or an address with an interface.
 
-A literal address needs nothing of this, and does not load it.
+They have one interface, and a literal address has it too (target.py), which never loads this.
 """
 
 import errno
-import os
 
 from proxyd import address as sockaddr
-from proxyd.connect_errors import may_pass
-from proxyd.target import Target
+from proxyd.connect_errors import describe, is_temporary
 
-TYPE_CHECKING = False  # as typing has it
+TYPE_CHECKING = False  # as in typing, which is slow to import
 if TYPE_CHECKING:
     import _socket
 
     from proxyd.resolver import Resolver
 
 LOOKUP_MS = 1000
-"""Pause between two look-ups of a name that is not there yet."""
+"""Pause between two look-ups of a name that does not exist yet."""
 
 LATE_MS = 1800
 """A look-up that takes longer counts as failed until it ends (RFC 8767 section 5)."""
 
 
 class Interface:
-    """A link-local address, whose interface is looked up for each connection.
+    """A link-local address whose interface is looked up for each connection.
 
-    One that is made anew has another index, and the name may be another interface's by now.
+    An interface that is created anew has another index, and its old index may be reused.
     """
 
-    __slots__ = ("_port", "_target", "failure", "only", "passes")
+    __slots__ = ("_address", "_scope", "_text", "failure", "only", "temporary")
 
-    late_ms = None
+    fixed = late_ms = None
     pause_ms = 0
     several = looking = False
 
-    def __init__(self, target: Target, port: int) -> None:
-        self._target = target
-        self._port = port
-        self.only = sockaddr.with_port(target.address or b"", port)
+    def __init__(self, address: bytes, scope: str, text: str) -> None:
+        """`address` lacks `scope`, the interface's name; `text` is the target, for messages."""
+        self._address = address
+        self._scope = scope
+        self._text = text
+        self.only = address
         self.failure = ""
-        self.passes = False
+        self.temporary = False
 
     def prompt(self, now_ms: int) -> bytes | None:
         """See Lookup."""
@@ -49,19 +49,19 @@ class Interface:
     def addresses(self, _now_ms: int) -> list[bytes]:
         """See Lookup."""
         try:
-            self.only = sockaddr.with_port(self._target.scoped(), self._port)
+            index = sockaddr.interface_index(self._scope)
         except OSError as error:
             number = error.errno or errno.EIO
-            why = os.strerror(number)
-            self.failure = f"Failed to connect to remote host: {why} ({self._target.text})"
-            self.passes = may_pass(number, self.only)
+            self.failure = describe(number, self.only, self._text)
+            self.temporary = is_temporary(number, self.only)
             return []
+        self.only = sockaddr.with_scope(self._address, index)
         return [self.only]
 
-    def won(self, address: bytes, prompt: bool) -> None:
+    def succeeded(self, address: bytes, prompt: bool) -> None:
         """See Lookup."""
 
-    def lost(self) -> None:
+    def failed(self) -> None:
         """See Lookup."""
 
 
@@ -80,46 +80,48 @@ class Lookup:
         "failure",
         "late_ms",
         "looking",
-        "passes",
+        "temporary",
     )
 
     pause_ms = LOOKUP_MS
-    """When to try again after a failure."""
+    """Pause before the next look-up after a failure."""
+    fixed: bytes | None = None
+    """The address, if it never changes."""
     only: bytes | None = None
-    """The one address that there is, if there can be no other."""
+    """The address, if there can be no other at the same time."""
 
     def __init__(self, host: bytes, port: int, resolver: "Resolver") -> None:
         self._host = host
         self._port = port
         self._resolver = resolver
         self._known: list[bytes] = []
-        """The resolver's last answer, to tell it from the next."""
+        """The resolver's last answer, to recognise a new one."""
         self._answer: list[bytes] = []
-        """The same, with the port."""
+        """The same addresses, with the port."""
         self._error: _socket.gaierror | None = None
-        """Or why there is none."""
+        """Why there is no answer."""
         self._good = b""
-        """The address to connect clients to, while one is believed to be prompt."""
+        """The address to connect clients to at once; b"" while none is known to answer promptly."""
         self._slow: set[bytes] = set()
-        """Addresses to be tried last."""
+        """Addresses to try last."""
         self.looking = False
-        """A look-up is under way that clients wait for."""
+        """Whether clients wait for a look-up that is under way."""
         self.late_ms: int | None = None
-        """When that takes too long and addresses() is to be called; None: it need not be."""
+        """When the look-up is late, and addresses() is to be called; None: it need not be."""
         self.failure = ""
-        """Why addresses() had none; "" while it is not known yet."""
-        self.passes = False
-        """Whether there may be some later."""
+        """Why addresses() returned none; "" while that is not known yet."""
+        self.temporary = False
+        """Whether there may be addresses later."""
 
     @property
     def several(self) -> bool:
-        """Tell whether there is another address to try where one is slow."""
+        """Tell whether there is another address to try if one is slow."""
         return len(self._answer) > 1
 
     def prompt(self, now_ms: int) -> bytes | None:
-        """Where to connect a client to that is not held for it; None where that is not known.
+        """Return where to connect a client to without holding it; None if that is not known.
 
-        To be called for each client, for that keeps the answer fresh.
+        To be called for each client, which keeps the answer fresh.
         """
         known = self._resolver.current(self._host, now_ms)
         if not known:
@@ -129,9 +131,9 @@ class Lookup:
         return self._good or None
 
     def addresses(self, now_ms: int) -> list[bytes]:
-        """Where to connect to, in this order; nothing while that is looked up, or unknown.
+        """Return where to connect to, in this order; nothing during a look-up, or if it has failed.
 
-        Whoever waits for a look-up calls again when there is an answer, which is fresh then.
+        During a look-up, call it again after the next event: the answer is fresh then.
         """
         self.failure = ""
         if not self.looking:
@@ -142,11 +144,11 @@ class Lookup:
         if self.looking:
             return []
         if self._error is not None:
-            self._failed(self._error)
+            self._look_up_failed(self._error)
         return self._in_order()
 
-    def won(self, address: bytes, prompt: bool) -> None:
-        """`address` has answered, and those that were tried before it have not."""
+    def succeeded(self, address: bytes, prompt: bool) -> None:
+        """Record that `address` has answered, and those tried before it have not."""
         for other in self._in_order():
             if other == address:
                 break
@@ -154,8 +156,8 @@ class Lookup:
         self._slow.discard(address)
         self._good = address if prompt else b""
 
-    def lost(self) -> None:
-        """What prompt() said was not."""
+    def failed(self) -> None:
+        """Record that the address returned by prompt() did not answer promptly."""
         self._slow.add(self._good)
         self._good = b""
 
@@ -163,13 +165,13 @@ class Lookup:
         return sorted(self._answer, key=self._slow.__contains__)
 
     def _resolved(self, addresses: list[bytes], error: "_socket.gaierror | None") -> None:
-        """Take the resolver's answer, perhaps from within ask()."""
+        """Take the resolver's answer; may be called from within ask()."""
         self.looking, self.late_ms = False, None
         self._error = error
         self._learn(addresses)
 
     def _learn(self, addresses: list[bytes]) -> None:
-        """Keep an answer. If it says something new, its first address is tried as a prompt one."""
+        """Keep an answer. If it has changed, its first address is tried as a prompt one."""
         before = set(self._answer)
         self._known = addresses
         self._answer = [sockaddr.with_port(address, self._port) for address in addresses]
@@ -180,17 +182,17 @@ class Lookup:
                 self._good = next((one for one in self._answer if one not in self._slow), b"")
 
     def _late(self, now_ms: int) -> None:
-        """Let the last good answer stand in, if there is one."""
+        """Use the last good answer, if there is one."""
         addresses = self._resolver.current(self._host, now_ms)
         if addresses:
             self._resolved(addresses, None)
             return
         self.late_ms = None
         self.failure = f"Failed to resolve host: no answer yet ({self._host.decode()})"
-        self.passes = True
+        self.temporary = True
 
-    def _failed(self, error: "_socket.gaierror") -> None:
-        from proxyd.resolver import RETRYABLE as PASSING
+    def _look_up_failed(self, error: "_socket.gaierror") -> None:
+        from proxyd.resolver import RETRYABLE
 
         self.failure = f"Failed to resolve host: {error.strerror} ({self._host.decode()})"
-        self.passes = error.errno in PASSING
+        self.temporary = error.errno in RETRYABLE

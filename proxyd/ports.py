@@ -1,57 +1,63 @@
 """`HOST:*` for clients that connected to another port than their listener's.
 
-A firewall or a program in the kernel can lead any port to one listener, and the client's own
-socket knows which it was: Transparent=yes with a TPROXY rule, BPF sk_lookup. Such a port has a way
-to the target of its own, made for its first client. There may be 65535 of them, so those without
-a client that waits are given up before they are many.
+A firewall or a program in the kernel can lead any port to one listener, and the client's own socket
+knows which port it was: Transparent=yes with a TPROXY rule, or BPF sk_lookup. Each such port has an
+upstream of its own, made for its first client. There may be 65535 of them, so an upstream without a
+held client is discarded before there are many.
 """
 
 from _collections_abc import Callable
 
-from proxyd.reach import Reach
+from proxyd.upstream import Upstream
 
-_IDLE_MOST = 32
-"""More ways than this are kept only while a client waits on each."""
+_IDLE_MAX = 32
+"""Beyond this number, upstreams are kept only while they hold a client."""
 
 
 class Ports:
-    """The ways to the other ports of one target. `ways` has all ways of the program."""
+    """The upstreams for the other ports of one target."""
 
-    __slots__ = ("_all", "_by_port", "_make", "fixed")
+    __slots__ = ("_by_port", "_discard", "_fixed", "_make")
 
-    def __init__(self, make: Callable[[int], Reach], ways: list[Reach]) -> None:
+    def __init__(
+        self, make: Callable[[int], Upstream], discard: Callable[[Upstream], None]
+    ) -> None:
+        """`make` returns a new upstream for a port, `discard` is called with one to forget."""
         self._make = make
-        self._all = ways
-        self.fixed: dict[int, Reach] = {}
+        self._discard = discard
+        self._fixed: dict[int, Upstream] = {}
         """Those of listeners, which stay."""
-        self._by_port: dict[int, Reach] = {}
-        """Those that are ours; who was used last comes last."""
+        self._by_port: dict[int, Upstream] = {}
+        """Those made here; the one used last comes last."""
+
+    def add_fixed(self, upstream: Upstream) -> None:
+        """Use the upstream of a listener for the clients of its port."""
+        self._fixed[upstream.port] = upstream
 
     @property
     def held(self) -> int:
-        """How many clients wait."""
-        return sum([len(way.held) for way in self._by_port.values()])
+        """The number of clients that upstreams made here hold."""
+        return sum([len(upstream.held) for upstream in self._by_port.values()])
 
-    def way(self, port: int) -> Reach:
-        """Return the way to `port`."""
-        if port in self.fixed:
-            return self.fixed[port]
-        way = self._by_port.pop(port, None)
-        if way is None:
-            way = self._make(port)
-            way.be_one_of(way.target.text)
-            self._all.append(way)
-        self._by_port[port] = way
-        if len(self._by_port) > _IDLE_MOST:
-            self._give_some_up(way)
-        return way
+    def upstream(self, port: int) -> Upstream:
+        """Return the upstream for `port`."""
+        if port in self._fixed:
+            return self._fixed[port]
+        upstream = self._by_port.pop(port, None)
+        if upstream is None:
+            upstream = self._make(port)
+            upstream.set_group(upstream.target.text)
+        self._by_port[port] = upstream
+        if len(self._by_port) > _IDLE_MAX:
+            self._discard_idle(upstream)
+        return upstream
 
-    def _give_some_up(self, heir: Reach) -> None:
-        """Give up those that were used longest ago; `heir` goes on counting for them."""
-        for port, way in list(self._by_port.items()):
-            if way is heir or len(self._by_port) <= _IDLE_MOST:
+    def _discard_idle(self, heir: Upstream) -> None:
+        """Discard those used longest ago; `heir` takes over their counters."""
+        for port, upstream in list(self._by_port.items()):
+            if upstream is heir or len(self._by_port) <= _IDLE_MAX:
                 return
-            if not way.held:
+            if not upstream.held:
                 del self._by_port[port]
-                self._all.remove(way)
-                heir.succeed(way)
+                self._discard(upstream)
+                heir.replace(upstream)

@@ -8,22 +8,22 @@ from proxyd._relay import socket_names
 _SIGNATURE = b"\r\n\r\n\0\r\nQUIT\n"
 _LOCAL, _PROXY = b"\x20", b"\x21"
 _TCP4, _TCP6 = b"\x11", b"\x21"
-
-
 _INET = (sockaddr.AF_INET, sockaddr.AF_INET6)
 
 
 class UnknownAddressError(Exception):
-    """A TCP client whose addresses the kernel does not tell (any more)."""
+    """The addresses of a TCP client are unknown, because it has been reset."""
 
 
 def header(version: int, client: int, peer: bytes) -> bytes:
-    """Return the header that tells a target who `client`, an accepted socket, is.
+    """Return the header that tells a target the addresses of `client`, an accepted socket.
 
-    `peer` is its packed address, as accept(2) has told it: getpeername(2) fails once the client
-    has reset. IPv4-mapped addresses are sent as IPv4. A client whose family has no such addresses
-    (UNIX, VSOCK) is UNKNOWN (v1), or LOCAL without addresses (v2): the receiver then uses the real
-    ones, which are ours. So a TCP client is never sent as that; raises UnknownAddressError.
+    `peer` is the client's packed address from accept(2), because getpeername(2) fails after a
+    reset. IPv4-mapped addresses are sent as IPv4. A client of another family (UNIX, VSOCK) is sent
+    as UNKNOWN (v1), or as LOCAL without addresses (v2), for which a receiver uses the addresses of
+    the connection, that is, ours. So a TCP client is never sent as that.
+
+    Raises UnknownAddressError.
     """
     own = socket_names(client)[1]
     if sockaddr.family(peer or own) not in _INET:
@@ -31,7 +31,7 @@ def header(version: int, client: int, peer: bytes) -> bytes:
             raise UnknownAddressError
         return b"PROXY UNKNOWN\r\n" if version == 1 else _SIGNATURE + _LOCAL + bytes(3)
     peer, own = sockaddr.unmapped(peer), sockaddr.unmapped(own)
-    if sockaddr.family(peer) != sockaddr.family(own):  # one of them is b""
+    if sockaddr.family(peer) != sockaddr.family(own):  # either may be b""
         raise UnknownAddressError
     return _v1(peer, own) if version == 1 else _v2(peer, own)
 
@@ -56,5 +56,5 @@ def _v2(peer: bytes, own: bytes) -> bytes:
 
 
 def _host(address: bytes) -> bytes:
-    """The address without family and port, in network byte order."""
+    """Return the address without family and port, in network byte order."""
     return address[4:8] if sockaddr.family(address) == sockaddr.AF_INET else address[8:24]

@@ -1,13 +1,13 @@
-"""Name look-ups, off the main thread.
+"""Name look-ups in separate threads.
 
-getaddrinfo(3) blocks, for as long as the name servers like. So it runs on threads, at most one for
-each name: a look-up that hangs stops no other name's. The main loop hears of an answer through an
-eventfd. Nobody ever waits for these threads, not at exit either.
+getaddrinfo(3) blocks for as long as the name servers take. So it runs in threads, at most one per
+name, and a look-up that hangs delays no other name. An eventfd tells the main loop of an answer.
+The program never waits for these threads, not even at exit.
 
-An answer is one of three things. Addresses serve for a second, and are looked up again before that
-is over while clients come. That there is no such name, or that it has no address, is an answer too:
-what was known before is wrong from then on, for the address may be another service's by now. All
-else is a failure to get an answer, and then the last good one stands in (RFC 8767).
+A look-up has one of three results. Addresses are used for a second; while clients come, they are
+looked up again before that. That the name does not exist, or has no address, is an answer as well:
+the addresses known before are wrong from then on, because they may belong to another service. All
+other results are failures, and the last good answer is used for longer (RFC 8767).
 """
 
 import _socket
@@ -20,19 +20,19 @@ from proxyd import log
 from proxyd.errors import reason
 
 FRESH_MS = 1000
-"""An answer, or the lack of one, serves for so long."""
+"""How long an answer, or the lack of one, is used."""
 
 AHEAD_MS = 250
-"""Addresses in use are looked up again so long before, and as much earlier as that takes."""
+"""Addresses in use are looked up again this long before, plus the time of a look-up."""
 
 STALE_MS = 5 * 60 * 1000
-"""While look-ups fail, the last good answer serves for so long."""
+"""How long the last good answer is used while look-ups fail."""
 
 LATE_MS = 1800
-"""A look-up that takes longer has failed so far (RFC 8767 section 5, client response timer)."""
+"""A look-up that takes longer counts as failed (RFC 8767 section 5, client response timer)."""
 
 FAILING_MS = 30_000
-"""How long after a failure nobody waits for the next one (the same, failure recheck timer)."""
+"""How long after a failure no client waits for the next look-up (failure recheck timer)."""
 
 _NODATA = getattr(_socket, "EAI_NODATA", -5)
 
@@ -40,23 +40,23 @@ GONE = (_socket.EAI_NONAME, _NODATA)
 """Errors that are answers: the name does not exist, or has no address."""
 
 RETRYABLE = (
-    *GONE,  # the name may appear: a container's does when it starts
+    *GONE,  # the name may appear, as that of a container does when it starts
     _socket.EAI_AGAIN,
-    _socket.EAI_MEMORY,  # and these are ours, not the name's: they pass as well
+    _socket.EAI_MEMORY,  # this machine is short of memory or fds, which is temporary, too
     _socket.EAI_SYSTEM,
 )
-"""Errors after which the name may be found later."""
+"""Errors after which a later look-up may succeed."""
 
 Done = Callable[[list[bytes], "_socket.gaierror | None"], None]
 
 
 class Name:
-    """One host name: the last good answer, and who waits for the next."""
+    """One host name: the last good answer, and the callbacks for the next."""
 
     __slots__ = (
         "addresses",
-        "asked_ms",
         "began_ms",
+        "ended_ms",
         "error",
         "good_ms",
         "host",
@@ -67,33 +67,22 @@ class Name:
     def __init__(self, host: bytes) -> None:
         self.host = host
         self.addresses: list[bytes] = []
-        """Packed, port 0, in the order to try them; a new list with every good answer."""
+        """Packed, with port 0, in the order to try them; a new list for each good answer."""
         self.good_ms: int | None = None
         """When they were looked up."""
-        self.asked_ms: int | None = None
+        self.ended_ms: int | None = None
         """When the last look-up ended."""
         self.error: _socket.gaierror | None = None
-        """How it ended."""
+        """Its error, None if it succeeded."""
         self.took_ms = 0
         """How long it took."""
         self.began_ms: int | None = None
-        """When the look-up that is under way has begun; None: none is."""
+        """When the look-up that is under way began; None: none is."""
         self.waiting: list[Done] = []
-        """Who waits for it."""
-
-    def fresh(self, now_ms: int) -> bool:
-        """Tell whether the last look-up, however it ended, still serves."""
-        return self.asked_ms is not None and now_ms - self.asked_ms < FRESH_MS
-
-    def failing(self, now_ms: int) -> bool:
-        """Tell whether there has been no answer of late, or the next one is late."""
-        if self.began_ms is not None and now_ms - self.began_ms >= LATE_MS:
-            return True
-        failed = self.error is not None and self.asked_ms is not None
-        return failed and now_ms - (self.asked_ms or 0) < FAILING_MS
+        """To be called when it ends."""
 
     def usable(self, now_ms: int) -> list[bytes]:
-        """Return the addresses, if they may be used without another look-up."""
+        """Return the addresses if they may be used without another look-up; otherwise none."""
         if self.good_ms is None:
             return []
         if self.error is None and self.fresh(now_ms):
@@ -101,18 +90,29 @@ class Name:
         stands_in = self.failing(now_ms) and now_ms - self.good_ms < STALE_MS
         return self.addresses if stands_in else []
 
+    def failing(self, now_ms: int) -> bool:
+        """Tell whether the last look-up has failed recently, or the current one is late."""
+        if self.began_ms is not None and now_ms - self.began_ms >= LATE_MS:
+            return True
+        failed = self.error is not None and self.ended_ms is not None
+        return failed and now_ms - (self.ended_ms or 0) < FAILING_MS
+
+    def fresh(self, now_ms: int) -> bool:
+        """Tell whether the result of the last look-up, good or bad, is still used."""
+        return self.ended_ms is not None and now_ms - self.ended_ms < FRESH_MS
+
     def due(self, now_ms: int) -> bool:
-        """Tell whether to look it up again, for clients who do not wait for that."""
-        if self.began_ms is not None or self.asked_ms is None:
+        """Tell whether to look it up again, so that no client will have to wait for that."""
+        if self.began_ms is not None or self.ended_ms is None:
             return False
         ahead_ms = min(AHEAD_MS + self.took_ms, FRESH_MS) if self.error is None else 0
-        return now_ms - self.asked_ms >= FRESH_MS - ahead_ms
+        return now_ms - self.ended_ms >= FRESH_MS - ahead_ms
 
     def learn(self, addresses: list[bytes], error: "_socket.gaierror | None", now_ms: int) -> None:
-        """Take in how the look-up that was under way has ended."""
+        """Store the result of the look-up that was under way."""
         self.took_ms = now_ms - (now_ms if self.began_ms is None else self.began_ms)
         self.began_ms = None
-        self.asked_ms, self.error = now_ms, error
+        self.ended_ms, self.error = now_ms, error
         if error is None:
             self.addresses, self.good_ms = addresses, now_ms
         elif error.errno in GONE:
@@ -120,7 +120,7 @@ class Name:
 
 
 class Resolver:
-    """Looks names up; belongs to the main thread but for _work()."""
+    """Looks names up. Belongs to the main thread, except for _work()."""
 
     __slots__ = ("_answers", "_jobs", "_names", "_sharing", "_threads", "_under_way", "fd")
 
@@ -136,12 +136,12 @@ class Resolver:
         )
         self._threads = 0
         self._under_way = 0
-        """Look-ups whose answer was not collected yet; one name has at most one."""
+        """Look-ups whose result has not been collected yet; at most one per name."""
         self._sharing = False
-        """A thread was refused, and that was told."""
+        """Whether it was logged that a thread could not be started."""
 
     def start(self, hosts: list[bytes]) -> None:
-        """Start a thread; where there can be none, look `hosts` up once and for all."""
+        """Start a thread; if that fails, look `hosts` up now, once and for all."""
         if self._add_thread():
             return
         log.warning("No thread can be started for name look-ups: names are resolved once, now.")
@@ -151,11 +151,27 @@ class Resolver:
             if name.error is not None:
                 log.error(f"Failed to resolve host: {name.error.strerror} ({host.decode()})")
 
-    def current(self, host: bytes, now_ms: int) -> list[bytes]:
-        """Return the addresses of `host`, if nobody need wait for them; otherwise none.
+    def ask(self, host: bytes, now_ms: int, done: Done) -> None:
+        """Call `done` with the addresses of `host`, or with none and the error; possibly at once.
 
-        To be called for each client: that keeps the answer fresh. It is the same list until there
-        is another answer.
+        All callers that ask for a name during its look-up wait for the same look-up.
+        """
+        name = self._names.setdefault(host, Name(host))
+        addresses = self.current(host, now_ms)
+        if addresses:
+            done(addresses, None)
+        elif self._threads == 0 or (name.began_ms is None and name.fresh(now_ms)):
+            done([], name.error)
+        else:
+            name.waiting.append(done)
+            if name.began_ms is None:
+                self._submit(name, now_ms)
+
+    def current(self, host: bytes, now_ms: int) -> list[bytes]:
+        """Return the addresses of `host` if they are known now; otherwise none.
+
+        To be called for each client, which keeps the answer fresh. The list is the same object
+        until there is another answer.
         """
         name = self._names.get(host)
         if name is None:
@@ -170,28 +186,12 @@ class Resolver:
                 self._submit(name, now_ms)
         return addresses
 
-    def ask(self, host: bytes, now_ms: int, done: Done) -> None:
-        """Call `done` with the addresses of `host`, or with none and the error; perhaps at once.
-
-        All who ask for one name while it is looked up wait for the same look-up.
-        """
-        name = self._names.setdefault(host, Name(host))
-        addresses = self.current(host, now_ms)
-        if addresses:
-            done(addresses, None)
-        elif self._threads == 0 or (name.began_ms is None and name.fresh(now_ms)):
-            done([], name.error)
-        else:
-            name.waiting.append(done)
-            if name.began_ms is None:
-                self._submit(name, now_ms)
-
     def collect(self, now_ms: int) -> None:
-        """Hand out the answers that have come."""
+        """Pass on the results that have arrived."""
         try:
             os.eventfd_read(self.fd)
         except (BlockingIOError, InterruptedError):
-            return  # if there is something, it is announced again
+            return  # if there is a result, the eventfd becomes readable again
         while not self._answers.empty():
             name, addresses, error = self._answers.get()
             self._under_way -= 1
@@ -222,8 +222,8 @@ class Resolver:
         self._threads += 1
         return True
 
-    def _work(self) -> None:  # pragma: no cover - runs, but coverage.py does not see _thread's
-        """Look up what is asked for, for ever. Runs on a thread of its own."""
+    def _work(self) -> None:  # pragma: no cover - it runs, but not traced: a _thread
+        """Look names up, forever. Runs in a thread of its own."""
         while True:
             name = self._jobs.get()
             self._answers.put((name, *_look_up(name.host)))
@@ -243,7 +243,7 @@ def _look_up(host: bytes) -> tuple[list[bytes], "_socket.gaierror | None"]:
     addresses, error = _get(host, 0)
     if error is None or error.errno != _NODATA:
         return addresses, error
-    # glibc says that, too, where one family has no address and there was no answer for the other.
+    # glibc reports that, too, if one family has no address and the look-up of the other failed.
     for family in (sockaddr.AF_INET6, sockaddr.AF_INET):
         addresses, single = _get(host, family)
         if single is None or single.errno not in GONE:
@@ -254,7 +254,7 @@ def _look_up(host: bytes) -> tuple[list[bytes], "_socket.gaierror | None"]:
 def _get(host: bytes, family: int) -> tuple[list[bytes], "_socket.gaierror | None"]:
     """Call getaddrinfo(3).
 
-    No AI_ADDRCONFIG: it hides ::1 and 127.0.0.1 from a machine without a network.
+    Without AI_ADDRCONFIG, which would hide ::1 and 127.0.0.1 on a machine without a network.
     """
     try:
         found = _socket.getaddrinfo(host, None, family, _socket.SOCK_STREAM)
@@ -268,7 +268,7 @@ def _get(host: bytes, family: int) -> tuple[list[bytes], "_socket.gaierror | Non
 
 
 def interleaved(addresses: list[bytes]) -> list[bytes]:
-    """Alternate the families, beginning with that of the first (RFC 8305, section 4)."""
+    """Alternate the families, beginning with that of the first address (RFC 8305, section 4)."""
     unique = list(dict.fromkeys(addresses))
     first = [a for a in unique if a[:2] == unique[0][:2]]
     other = [a for a in unique if a[:2] != unique[0][:2]]

@@ -1,228 +1,96 @@
 """The main loop, and when the program ends.
 
-One connection, from top to bottom: the relay (_relay.pyx) accepts it and connects it on the terms
-that Intake has set, or hands it to Intake; then Reach finds a way to its target and gives both back
-to the relay, which forwards until both sides are done.
+One connection, from top to bottom: the relay (_relay.pyx) accepts it, and connects it if Acceptor
+has allowed that in advance. Otherwise it hands the client to Acceptor, whose Upstream connects it
+and gives both sockets back to the relay. The relay forwards until both sides are done.
 """
 
 import _signal  # type: ignore[import-not-found]
 from _collections_abc import MutableMapping
 
 from proxyd import address, log
-from proxyd._relay import BUSY, ENDED, FAILED, signal_fd, signals_come
+from proxyd._relay import ConnectFailed, Ended, WorkersWanted, signal_fd, take_signals
+from proxyd.acceptor import Acceptor, upstream_of
 from proxyd.errors import reason
-from proxyd.intake import Door, Intake
+from proxyd.event_loop import EventLoop
 from proxyd.limits import fit_connections
 from proxyd.listen import Listener
-from proxyd.loop import Loop
-from proxyd.manager import Manager
-from proxyd.notify import Notifier
-from proxyd.reach import Reach
+from proxyd.sd_notify import Notifier, NotifySocket
+from proxyd.upstream import Upstream
 
-TYPE_CHECKING = False  # as typing has it
+TYPE_CHECKING = False  # as in typing, which is slow to import
 if TYPE_CHECKING:
-    from proxyd._relay import Event
-    from proxyd.cli import Options
+    from proxyd.event_loop import PolicyEvent
+    from proxyd.options import Options
     from proxyd.ports import Ports
     from proxyd.resolver import Resolver
     from proxyd.target import Target
 
 
 def run(options: "Options", listeners: list[Listener], environ: MutableMapping[str, str]) -> int:
-    """Serve until there is a reason to end; the exit status. The listeners stay the caller's."""
+    """Serve until the end; return the exit status. The listeners stay the caller's."""
     server = Server(options, listeners, environ)
     try:
         return server.serve()
     finally:
-        server.relay.close_all()  # after an error too: whoever is cut must not see a clean end
-        server.intake.disarm()  # before the listeners are closed, which others may have, too
-        for reach in server.reaches:
-            reach.drop_all()
-        server.manager.close()
+        server.relay.close_all()  # after an error, too: a client that is cut must not see a FIN
+        server.acceptor.stop()  # before other processes may get the listeners
+        for upstream in server.upstreams:
+            upstream.drop_all()
+        server.notifier.close()
         log.flush_limited()
 
 
 class Server:
-    """Ties the parts together and decides when to end."""
+    """Ties the parts together, and decides when to end."""
 
     def __init__(
         self, options: "Options", listeners: list[Listener], environ: MutableMapping[str, str]
     ) -> None:
         self.options = options
-        self.loop = Loop(options.buffer_size)
+        self.loop = EventLoop(options.buffer_size)
         self.relay = self.loop.relay
         self.relay.idle_ms = _milliseconds(options.idle_timeout) or 0
         self._handle_signals()
         hosts = [one.target.host for one in listeners if one.target.host is not None]
         self.resolver = self._make_resolver(hosts) if hosts else None
-        self.reaches: list[Reach] = []
+        self.upstreams: list[Upstream] = []
         self.ports: dict[Target, Ports] = {}
-        """By their target."""
-        self.intake = Intake(
-            self.loop,
-            [self._door(index, listener) for index, listener in enumerate(listeners)],
-            fit_connections(
-                options.connections_max,
-                len(listeners),
-                options.threads,
-                names=len(set(hosts)),
-                unix=any(_is_unix(one) for one in listeners),
-            ),
-            options.proxy_protocol,
+        """By target."""
+        for listener in listeners:
+            self._assign_upstream(listener)
+        connections_max = fit_connections(
+            options.connections_max,
+            len(listeners),
+            options.threads,
+            names=len(set(hosts)),
+            unix=any(_is_unix(one) for one in listeners),
         )
+        self.acceptor = Acceptor(self.loop, listeners, connections_max, options.proxy_protocol)
         single = len(listeners) == 1 and listeners[0].connected
         if options.threads > 1 and not single:
             self._use_threads()
-        self.manager = Manager(Notifier(environ), self._status, self.relay)
-        self.relay.wake_first = self.manager.wanted
-        if self.loop.notes is not None:
+        self.notifier = Notifier(NotifySocket(environ), self._status, self.relay)
+        self.relay.wake_on_first = self.notifier.enabled
+        if self.loop.labelled:
             import proxyd.stats  # noqa: F401 - for _log_end(), while there are fds to load it with
         self.held_ms = self.relay.now_ms
         """When a client was last held."""
         self.exit_idle_ms = _milliseconds(options.exit_idle_time)
         if single:
-            self.exit_idle_ms = 0  # Accept=yes: with the one connection all ends
-        self.asked = False
-        """Whether to log the counters; after the batch, for in the midst they do not add up."""
+            self.exit_idle_ms = 0  # Accept=yes: the program ends with its only connection
+        self.summary_wanted = False
+        """Whether to log the counters: after the batch of events, as they do not add up before."""
         self.stopping = False
         self.stop_ms: int | None = None
-        """When to end in any case, once stopping; None: when the last connection has ended."""
+        """While stopping, when to end in any case; None: with the last connection."""
 
-    # ── the loop ─────────────────────────────────────────────────────────────────────────────
-
-    def serve(self) -> int:
-        """Serve until there is a reason to end; the exit status."""
-        self.intake.arm()
-        self._log_listening()
-        self.manager.ready()
-        self._tick()
-        while not self._over():
-            self._turn(self._timeout_ms())
-        self._end()
-        return 1 if self.intake.broken and not self.stopping else 0
-
-    def _turn(self, timeout_ms: int) -> None:
-        for event in self.loop.run(timeout_ms):
-            self._relay_event(event)
-        self._tick()
-
-    def _relay_event(self, event: "Event") -> None:
-        if event[0] == FAILED:
-            door = self.intake.doors[event[3]]
-            door.way_of(event[1]).take_back(door.listener, event)
-        elif event[0] == ENDED:
-            self._log_end(event)
-        elif event[0] == BUSY:
-            self._hire()
-        else:
-            self.intake.event(event)
-
-    def _tick(self) -> None:
-        """Do what time, or the last batch of events, has made due."""
-        now_ms = self.relay.now_ms
-        for reach in self.reaches:
-            if reach.held:
-                self.held_ms = now_ms
-                reach.step(now_ms)
-        self.intake.tick(now_ms)
-        self.intake.set_terms()
-        if self.asked:
-            self.asked = False
-            self._log_summary()
-        busy = self._busy()
-        self.manager.tick(now_ms, busy)
-        ends = self.stopping or self.exit_idle_ms is not None or self.intake.broken
-        last = 0 if self.relay.open > 0 and ends else -1
-        self.relay.wake_at = max(self.intake.wake_at(), last)
-
-    def _busy(self) -> bool:
-        return self.relay.open > 0 or any(reach.held for reach in self.reaches)
-
-    def _timeout_ms(self) -> int:
-        """How long the relay may go on without us, -1: until something happens."""
-        times = [self.manager.next_ms(), self.intake.resume_ms, self.stop_ms, self._idle_exit_ms()]
-        times += [reach.next_ms() for reach in self.reaches if reach.held]
-        soonest = min((time for time in times if time is not None), default=None)
-        return -1 if soonest is None else max(soonest - self.relay.now_ms, 0)
-
-    def _idle_exit_ms(self) -> int | None:
-        """When to end for want of clients, as things stand."""
-        if self.exit_idle_ms is None or self._busy() or self.intake.resume_ms is not None:
-            return None
-        return max(self.relay.quiet_ms, self.held_ms) + self.exit_idle_ms
-
-    # ── the end ──────────────────────────────────────────────────────────────────────────────
-
-    def _over(self) -> bool:
-        now_ms = self.relay.now_ms
-        if self.stopping:
-            return not self._busy() or (self.stop_ms is not None and now_ms >= self.stop_ms)
-        if self.intake.broken and not self._busy():
-            return True
-        end_ms = self._idle_exit_ms()
-        return end_ms is not None and now_ms >= end_ms and not self._somebody_came()
-
-    def _somebody_came(self) -> bool:
-        """Look once more before an idle exit: who started the program is always served."""
-        accepted = -1
-        while not self._busy() and (self.loop.heard or self.relay.counters()[0] != accepted):
-            accepted = self.relay.counters()[0]
-            self._turn(0)
-        return self._busy() or self.intake.resume_ms is not None
-
-    def _stop(self) -> None:
-        """On SIGTERM, SIGINT or SIGHUP: no more clients, and an end; the second time at once."""
-        now_ms = self.relay.now_ms
-        if self.stopping:
-            self.stop_ms = now_ms
-            return
-        self.stopping = True
-        drain_ms = _milliseconds(self.options.drain_timeout)
-        self.stop_ms = None if drain_ms is None else now_ms + drain_ms
-        self.intake.disarm()
-        self.manager.stopping(now_ms, waits=drain_ms != 0)
-
-    def _end(self) -> None:
-        if not self.stopping:
-            self.manager.stopping(self.relay.now_ms, waits=False)
-        cut = self.relay.close_all()
-        if self.loop.notes is not None:
-            self.intake.disarm()
-            for event in self.loop.run(0):
-                self._relay_event(event)
-        waiting = sum(reach.drop_all() for reach in self.reaches)
-        if cut or waiting:
-            log.info(f"Stopped; {cut} open and {waiting} waiting connections were cut.")
-
-    # ── signals ──────────────────────────────────────────────────────────────────────────────
+    # ── parts ─────────────────────────────────────────────────────────────────────────────────────
 
     def _handle_signals(self) -> None:
         ends = (_signal.SIGTERM, _signal.SIGINT, _signal.SIGHUP)
         signals = signal_fd((*ends, _signal.SIGUSR1))
         self.loop.watch(signals, lambda _events: self._signalled())
-
-    def _signalled(self) -> None:
-        for number in signals_come():
-            if number == _signal.SIGUSR1:
-                self.asked = True
-            else:
-                self._stop()
-
-    # ── parts ────────────────────────────────────────────────────────────────────────────────
-
-    def _use_threads(self) -> None:
-        """Let relay threads help, at once or when they are needed."""
-        from proxyd import threads
-
-        if self.options.always_hand_over:
-            threads.hire(self.relay, self.options.threads)
-        else:
-            threads.share(self.relay)
-
-    def _hire(self) -> None:
-        from proxyd import threads
-
-        threads.hire(self.relay, self.options.threads)
 
     def _make_resolver(self, hosts: list[bytes]) -> "Resolver":
         from proxyd.resolver import Resolver
@@ -232,67 +100,194 @@ class Server:
         self.loop.watch(resolver.fd, lambda _events: resolver.collect(self.relay.now_ms))
         return resolver
 
-    def _door(self, index: int, listener: Listener) -> Door:
-        way, target = self._way_of(listener), listener.target
-        if not target.any_port or listener.connected:
-            return Door(self.loop, index, listener, way)
+    def _assign_upstream(self, listener: Listener) -> None:
+        """Set the upstream of a listener: one for all listeners that lead to the same place."""
+        target = listener.target
+        port = address.port(listener.address) if target.any_port else target.service or 0
+        same = [one for one in self.upstreams if one.target is target and one.port == port]
+        listener.upstream = same[0] if same else self._make_upstream(target, port)
+        listener.ports = None
+        if target.any_port and not listener.connected:
+            listener.ports = self._ports_of(target)
+            listener.ports.add_fixed(listener.upstream)
+
+    def _ports_of(self, target: "Target") -> "Ports":
         if target not in self.ports:
             from proxyd.ports import Ports
 
-            self.ports[target] = Ports(lambda port: self._make_way(target, port), self.reaches)
-        self.ports[target].fixed[way.port] = way
-        return Door(self.loop, index, listener, way, self.ports[target])
+            self.ports[target] = Ports(
+                lambda port: self._make_upstream(target, port), self.upstreams.remove
+            )
+        return self.ports[target]
 
-    def _way_of(self, listener: Listener) -> Reach:
-        """The Reach for a listener's target: one for all that lead to the same place."""
-        target = listener.target
-        port = address.port(listener.address) if target.any_port else target.service or 0
-        for reach in self.reaches:
-            if reach.target is target and reach.port == port:
-                return reach
-        self.reaches.append(self._make_way(target, port))
-        return self.reaches[-1]
-
-    def _make_way(self, target: "Target", port: int) -> Reach:
+    def _make_upstream(self, target: "Target", port: int) -> Upstream:
         timeout_ms = _milliseconds(self.options.connect_timeout)
-        way = Reach(self.loop, self.resolver, target, port, timeout_ms)
-        way.settle(_milliseconds(self.options.settle_time) or 0)
-        return way
+        upstream = Upstream(self.loop, self.resolver, target, port, timeout_ms)
+        upstream.settle(_milliseconds(self.options.settle_time) or 0)
+        self.upstreams.append(upstream)
+        return upstream
 
-    # ── words ────────────────────────────────────────────────────────────────────────────────
+    def _use_threads(self) -> None:
+        """Let relay threads help, at once or when they are needed."""
+        from proxyd import workers
+
+        if self.options.always_hand_over:
+            workers.start(self.relay, self.options.threads)
+        else:
+            workers.offload_when_busy(self.relay)
+
+    # ── the loop ──────────────────────────────────────────────────────────────────────────────────
+
+    def serve(self) -> int:
+        """Serve until the end; return the exit status."""
+        self.acceptor.start()
+        self._log_listening()
+        self.notifier.ready()
+        self._tick()
+        while not self._over():
+            self._turn(self._timeout_ms())
+        self._end()
+        return 1 if self.acceptor.broken and not self.stopping else 0
 
     def _log_listening(self) -> None:
-        """Tell where --listen= listens, with the port that the kernel has chosen for 0."""
-        inherited = len(self.intake.doors) - len(self.options.listen)
-        for door in self.intake.doors[inherited:]:
-            log.info(f"Listening on {door.listener.text}.")
+        """Log where --listen= listens, with the port that the kernel has chosen for 0."""
+        inherited = len(self.acceptor.listeners) - len(self.options.listen)
+        for listener in self.acceptor.listeners[inherited:]:
+            log.info(f"Listening on {listener.text}.")
+
+    def _turn(self, timeout_ms: int) -> None:
+        for event in self.loop.run(timeout_ms):
+            self._handle(event)
+        self._tick()
+
+    def _handle(self, event: "PolicyEvent") -> None:
+        if isinstance(event, ConnectFailed):
+            listener = self.acceptor.listeners[event.listener]
+            upstream_of(listener, event.client).take_back(event, listener.family)
+        elif isinstance(event, Ended):
+            self._log_end(event)
+        elif isinstance(event, WorkersWanted):
+            self._start_threads()
+        else:
+            self.acceptor.handle(event)
+
+    def _log_end(self, event: Ended) -> None:
+        from proxyd.stats import ending
+
+        log.debug(ending(self.loop.pop_label(event.connection), event))
+
+    def _start_threads(self) -> None:
+        from proxyd import workers
+
+        workers.start(self.relay, self.options.threads)
+
+    def _tick(self) -> None:
+        """Do what the time, or the last batch of events, has made due."""
+        now_ms = self.relay.now_ms
+        for upstream in self.upstreams:
+            if upstream.held:
+                self.held_ms = now_ms
+                upstream.step(now_ms)
+        self.acceptor.tick(now_ms)
+        self.acceptor.update_relay()
+        if self.summary_wanted:
+            self.summary_wanted = False
+            self._log_summary()
+        self.notifier.tick(now_ms, self._busy())
+        ends = self.stopping or self.exit_idle_ms is not None or self.acceptor.broken
+        last = 0 if self.relay.connections > 0 and ends else -1
+        self.relay.wake_at_count = max(self.acceptor.wake_at_count(), last)
 
     def _log_summary(self) -> None:
         try:
             from proxyd.stats import summary
-        except (OSError, ImportError) as error:  # no fd is left to load it with
+        except (OSError, ImportError) as error:  # there is no fd left to load it with
             log.warning(f"Failed to load the statistics: {reason(error)}")
             return
-        for line in summary(self.intake, self.relay, self.reaches):
+        for line in summary(self.acceptor, self.relay, self.upstreams):
             log.info(line)
+
+    def _timeout_ms(self) -> int:
+        """Return how long the relay may run without us; -1: until something happens."""
+        times = [self.notifier.next_ms(), self.acceptor.resume_ms]
+        times += [self.stop_ms, self._idle_exit_ms()]
+        times += [upstream.next_ms() for upstream in self.upstreams if upstream.held]
+        soonest = min((time for time in times if time is not None), default=None)
+        return -1 if soonest is None else max(soonest - self.relay.now_ms, 0)
+
+    # ── the end ───────────────────────────────────────────────────────────────────────────────────
+
+    def _over(self) -> bool:
+        now_ms = self.relay.now_ms
+        if self.stopping:
+            return not self._busy() or (self.stop_ms is not None and now_ms >= self.stop_ms)
+        if self.acceptor.broken and not self._busy():
+            return True
+        end_ms = self._idle_exit_ms()
+        return end_ms is not None and now_ms >= end_ms and not self._client_came()
+
+    def _idle_exit_ms(self) -> int | None:
+        """Return when --exit-idle-time= will be over, unless a client comes; None: never."""
+        if self.exit_idle_ms is None or self._busy() or self.acceptor.resume_ms is not None:
+            return None
+        return max(self.relay.last_end_ms, self.held_ms) + self.exit_idle_ms
+
+    def _client_came(self) -> bool:
+        """Look once more before an idle exit: the client that started the program is served."""
+        accepted = -1
+        while not self._busy():
+            before, accepted = accepted, self.relay.totals().accepted
+            if accepted == before and not self.loop.had_events:
+                break
+            self._turn(0)
+        return self._busy() or self.acceptor.resume_ms is not None
+
+    def _busy(self) -> bool:
+        return self.relay.connections > 0 or any(upstream.held for upstream in self.upstreams)
+
+    def _signalled(self) -> None:
+        for number in take_signals():
+            if number == _signal.SIGUSR1:
+                self.summary_wanted = True
+            else:
+                self._stop()
+
+    def _stop(self) -> None:
+        """On SIGTERM, SIGINT or SIGHUP: stop accepting, and drain; the second time, end at once."""
+        now_ms = self.relay.now_ms
+        if self.stopping:
+            self.stop_ms = now_ms
+            return
+        self.stopping = True
+        drain_ms = _milliseconds(self.options.drain_timeout)
+        self.stop_ms = None if drain_ms is None else now_ms + drain_ms
+        self.acceptor.stop()
+        self.notifier.stopping(now_ms, waits=drain_ms != 0)
+
+    def _end(self) -> None:
+        if not self.stopping:
+            self.notifier.stopping(self.relay.now_ms, waits=False)
+        cut = self.relay.close_all()
+        if self.loop.labelled:
+            self.acceptor.stop()
+            for event in self.loop.run(0):
+                self._handle(event)
+        waiting = sum(upstream.drop_all() for upstream in self.upstreams)
+        if cut or waiting:
+            log.info(f"Stopped; {cut} open and {waiting} waiting connections were cut.")
 
     def _status(self) -> str:
         from proxyd.stats import status
 
-        return status(self.relay, self.reaches)
-
-    def _log_end(self, event: "Event") -> None:
-        from proxyd.stats import ending
-
-        note = self.loop.notes.pop(event[1], "") if self.loop.notes is not None else ""
-        log.debug(ending(note, event))
+        return status(self.relay, self.upstreams)
 
 
 def _is_unix(listener: Listener) -> bool:
+    """Tell whether the clients of a listener come from a UNIX socket, or go to one."""
     target = listener.target.address
     return address.AF_UNIX in (listener.family, address.family(target) if target else None)
 
 
 def _milliseconds(usec: int | None) -> int | None:
-    """A span in ms, rounded up: a millisecond is the least, but for 0."""
+    """Convert a span to ms, rounded up, so that only 0 becomes 0."""
     return None if usec is None else -(-usec // 1000)

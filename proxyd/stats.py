@@ -1,25 +1,33 @@
-"""What the log and `systemctl status` say in numbers."""
+"""Numbers for the log and for `systemctl status`."""
 
 import os
 from _collections_abc import Iterable
 
-from proxyd._relay import Relay
-from proxyd.intake import Intake
-from proxyd.reach import Reach
+from proxyd._relay import ENDING_CLIENT_GONE, ENDING_CUT, Relay
+from proxyd.acceptor import Acceptor
+from proxyd.upstream import Upstream
 
-TYPE_CHECKING = False  # as typing has it
+TYPE_CHECKING = False  # as in typing, which is slow to import
 if TYPE_CHECKING:
-    from proxyd._relay import Event
+    from proxyd._relay import Ended
 
 _UNITS = "BKMGTPE"
 
-# What HOW_* in _connection.pxd stands for, in a sum and for one connection.
-_ENDINGS = ("ended", "reset", "idle", "cut", "client gone")
-_CUT, _GONE = 3, 4  # held clients end so too
+
+def status(relay: Relay, upstreams: list[Upstream]) -> str:
+    """Return the line for STATUS=."""
+    waiting = _sums((one.group, [one.waiting]) for one in upstreams)
+    held = sum(len(one.held) for one in upstreams)
+    count = relay.connections + held - sum(waits for (waits,) in waiting.values())
+    parts = [f"{count} connection{'' if count == 1 else 's'}"]
+    parts += [f"{waits} waiting for {group}" for group, (waits,) in waiting.items() if waits]
+    totals = relay.totals()
+    parts.append(f"{bytes_text(totals.bytes_to_targets + totals.bytes_to_clients)} forwarded")
+    return ", ".join(parts)
 
 
 def bytes_text(count: int) -> str:
-    """Write a number of bytes short, to base 1024: 512B, 1.2G."""
+    """Format a number of bytes, to base 1024: 512B, 1.2G."""
     value, unit = float(count), 0
     while value >= 1000 and unit < len(_UNITS) - 1:
         value /= 1024
@@ -27,70 +35,49 @@ def bytes_text(count: int) -> str:
     return f"{value:.{1 if unit and value < 99.95 else 0}f}{_UNITS[unit]}"
 
 
-def status(relay: Relay, reaches: list[Reach]) -> str:
-    """One line for STATUS=."""
-    waiting = _sums((reach.kind, [reach.waiting]) for reach in reaches)
-    held = sum(len(reach.held) for reach in reaches)
-    count = relay.open + held - sum(waits for (waits,) in waiting.values())
-    parts = [f"{count} connection{'' if count == 1 else 's'}"]
-    parts += [f"{waits} waiting for {kind}" for kind, (waits,) in waiting.items() if waits]
-    _, _, to_targets, to_clients, *_ = relay.counters()
-    parts.append(f"{bytes_text(to_targets + to_clients)} forwarded")
-    return ", ".join(parts)
-
-
-def summary(intake: Intake, relay: Relay, reaches: list[Reach]) -> list[str]:
-    """Everything since the start: one line, one for each target, and one if there are threads.
+def summary(acceptor: Acceptor, relay: Relay, upstreams: list[Upstream]) -> list[str]:
+    """Return everything since the start: a line in all, one per target, and one for threads.
 
     Accepted is the sum of open, waiting, refused, failed and all that have ended.
     """
-    accepted, refused, to_targets, to_clients, spliced, copied, ended = relay.counters()
-    held = sum(len(reach.held) for reach in reaches)
-    failed = sum(reach.failed for reach in reaches)
-    ends = list(ended)
-    ends[_CUT] += sum(reach.cut for reach in reaches)
-    ends[_GONE] += sum(reach.gone for reach in reaches)
-    endings = [f"{count} {how}" for how, count in zip(_ENDINGS, ends, strict=True) if count]
+    totals = relay.totals()
+    held = sum(len(one.held) for one in upstreams)
+    failed = sum(one.held.failed for one in upstreams)
+    ends = dict(totals.endings)  # held clients end as well
+    ends[ENDING_CUT] += sum(one.held.cut for one in upstreams)
+    ends[ENDING_CLIENT_GONE] += sum(one.held.gone for one in upstreams)
+    endings = [f"{count} {name}" for name, count in ends.items() if count]
     line = (
-        f"{accepted + intake.passed_in} accepted, {relay.open} open, {held} waiting, "
-        f"{refused + intake.refused} refused, {failed} failed; "
-        f"{to_targets} bytes to targets, {to_clients} bytes to clients, "
-        f"{spliced} spliced, {copied} copied; {', '.join(endings) or 'none ended'}"
+        f"{totals.accepted + acceptor.passed_in} accepted, {relay.connections} open, "
+        f"{held} waiting, {totals.refused + acceptor.refused} refused, {failed} failed; "
+        f"{totals.bytes_to_targets} bytes to targets, {totals.bytes_to_clients} bytes to clients, "
+        f"{totals.spliced} spliced, {totals.copied} copied; {', '.join(endings) or 'none ended'}"
     )
-    rows = _sums(
-        (reach.kind, [_served(intake, reach), len(reach.held), reach.failed]) for reach in reaches
-    )
+    rows = _sums((one.group, [one.connected, len(one.held), one.held.failed]) for one in upstreams)
     lines = [line] + [
-        f"{kind}: {served} served, {waiting} waiting, {failed} failed"
-        for kind, (served, waiting, failed) in rows.items()
+        f"{group}: {served} served, {waiting} waiting, {failed} failed"
+        for group, (served, waiting, failed) in rows.items()
     ]
-    if relay.threads > 1:
-        lines.append(f"{relay.threads} threads, {relay.handed_over} connections handed over")
+    if relay.thread_count > 1:
+        lines.append(f"{relay.thread_count} threads, {relay.handed_over} connections handed over")
     return lines
 
 
-def ending(note: str, event: "Event") -> str:
-    """One connection's line in the log at debug level; `event` is an ENDED one."""
-    _, _, how, up, down, took_ms, errnos = event
-    sides = [
-        f"{side}: {os.strerror(error)}"
-        for side, error in zip(("client", "target"), errnos, strict=True)
-        if error
-    ]
-    why = f" ({', '.join(sides)})" if sides else ""
-    return f"{note}: {up} bytes up, {down} bytes down in {took_ms} ms, {_ENDINGS[how]}{why}."
-
-
 def _sums(rows: Iterable[tuple[str, list[int]]]) -> dict[str, list[int]]:
-    """Add up the rows of each kind."""
+    """Add up the rows of each group."""
     sums: dict[str, list[int]] = {}
-    for kind, numbers in rows:
-        before = sums.get(kind, [0] * len(numbers))
-        sums[kind] = [one + other for one, other in zip(before, numbers, strict=True)]
+    for group, numbers in rows:
+        before = sums.get(group, [0] * len(numbers))
+        sums[group] = [one + other for one, other in zip(before, numbers, strict=True)]
     return sums
 
 
-def _served(intake: Intake, reach: Reach) -> int:
-    """Connections brought to a target, those still under way included."""
-    express = sum(door.gate.served for door in intake.doors if door.way is reach)
-    return express + reach.served - reach.returned
+def ending(label: str, event: "Ended") -> str:
+    """Return the line of one connection in the log at debug level."""
+    errors = (("client", event.client_error), ("target", event.target_error))
+    sides = [f"{side}: {os.strerror(error)}" for side, error in errors if error]
+    why = f" ({', '.join(sides)})" if sides else ""
+    return (
+        f"{label}: {event.bytes_up} bytes up, {event.bytes_down} bytes down "
+        f"in {event.duration_ms} ms, {event.ending}{why}."
+    )

@@ -3,9 +3,14 @@
 from proxyd import address as sockaddr
 from proxyd.errors import UsageError
 
+TYPE_CHECKING = False  # as in typing, which is slow to import
+if TYPE_CHECKING:
+    from proxyd.lookup import Interface, Lookup
+    from proxyd.resolver import Resolver
+
 _DEFAULT_PORT = 80  # as in the original
 
-# No host name and no address contains one of these; most often somebody forgot `unix:`.
+# No host name and no address contains any of these; usually `unix:` was forgotten.
 _NOT_IN_HOSTS = "/=@[]*"
 
 _IN_IPV6 = "0123456789abcdefABCDEF:."
@@ -16,24 +21,24 @@ _HOST_MAX = 255  # RFC 1035 2.3.4
 class Target:
     """A TARGET of the command line.
 
-    Literal addresses are packed here, once; names are left for the resolver.
+    A literal address is packed here, once; a name is left to the resolver.
     """
 
     __slots__ = ("address", "host", "scope", "service", "text")
 
     text: str
-    """As it was given, without NAME=; for messages."""
+    """As given, without NAME=; for messages."""
     host: bytes | None
-    """The name to look up, None for a literal address. Bytes, because getaddrinfo() of a str
-    loads the IDNA codec, which takes longer than the rest of the start."""
+    """The name to look up; None for a literal address. Bytes, because getaddrinfo() of a str loads
+    the IDNA codec, which takes longer than the rest of the start."""
     service: int | None
-    """The TCP port; None for `*`, the port that the client connected to. 0 where the address is
-    not a TCP one."""
+    """The TCP port; None for `*`, the port that the client connected to; 0 if the address is not a
+    TCP address."""
     address: bytes | None
-    """The packed address, None for a name. With `*` its port is 0."""
+    """The packed address; None for a name. With `*`, its port is 0."""
     scope: str
-    """The interface of a link-local address, where it was given by its name; "" otherwise.
-    `address` lacks it, for the same name may be another interface tomorrow."""
+    """The interface of a link-local address, if given by name; "" otherwise. `address` lacks it,
+    because the index of that interface may change."""
 
     def __init__(
         self,
@@ -54,9 +59,19 @@ class Target:
         """Tell whether this is `HOST:*`."""
         return self.service is None
 
-    def scoped(self) -> bytes:
-        """Return `address` with the present index of `scope`. Raises OSError."""
-        return sockaddr.with_scope(self.address or b"", sockaddr.interface_index(self.scope))
+
+def split_pair(text: str) -> tuple[str | None, str]:
+    """Split NAME=REST; without a valid NAME, the name is None and REST all of `text`."""
+    name, equals, rest = text.partition("=")
+    return (name, rest) if equals and valid_name(name) else (None, text)
+
+
+def valid_name(text: str) -> bool:
+    """Tell whether `text` can be the NAME of NAME=TARGET or --listen=NAME=ADDRESS.
+
+    By this rule no TARGET that contains an equals sign, such as /run/a=b, looks like a pair.
+    """
+    return bool(text) and text[0] not in "/@[" and ":" not in text and "=" not in text
 
 
 def parse_target(text: str) -> Target:
@@ -115,12 +130,12 @@ def _parse_service(service: str | None) -> int | None:
 
 
 def looks_like_a_port(target: Target) -> bool:
-    """Tell whether somebody has most likely forgotten the host: 8080 is port 80 of a host 8080."""
+    """Tell whether the host was probably forgotten: 8080 means port 80 of a host called 8080."""
     return target.text.isascii() and target.text.isdigit()
 
 
 def _encode(host: str) -> bytes:
-    """Return the host name as the resolver wants it. Raises ValueError."""
+    """Encode a host name for the resolver. Raises ValueError."""
     if len(host) <= _HOST_MAX and not any(map(_never_in_host, host)):
         try:
             return host.encode("ascii" if host.isascii() else "idna")
@@ -132,3 +147,52 @@ def _encode(host: str) -> bytes:
 
 def _never_in_host(char: str) -> bool:
     return char in _NOT_IN_HOSTS or char.isspace() or not char.isprintable()
+
+
+# ── the addresses of a target ─────────────────────────────────────────────────────────────────────
+
+
+def address_source(
+    target: Target, port: int, resolver: "Resolver | None"
+) -> "Literal | Interface | Lookup":
+    """Return what knows where to connect to; `port` is for `HOST:*`."""
+    if target.host is not None and resolver is not None:
+        from proxyd.lookup import Lookup
+
+        return Lookup(target.host, port, resolver)
+    address = target.address or b""
+    if target.any_port or target.scope:
+        address = sockaddr.with_port(address, port)
+    if target.scope:
+        from proxyd.lookup import Interface
+
+        return Interface(address, target.scope, target.text)
+    return Literal(address)
+
+
+class Literal:
+    """A literal address, with the interface of a Lookup (lookup.py): nothing is looked up."""
+
+    __slots__ = ("fixed", "only")
+
+    failure = ""
+    late_ms = None
+    pause_ms = 0
+    several = looking = temporary = False
+
+    def __init__(self, address: bytes) -> None:
+        self.fixed = self.only = address
+
+    def prompt(self, _now_ms: int) -> bytes:
+        """See Lookup."""
+        return self.fixed
+
+    def addresses(self, _now_ms: int) -> list[bytes]:
+        """See Lookup."""
+        return [self.fixed]
+
+    def succeeded(self, address: bytes, prompt: bool) -> None:
+        """See Lookup."""
+
+    def failed(self) -> None:
+        """See Lookup."""

@@ -1,4 +1,4 @@
-"""Time spans as systemd.time(7) writes them."""
+"""Time spans in the syntax of systemd.time(7)."""
 
 _SEC = 1_000_000
 _MINUTE = 60 * _SEC
@@ -8,7 +8,7 @@ _WEEK = 7 * _DAY
 _MONTH = 2_629_800 * _SEC  # a twelfth of a year
 _YEAR = 31_557_600 * _SEC  # 365.25 days
 
-# Order matters: the first unit that the text begins with is taken, as in systemd.
+# The order matters: as in systemd, the first unit that the text begins with is used.
 _UNITS = (
     ("seconds", _SEC),
     ("second", _SEC),
@@ -62,10 +62,10 @@ _NUMBER_MAX = 2**63 - 1  # of the strtoll(3) that reads each number
 
 
 def parse(text: str) -> int | None:
-    """Return the span in microseconds, None for `infinity`; a number without unit is seconds.
+    """Return the span in microseconds, None for `infinity`; the default unit is seconds.
 
-    Accepts what systemd's parse_sec() accepts, up to a length that nobody needs but that keeps
-    the time to parse it short. Raises ValueError.
+    Accepts what systemd's parse_sec() accepts, up to a length that is more than enough, but limits
+    the time to parse it. Raises ValueError.
     """
     if len(text) > _LENGTH_MAX:
         raise ValueError("too long")
@@ -87,9 +87,9 @@ def parse(text: str) -> int | None:
 
 
 def format_usec(usec: int | None, accuracy: int = 1000) -> str:
-    """Write `usec` microseconds for people: "1min 2.500s", in systemd's way.
+    """Format `usec` microseconds as systemd does: "1min 2.500s".
 
-    What is smaller than `accuracy` microseconds, a power of ten, is left out.
+    Parts smaller than `accuracy` microseconds, a power of ten, are omitted.
     """
     if usec is None:
         return "infinity"
@@ -110,9 +110,9 @@ def format_usec(usec: int | None, accuracy: int = 1000) -> str:
 
 
 def _term(text: str) -> tuple[int, str]:
-    """Read one number with its unit; return the microseconds and the rest. Raises ValueError."""
-    # strtoll(3) allows more white space and a sign, but takes nothing if no digit follows. The
-    # sign is never a minus: systemd refuses even "-0".
+    """Read a number with its unit; return the microseconds, and the rest. Raises ValueError."""
+    # strtoll(3) allows more white space and a sign, but takes nothing unless a digit follows. The
+    # sign cannot be a minus: systemd refuses even "-0".
     body = text.lstrip(" \t\n\v\f\r").removeprefix("+")
     whole = _leading_digits(body)
     rest = body[len(whole) :] if whole else text
@@ -147,7 +147,7 @@ def _number(digits: str) -> int:
 
 
 def _unit(text: str) -> tuple[int, str]:
-    """Read the unit at the beginning of `text`; without one it is seconds. Raises ValueError."""
+    """Read the unit at the beginning of `text`; the default is seconds. Raises ValueError."""
     rest = text.lstrip(_WHITESPACE)
     for suffix, unit in _UNITS:
         if rest.startswith(suffix):

@@ -223,11 +223,11 @@ complete -c systemd-socket-proxyd -s c -l connections-max -x -k -a '64 256 1024 
     -d 'Maximum number of connections'
 complete -c systemd-socket-proxyd -l exit-idle-time -x -k -a "$spans" \
     -d 'Exit when without a connection for this long'
-complete -c systemd-socket-proxyd -l proxy-protocol -x -a 'v1 v2' -d 'Tell the target who calls'
+complete -c systemd-socket-proxyd -l proxy-protocol -x -a 'v1 v2' -d 'Send the address of the client to the target'
 complete -c systemd-socket-proxyd -l connect-timeout -x -k -a "$spans" \
     -d 'Hold clients this long while the target cannot be reached'
 complete -c systemd-socket-proxyd -l settle-time -x -k -a '0 50ms 100ms 500ms 1s' \
-    -d 'Watch a target that is not proven for this long before anything is sent'
+    -d 'Watch an unproven target for this long before anything is sent'
 complete -c systemd-socket-proxyd -l idle-timeout -x -k -a "$spans[2..]" \
     -d 'Close a connection over which nothing has moved for this long'
 complete -c systemd-socket-proxyd -l drain-timeout -x -k -a "$spans" \

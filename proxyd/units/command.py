@@ -1,7 +1,7 @@
 """ExecStart= of a service that runs the proxy, ours or the original, through our own parser."""
 
-from proxyd import cli
 from proxyd.errors import UsageError
+from proxyd.options import Option, Options, getopt, parse_args
 from proxyd.units import words
 from proxyd.units.specifiers import UNKNOWN
 from proxyd.units.unit import Unit
@@ -40,7 +40,7 @@ class Command:
         """Whether all arguments are known: no shell around it, no variable with unknown value."""
         self.elsewhere = False
         """Whether something around it may have put it into another namespace."""
-        self.options: cli.Options | None = None
+        self.options: Options | None = None
         """What our parser makes of the arguments; None if it refuses them, or they are unknown."""
         self.given: set[str] = set()
         """The long options that are given, in full."""
@@ -123,11 +123,11 @@ def _parse(command: Command) -> None:
     argv = [PROGRAM, *command.arguments]
     try:
         command.given = _given(argv)
-        options = cli.parse_args(argv)
+        options = parse_args(argv)
     except UsageError as error:
         command.error = str(error).removeprefix(f"{PROGRAM}: ")
         return
-    if isinstance(options, cli.Option):
+    if isinstance(options, Option):
         command.error = f"--{options.long} prints, and the program ends"
         return
     command.options = options
@@ -138,14 +138,14 @@ def _parse(command: Command) -> None:
 def _given(argv: list[str]) -> set[str]:
     """Return the options in use, abbreviations resolved as the program does. Raises UsageError."""
     given = set()
-    for option, _ in cli._getopt(argv, []):
+    for option, _ in getopt(argv, []):
         given.add(option.long)
         if option.convert is None:
             break
     return given
 
 
-def _refused_by_original(command: Command, options: cli.Options) -> str:
+def _refused_by_original(command: Command, options: Options) -> str:
     """Return why systemd's own program would refuse what ours takes."""
     for option in sorted(command.given):
         known = option in _ORIGINALS_OPTIONS

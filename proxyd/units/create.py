@@ -3,10 +3,9 @@
 import argparse
 import os
 
+from proxyd.bind import parse_listen
 from proxyd.errors import UsageError
-from proxyd.listen import parse_listen
-from proxyd.names import split_pair
-from proxyd.target import parse_target
+from proxyd.target import parse_target, split_pair
 from proxyd.units import names, quadlet, recipes, text, unitfile, words
 from proxyd.units.recipes import Request
 from proxyd.units.rule import Finding

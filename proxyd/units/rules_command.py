@@ -2,10 +2,11 @@
 
 from collections.abc import Iterator
 
-from proxyd import address, cli
+from proxyd import address
+from proxyd.bind import ListenAddress
 from proxyd.errors import UsageError
-from proxyd.listen import ListenAddress, Listener
-from proxyd.names import match_targets
+from proxyd.listen import Listener, match_targets
+from proxyd.options import OPTIONS, Options
 from proxyd.target import Target
 from proxyd.units import facts
 from proxyd.units.command import Command
@@ -47,7 +48,7 @@ def _has_sockets(found: Set) -> bool:
     return any(name.endswith(".socket") for name in found.library.own_names())
 
 
-def _listeners(found: Set, options: cli.Options) -> list[tuple[Listener, ListenAddress]]:
+def _listeners(found: Set, options: Options) -> list[tuple[Listener, ListenAddress]]:
     """Return the listeners that the proxy would get, as it would know them."""
     listeners = []
     for socket in found.sockets:
@@ -60,7 +61,7 @@ def _listeners(found: Set, options: cli.Options) -> list[tuple[Listener, ListenA
 
 
 def _unmatched(
-    rule: Rule, found: Set, options: cli.Options, listeners: list[Listener]
+    rule: Rule, found: Set, options: Options, listeners: list[Listener]
 ) -> Iterator[Finding]:
     if not listeners:
         return
@@ -166,7 +167,7 @@ def _published(rule: Rule, found: Set) -> Iterator[Finding]:
 
 def knows_settle_time() -> bool:
     """Tell whether our own program has --settle-time=."""
-    return any(option.long == "settle-time" for option in cli.OPTIONS)
+    return any(option.long == "settle-time" for option in OPTIONS)
 
 
 def _published_port(backend: Backend, targets: list[tuple[str | None, Target]]) -> int:

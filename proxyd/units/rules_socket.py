@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from proxyd import address
-from proxyd.listen import ListenAddress, parse_listen
+from proxyd.bind import ListenAddress, parse_listen
 from proxyd.units import facts
 from proxyd.units.rule import Finding, Rule, at
 from proxyd.units.sets import Set, service_of

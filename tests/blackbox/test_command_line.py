@@ -286,7 +286,7 @@ def test_sockets_of_another_process(stage):
     [
         (["a:1"], {}, "<&3", "StandardInput=socket passes the socket where"),
         (["a:1"], {}, ">&3", "StandardOutput=socket passes the socket where"),
-        (["a:1"], {"LISTEN_FDS": "1", "LISTEN_PID": "1"}, "", "process 1, which is another one"),
+        (["a:1"], {"LISTEN_FDS": "1", "LISTEN_PID": "1"}, "", "process 1, not to this one"),
         (["a:1"], {"LISTEN_FDS": "1"}, "", "LISTEN_FDS=1 is set, but LISTEN_PID"),
         (["help"], {}, "", "did you mean --help?"),
         (["version"], {}, "", "did you mean --version?"),

@@ -1,7 +1,7 @@
 """One life of the program inside this process, with one failure in it.
 
-The program runs as it is, cli.main() and all, on the main thread. Only Loop.run(), where it waits
-for events, is wrapped: there the world around it (clients, backend) has its turn. So nothing
+The program runs as it is, cli.main() and all, on the main thread. Only EventLoop.run(), where it
+waits for events, is wrapped: there the world around it (clients, backend) has its turn. So nothing
 depends on scheduling, and call number n is the same call every time.
 
 The world's patience costs no time: when nothing moves any more, the extension's clock is put
@@ -24,7 +24,7 @@ from faults.control import NO_STRIKE
 from faults.world import CUT, World
 from kit.rig import open_fds
 
-from proxyd import cli, loop
+from proxyd import cli, event_loop
 
 PASSED_ON = 3
 """The fd at which the service manager puts a socket."""
@@ -209,10 +209,10 @@ class Life:
         if self.scenario.early:
             next(self.script)
         self._pass_on()
-        real_run, real_relay = loop.Loop.run, loop.Relay
-        loop.Loop.run = self._wrapped(real_run)
+        real_run, real_relay = event_loop.EventLoop.run, event_loop.Relay
+        event_loop.EventLoop.run = self._wrapped(real_run)
         if self.scenario.copies:
-            loop.Relay = functools.partial(real_relay, may_splice=False)
+            event_loop.Relay = functools.partial(real_relay, may_splice=False)
         self.live_before = self.control.struct.live
         status = None
         self.control.reset(strike, begun=True)
@@ -228,7 +228,7 @@ class Life:
         except BaseException as error:
             self.faults.append(f"{type(error).__name__} out of main(): {error}")
         finally:
-            loop.Loop.run, loop.Relay = real_run, real_relay
+            event_loop.EventLoop.run, event_loop.Relay = real_run, real_relay
             gc.collect()
             self.control.pause(1)
             self.control.struct.begun = 0

@@ -12,7 +12,7 @@ import sys
 import atheris
 
 with atheris.instrument_imports(include=["proxyd"]):
-    from proxyd import activation, address, cli, listen, log, names, notify, target, timespan
+    from proxyd import activation, address, bind, log, options, sd_notify, target, timespan
     from proxyd.errors import UsageError
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -29,7 +29,7 @@ def text_of(data):
 def command_line(data):
     words = [text_of(word) for word in data.split(b"\xff\0")]
     try:
-        cli.parse_args(["systemd-socket-proxyd", *words])
+        options.parse_args(["systemd-socket-proxyd", *words])
     except UsageError:
         pass
 
@@ -55,15 +55,15 @@ def where_to(data):
 
 def where_from(data):
     try:
-        made = listen.parse_listen(text_of(data))
+        made = bind.parse_listen(text_of(data))
     except ValueError:
         return
-    assert names.valid_name(made.name)
+    assert target.valid_name(made.name)
     address.to_socket_name(made.address)
 
 
 def pair(data):
-    name, rest = names.split_pair(text_of(data))
+    name, rest = target.split_pair(text_of(data))
     text = text_of(data)
     assert rest == text if name is None else f"{name}={rest}" == text
 
@@ -85,7 +85,7 @@ def passed_in(data):
 
 def word_to_the_manager(data):
     where, usec, pid = (data.split(b"\xff\0") + [b""] * 3)[:3]
-    told = notify.Notifier({"NOTIFY_SOCKET": text_of(where), "WATCHDOG_USEC": text_of(usec),
+    told = sd_notify.NotifySocket({"NOTIFY_SOCKET": text_of(where), "WATCHDOG_USEC": text_of(usec),
                             "WATCHDOG_PID": text_of(pid)})  # fmt: skip
     told.status(text_of(data))
     told.close()

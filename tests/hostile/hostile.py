@@ -28,7 +28,7 @@ STRUCT_MOST = 4 * KIB
 
 FIRST_MOST = 16 * KIB
 """What is taken from a client before it is known whether its target is there (FIRST_UNIT in
-_half.pxd), and waits with it if not."""
+relay/pump.pxd), and waits with it if not."""
 
 SPILL_MOST = 256 * KIB
 """What the code lets a connection hold in the program's own memory, per direction: one read of a

@@ -14,7 +14,7 @@ class Crewed:
     def hire(self, threads):
         before = epoll_fds()
         for _ in range(threads):
-            self.rig.relay.hire()
+            self.rig.relay.start_worker()
         self.epolls += sorted(epoll_fds() - before)
 
     def place_of(self, fd):

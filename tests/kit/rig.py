@@ -11,12 +11,20 @@ import select
 import socket
 import threading
 import time
-from typing import NamedTuple
 
 from kit.socket_state import set_option
 from kit.sockets import FAMILIES, open_listener
 from kit.stepped import Incoming, Outgoing, accept, open_client
-from proxyd._relay import ACCEPTED, ENDED, FAILED, Gate, Relay, socket_names, tune
+from proxyd._relay import (
+    Accepted,
+    ConnectFailed,
+    Ended,
+    Ready,
+    Relay,
+    RelayListener,
+    socket_names,
+    tune_socket,
+)
 
 PATIENCE_S = float(os.environ.get("RELAY_PATIENCE", "20"))
 """How long a state may take that must come; less is convenient where much is known to fail."""
@@ -28,9 +36,6 @@ MODES = {
     "small copy": {"stream_unit": 64 * 1024, "may_splice": False},
 }
 """How a relay may move bytes; the small ones meet a full pipe or buffer much sooner."""
-
-HOW = ("ended", "reset", "idle", "cut", "gone")
-"""How a connection ended, by the number in its ENDED event."""
 
 MAKING = threading.Lock()
 """Held while a relay is made, to find out which fd is its epoll instance."""
@@ -55,16 +60,10 @@ def epoll_fds():
     return found
 
 
-class Counters(NamedTuple):
-    """What Relay.counters() returns, with names."""
-
-    accepted: int
-    refused: int
-    to_targets: int
-    to_clients: int
-    spliced: int
-    copied: int
-    ends: tuple
+def values(record):
+    """The fields of an event or of the totals, to compare them: {name: value}."""
+    names = [name for name in vars(type(record)) if not name.startswith("_")]
+    return {name: getattr(record, name) for name in names}
 
 
 class Link:
@@ -108,9 +107,9 @@ class Rig:
         self.sockets = []
         self.door = self.keep(open_listener(client, directory))
         self.door.setblocking(False)  # the policy has made it so
-        tune(self.door.fileno(), FAMILIES[client])
-        self.gate = Gate(self.relay, self.door.fileno(), FAMILIES[client], 0, 0)
-        self.gate.open()
+        tune_socket(self.door.fileno(), FAMILIES[client])
+        self.gate = RelayListener(self.relay, self.door.fileno(), FAMILIES[client], 0, 0)
+        self.gate.start()
         self.backend = self.keep(
             open_listener(
                 target, directory, receive_buffer=self.target_buffers.get("receive_buffer")
@@ -125,13 +124,13 @@ class Rig:
 
     def close(self):
         """Close everything, the relay's connections included."""
-        self.gate.shut()
+        self.gate.stop()
         self.relay.close_all()
         self.turn()
         for event in self.events:
-            if event[0] in (FAILED, ACCEPTED):
+            if isinstance(event, ConnectFailed | Accepted):
                 with contextlib.suppress(OSError):
-                    os.close(event[1])
+                    os.close(event.client)
         del self.relay, self.gate
         for connection in self.sockets:
             connection.close()
@@ -145,13 +144,13 @@ class Rig:
 
     def take_client(self):
         """Accept whoever waits at the door; the caller owns the fd."""
-        self.until(lambda: self.of_kind(ACCEPTED), "a client")
-        event = self.of_kind(ACCEPTED)[0]
+        self.until(lambda: self.of_kind(Accepted), "a client")
+        event = self.of_kind(Accepted)[0]
         self.events.remove(event)
-        return event[1]
+        return event.client
 
     def connect(self, fd, **options):
-        """Hand an accepted client over; the connection's id."""
+        """Hand an accepted client over; the connection's id, or the ConnectFailed."""
         return self.relay.connect(fd, FAMILIES[self.client_family], self.address, **options)
 
     def meet(self):
@@ -263,24 +262,28 @@ class Rig:
     # ── what is left ─────────────────────────────────────────────────────────────────────────
 
     def ended(self, number):
-        """The ENDED event of a connection, or None."""
-        return next((e for e in self.events if e[0] == ENDED and e[1] == number), None)
+        """The Ended event of a connection, or None."""
+        return next((one for one in self.of_kind(Ended) if one.connection == number), None)
 
     def of_kind(self, kind):
         """The events of a kind, in order."""
-        return [event for event in self.events if event[0] == kind]
+        return [event for event in self.events if isinstance(event, kind)]
+
+    def ready(self):
+        """Every (fd, epoll events) that was announced, in order."""
+        return [(event.fd, event.events) for event in self.of_kind(Ready)]
 
     def failures(self):
-        return self.of_kind(FAILED)
+        return self.of_kind(ConnectFailed)
 
-    def counters(self):
-        return Counters(*self.relay.counters())
+    def totals(self):
+        return self.relay.totals()
 
     def until_ended(self, number):
-        """(how, bytes up, bytes down) of a connection that must end."""
+        """(ending, bytes up, bytes down) of a connection that must end."""
         self.until(lambda: self.ended(number), "the end of the connection")
-        _, _, how, up, down, _, _ = self.ended(number)
-        return HOW[how], up, down
+        event = self.ended(number)
+        return event.ending, event.bytes_up, event.bytes_down
 
 
 class Rigs:

@@ -21,7 +21,7 @@ from kit.rights import kernel_refuses
 from kit.stepped import accept, close, open_client
 from kit.traffic import payload
 
-from proxyd._relay import CHECK_TCP, Gate
+from proxyd._relay import CHECK_TCP, RelayListener
 
 TESTS = Path(__file__).parent.parent
 BEGIN, END = "/begin", "/end"
@@ -80,10 +80,10 @@ def short_connection(rigs, *pair):
     """Connect, a word each way, close: as a gate on express terms does it all."""
     rig = rigs(*pair)
     rig.relay.report_ends = False
-    rig.gate.shut()
-    gate = Gate(rig.relay, rig.door.fileno(), rig.door.family, CHECK_TCP, 0)
-    gate.open()
-    gate.express(rig.address)
+    rig.gate.stop()
+    gate = RelayListener(rig.relay, rig.door.fileno(), rig.door.family, CHECK_TCP, 0)
+    gate.start()
+    gate.auto_connect(rig.address)
     client = open_client(rig.door)
     client.send(b"ping")
     watched(rig)
@@ -96,8 +96,8 @@ def short_connection(rigs, *pair):
     assert client.recv(10) == b"pong"
     close(client)
     watched(rig)
-    gate.shut()
-    assert rig.relay.open == 0
+    gate.stop()
+    assert rig.relay.connections == 0
 
 
 class Warm:

@@ -8,14 +8,13 @@ import socket
 import pytest
 from kit.child import in_child
 from kit.namespaces import in_own_network
-from kit.rig import HOW, PATIENCE_S
+from kit.rig import PATIENCE_S, values
 from kit.socket_state import option, set_option, unread
 from kit.sockets import FAMILIES, open_listener, reset
 from kit.stepped import Incoming, Outgoing, close, half_close, open_client
 from kit.traffic import payload
 
-from proxyd._relay import connected, peek, socket_names, tune
-from proxyd._relay import failure as why
+from proxyd._relay import ConnectFailed, connected, peek, socket_error, socket_names, tune_socket
 
 EPOLLOUT = 4
 
@@ -34,11 +33,11 @@ def dead_address(family, directory):
 
 
 def failure(rig):
-    """The FAILED event that must come: (fd, errno, cookie, pending)."""
+    """The ConnectFailed event that must come: (fd, errno, listener, pending)."""
     rig.until(rig.failures, "a failed connect")
-    _, fd, error, cookie, pending, opened_ms, _ = rig.failures()[0]
-    assert 0 < opened_ms <= rig.relay.now_ms
-    return fd, error, cookie, pending
+    failed = rig.failures()[0]
+    assert 0 < failed.opened_ms <= rig.relay.now_ms
+    return failed.client, failed.error, failed.listener, failed.pending
 
 
 # ── refused ──────────────────────────────────────────────────────────────────────────────────────
@@ -50,9 +49,9 @@ def test_refused_connect_gives_the_client_back(rigs, client, target):
     rig = rigs(client, target)
     rig.address = dead_address(target, rigs.directory)
     _, fd = rig.knock()
-    rig.connect(fd, cookie=-5)
+    rig.connect(fd, listener=-5)
     assert failure(rig) == (fd, errno.ECONNREFUSED, -5, b"")
-    assert rig.relay.open == 0
+    assert rig.relay.connections == 0
     assert os.fstat(fd)
 
 
@@ -86,12 +85,12 @@ def test_pending_bytes_are_not_lost_however_often_it_fails(rigs):
         client.send(word)
         expected += word
         rig.address = bad
-        rig.connect(fd, preamble=pending, cookie=number)
+        rig.connect(fd, preamble=pending, listener=number)
         rig.until(rig.failures, "a failed connect")
         (event,) = rig.failures()
         rig.events.remove(event)
-        assert event[3] == number
-        pending = event[4]
+        assert event.listener == number
+        pending = event.pending
     rig.address = good
     rig.connect(fd, preamble=pending)
     target = rig.meet()
@@ -100,14 +99,21 @@ def test_pending_bytes_are_not_lost_however_often_it_fails(rigs):
 
 
 def test_connect_that_fails_at_once_leaves_the_client_alone(rigs):
-    """A UNIX target that is not there: connect() raises, the client is still the caller's."""
+    """A UNIX target that is not there: connect() says so, the client is still the caller's."""
     rig = rigs("tcp4", "unix")
     rig.address = dead_address("unix", rigs.directory)
     client, fd = rig.knock()
-    with pytest.raises(OSError) as raised:
-        rig.connect(fd, preamble=b"x" * 1000)
-    assert raised.value.errno == errno.ECONNREFUSED
-    assert rig.relay.open == 0
+    failed = rig.connect(fd, preamble=b"x" * 1000, listener=7)
+    assert isinstance(failed, ConnectFailed)
+    assert values(failed) == {
+        "listener": 7,
+        "client": fd,
+        "error": errno.ECONNREFUSED,
+        "pending": b"x" * 1000,
+        "opened_ms": rig.relay.now_ms,
+        "connection": 0,
+    }
+    assert (rig.relay.connections, rig.relay.held) == (0, 1)  # by the Accepted event
     client.send(b"hello")
     rig.until(lambda: unread(client) == 0, "nothing")
     rig.settle()
@@ -122,8 +128,7 @@ def test_full_unix_backlog(rigs):
     rig.backend.listen(0)
     rig.keep(open_client(rig.backend))
     client, fd = rig.knock()
-    with pytest.raises(BlockingIOError):
-        rig.connect(fd)
+    assert rig.connect(fd).error == errno.EAGAIN
     rig.meet()
     rig.connect(fd)
     client.send(b"now")
@@ -136,15 +141,15 @@ def test_bad_addresses_leave_nothing_behind(rigs):
     _, fd = rig.knock()
     for address, kind in [
         (b"\x02\x00" * 200, ValueError),
-        (b"\xff\xff" + bytes(14), OSError),
-        (b"", OSError),
         (None, TypeError),
     ]:
         rig.address = address
         with pytest.raises(kind):
             rig.connect(fd)
+    for rig.address in (b"\xff\xff" + bytes(14), b""):
+        assert rig.connect(fd).error == errno.EAFNOSUPPORT
     os.close(fd)
-    assert rig.relay.open == 0
+    assert rig.relay.connections == 0
 
 
 # ── the preamble ─────────────────────────────────────────────────────────────────────────────────
@@ -162,7 +167,7 @@ def test_preamble_goes_first(rigs, pair, way, size):
     assert rig.read_to_end(target) == (preamble + b"from the client", "eof")
     close(target)
     assert rig.until_ended(number) == ("ended", 15, 0)
-    assert rig.counters().to_targets == size + 15
+    assert rig.totals().bytes_to_targets == size + 15
 
 
 def test_preamble_in_pieces(rigs, pair, way):
@@ -205,10 +210,10 @@ def test_client_that_resets_while_connecting(rigs):
         other.send(word)
         number = rig.connect(fd)
         rig.settle()
-        assert rig.relay.open == 1
+        assert rig.relay.connections == 1
         reset(other)
-        rig.until(lambda: not rig.relay.open, "the end of the connection")
-        assert HOW[rig.ended(number)[2]] == "gone"
+        rig.until(lambda: not rig.relay.connections, "the end of the connection")
+        assert rig.ended(number).ending == "client gone"
     assert not rig.failures()
 
 
@@ -218,7 +223,7 @@ def test_client_that_has_reset_before_the_connect(rigs):
     client, fd = rig.knock()
     reset(client)
     number = rig.connect(fd)
-    assert rig.until_ended(number) == ("gone", 0, 0)
+    assert rig.until_ended(number) == ("client gone", 0, 0)
 
 
 def test_target_hears_of_a_client_that_had_reset_before(rigs):
@@ -228,7 +233,7 @@ def test_target_hears_of_a_client_that_had_reset_before(rigs):
     reset(client)
     number = rig.connect(fd)
     assert rig.read_to_end(rig.meet()) == (b"", "reset")
-    assert rig.until_ended(number) == ("gone", 0, 0)
+    assert rig.until_ended(number) == ("client gone", 0, 0)
 
 
 @pytest.mark.parametrize("word", [b"", b"something"])
@@ -246,10 +251,10 @@ def test_target_hears_of_a_client_that_resets_while_connecting(rigs, word):
     close(crowd)
     # No turn for the relay until the kernel has repeated its SYN, after a second.
     assert select.select([rig.backend], [], [], PATIENCE_S)[0]
-    assert rig.relay.open == 1
+    assert rig.relay.connections == 1
     target = rig.meet()
     assert rig.read_to_end(target) == (b"", "reset")
-    assert rig.until_ended(number)[0] == "gone"
+    assert rig.until_ended(number)[0] == "client gone"
 
 
 def test_unix_client_that_leaves_without_a_word_is_a_clean_end(rigs):
@@ -270,7 +275,7 @@ def test_client_that_half_closes_while_connecting(rigs):
     rig.connect(fd)
     half_close(client)
     assert rig.is_calm()
-    assert rig.relay.open == 1
+    assert rig.relay.connections == 1
     close(crowd)
     rig.backend.listen(8)
     rig.meet()
@@ -294,7 +299,7 @@ def test_unix_client_that_says_its_word_and_leaves(rigs, early):
         client.send(b"notify")
     close(client)
     assert rig.is_calm()
-    assert rig.relay.open == 1
+    assert rig.relay.connections == 1
     close(crowd)
     rig.backend.listen(8)
     rig.meet()
@@ -313,7 +318,7 @@ def test_unix_client_that_leaves_without_a_word(rigs):
         client, fd = rig.knock()
         number = rig.connect(fd, preamble=preamble)
         close(client)
-        assert rig.until_ended(number)[0] == "gone"
+        assert rig.until_ended(number)[0] == "client gone"
 
 
 def test_bytes_that_come_while_connecting_wait(rigs):
@@ -365,7 +370,7 @@ def test_connect_to_itself_is_refused(rigs, family, word):
         client, fd = rig.knock()
         client.send(word) if word else None
         choose_local_port(rig.address)
-        rig.connect(fd, cookie=3, preamble=b"PROXY UNKNOWN\r\n")
+        rig.connect(fd, listener=3, preamble=b"PROXY UNKNOWN\r\n")
         assert failure(rig) == (fd, errno.ELOOP, 3, b"PROXY UNKNOWN\r\n")
         # What the next target is to get is lost in no case, nor is the client's word.
         assert not word or os.read(fd, 99) == word
@@ -387,7 +392,7 @@ def test_a_look_at_what_a_socket_has_to_say(rigs, family):
             assert server.recv(10) == b"ab"
             client.shutdown(socket.SHUT_WR)
             assert peek(server.fileno()) == 0
-            assert why(server.fileno()) == 0
+            assert socket_error(server.fileno()) == 0
 
 
 def test_why_a_socket_has_failed():
@@ -397,8 +402,8 @@ def test_why_a_socket_has_failed():
         with server:
             client.sendall(b"unread")
             reset(client)
-            assert why(server.fileno()) == errno.ECONNRESET
-            assert why(server.fileno()) == 0  # it was read
+            assert socket_error(server.fileno()) == errno.ECONNRESET
+            assert socket_error(server.fileno()) == 0  # it was read
 
 
 @pytest.mark.parametrize("family", ["tcp4", "tcp6"])
@@ -429,7 +434,7 @@ def test_dial_and_adopt(rigs, pair, way):
     client, fd = rig.knock()
     target = rig.relay.dial(rig.address)
     far = rig.meet()
-    rig.until(lambda: any(event[:2] == (0, target) for event in rig.events), "writable")
+    rig.until(lambda: any(fd == target for fd, _ in rig.ready()), "writable")
     assert connected(target) == 0
     number = rig.relay.adopt(fd, FAMILIES[pair[0]], target, b"first, ")
     client.send(b"then this")
@@ -444,7 +449,7 @@ def test_dial_and_adopt(rigs, pair, way):
 def test_dial_tells_why_it_failed(rigs):
     rig = rigs()
     target = rig.relay.dial(dead_address("tcp4", rigs.directory))
-    rig.until(lambda: any(event[:2] == (0, target) for event in rig.events), "an event")
+    rig.until(lambda: any(fd == target for fd, _ in rig.ready()), "an event")
     assert connected(target) == errno.ECONNREFUSED
     rig.relay.hang_up(target)
     with pytest.raises(OSError):
@@ -474,10 +479,10 @@ def test_sockets_have_what_they_need(rigs, family):
 
 
 def test_keepalive_settings_of_a_listener_are_kept(rigs):
-    """tune() of a listener turns keepalive on, and leaves its intervals as they are."""
+    """tune_socket() of a listener turns keepalive on, and leaves its intervals as they are."""
     rig = rigs()
     set_option(rig.door.fileno(), socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 77)
-    tune(rig.door.fileno(), FAMILIES["tcp4"])
+    tune_socket(rig.door.fileno(), FAMILIES["tcp4"])
     _, fd = rig.knock()
     assert option(fd, socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 77
     os.close(fd)

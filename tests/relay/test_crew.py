@@ -11,12 +11,21 @@ import time
 import pytest
 from kit.child import in_child
 from kit.crew import Crewed
-from kit.rig import HOW, PATIENCE_S, open_fds
+from kit.rig import PATIENCE_S, open_fds, values
 from kit.sockets import reset
 from kit.stepped import Incoming, Outgoing, close, half_close, open_client
 from kit.traffic import payload
 
-from proxyd._relay import CHECK_TCP, CHECK_UNIX, ENDED, NOBODY, REFUSED, Gate, tune
+from proxyd._relay import (
+    CHECK_TCP,
+    CHECK_UNIX,
+    ENDINGS,
+    AcceptFailed,
+    Ended,
+    Refused,
+    RelayListener,
+    tune_socket,
+)
 
 FDS_OF_A_THREAD = 2
 """Its epoll instance and its bell; the boss has a bell as well then."""
@@ -68,7 +77,7 @@ def test_connections_go_where_the_fewest_are(crews):
     gone = [link for link, place in zip(links, places, strict=True) if place == 2]
     for link in gone:
         reset(link.client)
-    crew.rig.until(lambda: crew.rig.relay.open == len(links) - len(gone), "their ends")
+    crew.rig.until(lambda: crew.rig.relay.connections == len(links) - len(gone), "their ends")
     assert crew.place_of(crew.link(2).client_fd) == 2
 
 
@@ -83,7 +92,7 @@ def test_bytes_and_ends_arrive(crews, pair, mode):
     assert (there.data, there.end) == (up, "eof")
     assert (back.data, back.end) == (down, "eof")
     assert crew.rig.until_ended(link.id) == ("ended", len(up), len(down))
-    assert crew.rig.ended(link.id)[6] == (0, 0)
+    assert crew.rig.ended(link.id).client_error == crew.rig.ended(link.id).target_error == 0
 
 
 def test_a_preamble_goes_first(crews, pair):
@@ -119,8 +128,8 @@ def test_idle_connections_are_closed(rigs):
     crew = Crewed(rig)
     rig.link()
     rig.link()
-    rig.until(lambda: len(rig.of_kind(ENDED)) == 2, "both ends")
-    assert [HOW[event[2]] for event in rig.of_kind(ENDED)] == ["idle", "idle"]
+    rig.until(lambda: len(rig.of_kind(Ended)) == 2, "both ends")
+    assert [event.ending for event in rig.of_kind(Ended)] == ["idle", "idle"]
     assert len(crew.epolls) == 1
 
 
@@ -135,47 +144,48 @@ def test_a_failed_connect_gives_the_client_back(crews):
     rig.backend.close()
     client, fd = rig.knock()
     client.send(b"word")
-    number = rig.connect(fd, preamble=b"header ", cookie=7)
-    rig.relay.most = 2
+    number = rig.connect(fd, preamble=b"header ", listener=7)
+    rig.relay.connections_max, rig.relay.held = 2, 0
     rig.until(rig.failures, "the refusal")
-    ((_, back, error, cookie, pending, _, again),) = rig.failures()
-    assert (back, error, cookie, again) == (fd, errno.ECONNREFUSED, 7, number)
-    said = pending.removeprefix(b"header ")
-    assert pending.startswith(b"header ")
+    (failed,) = rig.failures()
+    assert (failed.client, failed.error) == (fd, errno.ECONNREFUSED)
+    assert (failed.listener, failed.connection) == (7, number)
+    said = failed.pending.removeprefix(b"header ")
+    assert failed.pending.startswith(b"header ")
     assert said in (b"", b"word")
     os.set_blocking(fd, True)
     if not said:
         assert os.read(fd, 10) == b"word"
     assert crew.place_of(fd) is None
-    assert rig.relay.open == 1
-    assert rig.relay.most == 1  # until it is counted by the policy
+    assert rig.relay.connections == 1
+    assert (rig.relay.connections_max, rig.relay.held) == (2, 1)  # until the policy has counted it
 
 
 def test_the_limit_is_exact(crews, pair):
     """Clients of all threads count, and the end of one lets the next one in."""
     crew = crews(*pair, threads=2)
     rig = crew.rig
-    rig.gate.express(rig.address)
-    rig.relay.most = 6
+    rig.gate.auto_connect(rig.address)
+    rig.relay.connections_max = 6
     clients = [rig.keep(open_client(rig.door)) for _ in range(6)]
     targets = [rig.meet() for _ in range(6)]
-    assert rig.relay.open == 6
+    assert rig.relay.connections == 6
     for client, target in zip(clients, targets, strict=True):
         client.send(b"x")
         assert rig.read(target, 1) == b"x"
     late = rig.keep(open_client(rig.door))
     late.send(b"late")
     rig.turn(0)  # it has been seen, and waits for room
-    assert rig.gate.served == 6
+    assert rig.gate.connected_count == 6
     for connection in (clients[4], targets[4]):
         close(connection)
-    wait_for(lambda: rig.relay.open == 5)  # without a turn of the boss
+    wait_for(lambda: rig.relay.connections == 5)  # without a turn of the boss
     assert rig.read(rig.meet(), 4) == b"late"
-    assert rig.relay.open == 6
+    assert rig.relay.connections == 6
     over = rig.keep(open_client(rig.door))
-    rig.until(lambda: rig.of_kind(REFUSED), "the refusal")
+    rig.until(lambda: rig.of_kind(Refused), "the refusal")
     assert rig.read_to_end(over)[0] == b""
-    assert rig.counters().refused == 1
+    assert rig.totals().refused == 1
 
 
 def test_the_boss_wakes_when_so_few_are_left(crews):
@@ -184,12 +194,12 @@ def test_the_boss_wakes_when_so_few_are_left(crews):
     rig.relay.report_ends = False
     stays, goes = rig.link(), crew.link(1)
     rig.settle()
-    rig.relay.wake_at = rig.relay.open - 1
+    rig.relay.wake_at_count = rig.relay.connections - 1
     assert stays.client_fd != goes.client_fd
     reset(goes.client)
     until = time.monotonic() + 20
     rig.turn(20_000)
-    while rig.relay.open > rig.relay.wake_at:  # something else may have come first
+    while rig.relay.connections > rig.relay.wake_at_count:  # something else may have come first
         assert time.monotonic() < until
         rig.turn(20_000)
     assert rig.relay.run(20_000) == []  # and at once where they are so few already
@@ -202,16 +212,16 @@ def test_our_own_connection_is_recognised(rigs, family, tmp_path):
     crew = Crewed(rig)
     crew.link(1)
     check = CHECK_UNIX if family == "unix" else CHECK_TCP
-    own = Gate(rig.relay, rig.backend.fileno(), rig.backend.family, check, 9)
-    tune(rig.backend.fileno(), rig.backend.family)
-    own.open()
+    own = RelayListener(rig.relay, rig.backend.fileno(), rig.backend.family, check, 9)
+    tune_socket(rig.backend.fileno(), rig.backend.family)
+    own.start()
     for _ in range(2):  # one in each thread
         client, fd = rig.knock()
         rig.connect(fd)
         rig.keep(client)
-    rig.until(lambda: len(rig.of_kind(NOBODY)) == 2, "both loops")
-    own.shut()
-    assert rig.of_kind(NOBODY) == [(NOBODY, errno.ELOOP, 9)] * 2
+    rig.until(lambda: len(rig.of_kind(AcceptFailed)) == 2, "both loops")
+    own.stop()
+    assert [(e.error, e.listener) for e in rig.of_kind(AcceptFailed)] == [(errno.ELOOP, 9)] * 2
 
 
 # ── counting ─────────────────────────────────────────────────────────────────────────────────────
@@ -228,30 +238,30 @@ def test_counters_add_up(crews, pair, way):
         flows += [Outgoing(link.client, payload(up), half_close), Incoming(link.target)]
         flows += [Outgoing(link.target, payload(down), half_close), Incoming(link.client)]
     rig.run(*flows)
-    rig.until(lambda: len(rig.of_kind(ENDED)) == len(links), "all ends")
-    before = rig.counters()
+    rig.until(lambda: len(rig.of_kind(Ended)) == len(links), "all ends")
+    before = rig.totals()
     up, down = (sum(each) for each in zip(*sizes, strict=True))
-    assert (before.to_targets, before.to_clients) == (up, down)
+    assert (before.bytes_to_targets, before.bytes_to_clients) == (up, down)
     assert before.spliced + before.copied == up + down
-    assert before.ends == (len(links), 0, 0, 0, 0)
-    assert rig.relay.open == 0
+    assert before.endings == {**dict.fromkeys(ENDINGS, 0), "ended": len(links)}
+    assert rig.relay.connections == 0
     assert rig.relay.close_all() == 0
-    assert rig.counters() == before
+    assert values(rig.totals()) == values(before)
 
 
 def test_every_thread_answers(crews):
     crew = crews(threads=3)
     relay = crew.rig.relay
-    assert relay.answered
+    assert relay.workers_answered
     for _ in range(100):
-        relay.ask()
-        crew.rig.until(lambda: relay.answered, "the answers")
+        relay.ping_workers()
+        crew.rig.until(lambda: relay.workers_answered, "the answers")
 
 
 def test_without_a_crew_everybody_has_answered(rigs):
     relay = rigs().relay
-    relay.ask()
-    assert relay.answered
+    relay.ping_workers()
+    assert relay.workers_answered
 
 
 def test_pipes_kept_for_later_are_closed_everywhere(crews):
@@ -262,7 +272,7 @@ def test_pipes_kept_for_later_are_closed_everywhere(crews):
     for each in (stays, link):
         rig.run(Outgoing(each.client, payload(4_000_000)), Incoming(each.target, most=4_000_000))
     assert len(open_fds() - before) >= 4
-    rig.relay.trim()
+    rig.relay.trim_pipes()
     rig.until(lambda: open_fds() == before, "the pipes' end")
 
 
@@ -278,10 +288,10 @@ def test_close_all_cuts_every_connection(crews, pair):
     assert len(crew_threads) == 2
     assert rig.relay.close_all() == 7
     wait_for(lambda: not crew_threads & threads_now())
-    assert rig.relay.open == 0
+    assert rig.relay.connections == 0
     rig.turn()
-    assert {HOW[event[2]] for event in rig.of_kind(ENDED)} == {"cut"}
-    assert {event[1] for event in rig.of_kind(ENDED)} == {link.id for link in links}
+    assert {event.ending for event in rig.of_kind(Ended)} == {"cut"}
+    assert {event.connection for event in rig.of_kind(Ended)} == {link.id for link in links}
     for link in links:
         for side in (link.client, link.target):
             data, end = rig.read_to_end(side)
@@ -294,11 +304,11 @@ def test_close_all_with_hand_overs_under_way(crews):
     for _ in range(50):
         crew = crews(threads=2)
         rig = crew.rig
-        rig.gate.express(rig.address)
+        rig.gate.auto_connect(rig.address)
         clients = [rig.keep(open_client(rig.door)) for _ in range(8)]
-        rig.until(lambda rig=rig: rig.gate.served == 8, "eight hand-overs")
+        rig.until(lambda rig=rig: rig.gate.connected_count == 8, "eight hand-overs")
         assert rig.relay.close_all() == 8
-        assert rig.relay.open == 0
+        assert rig.relay.connections == 0
         assert len(clients) == 8
 
 
@@ -308,7 +318,7 @@ def test_a_relay_that_goes_with_its_crew_at_work(rigs, tmp_path):
     rig = rigs()
     Crewed(rig, 2)
     links = [rig.link() for _ in range(5)]
-    rig.gate.shut()
+    rig.gate.stop()
     del rig.relay, rig.gate
     rigs.forget(rig)
     wait_for(lambda: threads_now() <= threads)
@@ -326,7 +336,7 @@ def test_a_failed_connect_that_nobody_has_fetched_goes_with_the_relay(rigs):
     known = open_fds()
     rig.connect(fd)
     wait_for(lambda: open_fds() == known)  # the socket to the target has been and gone
-    rig.gate.shut()
+    rig.gate.stop()
     del rig.relay, rig.gate
     with pytest.raises(ConnectionResetError):  # it was cut: this is no clean end
         client.recv(1)
@@ -347,7 +357,7 @@ def test_a_new_crew_after_the_last_one_has_ended(crews):
 def test_a_refused_thread_leaves_nothing_behind(rigs):
     def scenario():
         rig = rigs()
-        rig.relay.hire()
+        rig.relay.start_worker()
         link = rig.link()
         before = open_fds()
         resource.setrlimit(resource.RLIMIT_NOFILE, (len(before) + 50, 1024))
@@ -356,12 +366,12 @@ def test_a_refused_thread_leaves_nothing_behind(rigs):
             for _ in range(spare):
                 os.close(taken.pop())
             with pytest.raises(OSError) as refusal:
-                rig.relay.hire()
+                rig.relay.start_worker()
             assert refusal.value.errno == errno.EMFILE
             for fd in taken:
                 os.close(fd)
             assert open_fds() == before
-        rig.relay.hire()
+        rig.relay.start_worker()
         link.client.send(b"x")
         assert rig.read(link.target, 1) == b"x"
 

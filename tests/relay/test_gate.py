@@ -12,14 +12,13 @@ from kit.stepped import close, half_close, open_client
 from kit.traffic import payload
 
 from proxyd._relay import (
-    ACCEPTED,
     CHECK_PORT,
     CHECK_TCP,
     CHECK_UNIX,
-    FAILED,
-    NOBODY,
-    REFUSED,
-    Gate,
+    Accepted,
+    AcceptFailed,
+    Refused,
+    RelayListener,
     socket_names,
 )
 
@@ -30,30 +29,30 @@ def gates():
     opened = []
 
     def open_gate(rig, listener, check=0, index=9):
-        gate = Gate(rig.relay, listener.fileno(), listener.family, check, index)
-        gate.open()
+        gate = RelayListener(rig.relay, listener.fileno(), listener.family, check, index)
+        gate.start()
         opened.append(gate)
         return gate
 
     yield open_gate
     while opened:
-        opened.pop().shut()
+        opened.pop().stop()
 
 
 def test_clients_come_in_order(rigs, pair):
     rig = rigs(*pair)
     clients = [rig.keep(open_client(rig.door)) for _ in range(40)]
-    rig.until(lambda: len(rig.of_kind(ACCEPTED)) == 40, "forty clients")
-    for number, (_, fd, _, index) in enumerate(rig.of_kind(ACCEPTED)):
-        assert index == 0
-        os.write(fd, b"%d" % number)
+    rig.until(lambda: len(rig.of_kind(Accepted)) == 40, "forty clients")
+    for number, event in enumerate(rig.of_kind(Accepted)):
+        assert event.listener == 0
+        os.write(event.client, b"%d" % number)
     assert [client.recv(10) for client in clients] == [b"%d" % n for n in range(40)]
-    assert rig.counters().accepted == 40
+    assert rig.totals().accepted == 40
 
 
 def test_express_connects_without_the_policy(rigs, pair, way):
     rig = rigs(*pair, **way)
-    rig.gate.express(rig.address)
+    rig.gate.auto_connect(rig.address)
     data = payload(200_000)
     for _ in range(3):
         client = rig.keep(open_client(rig.door))
@@ -63,11 +62,11 @@ def test_express_connects_without_the_policy(rigs, pair, way):
         rig.send(target, b"thanks", close)
         assert rig.read_to_end(client) == (b"thanks", "eof")
         close(client)
-    rig.until(lambda: not rig.relay.open, "the end of all")
-    assert rig.gate.served == 3
-    rig.gate.express(None)
+    rig.until(lambda: not rig.relay.connections, "the end of all")
+    assert rig.gate.connected_count == 3
+    rig.gate.auto_connect(None)
     rig.keep(open_client(rig.door))
-    rig.until(lambda: rig.of_kind(ACCEPTED), "a client for the policy")
+    rig.until(lambda: rig.of_kind(Accepted), "a client for the policy")
 
 
 def test_a_client_of_another_port_comes_to_the_policy(rigs, gates):
@@ -75,43 +74,43 @@ def test_a_client_of_another_port_comes_to_the_policy(rigs, gates):
     rig = rigs()
     first, second = (rig.keep(open_listener("tcp4", rigs.directory)) for _ in range(2))
     gate = gates(rig, first, CHECK_PORT)
-    gate.express(rig.address)
+    gate.auto_connect(rig.address)
     client = rig.keep(open_client(first))
     target = rig.meet()
     rig.send(client, b"mine")
     assert rig.read(target, 4) == b"mine"
-    gate.shut()
+    gate.stop()
     os.dup2(second.fileno(), first.fileno())
-    gate.open()
+    gate.start()
     other = rig.keep(open_client(second))
-    rig.until(lambda: rig.of_kind(ACCEPTED), "a client for the policy")
-    fd, index = rig.of_kind(ACCEPTED)[0][1], rig.of_kind(ACCEPTED)[0][-1]
-    assert index == 9
-    assert socket_names(fd)[0] == socket_names(other.fileno())[1]
-    assert gate.served == 1
+    rig.until(lambda: rig.of_kind(Accepted), "a client for the policy")
+    event = rig.of_kind(Accepted)[0]
+    assert event.listener == 9
+    assert socket_names(event.client)[0] == socket_names(other.fileno())[1]
+    assert gate.connected_count == 1
 
 
 def test_express_that_fails_at_once(rigs, tmp_path):
     """A UNIX target that is not there: the client comes to the policy as a failed one."""
     rig = rigs("tcp4", "unix")
-    rig.gate.express(b"\x01\x00/nowhere\x00")
+    rig.gate.auto_connect(b"\x01\x00/nowhere\x00")
     rig.keep(open_client(rig.door))
     rig.until(rig.failures, "the failure")
-    _, fd, error, cookie, pending, _, _ = rig.failures()[0]
-    assert (error, cookie, pending) == (errno.ENOENT, 0, b"")
-    assert os.fstat(fd)
-    assert rig.relay.open == 0
+    failed = rig.failures()[0]
+    assert (failed.error, failed.listener, failed.pending) == (errno.ENOENT, 0, b"")
+    assert os.fstat(failed.client)
+    assert rig.relay.connections == 0
 
 
 def test_nobody_overtakes_one_that_fails_at_once(rigs):
     """Its place is before those who come after it, so they are for the policy too."""
     rig = rigs("tcp4", "unix")
-    rig.gate.express(b"\x01\x00/nowhere\x00")
+    rig.gate.auto_connect(b"\x01\x00/nowhere\x00")
     for _ in range(3):
         rig.keep(open_client(rig.door))
-    rig.until(lambda: len(rig.of_kind(ACCEPTED)) == 2, "two for the policy")
+    rig.until(lambda: len(rig.of_kind(Accepted)) == 2, "two for the policy")
     assert len(rig.failures()) == 1
-    assert rig.gate.served == 1
+    assert rig.gate.connected_count == 1
 
 
 def test_express_that_is_refused_later(rigs):
@@ -120,45 +119,45 @@ def test_express_that_is_refused_later(rigs):
     dead = open_listener("tcp4", rigs.directory)
     address = socket_names(dead.fileno())[1]
     dead.close()
-    rig.gate.express(address)
+    rig.gate.auto_connect(address)
     client = rig.keep(open_client(rig.door))
     client.send(b"hello")
     rig.until(rig.failures, "the failure")
-    _, fd, error, _, pending, _, _ = rig.failures()[0]
-    assert error == errno.ECONNREFUSED
-    rest = b"" if pending else os.read(fd, 100)
-    assert pending + rest == b"hello"
+    failed = rig.failures()[0]
+    assert failed.error == errno.ECONNREFUSED
+    rest = b"" if failed.pending else os.read(failed.client, 100)
+    assert failed.pending + rest == b"hello"
 
 
 def test_limit_is_exact(rigs):
-    """With `most` connections open, further ones wait a moment for room and are then refused."""
+    """At the limit, further ones wait a moment for room and are then refused."""
     rig = rigs()
-    rig.gate.express(rig.address)
-    rig.relay.most = 3
+    rig.gate.auto_connect(rig.address)
+    rig.relay.connections_max = 3
     served = [rig.keep(open_client(rig.door)) for _ in range(3)]
     targets = [rig.meet() for _ in served]
     extra = [rig.keep(open_client(rig.door)) for _ in range(2)]
-    rig.until(lambda: len(rig.of_kind(REFUSED)) == 2, "the refusals")
-    assert rig.relay.open == 3
+    rig.until(lambda: len(rig.of_kind(Refused)) == 2, "the refusals")
+    assert rig.relay.connections == 3
     for client in extra:
         assert rig.read_to_end(client)[0] == b""
-    assert (rig.counters().accepted, rig.counters().refused) == (5, 2)
+    assert (rig.totals().accepted, rig.totals().refused) == (5, 2)
     rig.send(served[0], b"still served")
     assert rig.read(targets[0], 12) == b"still served"
     close(served[1])
     close(targets[1])
-    rig.until(lambda: rig.relay.open == 2, "room")
+    rig.until(lambda: rig.relay.connections == 2, "room")
     late = rig.keep(open_client(rig.door))
     rig.send(late, b"in")
     assert rig.read(rig.meet(), 2) == b"in"
-    assert len(rig.of_kind(REFUSED)) == 2
+    assert len(rig.of_kind(Refused)) == 2
 
 
 def test_client_at_the_limit_waits_for_room(rigs):
     """Who comes just before somebody leaves is served."""
     rig = rigs()
-    rig.gate.express(rig.address)
-    rig.relay.most = 1
+    rig.gate.auto_connect(rig.address)
+    rig.relay.connections_max = 1
     for _ in range(20):
         client = rig.keep(open_client(rig.door))
         target = rig.meet()
@@ -171,22 +170,22 @@ def test_client_at_the_limit_waits_for_room(rigs):
         assert rig.read(target, 4) == b"next"
         close(successor)
         close(target)
-        rig.until(lambda: not rig.relay.open, "room")
-    assert not rig.of_kind(REFUSED)
+        rig.until(lambda: not rig.relay.connections, "room")
+    assert not rig.of_kind(Refused)
 
 
 @pytest.mark.parametrize("limit", range(1, 13))
 def test_the_wait_for_room_begins_with_the_client(rigs, limit):
     """Not when the limit was reached, long before: nobody was waiting then."""
     rig = rigs()
-    rig.gate.express(rig.address)
-    rig.relay.most = limit
+    rig.gate.auto_connect(rig.address)
+    rig.relay.connections_max = limit
     clients = [rig.keep(open_client(rig.door)) for _ in range(limit)]
     targets = [rig.meet() for _ in range(limit)]
     rig.pass_time(0.05)
     late = rig.keep(open_client(rig.door))
     rig.turn()
-    assert not rig.of_kind(REFUSED)
+    assert not rig.of_kind(Refused)
     for connection in (clients[0], targets[0]):
         close(connection)
     late.send(b"late")
@@ -196,8 +195,8 @@ def test_the_wait_for_room_begins_with_the_client(rigs, limit):
 def test_full_gate_is_calm(rigs):
     """Clients in the backlog of a full gate keep nobody awake."""
     rig = rigs()
-    rig.gate.express(rig.address)
-    rig.relay.most = 1
+    rig.gate.auto_connect(rig.address)
+    rig.relay.connections_max = 1
     rig.keep(open_client(rig.door))
     rig.settle()
     for _ in range(3):
@@ -207,18 +206,18 @@ def test_full_gate_is_calm(rigs):
 
 def test_gate_that_is_shut_while_it_waits_for_room(rigs):
     rig = rigs()
-    rig.gate.express(rig.address)
-    rig.relay.most = 1
+    rig.gate.auto_connect(rig.address)
+    rig.relay.connections_max = 1
     first = rig.keep(open_client(rig.door))
     rig.settle()
     rig.keep(open_client(rig.door))
     rig.settle()
-    rig.gate.shut()
+    rig.gate.stop()
     reset(first)
-    rig.until(lambda: not rig.relay.open, "room")
+    rig.until(lambda: not rig.relay.connections, "room")
     assert rig.is_calm()
-    rig.gate.open()
-    rig.until(lambda: rig.relay.open == 1, "the one who waited")
+    rig.gate.start()
+    rig.until(lambda: rig.relay.connections == 1, "the one who waited")
 
 
 def test_listener_that_breaks_while_its_gate_is_full(rigs):
@@ -227,8 +226,8 @@ def test_listener_that_breaks_while_its_gate_is_full(rigs):
 
     def scenario():
         rig = rigs()
-        rig.gate.express(rig.address)
-        rig.relay.most = 1
+        rig.gate.auto_connect(rig.address)
+        rig.relay.connections_max = 1
         first = rig.keep(open_client(rig.door))
         target = rig.meet()
         rig.keep(open_client(rig.door))
@@ -238,8 +237,8 @@ def test_listener_that_breaks_while_its_gate_is_full(rigs):
             rig.turn()
         rig.send(first, b"still served")
         assert rig.read(target, 12) == b"still served"
-        rig.relay.most = 2
-        rig.until(lambda: rig.of_kind(NOBODY), "the listener's error")
+        rig.relay.connections_max = 2
+        rig.until(lambda: rig.of_kind(AcceptFailed), "the listener's error")
 
     in_child(scenario)
 
@@ -249,16 +248,17 @@ def test_accept_error_is_told(rigs, gates):
     rig = rigs()
     broken = rig.keep(socket.socket())
     gates(rig, broken)
-    rig.until(lambda: rig.of_kind(NOBODY), "the error")
-    assert rig.of_kind(NOBODY)[0] == (NOBODY, errno.EINVAL, 9)
+    rig.until(lambda: rig.of_kind(AcceptFailed), "the error")
+    failed = rig.of_kind(AcceptFailed)[0]
+    assert (failed.error, failed.listener) == (errno.EINVAL, 9)
 
 
 def test_gate_over_no_socket(rigs):
     rig = rigs()
-    gate = Gate(rig.relay, 999_999, socket.AF_INET, 0, 0)
+    gate = RelayListener(rig.relay, 999_999, socket.AF_INET, 0, 0)
     with pytest.raises(OSError):
-        gate.open()
-    gate.shut()
+        gate.start()
+    gate.stop()
 
 
 def test_a_signal_goes_before_clients(rigs):
@@ -268,8 +268,8 @@ def test_a_signal_goes_before_clients(rigs):
     rig.relay.watch(rd)
     rig.keep(open_client(rig.door))
     os.write(wr, b"stop")
-    assert rig.relay.run(100) == [(0, rd, 1)]
-    rig.gate.shut()
+    assert [event.fd for event in rig.relay.run(100)] == [rd]
+    rig.gate.stop()
     os.read(rd, 4)
     assert rig.relay.run(0) == []
     rig.relay.unwatch(rd)
@@ -280,7 +280,7 @@ def test_a_signal_goes_before_clients(rigs):
 def test_clients_that_have_already_gone(rigs, pair):
     """Connected and gone again before they are accepted: each costs nothing but itself."""
     rig = rigs(*pair)
-    rig.gate.express(rig.address)
+    rig.gate.auto_connect(rig.address)
     for number in range(10):
         client = open_client(rig.door)
         reset(client) if number % 2 else close(client)
@@ -347,9 +347,9 @@ def test_own_tcp_connection_is_recognised(rigs, gates, listen, host, how):
         target = rig.relay.dial(address)
         if how == "adopt":
             rig.relay.adopt(fd, FAMILIES["tcp4"], target)
-    rig.until(lambda: rig.of_kind(NOBODY), "the proof")
-    assert rig.of_kind(NOBODY) == [(NOBODY, errno.ELOOP, 9)]
-    assert rig.counters().refused == 1
+    rig.until(lambda: rig.of_kind(AcceptFailed), "the proof")
+    assert [(e.error, e.listener) for e in rig.of_kind(AcceptFailed)] == [(errno.ELOOP, 9)]
+    assert rig.totals().refused == 1
     if how == "dial":
         rig.relay.hang_up(target)
         os.close(fd)
@@ -387,8 +387,8 @@ def test_strangers_are_not_taken_for_ourselves(rigs, gates):
     gates(rig, loop, CHECK_TCP)
     stranger, target = stranger_beside_a_target(rig)
     stranger.connect(loop.getsockname())
-    rig.until(lambda: rig.of_kind(ACCEPTED), "the stranger")
-    assert not rig.of_kind(NOBODY)
+    rig.until(lambda: rig.of_kind(Accepted), "the stranger")
+    assert not rig.of_kind(AcceptFailed)
     rig.relay.hang_up(target)
 
 
@@ -413,7 +413,7 @@ def test_addresses_are_forgotten_with_their_sockets(rigs, gates):
     stranger = stranger_after_a_target(rig, loop, address)
     gates(rig, loop, CHECK_TCP)
     stranger.connect(loop.getsockname())
-    rig.until(lambda: rig.of_kind(ACCEPTED), "the stranger")
+    rig.until(lambda: rig.of_kind(Accepted), "the stranger")
 
 
 def test_own_unix_connection_is_recognised(rigs, gates):
@@ -422,16 +422,16 @@ def test_own_unix_connection_is_recognised(rigs, gates):
     door = rig.keep(open_listener("unix", rigs.directory))
     gates(rig, door, CHECK_UNIX)
     rig.keep(open_client(door))
-    rig.until(lambda: rig.of_kind(NOBODY), "the proof")
-    assert rig.of_kind(NOBODY) == [(NOBODY, errno.ELOOP, 9)]
+    rig.until(lambda: rig.of_kind(AcceptFailed), "the proof")
+    assert [(e.error, e.listener) for e in rig.of_kind(AcceptFailed)] == [(errno.ELOOP, 9)]
     child = os.fork()
     if child == 0:
         stranger = open_client(door)
         stranger.setblocking(True)
         stranger.recv(1)
         os._exit(0)
-    rig.until(lambda: rig.of_kind(ACCEPTED), "the stranger")
-    os.close(rig.of_kind(ACCEPTED)[0][1])
+    rig.until(lambda: rig.of_kind(Accepted), "the stranger")
+    os.close(rig.of_kind(Accepted)[0].client)
     rig.events.clear()
     os.waitpid(child, 0)
 
@@ -445,6 +445,6 @@ def test_one_gate_does_not_starve_another(rigs, gates):
         rig.keep(open_client(rig.door))
         rig.keep(open_client(other))
     rig.turn(100)
-    assert {event[3] for event in rig.of_kind(ACCEPTED)} == {0, 9}
-    rig.until(lambda: len(rig.of_kind(ACCEPTED)) == 60, "all clients")
-    assert FAILED not in {event[0] for event in rig.events}
+    assert {event.listener for event in rig.of_kind(Accepted)} == {0, 9}
+    rig.until(lambda: len(rig.of_kind(Accepted)) == 60, "all clients")
+    assert not rig.failures()

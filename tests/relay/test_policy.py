@@ -1,6 +1,7 @@
 """What the policy relies on: events, counters, limits of time, and that nothing is left behind."""
 
 import contextlib
+import errno
 import gc
 import os
 import re
@@ -10,19 +11,19 @@ import time
 
 import pytest
 from kit.child import in_child
-from kit.rig import HOW, Link, Rig, open_fds
+from kit.rig import Link, Rig, open_fds
 from kit.sockets import FAMILIES, open_listener, reset
 from kit.stepped import Incoming, Outgoing, close, half_close, open_client
 from kit.traffic import payload
 
 from proxyd._relay import (
-    ACCEPTED,
-    BUSY,
-    ENDED,
-    NOBODY,
-    READY,
-    Gate,
+    ENDINGS,
+    Accepted,
+    AcceptFailed,
+    Ended,
     Relay,
+    RelayListener,
+    WorkersWanted,
     raise_fd_limit,
     socket_names,
 )
@@ -48,9 +49,10 @@ def test_ended_tells_what_there_was(rigs, pair, way):
     link = rig.link()
     exchange(rig, link, 300_000, 200_000)
     rig.until_ended(link.id)
-    _, number, how, up, down, ms, errnos = rig.ended(link.id)
-    assert (number, HOW[how], up, down, errnos) == (link.id, "ended", 300_000, 200_000, (0, 0))
-    assert 0 <= ms < 60_000
+    event = rig.ended(link.id)
+    assert (event.ending, event.bytes_up, event.bytes_down) == ("ended", 300_000, 200_000)
+    assert (event.client_error, event.target_error) == (0, 0)
+    assert 0 <= event.duration_ms < 60_000
 
 
 def test_ended_tells_the_errno_of_the_side_that_failed(rigs):
@@ -59,9 +61,9 @@ def test_ended_tells_the_errno_of_the_side_that_failed(rigs):
     rig.settle()
     reset(first.client)
     reset(second.target)
-    rig.until(lambda: len(rig.of_kind(ENDED)) == 2, "both ends")
-    assert rig.ended(first.id)[6] == (104, 0)
-    assert rig.ended(second.id)[6] == (0, 104)
+    rig.until(lambda: len(rig.of_kind(Ended)) == 2, "both ends")
+    errors = [(end.client_error, end.target_error) for end in map(rig.ended, (first.id, second.id))]
+    assert errors == [(errno.ECONNRESET, 0), (0, errno.ECONNRESET)]
 
 
 def test_no_reports_unless_asked_for(rigs):
@@ -70,9 +72,9 @@ def test_no_reports_unless_asked_for(rigs):
     assert rig.relay.report_ends is False
     link = rig.link()
     exchange(rig, link, 10, 10)
-    rig.until(lambda: not rig.relay.open, "the end")
-    assert not rig.of_kind(ENDED)
-    assert rig.counters().ends == (1, 0, 0, 0, 0)
+    rig.until(lambda: not rig.relay.connections, "the end")
+    assert not rig.of_kind(Ended)
+    assert rig.totals().endings == {**dict.fromkeys(ENDINGS, 0), "ended": 1}
 
 
 def test_ids_are_never_the_same(rigs):
@@ -81,37 +83,37 @@ def test_ids_are_never_the_same(rigs):
 
 
 def test_run_returns_when_connections_have_ended(rigs):
-    """`wake_at`: run() comes back once so few are left, and not before."""
+    """`wake_at_count`: run() comes back once so few are left, and not before."""
     rig = rigs()
     rig.relay.report_ends = False
     links = [rig.link() for _ in range(3)]
     rig.settle()
-    rig.relay.wake_at = 1
+    rig.relay.wake_at_count = 1
     reset(links[0].client)
     start = time.monotonic()
     assert rig.relay.run(50) == []
     assert time.monotonic() - start > 0.045
-    assert rig.relay.open == 2
+    assert rig.relay.connections == 2
     reset(links[1].client)
     assert rig.relay.run(20_000) == []
-    assert rig.relay.open == 1
+    assert rig.relay.connections == 1
 
 
 def test_run_returns_when_the_first_comes(rigs):
-    """`wake_first`: a gate's express clients need no policy, but that it is idle no more."""
+    """`wake_on_first`: run() comes back when the first client has been connected automatically."""
     rig = rigs()
-    rig.gate.express(rig.address)
-    rig.relay.wake_first = True
+    rig.gate.auto_connect(rig.address)
+    rig.relay.wake_on_first = True
     from kit.stepped import open_client
 
     rig.keep(open_client(rig.door))
     assert rig.relay.run(20_000) == []
-    assert rig.relay.open == 1
+    assert rig.relay.connections == 1
     rig.keep(open_client(rig.door))
     start = time.monotonic()
     assert rig.relay.run(50) == []
     assert time.monotonic() - start > 0.045
-    assert rig.relay.open == 2
+    assert rig.relay.connections == 2
 
 
 def test_run_returns_in_time(rigs):
@@ -131,8 +133,8 @@ def test_watched_fds(rigs):
         rig.relay.watch(rd)
     assert rig.relay.run(0) == []
     os.write(wr, b"x")
-    assert rig.relay.run(0) == [(0, rd, 1)]
-    assert rig.relay.run(0) == [(0, rd, 1)]
+    assert [(event.fd, event.events) for event in rig.relay.run(0)] == [(rd, 1)]
+    assert [(event.fd, event.events) for event in rig.relay.run(0)] == [(rd, 1)]
     rig.relay.unwatch(rd)
     rig.relay.unwatch(rd)
     assert rig.relay.run(0) == []
@@ -155,7 +157,7 @@ def test_many_watched_fds_at_once(rigs):
         os.write(wr, b"x")
     seen = set()
     for _ in range(20):
-        seen |= {event[1] for event in rig.relay.run(0)}
+        seen |= {event.fd for event in rig.relay.run(0)}
     assert seen == {rd for rd, _ in pipes}
     for rd, wr in pipes:
         rig.relay.unwatch(rd)
@@ -164,15 +166,15 @@ def test_many_watched_fds_at_once(rigs):
 
 
 def test_quiet_since(rigs):
-    """quiet_ms is when the last connection ended."""
+    """last_end_ms is when the last connection ended."""
     rig = rigs()
-    assert rig.relay.quiet_ms <= rig.relay.now_ms
+    assert rig.relay.last_end_ms <= rig.relay.now_ms
     link = rig.link()
     rig.pass_time(0.02)
     exchange(rig, link, 10, 10)
-    rig.until(lambda: not rig.relay.open, "the end")
-    assert 0 <= rig.relay.now_ms - rig.relay.quiet_ms < 1000
-    assert rig.relay.quiet_ms > rig.ended(link.id)[5]
+    rig.until(lambda: not rig.relay.connections, "the end")
+    assert 0 <= rig.relay.now_ms - rig.relay.last_end_ms < 1000
+    assert rig.relay.last_end_ms > rig.ended(link.id).duration_ms
 
 
 # ── counters ─────────────────────────────────────────────────────────────────────────────────────
@@ -182,28 +184,28 @@ def test_counters_add_up(rigs, pair, way):
     rig = rigs(*pair, **way)
     for number in range(5):
         exchange(rig, rig.link(), 300_000 + number, 400_000 - number)
-    rig.until(lambda: not rig.relay.open, "the end of all")
-    counters = rig.counters()
-    assert counters.accepted == 5
-    assert counters.refused == 0
-    assert counters.to_targets == 1_500_010
-    assert counters.to_clients == 1_999_990
-    assert counters.spliced + counters.copied == counters.to_targets + counters.to_clients
-    assert counters.ends == (5, 0, 0, 0, 0)
+    rig.until(lambda: not rig.relay.connections, "the end of all")
+    totals = rig.totals()
+    assert totals.accepted == 5
+    assert totals.refused == 0
+    assert totals.bytes_to_targets == 1_500_010
+    assert totals.bytes_to_clients == 1_999_990
+    assert totals.spliced + totals.copied == totals.bytes_to_targets + totals.bytes_to_clients
+    assert totals.endings == {**dict.fromkeys(ENDINGS, 0), "ended": 5}
     if way:
-        assert counters.spliced == 0
+        assert totals.spliced == 0
     elif pair != ("unix", "tcp6"):
-        assert counters.spliced > 0
+        assert totals.spliced > 0
 
 
 def test_bytes_that_were_not_delivered_are_not_counted(rigs, way):
-    """What the relay had taken when the reader went is in the ENDED event, not in the counters."""
+    """What the relay had taken when the reader went is in the Ended event, not in the totals."""
     rig = rigs("tcp4", "tcp4", **way, target_buffers={"receive_buffer": 4096})
     link = rig.link()
     sent = rig.stuff(link.client)
     reset(link.target)
     _, up, _ = rig.until_ended(link.id)
-    assert rig.counters().to_targets <= up <= sent
+    assert rig.totals().bytes_to_targets <= up <= sent
 
 
 # ── the end of all ───────────────────────────────────────────────────────────────────────────────
@@ -217,10 +219,10 @@ def test_close_all_cuts_every_connection(rigs, pair, way):
     half_close(half.client)
     rig.settle()
     assert rig.relay.close_all() == 3
-    assert rig.relay.open == 0
+    assert rig.relay.connections == 0
     assert rig.relay.close_all() == 0
     rig.turn()
-    assert [HOW[event[2]] for event in rig.of_kind(ENDED)] == ["cut"] * 3
+    assert [event.ending for event in rig.of_kind(Ended)] == ["cut"] * 3
     end = "eof" if pair[0] == "unix" else "reset"
     assert rig.read_to_end(idle.client) == (b"", end)
 
@@ -231,7 +233,7 @@ def test_close_all_before_any_turn(rigs, pair):
         _, fd = rig.knock()
         rig.connect(fd)
     assert rig.relay.close_all() == 3
-    assert rig.counters().ends[3] == 3
+    assert rig.totals().endings["cut"] == 3
 
 
 def test_relay_that_goes_with_live_connections(rigs, pair, way, tmp_path):
@@ -249,7 +251,7 @@ def test_relay_that_goes_with_live_connections(rigs, pair, way, tmp_path):
     dead.bind(("127.0.0.1", 0))
     _, fd = rig.knock()
     rig.relay.connect(fd, FAMILIES[pair[0]], socket_names(dead.fileno())[1])
-    rig.gate.shut()
+    rig.gate.stop()
     before = open_fds()
     del rig.gate, rig.relay
     gc.collect()
@@ -288,10 +290,10 @@ def test_many_short_connections_leave_nothing(rigs, pair):
             close(target)
         rig.sockets.remove(client)
         rig.sockets.remove(target)
-    rig.until(lambda: rig.relay.open == 1, "the end of all but one")
-    rig.relay.trim()
+    rig.until(lambda: rig.relay.connections == 1, "the end of all but one")
+    rig.relay.trim_pipes()
     assert open_fds() == before
-    assert sum(rig.counters().ends) == 100
+    assert sum(rig.totals().endings.values()) == 100
     assert rig.ended(link.id) is None
 
 
@@ -372,8 +374,8 @@ def test_watched_fds_that_another_process_has_too(rigs):
     rig.relay.watch(fd, 0)
     target = rig.relay.dial(rig.address)
     door = open_listener("tcp4", rigs.directory)
-    gate = Gate(rig.relay, door.fileno(), FAMILIES["tcp4"], 0, 1)
-    gate.open()
+    gate = RelayListener(rig.relay, door.fileno(), FAMILIES["tcp4"], 0, 1)
+    gate.start()
     copies = [os.dup(fd), os.dup(target), os.dup(door.fileno())]
     try:
         assert len(registered(rig, copies)) == 3
@@ -407,13 +409,16 @@ def test_more_notes_than_there_is_room_for(rigs):
     """Hundreds of listeners that break while they are full, and a thread that could help: each of
     them is told, in as many turns as it takes."""
     rig = rigs()
-    rig.relay.share(-1, 0)
-    rig.relay.most = 0
-    rig.gate.shut()
+    rig.relay.offload_when_busy(-1, 0)
+    rig.relay.connections_max = 0
+    rig.gate.stop()
     copies = [os.dup(rig.door.fileno()) for _ in range(600)]
-    gates = [Gate(rig.relay, copy, FAMILIES["tcp4"], 0, index) for index, copy in enumerate(copies)]
+    gates = [
+        RelayListener(rig.relay, copy, FAMILIES["tcp4"], 0, index)
+        for index, copy in enumerate(copies)
+    ]
     for gate in gates:
-        gate.open()
+        gate.start()
     while True:  # until all have heard of a client, and wait for room: then none is watched
         if not select.select([rig.door], [], [], 0)[0]:
             rig.keep(open_client(rig.door))
@@ -423,11 +428,11 @@ def test_more_notes_than_there_is_room_for(rigs):
             break
     for copy in copies:
         os.close(copy)
-    rig.until(lambda: len(rig.of_kind(NOBODY)) == 600, "all of them")
-    assert {event[2] for event in rig.of_kind(NOBODY)} == set(range(600))
-    assert rig.of_kind(BUSY) == [(BUSY,)]
+    rig.until(lambda: len(rig.of_kind(AcceptFailed)) == 600, "all of them")
+    assert {event.listener for event in rig.of_kind(AcceptFailed)} == set(range(600))
+    assert len(rig.of_kind(WorkersWanted)) == 1
     for gate in gates:
-        gate.shut()
+        gate.stop()
 
 
 def test_as_many_ready_fds_as_a_batch_holds(rigs):
@@ -438,8 +443,8 @@ def test_as_many_ready_fds_as_a_batch_holds(rigs):
             rig.relay.watch(reading, 1 | 1 << 31)  # EPOLLIN | EPOLLET: told once
             os.write(writing, b"x")
         clients = [rig.keep(open_client(rig.door)) for _ in range(40)]
-        rig.until(lambda: len(rig.of_kind(ACCEPTED)) == len(clients), "all clients")
-        assert {event[1] for event in rig.of_kind(READY)} == {reading for reading, _ in pipes}
+        rig.until(lambda: len(rig.of_kind(Accepted)) == len(clients), "all clients")
+        assert {fd for fd, _ in rig.ready()} == {reading for reading, _ in pipes}
     finally:
         for reading, writing in pipes:
             rig.relay.unwatch(reading)

@@ -19,13 +19,13 @@ import pytest
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
-from kit.rig import HOW, MODES, Rigs
+from kit.rig import MODES, Rigs
 from kit.socket_state import set_option, unacknowledged
 from kit.sockets import is_unix, open_listener, reset
 from kit.stepped import accept, half_close, open_client
 from kit.traffic import payload
 
-from proxyd._relay import ENDED, FAILED, connected, socket_names
+from proxyd._relay import ENDINGS, ConnectFailed, Ended, connected, socket_names
 
 HANG_S = 120
 """An example that takes longer hangs: the run ends with the stack of every thread."""
@@ -178,7 +178,7 @@ class Conversations(RuleBasedStateMachine):
     def open(self, how, words, preamble, send_buffer):
         """A client comes, with some words already sent, and is on its way to the target."""
         rig, start = self.rig, 100_000 * len(self.talks)
-        rig.gate.express(rig.address if how == "express" else None)
+        rig.gate.auto_connect(rig.address if how == "express" else None)
         client = rig.keep(open_client(rig.door, **rig.client_buffers))
         preamble = b"" if how == "express" else payload(preamble, 3)
         talk = Conversation(None, client, start, preamble)
@@ -186,8 +186,8 @@ class Conversations(RuleBasedStateMachine):
             talk.client.send(words)
         self.talks.append(talk)
         if how == "express":
-            before = rig.gate.served
-            rig.until(lambda: rig.gate.served > before, "the express client")
+            before = rig.gate.connected_count
+            rig.until(lambda: rig.gate.connected_count > before, "the express client")
             talk.number = self.last_id() + 1
             return
         fd = rig.take_client()
@@ -213,8 +213,8 @@ class Conversations(RuleBasedStateMachine):
         rig.until(rig.failures, "the refusal")
         (event,) = rig.failures()
         rig.events.remove(event)
-        talk.preamble = len(event[4])
-        talk.number = rig.connect(event[1], preamble=event[4])
+        talk.preamble = len(event.pending)
+        talk.number = rig.connect(event.client, preamble=event.pending)
 
     @precondition(lambda self: any(talk.target.socket is None for talk in self.talks))
     @rule()
@@ -419,7 +419,7 @@ class Conversations(RuleBasedStateMachine):
             in_vain = 0 if self.read_all() else in_vain + 1
             assert in_vain < STUCK_TURNS, "stuck"
             self.rig.turn(STUCK_MS if in_vain > 1 else 0)
-        assert not self.rig.of_kind(FAILED)
+        assert not self.rig.of_kind(ConnectFailed)
 
     def read_all(self):
         """Accept who waits, and read what there is; True if there was anything."""
@@ -440,34 +440,36 @@ class Conversations(RuleBasedStateMachine):
             for side in talk.sides():
                 if side.socket is not None:
                     side.socket.close()
-        rig.until(lambda: not rig.relay.open, "the end of all connections")
+        rig.until(lambda: not rig.relay.connections, "the end of all connections")
         rig.turn()
-        self.count(rig.counters(), rig.of_kind(ENDED))
+        self.count(rig.totals(), rig.of_kind(Ended))
 
-    def count(self, counters, ended):
+    def count(self, totals, ended):
         """What the relay has counted is what was seen."""
-        ends = {event[1]: event[2:5] for event in ended}
-        assert sorted(event[1] for event in ended) == sorted(talk.number for talk in self.talks)
-        kinds = [how for how, _, _ in ends.values()]
-        assert list(counters.ends) == [kinds.count(how) for how in range(len(counters.ends))]
-        assert (counters.accepted, counters.refused) == (len(self.talks), 0)
-        assert counters.spliced + counters.copied == counters.to_targets + counters.to_clients
-        assert counters.to_targets <= sum(talk.client.sent for talk in self.talks)
-        assert counters.to_targets >= sum(talk.target.received for talk in self.talks)
-        assert counters.to_clients <= sum(talk.target.sent for talk in self.talks)
-        assert counters.to_clients >= sum(talk.client.received for talk in self.talks)
+        ends = {event.connection: event for event in ended}
+        assert sorted(event.connection for event in ended) == sorted(
+            talk.number for talk in self.talks
+        )
+        kinds = [event.ending for event in ended]
+        assert totals.endings == {kind: kinds.count(kind) for kind in ENDINGS}
+        assert (totals.accepted, totals.refused) == (len(self.talks), 0)
+        assert totals.spliced + totals.copied == totals.bytes_to_targets + totals.bytes_to_clients
+        assert totals.bytes_to_targets <= sum(talk.client.sent for talk in self.talks)
+        assert totals.bytes_to_targets >= sum(talk.target.received for talk in self.talks)
+        assert totals.bytes_to_clients <= sum(talk.target.sent for talk in self.talks)
+        assert totals.bytes_to_clients >= sum(talk.client.received for talk in self.talks)
         for talk in self.talks:
-            self.count_one(talk, *ends[talk.number])
+            self.count_one(talk, ends[talk.number])
 
-    def count_one(self, talk, how, up, down):
+    def count_one(self, talk, event):
         """What is told of one connection: how it ended, and the bytes taken from either side."""
         client, target = talk.sides()
-        assert target.received <= talk.preamble + up <= client.sent
-        assert client.received <= down <= target.sent
+        assert target.received <= talk.preamble + event.bytes_up <= client.sent
+        assert client.received <= event.bytes_down <= target.sent
         unharmed = client.state != "reset" and target.state != "reset"
         complete = target.received == client.sent and client.received == target.sent
         if unharmed and complete:
-            assert HOW[how] == "ended"
+            assert event.ending == "ended"
 
     def teardown(self):
         if not self.rig:

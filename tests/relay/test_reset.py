@@ -159,7 +159,7 @@ def test_reset_of_one_disturbs_no_other(rigs, pair, way, breaker):
         assert rig.read(broken, 5) == b"world"
     for link in links[1::2]:
         close(sides(link, breaker)[1])
-    rig.until(lambda: rig.relay.open == 10, "the end of the others")
+    rig.until(lambda: rig.relay.connections == 10, "the end of the others")
 
 
 def test_both_sides_reset(rigs, pair, way):
@@ -170,7 +170,7 @@ def test_both_sides_reset(rigs, pair, way):
     reset(link.target)
     how, _, _ = rig.until_ended(link.id)
     assert how in ("reset", "ended")
-    assert rig.relay.open == 0
+    assert rig.relay.connections == 0
 
 
 def test_paused_side_that_resets(rigs, pair, way):

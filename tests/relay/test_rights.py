@@ -20,7 +20,7 @@ from kit.sockets import reset
 from kit.stepped import Incoming, Outgoing, half_close, open_client
 from kit.traffic import payload
 
-from proxyd._relay import REFUSED
+from proxyd._relay import Refused
 
 STRAYS_MOST = 4
 """So many sockets that wait to be closed are kept beside those of connections."""
@@ -170,7 +170,7 @@ def test_descriptors_are_refused(rigs, way, side):
     incoming = Incoming(receiver)
     rig.run(Outgoing(sender, block, half_close), incoming, what="a stream")
     assert incoming.data == block
-    assert (rig.counters().spliced > 0) == way.get("may_splice", True)
+    assert (rig.totals().spliced > 0) == way.get("may_splice", True)
 
 
 def test_nothing_is_spliced_that_may_have_descriptors(rigs):
@@ -180,7 +180,7 @@ def test_nothing_is_spliced_that_may_have_descriptors(rigs):
     incoming = Incoming(link.target)
     rig.run(Outgoing(link.client, block, half_close), incoming, what="a stream")
     assert incoming.data == block
-    assert rig.counters().spliced == 0
+    assert rig.totals().spliced == 0
 
 
 def test_credentials_are_no_descriptors(rigs):
@@ -209,23 +209,23 @@ def test_refused_clients(may_refuse):
 
     def act(scene):
         rig = scene.rig
-        rig.relay.most = 0
-        rig.gate.express(rig.address)
+        rig.relay.connections_max = 0
+        rig.gate.auto_connect(rig.address)
         clients = [open_client(rig.door) for _ in range(2 * STRAYS_MOST)]
         for client in clients:
             scene.send_slow(client, b"!")
-        rig.until(lambda: len(rig.of_kind(REFUSED)) == STRAYS_MOST, "as many as may wait")
+        rig.until(lambda: len(rig.of_kind(Refused)) == STRAYS_MOST, "as many as may wait")
         scene.until_blocked()
         assert scene.rig.is_calm(100)
-        assert len(rig.of_kind(REFUSED)) == STRAYS_MOST
+        assert len(rig.of_kind(Refused)) == STRAYS_MOST
         scene.other.client.send(b"ping")
         assert rig.read(scene.other.target, 4) == b"ping"
         scene.release()
-        rig.until(lambda: len(rig.of_kind(REFUSED)) == len(clients), "the others")
+        rig.until(lambda: len(rig.of_kind(Refused)) == len(clients), "the others")
         for client in clients:
             assert rig.read_to_end(client)[0] == b""
             client.close()
-        rig.gate.express(None)
+        rig.gate.auto_connect(None)
 
     play(act, may_refuse=may_refuse)
 
@@ -239,10 +239,10 @@ def test_a_client_that_python_hangs_up(threads):
         assert scene.rig.read_to_end(client)[0] == b""
         scene.until_blocked()
         scene.others_go_on()
-        assert scene.rig.relay.late == 1, "it keeps its place"
-        assert scene.rig.relay.open == 2, "no longer a connection"
+        assert scene.rig.relay.in_quarantine == 1, "it keeps its place"
+        assert scene.rig.relay.connections == 2, "no longer a connection"
         scene.release()
-        scene.rig.until(lambda: scene.rig.relay.late == 0, "its close")
+        scene.rig.until(lambda: scene.rig.relay.in_quarantine == 0, "its close")
 
     play(act, threads=threads)
 
@@ -274,7 +274,7 @@ def test_an_urgent_byte_is_no_descriptor(rigs, before, after):
         if data:
             client.send(data, flags)
     rig.relay.hang_up(fd)
-    assert rig.relay.late == 0
+    assert rig.relay.in_quarantine == 0
     with pytest.raises(ConnectionResetError):
         client.recv(1)
     assert tasks() == threads
@@ -294,7 +294,7 @@ def test_descriptors_and_an_urgent_byte(place):
         if place == "behind":
             scene.send_slow(client, b" with one")
         scene.rig.relay.hang_up(fd)
-        assert scene.rig.relay.late == 1
+        assert scene.rig.relay.in_quarantine == 1
         scene.until_blocked()
         scene.others_go_on()
 
@@ -309,7 +309,7 @@ def test_a_long_queue_without_descriptors(rigs):
     outgoing.step()
     assert len(outgoing.rest) < 1_000_000, "more than a look shows is queued"
     rig.relay.hang_up(fd)
-    assert rig.relay.late == 0
+    assert rig.relay.in_quarantine == 0
     with pytest.raises(ConnectionResetError):
         client.recv(1)
 
@@ -412,12 +412,14 @@ def test_no_thread():
             link.client.send(b"ping")
             assert scene.rig.read(link.target, 4) == b"ping"
         assert scene.rig.is_calm(50)
-        assert (scene.rig.relay.open, scene.rig.relay.late) == (3, 1), "both keep their places"
+        assert (scene.rig.relay.connections, scene.rig.relay.in_quarantine) == (3, 1), (
+            "both keep their places"
+        )
         os.setresuid(user, user, user)
         resource.setrlimit(resource.RLIMIT_NPROC, (soft, hard))
         scene.until_blocked()
         scene.release()
-        scene.rig.until(lambda: scene.rig.relay.open == 2, "the end of the connection")
-        scene.rig.until(lambda: scene.rig.relay.late == 0, "the close of the other")
+        scene.rig.until(lambda: scene.rig.relay.connections == 2, "the end of the connection")
+        scene.rig.until(lambda: scene.rig.relay.in_quarantine == 0, "the close of the other")
 
     play(act)

@@ -18,7 +18,7 @@ from kit.sockets import reset
 from kit.stepped import Incoming, Outgoing, close, half_close
 from kit.traffic import payload
 
-from proxyd._relay import BUSY
+from proxyd._relay import WorkersWanted
 
 NOBODY_KNOWS = -1
 """The fd of a /proc/stat that cannot be had: a CPU is idle then."""
@@ -72,7 +72,7 @@ def sharing(rigs):
         links = [rig.link() for _ in range(first)]
         if links:
             rig.pass_time(2 * window_ms / 1000)
-        rig.relay.share(stat, window_ms, **rules)
+        rig.relay.offload_when_busy(stat, window_ms, **rules)
         rig.pace_ms = 0
         crew = Crewed(rig, threads)
         crew.first = links
@@ -172,7 +172,7 @@ def test_bytes_and_ends_survive_it(sharing, pair, mode):
             assert crew.rig.until_ended(link.id) == ("ended", len(up), len(down))
         rounds += 1
         assert rounds < 100, "nothing was handed over"
-    assert crew.rig.relay.open == 0
+    assert crew.rig.relay.connections == 0
 
 
 def test_what_it_holds_goes_along(sharing, pair, mode):
@@ -275,17 +275,18 @@ def test_a_crew_is_asked_for_once(sharing):
     crew = sharing(threads=0)
     links = [crew.rig.link() for _ in range(4)]
     crew.rig.until(
-        lambda: keep_busy(crew, links, turns=5) or crew.rig.of_kind(BUSY), "the call for help"
+        lambda: keep_busy(crew, links, turns=5) or crew.rig.of_kind(WorkersWanted),
+        "the call for help",
     )
     stay_busy(crew, links, 0.1)
-    assert crew.rig.of_kind(BUSY) == [(BUSY,)]
-    assert crew.rig.relay.threads == 1
-    crew.rig.relay.ask()
+    assert len(crew.rig.of_kind(WorkersWanted)) == 1
+    assert crew.rig.relay.thread_count == 1
+    crew.rig.relay.ping_workers()
     crew.hire(1)
-    assert crew.rig.relay.answered  # it has not been there to be asked
-    assert crew.rig.relay.threads == 2
+    assert crew.rig.relay.workers_answered  # it has not been there to be asked
+    assert crew.rig.relay.thread_count == 2
     keep_busy(crew, links)
-    assert crew.rig.of_kind(BUSY) == [(BUSY,)]
+    assert len(crew.rig.of_kind(WorkersWanted)) == 1
 
 
 @pytest.mark.parametrize("field", ["idle", "iowait"])
@@ -362,7 +363,7 @@ def test_everything_stays_while_one_is_enough(sharing):
     links = [quiet_link(crew) for _ in range(10)]
     assert [crew.place_of(link.client_fd) for link in links] == [0] * 10
     assert crew.rig.relay.handed_over == 0
-    assert not crew.rig.of_kind(BUSY)
+    assert not crew.rig.of_kind(WorkersWanted)
 
 
 @pytest.mark.parametrize("field", [None, "user", "nice", "system", "irq", "softirq"])
@@ -418,7 +419,7 @@ def test_everything_stays_where_the_relay_waits_for_a_cpu(sharing, cpus):
     rivals = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(4)]
     try:
         machine = cpus({0, 1, 2, 3})
-        crew = sharing(stat=machine.open(), window_ms=200, rules={"wait_most": 25})
+        crew = sharing(stat=machine.open(), window_ms=200, rules={"wait_max": 25})
         links = [crew.rig.link() for _ in range(4)]
         stay_busy(crew, links, 1.5, machine.write)
         assert crew.rig.relay.handed_over == 0
@@ -479,7 +480,7 @@ def test_whoever_is_watched_stays(rigs, way):
     for link in links:
         reset(link.target)
     rig.settle()
-    rig.relay.share(NOBODY_KNOWS, 0)
+    rig.relay.offload_when_busy(NOBODY_KNOWS, 0)
     Crewed(rig)
     words = [Incoming(link.client, most=200_000) for link in links]
     while not all(one.end for one in words):

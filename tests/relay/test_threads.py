@@ -20,7 +20,7 @@ from kit.sockets import FAMILIES, RESETS, open_listener, reset
 from kit.stepped import close, half_close, open_client
 from kit.traffic import payload
 
-from proxyd._relay import CHECK_TCP, FAILED, Gate, Relay, socket_names
+from proxyd._relay import CHECK_TCP, ConnectFailed, Relay, RelayListener, socket_names
 
 CONNECTIONS = int(os.environ.get("RELAY_CONNECTIONS", "400"))
 """How many clients come in one test."""
@@ -132,18 +132,18 @@ class Fair:
         self.relay.report_ends = True
         self.relay.idle_ms = idle_ms
         if shares:
-            self.relay.share(-1, 0)  # whenever one does not sleep, and another does
+            self.relay.offload_when_busy(-1, 0)  # whenever one does not sleep, and another does
         for _ in range(THREADS):
-            self.relay.hire()
+            self.relay.start_worker()
         self.door = open_listener(client, directory, backlog=512)
         self.backend = open_listener(target, directory, backlog=512)
         address = socket_names(self.backend.fileno())[1]
         if not is_open:
             self.backend.close()
         check = 0 if client == "unix" else CHECK_TCP  # asks the table that all threads share
-        self.gate = Gate(self.relay, self.door.fileno(), FAMILIES[client], check, 0)
-        self.gate.express(address)
-        self.gate.open()
+        self.gate = RelayListener(self.relay, self.door.fileno(), FAMILIES[client], check, 0)
+        self.gate.auto_connect(address)
+        self.gate.start()
         self.dice = random.Random(1)
         self.visits, self.gone, self.servers = [], [], []
         self.failed = 0
@@ -152,11 +152,11 @@ class Fair:
     def turn(self):
         """A little of everything, and what the policy may do at any time."""
         self.take_a_step()
-        self.relay.ask()
-        self.relay.counters()
+        self.relay.ping_workers()
+        self.relay.totals()
         self.turns += 1
         if self.turns % 7 == 0:
-            self.relay.trim()
+            self.relay.trim_pipes()
 
     def take_a_step(self):
         self.take_events()
@@ -164,8 +164,8 @@ class Fair:
 
     def take_events(self):
         for event in self.relay.run(0):
-            if event[0] == FAILED:
-                os.close(event[1])
+            if isinstance(event, ConnectFailed):
+                os.close(event.client)
                 self.failed += 1
 
     def step_all(self):
@@ -194,11 +194,11 @@ class Fair:
     def until_over(self):
         """Everybody has gone, and the relay knows it."""
         self.until(lambda: not self.visits, "visits without an end")
-        self.until(lambda: self.relay.open == 0, "connections without an end")
+        self.until(lambda: self.relay.connections == 0, "connections without an end")
 
     def assert_all_counted(self):
-        counters = self.relay.counters()
-        assert counters[0] == sum(counters[6]) + self.failed
+        totals = self.relay.totals()
+        assert totals.accepted == sum(totals.endings.values()) + self.failed
 
     def close(self):
         """Whoever is still there sees the end, for nobody is there to keep it from them."""
@@ -221,7 +221,7 @@ def fair(request, tmp_path, rigs):
     yield make
     for one in fairs:
         if hasattr(one, "relay"):
-            one.gate.shut()
+            one.gate.stop()
             one.relay.close_all()
             one.take_events()
             del one.gate, one.relay
@@ -236,7 +236,7 @@ def test_all_are_served_and_counted(fair, pair, way):
     here.until_over()
     assert sum(visit.polite for visit in here.gone) > CONNECTIONS / 6
     assert all(visit.is_well for visit in here.gone)
-    assert here.relay.counters()[0] == len(here.gone)
+    assert here.relay.totals().accepted == len(here.gone)
     assert here.relay.handed_over > 0
     here.assert_all_counted()
 
@@ -245,17 +245,19 @@ def test_every_thread_answers_while_it_forwards(fair, pair):
     here = fair(pair)
     for _ in range(8):
         here.receive(len(here.gone) + AT_ONCE)  # asks at every turn
-        here.until(lambda: here.relay.answered, "an answer of every thread", here.take_a_step)
+        here.until(
+            lambda: here.relay.workers_answered, "an answer of every thread", here.take_a_step
+        )
 
 
 @pytest.mark.parametrize("moment", range(5))
 def test_all_are_cut_in_the_middle(fair, pair, moment):
     here = fair(pair)
     here.receive(AT_ONCE + 1 + 71 * moment)
-    here.gate.shut()
+    here.gate.stop()
     here.relay.close_all()
     here.take_events()
-    assert here.relay.open == 0
+    assert here.relay.connections == 0
     here.assert_all_counted()
 
 
@@ -263,7 +265,7 @@ def test_all_are_cut_in_the_middle(fair, pair, moment):
 def test_a_relay_is_dropped_in_the_middle(fair, pair, moment):
     here = fair(pair)
     here.receive(AT_ONCE + 1 + 97 * moment)
-    here.gate.shut()
+    here.gate.stop()
     del here.gate, here.relay
 
 
@@ -271,7 +273,7 @@ def test_a_drain_ends_with_nobody_there(fair, pair):
     """As at SIGTERM with --drain-timeout=: nobody is let in any more, those inside may finish."""
     here = fair(pair)
     here.receive(CONNECTIONS // 2)
-    here.gate.shut()
+    here.gate.stop()
     here.door.close()
     here.until_over()
     here.assert_all_counted()
@@ -286,10 +288,10 @@ def test_clients_of_a_target_that_refuses_come_back(fair, way_out):
     if way_out == "wait":
         here.until_over()
         assert here.failed > CONNECTIONS / 3  # others had left before
-    here.gate.shut()
+    here.gate.stop()
     here.relay.close_all()
     here.take_events()
-    assert here.relay.open == 0
+    assert here.relay.connections == 0
     here.assert_all_counted()
 
 

@@ -69,7 +69,7 @@ def stuck_reader_is_given_up_after_a_reset(rigs, client, target, way, breaker):
     clock = Clock()
     rig.until(lambda: rig.ended(link.id), "the end", patience=STUCK_S + LATE_S)
     assert clock() > STUCK_S - 0.5
-    assert rig.ended(link.id)[2] == 1
+    assert rig.ended(link.id).ending == "reset"
     assert was_reset(survivor)
 
 
@@ -149,7 +149,7 @@ def idle_connection_is_closed(rigs, client, target):
         rig.send(talking.client, b"tick")
         assert rig.read(talking.target, 4) == b"tick"
         rig.pass_time(0.1)
-    assert rig.ended(silent.id)[2] == 2
+    assert rig.ended(silent.id).ending == "idle"
     assert not rig.ended(talking.id)
     assert rig.read_to_end(silent.client) == (b"", "eof")
     assert rig.read_to_end(silent.target) == (b"", "eof")
@@ -164,7 +164,7 @@ def stalled_connection_counts_as_idle(rigs, client, target):
     rig.stuff(link.client)
     rig.relay.idle_ms = 400
     rig.until(lambda: rig.ended(link.id), "the end")
-    assert rig.ended(link.id)[2] == 2
+    assert rig.ended(link.id).ending == "idle"
     assert rig.read_to_end(link.client)[1] == "reset"
     end = rig.read_to_end(link.target)[1]
     assert is_unix(link.target) or end == "reset"
@@ -190,11 +190,12 @@ def connect_that_takes_too_long_gives_the_client_back(rigs):
     client, fd = rig.knock()
     client.send(b"hello")
     clock = Clock()
-    rig.connect(fd, timeout_ms=300, cookie=7, preamble=b"PROXY ")
+    rig.connect(fd, timeout_ms=300, listener=7, preamble=b"PROXY ")
     rig.until(rig.failures, "a failed connect", patience=LATE_S)
-    _, back, error, cookie, pending, _, _ = rig.failures()[0]
+    failed = rig.failures()[0]
     assert clock() > 0.25
-    assert (back, error, cookie, pending) == (fd, errno.ETIMEDOUT, 7, b"PROXY ")
+    assert (failed.client, failed.error) == (fd, errno.ETIMEDOUT)
+    assert (failed.listener, failed.pending) == (7, b"PROXY ")
     assert crowd
 
 

@@ -17,7 +17,7 @@ CHECKPOINTS = 3, 12
 """At least and at most; otherwise one every five minutes."""
 
 POOLED_PIPES = 8
-"""Idle pipes that a relay keeps, as in proxyd/_pipe.pxd."""
+"""Idle pipes that a relay keeps, as in proxyd/relay/pipe.pxd."""
 
 PATIENCE = 150
 """Seconds until the traffic must have come to rest: longer than the load's own patience."""

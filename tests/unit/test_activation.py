@@ -86,7 +86,7 @@ def test_three_families(passed, tmp_path):
         assert not os.get_inheritable(listener.fd)
         assert not os.get_blocking(listener.fd)
         assert not listener.connected
-        assert not listener.ours
+        assert listener.inode is None
 
 
 def test_without_names(passed):

@@ -1,7 +1,6 @@
-"""The command line. Messages that the original has too were read off the original."""
+"""The command: its exit status, what it prints, and what it says when it cannot start."""
 
 import _signal
-import contextlib
 import errno
 import os
 import runpy
@@ -9,16 +8,14 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import types
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from proxyd import __version__, address, cli, log
-from proxyd.cli import parse_args
 from proxyd.errors import UsageError
+from proxyd.listen import Listener
+from proxyd.options import OPTIONS, parse_args
 
 PROG = "/usr/bin/prog"
 UNUSED = f"@proxyd-test-cli-{os.getpid()}"
@@ -46,276 +43,12 @@ def served(monkeypatch):
     return calls
 
 
-def parse(*args):
-    return parse_args([PROG, *args])
-
-
-def message(*args):
-    with pytest.raises(UsageError) as caught:
-        parse(*args)
-    return str(caught.value)
-
-
-def test_defaults():
-    options = parse("host:8080")
-    assert options.connections_max == 256
-    assert options.exit_idle_time is None
-    assert options.connect_timeout == 10_000_000
-    assert options.settle_time == 0
-    assert options.idle_timeout is None
-    assert options.drain_timeout == 0
-    assert options.proxy_protocol == 0
-    assert options.listen == []
-    assert options.threads == 1
-    assert options.always_hand_over is False
-    assert [(name, target.text) for name, target in options.targets] == [(None, "host:8080")]
-
-
-@pytest.mark.parametrize(
-    ("args", "attribute", "value"),
-    [
-        (["-c5", "t"], "connections_max", 5),
-        (["-c", "5", "t"], "connections_max", 5),
-        (["t", "-c", "5"], "connections_max", 5),
-        (["--connections-max=5", "t"], "connections_max", 5),
-        (["--connections-max", "5", "t"], "connections_max", 5),
-        (["-c4", "t", "-c5"], "connections_max", 5),
-        (["--c=5", "t"], "connections_max", 5),
-        (["--conn=5", "t"], "connections_max", 5),
-        (["--connect=5", "t"], "connections_max", 5),
-        (["--connect-=5s", "t"], "connect_timeout", 5_000_000),
-        (["--e=5", "t"], "exit_idle_time", 5_000_000),
-        (["--exit-idle-time=infinity", "t"], "exit_idle_time", None),
-        (["--exit-idle-time=0", "t"], "exit_idle_time", 0),
-        (["--connect-timeout=0", "t"], "connect_timeout", 0),
-        (["--settle-time=50ms", "t"], "settle_time", 50_000),
-        (["--s=0", "t"], "settle_time", 0),
-        (["--idle-timeout=1h", "t"], "idle_timeout", 3_600_000_000),
-        (["--drain-timeout=1h", "t"], "drain_timeout", 3_600_000_000),
-        (["--proxy-protocol=v1", "t"], "proxy_protocol", 1),
-        (["--proxy-protocol=v2", "t"], "proxy_protocol", 2),
-    ],
-)
-def test_options(args, attribute, value):
-    options = parse(*args)
-    assert getattr(options, attribute) == value
-    assert [target.text for _, target in options.targets] == ["t"]
-
-
-@pytest.mark.parametrize(
-    ("args", "text"),
-    [
-        ([], "Not enough parameters."),
-        (["--"], "Not enough parameters."),
-        (["-c5"], "Not enough parameters."),
-        (["a", "b"], "Too many parameters."),
-        (["a=b", "c"], "Too many parameters."),
-        (["c", "a=b"], "Too many parameters."),
-        (["-c0", "t"], "Connection limit is too low."),
-        (["-c-0", "t"], "Connection limit is too low."),
-        (["-cx", "t"], "Failed to parse --connections-max= argument: x"),
-        (["-c", "", "t"], "Failed to parse --connections-max= argument: "),
-        (["--c=", "t"], "Failed to parse --connections-max= argument: "),
-        (["-c", "--", "t"], "Failed to parse --connections-max= argument: --"),
-        (["-c=5", "t"], "Failed to parse --connections-max= argument: =5"),
-        (["--exit-idle-time=x", "t"], "Failed to parse --exit-idle-time= argument: x"),
-        (["--foo"], f"{PROG}: unrecognized option '--foo'"),
-        (["--foo=1"], f"{PROG}: unrecognized option '--foo=1'"),
-        (["---"], f"{PROG}: unrecognized option '---'"),
-        (["--exit-idle-time"], f"{PROG}: option '--exit-idle-time' requires an argument"),
-        (["--c"], f"{PROG}: option '--connections-max' requires an argument"),
-        (["--help=1"], f"{PROG}: option '--help' doesn't allow an argument"),
-        (["--he="], f"{PROG}: option '--help' doesn't allow an argument"),
-        (["-c"], f"{PROG}: option requires an argument -- 'c'"),
-        (["-x"], f"{PROG}: invalid option -- 'x'"),
-        (["-xh"], f"{PROG}: invalid option -- 'x'"),
-        (["-5"], f"{PROG}: invalid option -- '5'"),
-        (["-:"], f"{PROG}: invalid option -- ':'"),
-    ],
-)
-def test_the_original_messages(args, text):
-    assert message(*args) == text
-
-
-@pytest.mark.parametrize(
-    ("args", "text"),
-    [
-        (
-            ["--connect-timeout=x", "t"],
-            (
-                "Failed to parse --connect-timeout= argument: x: "
-                "expected a time span, such as 90, 5min 20s or infinity"
-            ),
-        ),
-        (
-            ["--settle-time=x", "t"],
-            "Failed to parse --settle-time= argument: x: expected a time span, such as 100ms or 2s",
-        ),
-        (
-            ["--settle-time=infinity", "t"],
-            "Settle time is too high, no client would ever be served.",
-        ),
-        (
-            ["--proxy-protocol=v3", "t"],
-            "Failed to parse --proxy-protocol= argument: v3: expected v1 or v2",
-        ),
-        (["--idle-timeout=0", "t"], "Idle timeout is too low, use infinity to switch it off."),
-        (
-            ["--listen=x", "t"],
-            (
-                "Failed to parse --listen= argument: x: expected a port, HOST:PORT, "
-                "a path, @NAME or vsock:CID:PORT"
-            ),
-        ),
-        (["a=b", "a=c"], "There is more than one target for 'a'."),
-        (["h:0"], "Failed to parse target 'h:0': '0' is not a port number from 1 to 65535"),
-    ],
-)
-def test_messages_of_our_own(args, text):
-    assert message(*args) == text
-
-
-def test_ambiguous():
-    names = " ".join(f"'--{option.long}'" for option in cli.OPTIONS)
-    assert message("--=x") == f"{PROG}: option '--=x' is ambiguous; possibilities: {names}"
-
-
-def test_abbreviations_of_the_original():
-    for long in ("connections-max", "exit-idle-time", "help", "version"):
-        for end in range(1, len(long) + 1):
-            assert cli._find_long(PROG, "", long[:end]).long == long
-
-
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [("auto", 0), ("8192", 8192), ("64K", 65536), ("64k", 65536), ("1M", 1 << 20), ("1m", 1 << 20)],
-)
-def test_buffer_size(text, value):
-    options = cli.Options()
-    cli._set_buffer_size(options, text)
-    assert options.buffer_size == value
-
-
-@pytest.mark.parametrize("text", ["", "K", "k", "4095", "2048M", "1G", "3k", "-64K", "64kb"])
-def test_buffer_size_garbage(text):
-    with pytest.raises(ValueError, match="."):
-        cli._set_buffer_size(cli.Options(), text)
-
-
-@pytest.mark.parametrize("option", [option for option in cli.OPTIONS if option.convert])
-def test_each_option_says_what_it_allows(option):
-    """The original's messages stay as they are there, and --listen= has one for each form."""
-    text = message(f"--{option.long}=\x00", "t")
-    if option.long in cli._ORIGINAL:
-        assert text == f"Failed to parse --{option.long}= argument: \x00"
-    else:
-        assert text.startswith(f"Failed to parse --{option.long}= argument: \x00: expected ")
-        assert text.endswith(option.allowed) or option.long == "listen"
-
-
-def test_threads():
-    options = cli.Options()
-    cli._set_threads(options, "4")
-    assert options.threads == 4
-    cli._set_threads(options, "auto")
-    assert options.threads == len(os.sched_getaffinity(0))
-    for text in ("0", "1025", "x"):
-        with pytest.raises(ValueError, match="."):
-            cli._set_threads(options, text)
-
-
-def test_hand_over():
-    assert parse("--hand-over=always", "x:1").always_hand_over is True
-    assert parse("--hand-over=always", "--hand-over=busy", "x:1").always_hand_over is False
-    for text in ("", "Always", "never"):
-        assert message(f"--hand-over={text}", "x:1") == (
-            f"Failed to parse --hand-over= argument: {text}: expected busy or always"
-        )
-
-
-@pytest.mark.parametrize(
-    "text", ["5", " 5", "\v5", "+5", "05", "0x5", "0X5", "0b101", "0B101", "0o5", "0b+101"]
-)
-def test_numbers_as_systemd_reads_them(text):
-    assert cli._unsigned(text) == 5
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        " ",
-        "5 ",
-        "-5",
-        "--5",
-        "+-5",
-        "+ 5",
-        "08",
-        "0x",
-        "0b",
-        "0b-1",
-        "0b2",
-        "0o8",
-        "0xg",
-        "1_0",
-        "1e3",
-        "\u0665",
-        "4294967296",
-        "9" * 5000,
-        "\x0b0b1",
-        "0 5",
-    ],
-)
-def test_not_numbers_to_systemd(text):
-    with pytest.raises(ValueError, match="."):
-        cli._unsigned(text)
-
-
-def test_after_two_dashes_everything_is_a_target():
-    assert parse("--", "-c5").targets[0][1].text == "-c5"
-    assert parse("-").targets[0][1].text == "-"
-
-
-def test_posixly_correct(monkeypatch):
-    monkeypatch.setenv("POSIXLY_CORRECT", "")
-    assert message("t", "-c5") == "Too many parameters."
-    assert parse("-c5", "t").connections_max == 5
-
-
-@pytest.mark.parametrize("word", ["-h", "--help", "--he", "--version", "--v", "-hx"])
-def test_what_follows_help_is_not_read(word):
-    option = parse("-c5", word, "--foo")
-    assert option.long in ("help", "version")
-    assert message("--foo", word).endswith("unrecognized option '--foo'")
-
-
-def test_pairs_and_listen():
-    options = parse("--listen=a=8080", "a=[::1]:*", "--listen", "/x", "b=/y=z")
-    assert [(name, target.text) for name, target in options.targets] == [
-        ("a", "[::1]:*"),
-        ("b", "/y=z"),
-    ]
-    assert [(where.name, where.text) for where in options.listen] == [
-        ("a", "8080"),
-        ("unknown", "/x"),
-    ]
-
-
-def test_arguments_with_undecodable_bytes():
-    path = os.fsdecode(b"/\xff")
-    assert parse(path).targets[0][1].address == address.pack_unix(b"/\xff")
-
-
-def test_many_operands_do_not_take_for_ever():
-    assert message(*[f"a{n}=b" for n in range(20000)], "a1=b").startswith("There is more than one")
-
-
 def test_help(capfd):
     assert cli.main([PROG, "--help"]) == 0
     out, err = capfd.readouterr()
     assert err == ""
     assert "Bidirectionally proxy local sockets to another (possibly remote) socket." in out
-    for option in cli.OPTIONS:
+    for option in OPTIONS:
         assert f"--{option.long}" in out
     assert max(map(len, out.splitlines())) <= 80
 
@@ -477,57 +210,9 @@ def test_an_ignored_sigint_stays_ignored(monkeypatch):
     assert interrupt_handler(signal.SIG_IGN, monkeypatch) is signal.SIG_IGN
 
 
-@contextlib.contextmanager
-def stderr_file():
-    """Send fd 2 to a file and yield that file."""
-    saved = os.dup(2)
-    with tempfile.TemporaryFile() as file:
-        os.dup2(file.fileno(), 2)
-        try:
-            yield file
-        finally:
-            os.dup2(saved, 2)
-            os.close(saved)
-
-
-WORDS = st.one_of(
-    st.text(st.characters(min_codepoint=1)),
-    st.text("-=c:h5\udcff\n"),
-    st.sampled_from([f"--{option.long}" for option in cli.OPTIONS if option.convert]),
-    st.sampled_from(["--", "-", "-c", "-c5", "a=/b", "/x", "h:*", "--listen=x", "--connect=5"]),
-)
-
-
-@given(st.lists(WORDS, max_size=5))
-def test_any_command_line_is_options_or_one_line(words):
-    with stderr_file() as file:
-        try:
-            parse_args([PROG, *words])
-        except UsageError as error:
-            log.error(str(error))
-            file.seek(0)
-            line = file.read()
-            assert line.endswith(b"\n")
-            assert line.count(b"\n") == 1
-
-
-@given(st.lists(WORDS, max_size=3))
-def test_any_option_argument(words):
-    for option in cli.OPTIONS:
-        if option.convert:
-            for word in words:
-                with contextlib.suppress(ValueError, UsageError):
-                    option.convert(cli.Options(), word)
-
-
-def test_an_empty_argv():
-    with pytest.raises(UsageError, match="Not enough parameters"):
-        parse_args([])
-
-
 def test_a_connection_and_a_listener_do_not_mix(served, monkeypatch, capfd):
     left, right = socket.socketpair()
-    listener = cli.Listener(left.detach(), "connection", address.pack_unix("@x"), connected=True)
+    listener = Listener(left.detach(), "connection", address.pack_unix("@x"), connected=True)
     monkeypatch.setattr(cli, "inherited", lambda *_, **__: [listener])
     assert cli.main([PROG, "--listen=127.0.0.1:0", "/t"]) == 1
     assert "must be the only one" in capfd.readouterr().err
@@ -537,4 +222,4 @@ def test_a_connection_and_a_listener_do_not_mix(served, monkeypatch, capfd):
 def test_sockets_of_an_earlier_process_of_the_same_id():
     options = parse_args(["x", "a:1"])
     passed = {"LISTEN_FDS": "1", "LISTEN_PID": str(os.getpid())}
-    assert "an earlier process of the same id" in cli._why_no_sockets(options, passed)
+    assert "an earlier process with the same PID" in cli._why_no_sockets(options, passed)

@@ -6,7 +6,7 @@ import os
 import pytest
 
 from proxyd import address as sockaddr
-from proxyd.connect_errors import is_congestion, is_denied, may_pass, was_reached
+from proxyd.connect_errors import is_congestion, is_denied, is_temporary, was_reached
 
 TARGETS = {
     "inet": sockaddr.pack_inet("192.0.2.1", 80),
@@ -31,7 +31,7 @@ PASSING = {"inet": IP, "inet6": IP, "unix": UNIX, "vsock": VSOCK}
 @pytest.mark.parametrize("error", sorted(errno.errorcode), ids=errno.errorcode.get)
 @pytest.mark.parametrize("kind", TARGETS)
 def test_each_error_has_a_verdict_in_each_family(kind, error):
-    assert may_pass(error, TARGETS[kind]) == (error in PASSING[kind]), os.strerror(error)
+    assert is_temporary(error, TARGETS[kind]) == (error in PASSING[kind]), os.strerror(error)
 
 
 @pytest.mark.parametrize(
@@ -47,8 +47,8 @@ def test_each_error_has_a_verdict_in_each_family(kind, error):
     ],
 )
 def test_einval_of_an_address_without_its_scope_is_for_ever(address, passes):
-    assert may_pass(errno.EINVAL, sockaddr.pack_inet(address, 80)) == passes
-    assert may_pass(errno.ENETUNREACH, sockaddr.pack_inet(address, 80))
+    assert is_temporary(errno.EINVAL, sockaddr.pack_inet(address, 80)) == passes
+    assert is_temporary(errno.ENETUNREACH, sockaddr.pack_inet(address, 80))
 
 
 def test_a_full_backlog_is_a_unix_matter():

@@ -39,12 +39,14 @@ SLOW = {
 """Each of them costs more than all that the program needs. Their submodules count as well."""
 
 RARE = {
+    "proxyd.bind",
     "proxyd.lookup",
     "proxyd.ports",
     "proxyd.proxy_protocol",
     "proxyd.resolver",
     "proxyd.stats",
     "proxyd.timespan",
+    "proxyd.workers",
 }
 """Our own modules that most starts have no use for."""
 

@@ -1,373 +1,78 @@
-"""--listen=: addresses, sockets, and socket files that are replaced or left alone."""
+"""NAME=TARGET: which target serves which listener."""
 
-import _socket
-import errno
-import fcntl
-import os
-import socket
-import threading
-from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
+import re
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from proxyd import address, listen
+from proxyd import address
 from proxyd.errors import UsageError
-from proxyd.listen import close_listener, open_listener, parse_listen
+from proxyd.listen import Listener, match_targets
+from proxyd.target import parse_target, split_pair
+
+TCP = address.pack_inet("127.0.0.1", 80)
+UNIX = address.pack_unix("/run/x")
 
 
-@pytest.fixture
-def opened():
-    """Return a function that opens what --listen= says, and closes it at the end."""
-    listeners = []
-
-    def open_it(text):
-        listeners.append(open_listener(parse_listen(text)))
-        return listeners[-1]
-
-    yield open_it
-    for listener in listeners:
-        close_listener(listener)
+def pairs(*texts):
+    return [(name, parse_target(rest)) for name, rest in map(split_pair, texts)]
 
 
-@pytest.mark.parametrize(
-    ("text", "name", "packed"),
-    [
-        ("8080", "unknown", address.pack_inet("::", 8080)),
-        ("0", "unknown", address.pack_inet("::", 0)),
-        ("web=8080", "web", address.pack_inet("::", 8080)),
-        ("127.0.0.1:8080", "unknown", address.pack_inet("127.0.0.1", 8080)),
-        ("[::1]:8080", "unknown", address.pack_inet("::1", 8080)),
-        ("::1:8080", "unknown", address.pack_inet("::1", 8080)),
-        ("[fe80::1%lo]:8080", "unknown", address.pack_inet("fe80::1%lo", 8080)),
-        ("/run/a=b", "unknown", address.pack_unix("/run/a=b")),
-        ("a@b.socket=/run/x", "a@b.socket", address.pack_unix("/run/x")),
-        ("@x", "unknown", address.pack_unix("@x")),
-        ("web=vsock:2:80", "web", address.pack_vsock(2, 80)),
-        ("vsock::80", "unknown", address.pack_vsock(2**32 - 1, 80)),
-    ],
-)
-def test_addresses(text, name, packed):
-    where = parse_listen(text)
-    assert (where.name, where.address) == (name, packed)
-    assert where.text in text
+def listener(name, packed=TCP):
+    return Listener(-1, name, packed)
+
+
+def test_a_plain_target_serves_every_listener():
+    matched, unused = match_targets(pairs("@t"), [listener("a"), listener("b"), listener("a")])
+    assert [target.text for target in matched] == ["@t"] * 3
+    assert unused == []
+
+
+def test_pairs_serve_by_name():
+    listeners = [listener("b"), listener("a"), listener("b")]
+    matched, unused = match_targets(pairs("a=@1", "b=@2", "c=@3", "d=@4"), listeners)
+    assert [target.text for target in matched] == ["@2", "@1", "@2"]
+    assert unused == ["c", "d"]
+
+
+def test_a_listener_without_a_pair_is_named():
+    expected = "No target for listener 'b' (/run/x): the targets are for 'a'."
+    with pytest.raises(UsageError, match=f"^{re.escape(expected)}$"):
+        match_targets(pairs("a=@1"), [listener("a"), listener("b", UNIX)])
 
 
 @pytest.mark.parametrize(
-    "text",
+    ("name", "given", "end"),
     [
-        "",
-        "web=",
-        "65536",
-        "localhost:80",
-        "localhost",
-        "127.0.0.1",
-        "127.0.0.1:",
-        "127.0.0.1:http",
-        "[::1]",
-        "[::1",
-        ":80",
-        "*:80",
-        "@",
-        "/" + "a" * 107,
-        "vsock:1",
-        "-1",
-        "[fe80::1%]:80",
+        ("web", ["wbe=@1", "db=@2"], "the targets are for 'wbe', 'db'; is 'wbe' meant for it?"),
+        ("unknown", ["a=@1"], "set FileDescriptorName= in the socket unit, or use --listen="),
+        ("web@127.0.0.1:80.socket", ["a=@1"], "set FileDescriptorName= in the socket unit to one"),
+        ("web", [f"{n:x}0=@{n}" for n in range(30)], "'80', '90' and 20 more."),
     ],
 )
-def test_garbage(text):
-    with pytest.raises(ValueError, match="."):
-        parse_listen(text)
-
-
-def test_an_interface_that_is_not_there():
-    with pytest.raises(UsageError, match=r"^Failed to listen on \[fe80::1%nope\]:80: there is no"):
-        parse_listen("web=[fe80::1%nope]:80")
-
-
-def test_an_address_that_is_not_there():
-    with pytest.raises(OSError, match=r"Cannot assign requested address\. .* FreeBind=") as caught:
-        open_listener(parse_listen("192.0.2.1:0"))
-    assert caught.value.errno == errno.EADDRNOTAVAIL
-
-
-@given(st.one_of(st.text(), st.text("ab:/@[]%*=.1\udcff")))
-def test_anything_is_an_address_or_a_value_error(text):
-    try:
-        where = parse_listen(text)
-    except (ValueError, UsageError):
-        return
-    assert address.family(where.address) in (1, 2, 10, 40)
-
-
-@pytest.mark.parametrize("host", ["127.0.0.1", "[::1]"])
-def test_tcp(opened, host):
-    listener = opened(f"web={host}:0")
-    assert listener.name == "web"
-    assert listener.text == f"{host}:{address.port(listener.address)}"
-    assert not os.get_inheritable(listener.fd)
-    assert not os.get_blocking(listener.fd)
-    assert not listener.ours
-    with socket.create_connection((host.strip("[]"), address.port(listener.address))):
-        pass
-
-
-@pytest.mark.parametrize("text", ["0", "[::]:0"])
-@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
-def test_a_port_serves_both_families(opened, text, host):
-    with socket.create_connection((host, address.port(opened(text).address))):
-        pass
-
-
-@pytest.mark.parametrize("code", [errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL])
-def test_a_port_without_ipv6(opened, monkeypatch, code):
-    real = listen._open
-
-    def no_ipv6(name, packed):
-        if address.family(packed) == address.AF_INET6:
-            raise OSError(code, "no IPv6")
-        return real(name, packed)
-
-    monkeypatch.setattr(listen, "_open", no_ipv6)
-    assert opened("0").text.startswith("0.0.0.0:")
-    with pytest.raises(OSError, match="no IPv6"):
-        opened("[::]:0")
-
-
-def test_a_port_in_use(opened):
-    port = address.port(opened("0").address)
-    before = os.listdir("/proc/self/fd")
-    with pytest.raises(OSError, match="in use"):
-        opened(str(port))
-    assert os.listdir("/proc/self/fd") == before
-
-
-def test_a_port_in_time_wait_is_bound_again(opened):
-    first = opened("127.0.0.1:0")
-    where = ("127.0.0.1", address.port(first.address))
-    with socket.create_connection(where) as client:
-        with socket.socket(fileno=os.dup(first.fd)) as listening:
-            listening.setblocking(True)
-            listening.accept()[0].close()  # who closes first keeps the port in TIME_WAIT
-        assert client.recv(1) == b""
-    close_listener(first)
-    opened(f"127.0.0.1:{where[1]}")
-
-
-def test_abstract(opened):
-    listener = opened(f"@proxyd-test-{os.getpid()}")
-    assert not listener.ours
-    with socket.socket(socket.AF_UNIX) as client:
-        client.connect(f"\0proxyd-test-{os.getpid()}")
-
-
-def test_a_socket_file_is_unlinked_at_the_end(opened, tmp_path):
-    path = tmp_path / "s"
-    listener = opened(str(path))
-    assert listener.ours
-    with socket.socket(socket.AF_UNIX) as client:
-        client.connect(str(path))
-    close_listener(listener)
-    assert not path.exists()
-    close_listener(listener)
-
-
-def test_undecodable_paths(opened, tmp_path):
-    path = os.fsencode(tmp_path) + b"/\xff"
-    listener = opened(os.fsdecode(path))
-    assert os.path.exists(path)
-    close_listener(listener)
-    assert not os.path.exists(path)
-
-
-def test_a_socket_file_of_somebody_else_stays(opened, tmp_path):
-    path = tmp_path / "s"
-    listener = opened(str(path))
-    os.rename(path, tmp_path / "old")  # keeps the inode in use
-    with socket.socket(socket.AF_UNIX) as other:
-        other.bind(str(path))
-        close_listener(listener)
-        assert path.exists()
-
-
-def test_a_stale_socket_file_is_replaced(opened, tmp_path):
-    path = tmp_path / "s"
-    with socket.socket(socket.AF_UNIX) as dead:
-        dead.bind(str(path))
-    assert opened(str(path)).ours
-    with socket.socket(socket.AF_UNIX) as client:
-        client.connect(str(path))
-
-
-@pytest.mark.parametrize("backlog", [8, 0])
-def test_a_live_socket_file_is_an_error(opened, tmp_path, backlog):
-    path = tmp_path / "s"
-    with socket.socket(socket.AF_UNIX) as live, socket.socket(socket.AF_UNIX) as client:
-        live.bind(str(path))
-        live.listen(backlog)
-        client.connect(str(path))  # with a backlog of 0 it is full now
-        inode = path.stat().st_ino
-        with pytest.raises(OSError, match="in use"):
-            opened(str(path))
-        assert path.stat().st_ino == inode
-
-
-# ── two at the same moment ───────────────────────────────────────────────────────────────────────
-
-
-class Slow(_socket.socket):
-    """A socket whose listen() waits until somebody else had their chance."""
-
-    bound = threading.Event()
-    tried = threading.Event()
-
-    def listen(self, backlog):
-        self.bound.set()
-        self.tried.wait(0.5)  # the other must not get through: it has until then to show
-        super().listen(backlog)
-
-
-@pytest.mark.parametrize("stale", [False, True])
-def test_a_socket_that_is_about_to_listen_is_not_stale(opened, tmp_path, monkeypatch, stale):
-    """Of two starts with one path at the same moment one serves, and the other is told."""
-    path = tmp_path / "s"
-    if stale:
-        with socket.socket(socket.AF_UNIX) as dead:
-            dead.bind(str(path))
-    shim = SimpleNamespace(**vars(_socket))
-    shim.socket = Slow
-    monkeypatch.setattr(listen, "_socket", shim)
-    Slow.bound.clear()
-    Slow.tried.clear()
-    with ThreadPoolExecutor(1) as other:
-        first = other.submit(opened, str(path))
-        assert Slow.bound.wait(20)
-        monkeypatch.setattr(listen, "_socket", _socket)
-        try:
-            with pytest.raises(OSError, match="in use"):
-                opened(str(path))
-        finally:
-            Slow.tried.set()
-        listener = first.result()
-    with socket.socket(socket.AF_UNIX) as client:
-        client.connect(str(path))
-        with socket.socket(fileno=os.dup(listener.fd)) as listening:
-            listening.accept()[0].close()
-    assert os.listdir(tmp_path) == ["s"]
-
-
-@pytest.fixture(params=["held", "unreadable"])
-def no_lock(request, tmp_path, monkeypatch):
-    """The folder cannot be locked; why."""
-    if request.param == "held":  # by somebody who does not give it back
-        monkeypatch.setattr(listen, "LOCK_S", 0.05)
-        fd = os.open(tmp_path, os.O_RDONLY)
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        yield "another process holds it"
-        os.close(fd)
-        return
-
-    def refuse(path, flags):
-        raise PermissionError(errno.EACCES, "Permission denied")
-
-    with monkeypatch.context() as patch:
-        shim = SimpleNamespace(**vars(os))
-        shim.open = refuse
-        patch.setattr(listen, "os", shim)
-        yield "Permission denied"
-
-
-def test_without_the_lock_a_new_file_is_made(opened, tmp_path, no_lock):
-    path = tmp_path / "s"
-    listener = opened(str(path))
-    with socket.socket(socket.AF_UNIX) as client:
-        client.connect(str(path))
-    close_listener(listener)
-    assert not path.exists()
-
-
-def test_without_the_lock_no_file_is_replaced(opened, tmp_path, no_lock):
-    path = tmp_path / "s"
-    with socket.socket(socket.AF_UNIX) as dead:
-        dead.bind(str(path))
-    with pytest.raises(OSError, match="cannot be replaced safely") as caught:
-        opened(str(path))
-    assert caught.value.strerror.endswith(f"failed to lock its folder: {no_lock}")
-    assert path.exists()
-
-
-def test_without_the_lock_one_in_use_is_in_use(opened, tmp_path, no_lock):
-    path = tmp_path / "s"
-    with socket.socket(socket.AF_UNIX) as live:
-        live.bind(str(path))
-        live.listen()
-        with pytest.raises(OSError, match="in use"):
-            opened(str(path))
-
-
-def test_a_socket_file_is_unlinked_while_it_is_listened_to(opened, tmp_path, monkeypatch):
-    """Once nobody listens on it, another start may replace it, and have the same inode."""
-    path = tmp_path / "s"
-    listener = opened(str(path))
-    seen = []
-    shim = SimpleNamespace(**vars(os))
-
-    def close(fd):
-        if fd == listening:
-            seen.append(path.exists())
-        os.close(fd)
-
-    shim.close, listening = close, listener.fd
-    monkeypatch.setattr(listen, "os", shim)
-    close_listener(listener)
-    assert seen == [False]
-
-
-def test_the_lock_is_free_afterwards(opened, tmp_path):
-    close_listener(opened(str(tmp_path / "one")))
-    opened(str(tmp_path / "other"))
-    fd = os.open(tmp_path, os.O_RDONLY)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    finally:
-        os.close(fd)
-
-
-def test_a_path_without_a_folder(opened, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    opened("unix:./s")
-    assert os.listdir(tmp_path) == ["s"]
-
-
-# ── what is not ours to replace ──────────────────────────────────────────────────────────────────
-
-
-@pytest.mark.parametrize("make", ["write", "mkdir", "symlink"])
-def test_what_is_not_a_socket_file_stays(opened, tmp_path, make):
-    path = tmp_path / "s"
-    if make == "write":
-        path.write_text("precious")
-    elif make == "mkdir":
-        path.mkdir()
-    else:
-        path.symlink_to(tmp_path / "nowhere")
-    with pytest.raises(OSError, match="in use"):
-        opened(str(path))
-    assert path.is_symlink() or path.exists()
-
-
-def test_no_such_directory(opened, tmp_path):
-    with pytest.raises(FileNotFoundError):
-        opened(str(tmp_path / "no" / "s"))
-
-
-def test_a_socket_file_does_not_outlive_a_failed_listen(tmp_path, monkeypatch):
-    def fail(*_):
-        raise OSError(errno.EOPNOTSUPP, "no")
-
-    monkeypatch.setattr(listen.sockaddr, "from_socket_name", fail)
-    with pytest.raises(OSError, match="no"):
-        open_listener(parse_listen(str(tmp_path / "s")))
-    assert list(tmp_path.iterdir()) == []
+def test_a_listener_without_a_pair_says_what_there_is(name, given, end):
+    with pytest.raises(UsageError) as caught:
+        match_targets(pairs(*given), [listener(name)])
+    assert end in str(caught.value)
+
+
+@pytest.mark.parametrize("packed", [UNIX, address.pack_vsock(2, 80)])
+def test_any_port_needs_a_tcp_listener(packed):
+    listeners = [listener("a"), listener("b", packed)]
+    with pytest.raises(UsageError, match=r"localhost:\* needs a TCP listener.*'b'"):
+        match_targets(pairs("localhost:*"), listeners)
+    assert match_targets(pairs("a=localhost:*", "b=@x"), listeners)[1] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("", "this one has no name"),
+        ("a:b", "to one without a colon"),
+        ("a=b", "to one without an equals sign"),
+        ("@a", "does not begin with a slash"),
+    ],
+)
+def test_a_name_that_cannot_have_a_target(name, hint):
+    listener = Listener(-1, name, UNIX)
+    with pytest.raises(UsageError, match=hint):
+        match_targets([("web", parse_target("a:1"))], [listener])

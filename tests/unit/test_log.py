@@ -28,7 +28,7 @@ LOST = b"Lines lost here, because standard error did not take them: %d.\n"
 
 @pytest.fixture(autouse=True)
 def _default_setup(monkeypatch):
-    for name in ("_rest", "_lost", "_way"):
+    for name in ("_rest", "_lost", "_writer"):
         monkeypatch.setattr(log, name, getattr(log, name))
     log.setup({})
     yield
@@ -271,7 +271,7 @@ def test_a_terminal_that_nobody_reads_costs_lines(terminal, proc):
     _, slave = terminal
     program = proc + (
         "for _ in range(5000): log.error('x' * 99)\n"
-        "assert log._lost or len(log._way[1]._queue) == log._THREAD_LINES_MAX\n"
+        "assert log._lost or len(log._writer[1]._queue) == log._THREAD_LINES_MAX\n"
         "log.finish(); print(os.get_blocking(2))"
     )
     assert in_a_child(slave, program) == "True\n"
@@ -460,7 +460,7 @@ def test_what_was_lost_is_told_at_the_end():
 def test_the_description_of_our_own_is_closed_on_exec():
     reader, writer = os.pipe()
     with_stderr(writer, lambda: log.error("x"))
-    assert fcntl.fcntl(log._way[1]._fd, fcntl.F_GETFD) & fcntl.FD_CLOEXEC
+    assert fcntl.fcntl(log._writer[1]._fd, fcntl.F_GETFD) & fcntl.FD_CLOEXEC
     os.close(reader)
     os.close(writer)
 

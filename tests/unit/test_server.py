@@ -8,16 +8,17 @@ import sys
 import threading
 
 import pytest
+from kit.fake_relay import GONE, NO_FDS, STAY, FakeListener, FakeRelay, SleepsForeverError
 
+from proxyd import acceptor as acceptor_module
 from proxyd import address as sockaddr
-from proxyd import intake as intake_module
-from proxyd import log, threads
+from proxyd import log, workers
 from proxyd import server as server_module
-from proxyd._relay import BUSY, ENDED, FAILED, NOBODY, READY
-from proxyd.cli import Options
-from proxyd.intake import PAUSE_MS
+from proxyd._relay import AcceptFailed, ConnectFailed, Ended, Ready, WorkersWanted
+from proxyd.acceptor import PAUSE_MS, upstream_of
+from proxyd.event_loop import EventLoop
 from proxyd.listen import Listener
-from proxyd.loop import Loop
+from proxyd.options import Options
 from proxyd.server import Server, run
 from proxyd.target import parse_target
 
@@ -26,162 +27,17 @@ PATIENCE = 20
 
 START_MS = 7_000_000
 
-STAY, GONE, NO_FDS = "stay", "gone", "no fds"
-"""What becomes of a client in the backlog: served; accepted, but it has left; not accepted."""
-
-
-class SleepsForEverError(Exception):
-    """The server waits, and nothing is going to happen any more."""
-
-
-class Gate:
-    """A gate that notes what it is told."""
-
-    def __init__(self, relay, fd, family, check, index):
-        self.is_open = False
-        self.terms = None
-        self.served = 0
-        relay.gates.append(self)
-
-    def open(self):
-        assert not self.is_open
-        self.is_open = True
-
-    def shut(self):
-        assert self.is_open
-        self.is_open = False
-
-    def express(self, address, timeout_ms=0):
-        self.terms = address
-
-
-class Relay:
-    """A relay to which happens what the test says, on a clock that only run() moves."""
-
-    def __init__(self):
-        self.now_ms = self.quiet_ms = START_MS
-        self.script = []
-        self.backlog = []
-        self.gates = []
-        self.open = 0
-        self.idle_ms = 0
-        self.wake_at = -1
-        self.wake_first = False
-        self.most = 0
-        self.report_ends = False
-        self.accepted = 0
-        self.ended = []
-        self.spins = 0
-        self.threads = 1
-        self.threads_most = 100
-        self.handed_over = 0
-        self.shares = []
-
-    # what the server uses
-
-    def hang_up(self, fd, reset=False):
-        os.close(fd)
-
-    def run(self, timeout_ms=-1):
-        until_ms = self.now_ms + timeout_ms if timeout_ms >= 0 else None
-        began_ms = self.now_ms
-        while True:
-            before = self.open
-            events = self.turn(until_ms)
-            if events or before > self.wake_at >= self.open:
-                break
-            if self.wake_first and before == 0 and self.open > 0:
-                break
-            if until_ms is not None and self.now_ms >= until_ms:
-                break
-        self.spins = self.spins + 1 if self.now_ms == began_ms else 0
-        assert self.spins < 50, "it spins"
-        return events
-
-    def turn(self, until_ms):
-        while self.script and self.script[0][0] <= self.now_ms:
-            before = self.open
-            events = self.script.pop(0)[1]()
-            if events or self.open != before:
-                return events or []
-        if self.backlog and any(gate.is_open for gate in self.gates):
-            return self.accept()
-        if self.script and (until_ms is None or self.script[0][0] <= until_ms):
-            self.now_ms = self.script[0][0]
-            return []
-        if until_ms is None:
-            raise SleepsForEverError
-        self.now_ms = until_ms
-        ended, self.ended = self.ended, []
-        return ended
-
-    def accept(self):
-        if self.backlog[0] == NO_FDS:
-            return [(NOBODY, errno.EMFILE, 0)]
-        self.accepted += 1
-        if self.backlog.pop(0) == STAY:
-            self.open += 1
-        else:
-            self.quiet_ms = self.now_ms
-        return []
-
-    def counters(self):
-        return self.accepted, 0, 10, 20, 0, 30, (0, 0, 0, 0, 0)
-
-    def watch(self, fd, events=1):
-        pass
-
-    def unwatch(self, fd):
-        pass
-
-    def take_over(self, fd, family):
-        pass
-
-    def trim(self):
-        pass
-
-    def share(self, stat, **rules):
-        self.shares.append(stat)
-
-    def hire(self):
-        if self.threads == self.threads_most:
-            raise OSError(errno.EAGAIN, "")
-        self.threads += 1
-
-    def connect(self, client, family, address, preamble=None, cookie=0, timeout_ms=0):
-        os.close(client)
-        self.open += 1
-        return 1
-
-    def close_all(self):
-        cut, self.open = self.open, 0
-        self.ended += [(ENDED, 1, 3, 5, 6, 70, (0, 0))] * (cut if self.report_ends else 0)
-        return cut
-
-    # what the test says
-
-    def at(self, ms, *actions):
-        self.script += [(START_MS + ms, action) for action in actions]
-        self.script.sort(key=lambda entry: entry[0])
-
-    def come(self):
-        self.backlog.append(STAY)
-
-    def leave(self):
-        self.open -= 1
-        self.quiet_ms = self.now_ms
-
 
 class World:
     """A Server on such a relay."""
 
     def __init__(self, monkeypatch, tmp_path, wanted=True):
         self.patch = monkeypatch
-        self.relay = Relay()
-        monkeypatch.setattr(server_module, "Loop", self.make_loop)
+        self.relay = FakeRelay(start_ms=START_MS)
+        monkeypatch.setattr(server_module, "EventLoop", self.make_loop)
         monkeypatch.setattr(server_module, "signal_fd", self.signal_fd)
-        monkeypatch.setattr(server_module, "signals_come", self.signals_come)
-        monkeypatch.setattr(intake_module, "Gate", Gate)
+        monkeypatch.setattr(server_module, "take_signals", self.take_signals)
+        monkeypatch.setattr(acceptor_module, "RelayListener", FakeListener)
         monkeypatch.setattr(log.time, "monotonic", lambda: self.relay.now_ms / 1000)
         self.signals, self.send_signal = os.pipe()
         self.come = []
@@ -193,7 +49,7 @@ class World:
         self.listeners = []
 
     def make_loop(self, buffer_size):
-        loop = Loop()
+        loop = EventLoop()
         self.relay.report_ends = loop.relay.report_ends
         loop.relay = self.relay
         return loop
@@ -202,7 +58,7 @@ class World:
         self.numbers = set(numbers)
         return self.signals
 
-    def signals_come(self):
+    def take_signals(self):
         come, self.come[:] = list(self.come), []
         return come
 
@@ -229,7 +85,7 @@ class World:
 
         def come():
             self.come.append(number)
-            return [(READY, self.signals, 1)]
+            return [Ready(self.signals, 1)]
 
         return come
 
@@ -251,7 +107,7 @@ class World:
             os.close(fd)
         self.manager.close()
         if hasattr(self, "server"):
-            self.server.manager._notifier.close()
+            self.server.notifier.close()
 
 
 @pytest.fixture
@@ -263,7 +119,7 @@ def world(monkeypatch, tmp_path):
     log.setup({})
 
 
-# ── idle ─────────────────────────────────────────────────────────────────────────────────────────
+# ── idle ──────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_it_ends_after_a_time_without_a_connection_counted_from_the_start(world):
@@ -274,7 +130,7 @@ def test_it_ends_after_a_time_without_a_connection_counted_from_the_start(world)
 
 
 def test_without_exit_idle_time_it_waits_for_ever(world):
-    with pytest.raises(SleepsForEverError):
+    with pytest.raises(SleepsForeverError):
         world.serve()
 
 
@@ -370,7 +226,7 @@ def test_held_clients_are_connections(world):
         world.relay, "dial", lambda address: (_ for _ in ()).throw(OSError(errno.ENOENT, "")), False
     )
     fd = theirs.detach()
-    failed = (FAILED, fd, errno.ENOENT, 0, b"", START_MS + 500, 1)
+    failed = ConnectFailed(0, fd, errno.ENOENT, b"", START_MS + 500, 1)
     world.relay.at(500, lambda: [failed])
     with ours:
         assert world.serve() == 0
@@ -378,7 +234,7 @@ def test_held_clients_are_connections(world):
     assert world.now_ms == 500 + 8000 + 1000
 
 
-# ── the connection that was passed in ────────────────────────────────────────────────────────────
+# ── the connection that was passed in ─────────────────────────────────────────────────────────────
 
 
 def test_with_the_one_connection_all_ends(world):
@@ -391,7 +247,7 @@ def test_with_the_one_connection_all_ends(world):
     assert world.told == ["READY=1", "STOPPING=1"]
 
 
-# ── signals ──────────────────────────────────────────────────────────────────────────────────────
+# ── signals ───────────────────────────────────────────────────────────────────────────────────────
 
 STOP = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
 
@@ -411,7 +267,7 @@ def test_without_a_drain_time_connections_are_cut(world, capfd):
     world.relay.at(3000, world.signal(signal.SIGTERM))
     assert world.serve() == 0
     assert world.now_ms == 3000
-    assert world.relay.open == 0
+    assert world.relay.connections == 0
     assert capfd.readouterr().err == "Stopped; 2 open and 0 waiting connections were cut.\n"
 
 
@@ -475,7 +331,7 @@ def test_nor_when_a_pause_ends_meanwhile(world):
     world.relay.at(9000, world.relay.leave)
     assert world.serve() == 0
     assert world.now_ms == 9000
-    assert not any(gate.is_open for gate in world.relay.gates)
+    assert not any(one.accepting for one in world.relay.listeners)
 
 
 def test_an_idle_exit_is_none_while_it_stops(world):
@@ -491,7 +347,7 @@ def test_an_idle_exit_is_none_while_it_stops(world):
 def test_sigusr1_logs_the_counters_and_nothing_else(world, capfd):
     world.relay.at(0, world.relay.come)
     world.relay.at(3000, world.signal(signal.SIGUSR1))
-    with pytest.raises(SleepsForEverError):
+    with pytest.raises(SleepsForeverError):
         # The status is told on and on while there is a connection.
         world.environ.clear()
         world.serve()
@@ -505,7 +361,7 @@ def test_sigusr1_counts_the_clients_of_its_own_batch(world, capfd):
     world.environ.clear()
     ours, theirs = socket.socketpair()
     fd = theirs.detach()
-    failed = (FAILED, fd, errno.ENOENT, 0, b"", START_MS + 500, 1)
+    failed = ConnectFailed(0, fd, errno.ENOENT, b"", START_MS + 500, 1)
     usr1 = world.signal(signal.SIGUSR1)
 
     def both():
@@ -532,7 +388,7 @@ def test_sigusr1_when_nothing_can_be_loaded(world, capfd, monkeypatch):
 
 
 def test_a_false_alarm_of_the_signals(world):
-    world.relay.at(1000, lambda: [(READY, world.signals, 1)])
+    world.relay.at(1000, lambda: [Ready(world.signals, 1)])
     world.relay.at(2000, world.signal(signal.SIGTERM))
     assert world.serve() == 0
     assert world.now_ms == 2000
@@ -547,7 +403,7 @@ def test_when_it_cannot_go_on_connections_are_cut(world):
     world.listen("/run/backend")
     with pytest.raises(OSError, match="broken"):
         run(world.options, world.listeners, {})
-    assert world.relay.open == 0
+    assert world.relay.connections == 0
 
 
 def test_when_it_cannot_go_on_held_clients_are_cut_too(world):
@@ -560,7 +416,7 @@ def test_when_it_cannot_go_on_held_clients_are_cut_too(world):
     world.patch.setattr(
         world.relay, "hang_up", lambda fd, reset: (os.close(fd), cut.append((fd, reset))), False
     )
-    failed = (FAILED, fd, errno.ENOENT, 0, b"", START_MS, 1)
+    failed = ConnectFailed(0, fd, errno.ENOENT, b"", START_MS, 1)
     world.relay.at(0, lambda: [failed])
     world.relay.at(5, break_down)
     world.listen("/run/backend")
@@ -569,11 +425,11 @@ def test_when_it_cannot_go_on_held_clients_are_cut_too(world):
     assert cut == [(fd, True)]
 
 
-# ── the end, and what it is called ───────────────────────────────────────────────────────────────
+# ── the end, and what it is called ────────────────────────────────────────────────────────────────
 
 
 def test_when_no_listener_is_left_it_fails(world, capfd):
-    world.relay.at(1000, lambda: [(NOBODY, errno.EINVAL, 0)])
+    world.relay.at(1000, lambda: [AcceptFailed(0, errno.EINVAL)])
     assert world.serve() == 1
     assert world.now_ms == 1000
     assert "Failed to accept from" in capfd.readouterr().err
@@ -581,7 +437,7 @@ def test_when_no_listener_is_left_it_fails(world, capfd):
 
 def test_but_not_before_the_last_connection_has_ended(world):
     world.relay.at(0, world.relay.come)
-    world.relay.at(1000, lambda: [(NOBODY, errno.EINVAL, 0)])
+    world.relay.at(1000, lambda: [AcceptFailed(0, errno.EINVAL)])
     world.relay.at(6000, world.relay.leave)
     assert world.serve() == 1
     # run() returns for that.
@@ -593,7 +449,7 @@ def test_a_listener_that_breaks_while_it_stops_is_no_failure(world):
     world.relay.at(0, world.relay.come)
     world.relay.at(
         1000,
-        lambda: [*world.signal(signal.SIGTERM)(), (NOBODY, errno.EINVAL, 0)],
+        lambda: [*world.signal(signal.SIGTERM)(), AcceptFailed(0, errno.EINVAL)],
     )
     world.relay.at(6000, world.relay.leave)
     assert world.serve() == 0
@@ -608,18 +464,18 @@ def test_what_was_left_out_of_the_log_is_told_at_the_end(world, capfd):
     assert capfd.readouterr().err.splitlines()[-1] == "Second. (last of 1 left out)"
 
 
-# ── the debug log ────────────────────────────────────────────────────────────────────────────────
+# ── the debug log ─────────────────────────────────────────────────────────────────────────────────
 
 
 def test_the_end_of_a_connection_is_logged_at_debug_level(world, capfd):
     log.setup({"SYSTEMD_LOG_LEVEL": "debug"})
     server = world.make()
-    server.loop.notes[7] = "1.2.3.4:5 → /run/backend"
-    server._relay_event((ENDED, 7, 0, 10, 20, 30, (0, 0)))
+    server.loop._labels[7] = "1.2.3.4:5 → /run/backend"
+    server._handle(Ended(7, "ended", 10, 20, 30, 0, 0))
     assert "1.2.3.4:5 → /run/backend: 10 bytes up, 20 bytes down in 30 ms, ended.\n" in (
         capfd.readouterr().err
     )
-    assert server.loop.notes == {}
+    assert server.loop._labels == {}
 
 
 def test_so_is_that_of_one_that_is_cut(world, capfd):
@@ -627,47 +483,47 @@ def test_so_is_that_of_one_that_is_cut(world, capfd):
     world.relay.at(0, world.relay.come)
     world.relay.at(1000, world.signal(signal.SIGTERM))
     server = world.make()
-    server.loop.notes[1] = "1.2.3.4:5 → /run/backend"
+    server.loop._labels[1] = "1.2.3.4:5 → /run/backend"
     assert server.serve() == 0
     assert "1.2.3.4:5 → /run/backend: 5 bytes up, 6 bytes down in 70 ms, cut.\n" in (
         capfd.readouterr().err
     )
 
 
-# ── parts ────────────────────────────────────────────────────────────────────────────────────────
+# ── parts ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_listeners_of_one_target_share_the_way_to_it(world):
+def test_listeners_of_one_target_share_an_upstream(world):
     plain = parse_target("127.0.0.1:80")
     for number in range(3):
         world.listen(plain, f"/listener{number}")
     server = world.make()
-    assert len(server.reaches) == 1
-    assert {door.way for door in server.intake.doors} == set(server.reaches)
+    assert len(server.upstreams) == 1
+    assert {one.upstream for one in server.acceptor.listeners} == set(server.upstreams)
 
 
-def test_any_port_is_a_way_for_each_port(world):
-    world.patch.setattr(intake_module, "what_to_check", lambda listener: 0)  # it needs real ones
+def test_any_port_is_an_upstream_for_each_port(world):
+    world.patch.setattr(acceptor_module, "what_to_check", lambda listener: 0)  # it needs real ones
     target = parse_target("127.0.0.1:*")
     for port in (80, 443, 80):
         world.listen(target, ("127.0.0.1", port))
     server = world.make()
-    assert [reach.text for reach in server.reaches] == ["127.0.0.1:80", "127.0.0.1:443"]
+    assert [one.text for one in server.upstreams] == ["127.0.0.1:80", "127.0.0.1:443"]
 
 
-def test_any_port_of_a_client_is_a_way_made_for_it(world):
-    world.patch.setattr(intake_module, "what_to_check", lambda listener: 0)
+def test_another_port_of_a_client_has_an_upstream_made_for_it(world):
+    world.patch.setattr(acceptor_module, "what_to_check", lambda listener: 0)
     target = parse_target("127.0.0.1:*")
     for port in (80, 443):
         world.listen(target, ("127.0.0.1", port))
     server = world.make()
     own = sockaddr.pack_inet("198.51.100.1", 8443)
-    world.patch.setattr(intake_module, "socket_names", lambda fd: (b"", own))
-    doors = server.intake.doors
-    assert doors[0].way_of(7) is doors[1].way_of(7) is server.reaches[2]
+    world.patch.setattr(acceptor_module, "socket_names", lambda fd: (b"", own))
+    one, other = server.acceptor.listeners
+    assert upstream_of(one, 7) is upstream_of(other, 7) is server.upstreams[2]
     own = sockaddr.pack_inet("198.51.100.1", 443)
-    assert doors[0].way_of(7) is doors[1].way
-    assert [reach.text for reach in server.reaches] == [
+    assert upstream_of(one, 7) is other.upstream
+    assert [one.text for one in server.upstreams] == [
         "127.0.0.1:80",
         "127.0.0.1:443",
         "127.0.0.1:8443",
@@ -675,22 +531,22 @@ def test_any_port_of_a_client_is_a_way_made_for_it(world):
     ours, theirs = socket.socketpair()
     with ours:
         own = sockaddr.pack_inet("198.51.100.1", 8443)
-        event = (FAILED, theirs.detach(), errno.ECONNREFUSED, 0, b"", START_MS, 1)
-        server._relay_event(event)
-        assert [len(reach.held) for reach in server.reaches] == [0, 0, 1]
-        assert server.intake._held() == 1
-        server.reaches[2].drop_all()
+        event = ConnectFailed(0, theirs.detach(), errno.ECONNREFUSED, b"", START_MS, 1)
+        server._handle(event)
+        assert [len(one.held) for one in server.upstreams] == [0, 0, 1]
+        assert server.acceptor._held() == 1
+        server.upstreams[2].drop_all()
 
 
-def test_a_failed_connect_goes_back_to_its_way(world):
+def test_a_failed_connect_goes_back_to_its_upstream(world):
     world.listen(parse_target("/run/one"))
     world.listen(parse_target("/run/two"), "/other")
     server = world.make()
     ours, theirs = socket.socketpair()
     with ours:
-        server._relay_event((FAILED, theirs.detach(), errno.ENOENT, 1, b"", START_MS, 1))
-        assert [len(reach.held) for reach in server.reaches] == [0, 1]
-        server.reaches[1].drop_all()
+        server._handle(ConnectFailed(1, theirs.detach(), errno.ENOENT, b"", START_MS, 1))
+        assert [len(one.held) for one in server.upstreams] == [0, 1]
+        server.upstreams[1].drop_all()
 
 
 def test_names_get_a_resolver_and_literal_addresses_none(world):
@@ -713,7 +569,7 @@ def test_without_an_idle_timeout_there_is_none(world):
     assert world.relay.idle_ms == 0
 
 
-# ── all of it, on real sockets ───────────────────────────────────────────────────────────────────
+# ── all of it, on real sockets ────────────────────────────────────────────────────────────────────
 
 
 def test_a_real_connection(monkeypatch, tmp_path):
@@ -756,7 +612,7 @@ def test_a_real_connection(monkeypatch, tmp_path):
     os.close(told)
 
 
-# ── threads ──────────────────────────────────────────────────────────────────────────────────────
+# ── threads ───────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_threads_start_when_the_relay_asks_for_them(world):
@@ -765,12 +621,12 @@ def test_threads_start_when_the_relay_asks_for_them(world):
     world.options.exit_idle_time = 5_000_000
     server = world.make()
     seen = []
-    (stat,) = world.relay.shares
+    (stat,) = world.relay.stats
     assert os.readlink(f"/proc/self/fd/{stat}") == "/proc/stat"
     os.close(stat)
-    assert world.relay.threads == 1
-    world.relay.at(1000, lambda: [(BUSY,)])
-    world.relay.at(2000, lambda: seen.append(world.relay.threads))
+    assert world.relay.thread_count == 1
+    world.relay.at(1000, lambda: [WorkersWanted()])
+    world.relay.at(2000, lambda: seen.append(world.relay.thread_count))
     assert server.serve() == 0
     assert seen == [4]
 
@@ -779,15 +635,15 @@ def test_threads_start_at_once_with_hand_over_always(world):
     world.options.threads = 4
     world.options.always_hand_over = True
     world.make()
-    assert world.relay.threads == 4
-    assert world.relay.shares == []
+    assert world.relay.thread_count == 4
+    assert world.relay.stats == []
 
 
 def test_one_thread_needs_no_rule(world):
     world.options.always_hand_over = True
     world.make()
-    assert world.relay.threads == 1
-    assert world.relay.shares == []
+    assert world.relay.thread_count == 1
+    assert world.relay.stats == []
 
 
 def test_a_single_connection_needs_one_thread(world):
@@ -795,17 +651,17 @@ def test_a_single_connection_needs_one_thread(world):
     world.options.always_hand_over = True
     world.listen("/run/backend", connected=True, fd=os.open("/dev/null", os.O_RDONLY))
     world.make()
-    assert world.relay.threads == 1
+    assert world.relay.thread_count == 1
 
 
 def test_fewer_threads_where_they_are_refused(world, capfd):
     world.options.threads = 4
     world.options.exit_idle_time = 5_000_000
-    world.relay.threads_most = 3
-    world.relay.at(1000, lambda: [(BUSY,)])
+    world.relay.threads_max = 3
+    world.relay.at(1000, lambda: [WorkersWanted()])
     assert world.serve() == 0
-    os.close(*world.relay.shares)
-    assert world.relay.threads == 3
+    os.close(*world.relay.stats)
+    assert world.relay.thread_count == 3
     assert capfd.readouterr().err == (
         "Failed to start a relay thread: Resource temporarily unavailable. Going on with 3 of 4.\n"
     )
@@ -815,13 +671,13 @@ def test_a_machine_that_does_not_say_how_idle_it_is(world, monkeypatch):
     def refuse(path, flags):
         raise FileNotFoundError(errno.ENOENT, "", path)
 
-    monkeypatch.setattr(threads.os, "open", refuse)
+    monkeypatch.setattr(workers.os, "open", refuse)
     world.options.threads = 2
     world.make()
-    assert world.relay.shares == [-1]
+    assert world.relay.stats == [-1]
 
 
-# ── --listen= ────────────────────────────────────────────────────────────────────────────────────
+# ── --listen= ─────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_it_says_where_it_listens_and_not_where_the_service_manager_does(world, capfd):

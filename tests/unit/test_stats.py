@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxyd._relay import ENDED, Relay
+from proxyd._relay import ENDINGS, Ended, Relay
 from proxyd.stats import bytes_text, ending, status, summary
 
 M = 1024 * 1024
@@ -41,45 +41,47 @@ def test_bytes_text_is_short(count):
 
 
 def relay(opened=0, up=0, down=0, **more):
-    counters = (
-        more.get("accepted", 0),
-        more.get("refused", 0),
-        up,
-        down,
-        more.get("spliced", 0),
-        more.get("copied", 0),
-        more.get("ends", (0, 0, 0, 0, 0)),
+    totals = SimpleNamespace(
+        accepted=more.get("accepted", 0),
+        refused=more.get("refused", 0),
+        bytes_to_targets=up,
+        bytes_to_clients=down,
+        spliced=more.get("spliced", 0),
+        copied=more.get("copied", 0),
+        endings={ending: more.get("endings", {}).get(ending, 0) for ending in ENDINGS},
     )
     return SimpleNamespace(
-        open=opened,
-        counters=lambda: counters,
-        threads=more.get("threads", 1),
+        connections=opened,
+        totals=lambda: totals,
+        thread_count=more.get("threads", 1),
         handed_over=more.get("handed_over", 0),
     )
 
 
-def reach(text, held=0, waiting=None, served=0, failed=0, returned=0, gone=0, cut=0):
+class Held(list):
+    """Held clients, and how others of them have ended."""
+
+    def __init__(self, count, failed, gone, cut):
+        super().__init__(range(count))
+        self.failed, self.gone, self.cut = failed, gone, cut
+
+
+def upstream(group, held=0, waiting=None, connected=0, failed=0, gone=0, cut=0):
     return SimpleNamespace(
-        text=text,
-        kind=text,
-        held=dict.fromkeys(range(held)),
+        group=group,
+        held=Held(held, failed, gone, cut),
         waiting=held if waiting is None else waiting,
-        served=served,
-        failed=failed,
-        returned=returned,
-        gone=gone,
-        cut=cut,
+        connected=connected,
     )
 
 
-def intake(refused=0, doors=()):
-    doors = [SimpleNamespace(way=way, gate=SimpleNamespace(served=n)) for way, n in doors]
-    return SimpleNamespace(passed_in=0, refused=refused, doors=doors)
+def acceptor(refused=0):
+    return SimpleNamespace(passed_in=0, refused=refused)
 
 
 def test_status():
-    ways = [reach("127.0.0.1:8080", held=1), reach("/run/x")]
-    assert status(relay(3, 700 * M, 512 * M), ways) == (
+    upstreams = [upstream("127.0.0.1:8080", held=1), upstream("/run/x")]
+    assert status(relay(3, 700 * M, 512 * M), upstreams) == (
         "3 connections, 1 waiting for 127.0.0.1:8080, 1.2G forwarded"
     )
 
@@ -90,23 +92,31 @@ def test_status_of_one_and_of_none():
 
 
 def test_who_waits_for_no_more_than_a_prompt_look_up_is_a_connection_already():
-    ways = [reach("a:1", held=2, waiting=0), reach("b:2", held=3)]
-    assert status(relay(1), ways) == "3 connections, 3 waiting for b:2, 0B forwarded"
+    upstreams = [upstream("a:1", held=2, waiting=0), upstream("b:2", held=3)]
+    assert status(relay(1), upstreams) == "3 connections, 3 waiting for b:2, 0B forwarded"
 
 
 def test_status_of_several_targets():
-    ways = [reach("a:1", held=1), reach("b:2"), reach("c:3", held=12)]
-    assert status(relay(), ways) == (
+    upstreams = [upstream("a:1", held=1), upstream("b:2"), upstream("c:3", held=12)]
+    assert status(relay(), upstreams) == (
         "0 connections, 1 waiting for a:1, 12 waiting for c:3, 0B forwarded"
     )
 
 
 def test_summary():
-    one, other = reach("a:1", held=2, served=5, returned=3, failed=1), reach("b:2", failed=4)
+    one = upstream("a:1", held=2, connected=13, failed=1)
+    other = upstream("b:2", connected=6, failed=4)
     numbers = relay(
-        3, 10, 20, accepted=30, passed_in=0, refused=2, spliced=25, copied=5, ends=(7, 1, 0, 0, 2)
+        3,
+        10,
+        20,
+        accepted=30,
+        refused=2,
+        spliced=25,
+        copied=5,
+        endings={"ended": 7, "reset": 1, "client gone": 2},
     )
-    lines = summary(intake(1, [(one, 10), (other, 6), (one, 1)]), numbers, [one, other])
+    lines = summary(acceptor(1), numbers, [one, other])
     assert lines[0] == (
         "30 accepted, 3 open, 2 waiting, 3 refused, 5 failed; "
         "10 bytes to targets, 20 bytes to clients, 25 spliced, 5 copied; "
@@ -119,13 +129,13 @@ def test_summary():
 
 
 def test_held_clients_that_have_ended_count_with_the_others():
-    one, other = reach("a:1", gone=2, cut=5), reach("b:2", gone=1)
-    (line, *_) = summary(intake(), relay(ends=(0, 0, 0, 1, 4)), [one, other])
+    one, other = upstream("a:1", gone=2, cut=5), upstream("b:2", gone=1)
+    (line, *_) = summary(acceptor(), relay(endings={"cut": 1, "client gone": 4}), [one, other])
     assert line.endswith("; 6 cut, 7 client gone")
 
 
 def test_summary_with_threads():
-    lines = summary(intake(), relay(threads=3, handed_over=70), [reach("a:1")])
+    lines = summary(acceptor(), relay(threads=3, handed_over=70), [upstream("a:1")])
     assert lines[1:] == [
         "a:1: 0 served, 0 waiting, 0 failed",
         "3 threads, 70 connections handed over",
@@ -133,7 +143,7 @@ def test_summary_with_threads():
 
 
 def test_summary_before_anything_has_happened():
-    (line,) = summary(intake(), relay(), [])
+    (line,) = summary(acceptor(), relay(), [])
     assert line == (
         "0 accepted, 0 open, 0 waiting, 0 refused, 0 failed; "
         "0 bytes to targets, 0 bytes to clients, 0 spliced, 0 copied; none ended"
@@ -143,25 +153,25 @@ def test_summary_before_anything_has_happened():
 def test_the_real_relay_has_these_counters():
     real = Relay()
     assert status(real, []) == "0 connections, 0B forwarded"
-    assert summary(intake(), real, [])[0].endswith("none ended")
+    assert summary(acceptor(), real, [])[0].endswith("none ended")
 
 
 @pytest.mark.parametrize(
     ("how", "errors", "words"),
     [
-        (0, (0, 0), "ended."),
-        (1, (errno.ECONNRESET, 0), "reset (client: Connection reset by peer)."),
-        (1, (0, errno.EPIPE), "reset (target: Broken pipe)."),
+        ("ended", (0, 0), "ended."),
+        ("reset", (errno.ECONNRESET, 0), "reset (client: Connection reset by peer)."),
+        ("reset", (0, errno.EPIPE), "reset (target: Broken pipe)."),
         (
-            1,
+            "reset",
             (errno.ECONNRESET, errno.EPIPE),
             "reset (client: Connection reset by peer, target: Broken pipe).",
         ),
-        (2, (0, 0), "idle."),
-        (3, (0, 0), "cut."),
-        (4, (0, 0), "client gone."),
+        ("idle", (0, 0), "idle."),
+        ("cut", (0, 0), "cut."),
+        ("client gone", (0, 0), "client gone."),
     ],
 )
 def test_ending(how, errors, words):
-    line = ending("1.2.3.4:5 → /run/x", (ENDED, 9, how, 10, 2000, 31, errors))
+    line = ending("1.2.3.4:5 → /run/x", Ended(9, how, 10, 2000, 31, *errors))
     assert line == f"1.2.3.4:5 → /run/x: 10 bytes up, 2000 bytes down in 31 ms, {words}"

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from proxyd import address
 from proxyd.errors import UsageError
-from proxyd.target import parse_target
+from proxyd.target import address_source, parse_target, split_pair, valid_name
 
 HTTP = 80
 
@@ -66,7 +66,9 @@ def test_the_index_of_an_interface_is_the_present_one(monkeypatch):
     target = parse_target("[fe80::1%eth0]:8080")
     for index in (3, 7):
         monkeypatch.setattr(address, "interface_index", {"eth0": index}.__getitem__)
-        assert target.scoped() == address.pack_inet6("fe80::1", 8080, index)
+        assert address_source(target, 8080, None).prompt(0) == address.pack_inet6(
+            "fe80::1", 8080, index
+        )
 
 
 def test_any_port_of_a_literal():
@@ -153,3 +155,23 @@ def test_anything_is_a_target_or_a_usage_error(text):
 @given(st.ip_addresses(v=6), st.integers(1, 65535))
 def test_brackets_and_last_colon_mean_the_same(ip, port):
     assert parse_target(f"{ip}:{port}").address == parse_target(f"[{ip}]:{port}").address
+
+
+# ── NAME=TARGET ───────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("name", ["web", "proxy@web.socket", "a b", "-", "0", "a/b", "\u00fc"])
+def test_names(name):
+    assert valid_name(name)
+    assert split_pair(f"{name}=x=y") == (name, "x=y")
+
+
+@pytest.mark.parametrize("name", ["", "/web", "@web", "[web", "a:b", "unix:x"])
+def test_not_names(name):
+    assert not valid_name(name)
+    assert split_pair(f"{name}=x") == (None, f"{name}=x")
+
+
+@pytest.mark.parametrize("text", ["localhost", "/run/a=b", "@a=b", "[::1]:80", ""])
+def test_plain(text):
+    assert split_pair(text) == (None, text)

@@ -1,0 +1,248 @@
+"""Accepting: which clients are accepted, and when none is.
+
+The relay accepts, and connects by itself wherever the policy allows that in advance. This module
+allows it, and admits the clients for which it does not.
+"""
+
+import errno
+import os
+from _collections_abc import Callable
+
+from proxyd import log
+from proxyd._relay import (
+    CHECK_PORT,
+    Accepted,
+    AcceptFailed,
+    Refused,
+    RelayListener,
+    socket_names,
+    tune_socket,
+)
+from proxyd.address import port, text, unmapped
+from proxyd.event_loop import EventLoop
+from proxyd.listen import Listener
+from proxyd.loop_guard import what_to_check
+from proxyd.upstream import Upstream
+
+PAUSE_MS = 100
+"""How long no client is accepted after fds or memory have run out, unless a connection ends."""
+
+_ERRORS_OF_CLIENT = (
+    errno.ECONNABORTED,
+    errno.EPROTO,
+    errno.ENOPROTOOPT,
+    errno.ENONET,
+    errno.ENETDOWN,
+    errno.ENETUNREACH,
+    errno.EHOSTDOWN,
+    errno.EHOSTUNREACH,
+    errno.ETIMEDOUT,
+    errno.EINTR,
+)
+"""Errors of accept(2) that concern only the client that was to be accepted."""
+
+_ERRORS_OF_LISTENER = (errno.EBADF, errno.EINVAL, errno.ENOTSOCK, errno.EOPNOTSUPP)
+"""Errors of accept(2) after which the listener will never accept again."""
+
+
+class Acceptor:
+    """Accepts clients from all listeners, up to the limit. The listeners stay the caller's."""
+
+    def __init__(
+        self,
+        loop: EventLoop,
+        listeners: list[Listener],
+        connections_max: int,
+        proxy_protocol: int,
+    ) -> None:
+        """Each listener has its `upstream` and `ports` already."""
+        self.listeners = listeners
+        self.refused = 0
+        """Clients refused here, not by the relay: over the limit, or without an address to tell
+        the target."""
+        self.passed_in = 0
+        """Clients that the service manager has accepted (Accept=yes)."""
+        self.broken = False
+        """Whether there is no listener left to accept from."""
+        self.resume_ms: int | None = None
+        """When to accept again, after fds or memory have run out."""
+        self._loop = loop
+        self._relay = loop.relay
+        self._upstreams = list({id(one.upstream): one.upstream for one in listeners}.values())
+        self._ports = {one.ports for one in listeners if one.ports is not None}
+        self._relay.connections_max = connections_max
+        self._proxy_protocol = proxy_protocol
+        self._header: Callable[[int, int, bytes], bytes] | None = None
+        self._no_header: type[Exception] = Exception
+        """What `_header` raises for a client whose address is unknown."""
+        if proxy_protocol:  # now, because later there may be no fd to load it with
+            from proxyd.proxy_protocol import UnknownAddressError, header
+
+            self._header, self._no_header = header, UnknownAddressError
+        self._open_at_pause = 0
+        for index, listener in enumerate(listeners):
+            self._add_to_relay(index, listener)
+
+    def _add_to_relay(self, index: int, listener: Listener) -> None:
+        check = what_to_check(listener) | (CHECK_PORT if listener.ports is not None else 0)
+        relay_listener = RelayListener(self._relay, listener.fd, listener.family, check, index)
+        listener.index = index
+        listener.relay_listener = relay_listener
+        listener.upstream.add_listener(relay_listener)
+
+    def start(self) -> None:
+        """Start to accept. A connection that was passed in is served at once."""
+        for listener in self.listeners:
+            tune_socket(listener.fd, listener.family)
+            if listener.connected:
+                fd, listener.fd = listener.fd, -1
+                self.passed_in += 1
+                self._relay.take_over(fd, listener.family)
+                self._admit(listener, fd, socket_names(fd)[0])
+            else:
+                listener.relay_listener.start()
+                listener.accepting = True
+        self.update_relay()
+
+    def update_relay(self) -> None:
+        """Tell the relay how many clients are held, and where it may connect others by itself."""
+        self._relay.held = self._held()
+        seen = self._proxy_protocol or self._loop.labelled  # each client has to pass through here
+        for listener in self.listeners:
+            upstream = listener.upstream
+            address = None if seen else upstream.auto_connect_address
+            listener.relay_listener.auto_connect(address, upstream.connect_ms)
+
+    def wake_at_count(self) -> int:
+        """Return the number of open connections at which tick() is to be called; -1: never."""
+        return -1 if self.resume_ms is None else self._open_at_pause - 1
+
+    def tick(self, now_ms: int) -> None:
+        """Accept again once it is time, or a connection has ended."""
+        if self.resume_ms is None:
+            return
+        if now_ms >= self.resume_ms or self._relay.connections < self._open_at_pause:
+            self.resume_ms = None
+            for listener in self.listeners:
+                self._restart(listener)
+
+    def _restart(self, listener: Listener) -> None:
+        if listener.accepting or listener.broken or listener.fd < 0:
+            return
+        try:
+            listener.relay_listener.start()
+        except OSError:  # this takes memory too: try again later
+            self._resume_later()
+        else:
+            listener.accepting = True
+
+    # ── events ────────────────────────────────────────────────────────────────────────────────────
+
+    def handle(self, event: Accepted | AcceptFailed | Refused) -> None:
+        """Handle an event of a listener."""
+        listener = self.listeners[event.listener]
+        if isinstance(event, Accepted):
+            self._accepted(listener, event.client, event.peer)
+        elif isinstance(event, AcceptFailed):
+            self._accept_failed(listener, event.error)
+        else:
+            self._log_refusal()
+
+    def _accepted(self, listener: Listener, fd: int, peer: bytes) -> None:
+        relay = self._relay
+        if relay.connections + relay.in_quarantine + self._held() < relay.connections_max:
+            self._admit(listener, fd, peer)
+            return
+        relay.hang_up(fd)
+        self.refused += 1
+        self._log_refusal()
+
+    def _held(self) -> int:
+        """Return the number of held clients, which count as connections."""
+        held = [len(upstream.held) for upstream in self._upstreams]
+        return sum(held + [ports.held for ports in self._ports])
+
+    def _log_refusal(self) -> None:
+        log.limited("limit", "Hit connection limit, refusing connection.")
+
+    def _admit(self, listener: Listener, fd: int, peer: bytes) -> None:
+        """Hand a client to its upstream; `peer` is its packed address, if known."""
+        header = None
+        if self._header is not None:
+            try:
+                header = self._header(self._proxy_protocol, fd, peer)
+            except self._no_header:
+                self._refuse_unknown(listener, fd)
+                return
+        upstream = upstream_of(listener, fd)
+        name = ""
+        if self._loop.labelled:
+            name = text(unmapped(peer or socket_names(fd)[0]))
+            log.debug(f"New connection from {name} to {upstream.text}.")
+        upstream.take(fd, listener.family, listener.index, header, name)
+
+    def _refuse_unknown(self, listener: Listener, fd: int) -> None:
+        """Refuse a client that was reset before its address was read.
+
+        Announced as UNKNOWN or LOCAL, which stands for the proxy itself, it might be allowed more
+        than it should.
+        """
+        self._relay.hang_up(fd, reset=True)
+        self.refused += 1
+        log.limited(
+            "unknown",
+            f"Refusing connection to {listener.text}: "
+            "the client's address is not known any more, for a PROXY header.",
+        )
+
+    def _accept_failed(self, listener: Listener, error: int) -> None:
+        where = listener.text
+        if error == errno.ELOOP:
+            log.limited(
+                f"loop {where}",
+                f"Refusing connection: target {listener.upstream.text} leads back to our own "
+                f"listener {where}.",
+            )
+        elif error in _ERRORS_OF_CLIENT:
+            log.limited("accept", f"Failed to accept from {where}: {os.strerror(error)}.")
+        elif error in _ERRORS_OF_LISTENER:
+            log.error(f"Failed to accept from {where}: {os.strerror(error)}.")
+            self._stop_listener(listener)
+            listener.broken = True
+            self.broken = all(one.broken for one in self.listeners)
+        else:  # out of fds or memory, or a security module forbids it
+            self._pause(error)
+
+    def _pause(self, error: int) -> None:
+        """Stop accepting for a while: the listener stays readable, and would use up a CPU."""
+        self._relay.trim_pipes()
+        self.stop()
+        self._resume_later()
+        log.limited(
+            "exhausted",
+            f"Failed to accept: {os.strerror(error)}. Waiting until a connection ends.",
+        )
+
+    def stop(self) -> None:
+        """Stop accepting; waiting clients stay in the backlog."""
+        self.resume_ms = None
+        for listener in self.listeners:
+            self._stop_listener(listener)
+
+    def _stop_listener(self, listener: Listener) -> None:
+        if listener.accepting:
+            listener.accepting = False
+            listener.relay_listener.stop()
+
+    def _resume_later(self) -> None:
+        """Accept again after a pause, or when a connection has ended."""
+        self._open_at_pause = self._relay.connections
+        self.resume_ms = self._relay.now_ms + PAUSE_MS
+
+
+def upstream_of(listener: Listener, fd: int) -> Upstream:
+    """Return the upstream of one client, whose socket knows its port even after a reset."""
+    if listener.ports is None:
+        return listener.upstream
+    number = port(socket_names(fd)[1])
+    return listener.ports.upstream(number) if number else listener.upstream

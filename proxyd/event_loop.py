@@ -1,0 +1,100 @@
+"""The relay's event loop, as the policy uses it: handlers for fds, and labels for connections."""
+
+from _collections_abc import Callable
+
+from proxyd import log
+from proxyd._relay import Ready, Relay
+from proxyd.limits import AttemptBudget
+
+TYPE_CHECKING = False  # as in typing, which is slow to import
+if TYPE_CHECKING:
+    from proxyd._relay import Accepted, AcceptFailed, ConnectFailed, Ended, Refused, WorkersWanted
+
+    PolicyEvent = Accepted | AcceptFailed | Refused | ConnectFailed | Ended | WorkersWanted
+
+EPOLLIN = 1
+EPOLLET = 1 << 31
+
+Handler = Callable[[int], object]
+"""Called with the epoll events of its fd."""
+
+
+class EventLoop:
+    """A relay, and the handlers of the fds that it watches for the policy."""
+
+    __slots__ = ("_handlers", "_labels", "budget", "had_events", "relay")
+
+    def __init__(self, buffer_size: int = 0) -> None:
+        """`buffer_size`: bytes under way in each direction; 0: the relay's default."""
+        self.relay = Relay(buffer_size, buffer_size) if buffer_size else Relay()
+        self.budget = AttemptBudget()
+        """For the sockets that dial() makes."""
+        self.had_events = True
+        """Whether the last run() has returned or handled any event."""
+        self._handlers: dict[int, Handler] = {}
+        self._labels: dict[int, str] | None = {} if log.enabled(log.DEBUG) else None
+        """Connection id → its name in the log. None unless the log is at debug level."""
+        self.relay.report_ends = self._labels is not None
+
+    def run(self, timeout_ms: int) -> "list[PolicyEvent]":
+        """Forward until something happens or `timeout_ms` have passed.
+
+        Calls the handlers of fds that are ready, and returns the other events, for the policy.
+        """
+        others: list[PolicyEvent] = []
+        events = self.relay.run(timeout_ms)
+        self.had_events = bool(events)
+        for event in events:
+            if not isinstance(event, Ready):
+                others.append(event)
+                continue
+            handler = self._handlers.get(event.fd)
+            if handler is not None:  # an earlier event of the batch may have removed it
+                handler(event.events)
+        return others
+
+    # ── fds ───────────────────────────────────────────────────────────────────────────────────────
+
+    def watch(self, fd: int, handler: Handler, events: int = EPOLLIN) -> None:
+        """Call `handler` when `fd` is ready. The fd stays the caller's. Raises OSError."""
+        self.relay.watch(fd, events)
+        self._handlers[fd] = handler
+
+    def unwatch(self, fd: int) -> None:
+        """Stop watching `fd`; to be called before it is closed. No effect if it is not watched."""
+        self.relay.unwatch(fd)
+        self.forget(fd)
+
+    def dial(self, address: bytes, handler: Callable[[int, int], object]) -> int:
+        """Start to connect a socket; return its fd, which the caller owns.
+
+        `handler` is called with the fd and its events. Raises OSError if the connect fails at once.
+        """
+        fd = self.relay.dial(address)
+        self._handlers[fd] = lambda events: handler(fd, events)
+        return fd
+
+    def forget(self, fd: int) -> None:
+        """Drop the handler of a dialled socket; the relay watches it until adopt() or hang_up()."""
+        self._handlers.pop(fd, None)
+
+    def hang_up(self, fd: int, *, reset: bool = False) -> None:
+        """Close a client or a dialled socket, watched or not. Never waits."""
+        self.forget(fd)
+        self.relay.hang_up(fd, reset)
+
+    # ── labels ────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def labelled(self) -> bool:
+        """Tell whether the log wants to know each connection by name."""
+        return self._labels is not None
+
+    def set_label(self, connection: int, label: str) -> None:
+        """Name a connection for the log, if it wants to know."""
+        if self._labels is not None:
+            self._labels[connection] = label
+
+    def pop_label(self, connection: int) -> str:
+        """Return the label of a connection that has ended, "" without one."""
+        return self._labels.pop(connection, "") if self._labels is not None else ""

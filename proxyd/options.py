@@ -1,0 +1,384 @@
+"""The options: their table, getopt_long(3), and the conversion of their arguments.
+
+They are parsed as getopt_long(3) parses them, message by message, because the original uses it.
+argparse differs from it in a dozen details, and importing it takes longer than the rest of the
+start.
+"""
+
+import os
+from _collections_abc import Callable, Iterator
+
+from proxyd.errors import UsageError
+from proxyd.target import Target, parse_target, split_pair
+
+TYPE_CHECKING = False  # as in typing, which is slow to import
+if TYPE_CHECKING:
+    from proxyd.bind import ListenAddress
+
+PROXY_V1, PROXY_V2 = 1, 2
+
+
+class Options:
+    """The settings of the command line, with their defaults.
+
+    Time spans are in microseconds; None is infinity.
+    """
+
+    __slots__ = (
+        "always_hand_over",
+        "buffer_size",
+        "connect_timeout",
+        "connections_max",
+        "drain_timeout",
+        "exit_idle_time",
+        "idle_timeout",
+        "listen",
+        "proxy_protocol",
+        "settle_time",
+        "targets",
+        "threads",
+    )
+
+    def __init__(self) -> None:
+        self.always_hand_over = False
+        """Whether each new connection goes to the thread with the fewest connections."""
+        self.buffer_size = 0
+        """Capacity of a pipe per direction, in bytes; 0: automatic."""
+        self.connect_timeout: int | None = 10_000_000
+        self.connections_max = 256
+        self.drain_timeout: int | None = 0
+        self.exit_idle_time: int | None = None
+        self.idle_timeout: int | None = None
+        self.listen: list[ListenAddress] = []
+        self.proxy_protocol = 0
+        """0: off; otherwise PROXY_V1 or PROXY_V2."""
+        self.settle_time = 0
+        self.targets: list[tuple[str | None, Target]] = []
+        """(NAME, Target) pairs; a plain TARGET is the only one, with the name None."""
+        self.threads = 1
+
+
+class Option:
+    """One row of the table of options."""
+
+    __slots__ = ("convert", "explain", "long", "metavar", "short")
+
+    def __init__(
+        self,
+        long: str,
+        explain: str,
+        convert: Callable[[Options, str], None] | None = None,
+        metavar: str = "",
+        short: str = "",
+    ) -> None:
+        self.long = long
+        self.explain = explain
+        """For --help; lines are separated by newlines."""
+        self.convert = convert
+        """Stores the argument in the Options; raises ValueError or UsageError for a bad one.
+        None for an option without an argument, which only prints: --help, --version."""
+        self.metavar = metavar
+        self.short = short
+
+    @property
+    def allowed(self) -> str:
+        """The permitted arguments, for the message about a bad one."""
+        allowed = _ALLOWED.get(self.long) or _ALLOWED.get(self.metavar)
+        return allowed or self.metavar.replace("|", " or ")
+
+
+def parse_args(argv: list[str]) -> Options | Option:
+    """Read the command line; `argv[0]` is the program.
+
+    Returns the option itself if it only prints (--help, --version). As in the original, whatever
+    follows such an option is ignored. Raises UsageError.
+    """
+    options = Options()
+    operands: list[str] = []
+    for option, argument in getopt(argv, operands):
+        if option.convert is None:
+            return option
+        try:
+            option.convert(options, argument)
+        except ValueError:
+            raise UsageError(_not_allowed(option, argument)) from None
+    options.targets = _parse_operands(operands)
+    return options
+
+
+def _not_allowed(option: Option, argument: str) -> str:
+    """The message of the original, word for word where it has the option."""
+    text = f"Failed to parse --{option.long}= argument: {argument}"
+    return text if option.long in _ORIGINAL else f"{text}: expected {option.allowed}"
+
+
+def _parse_operands(operands: list[str]) -> list[tuple[str | None, Target]]:
+    """Read one TARGET, or NAME=TARGET pairs. Raises UsageError."""
+    if not operands:
+        raise UsageError("Not enough parameters.")
+    pairs = [split_pair(operand) for operand in operands]
+    if len(pairs) > 1 and any(name is None for name, _ in pairs):
+        raise UsageError("Too many parameters.")
+    seen: set[str | None] = set()
+    for name, _ in pairs:
+        if name in seen:
+            raise UsageError(f"There is more than one target for '{name}'.")
+        seen.add(name)
+    return [(name, parse_target(text)) for name, text in pairs]
+
+
+# ── getopt_long(3) ────────────────────────────────────────────────────────────────────────────────
+
+
+def getopt(argv: list[str], operands: list[str]) -> Iterator[tuple[Option, str]]:
+    """Yield each option with its argument; append the other words to `operands`.
+
+    The messages, and argv[0] before them, are those of glibc. Raises UsageError.
+    """
+    program = argv[0] if argv else ""
+    rest = iter(argv[1:])
+    for word in rest:
+        if word == "--":
+            break
+        if word.startswith("--"):
+            yield _long_option(program, word[2:], rest)
+        elif word.startswith("-") and word != "-":
+            yield from _short_options(program, word[1:], rest)
+        else:
+            operands.append(word)
+            if "POSIXLY_CORRECT" in os.environ:
+                break
+    operands.extend(rest)
+
+
+def _long_option(program: str, word: str, rest: Iterator[str]) -> tuple[Option, str]:
+    """Read `word`, NAME or NAME=ARGUMENT; a separate argument is taken from `rest`."""
+    name, equals, argument = word.partition("=")
+    option = _find_long(program, word, name)
+    if option.convert is None:
+        if equals:
+            raise UsageError(f"{program}: option '--{option.long}' doesn't allow an argument")
+        return option, ""
+    if equals:
+        return option, argument
+    for argument in rest:
+        return option, argument
+    raise UsageError(f"{program}: option '--{option.long}' requires an argument")
+
+
+def _find_long(program: str, word: str, name: str) -> Option:
+    """Find the option `name`, or the only one that begins with it. Raises UsageError."""
+    for option in OPTIONS:
+        if option.long == name:
+            return option
+    candidates = [option for option in OPTIONS if option.long.startswith(name)]
+    # An abbreviation that is unique among the original's options keeps its meaning: --conn.
+    originals = [option for option in candidates if option.long in _ORIGINAL]
+    if len(candidates) == 1 or len(originals) == 1:
+        return (originals or candidates)[0]
+    if not candidates:
+        raise UsageError(f"{program}: unrecognized option '--{word}'")
+    possibilities = " ".join(f"'--{option.long}'" for option in candidates)
+    raise UsageError(f"{program}: option '--{word}' is ambiguous; possibilities: {possibilities}")
+
+
+def _short_options(program: str, word: str, rest: Iterator[str]) -> Iterator[tuple[Option, str]]:
+    """Read a cluster such as `hc5`; a separate argument is taken from `rest`."""
+    for at, char in enumerate(word, 1):
+        option = next((option for option in OPTIONS if option.short == char), None)
+        if option is None:
+            raise UsageError(f"{program}: invalid option -- '{char}'")
+        if option.convert is None:
+            yield option, ""
+            continue  # pragma: no cover - the only such option, -h, ends the program
+        argument = word[at:] or next(rest, None)
+        if argument is None:
+            raise UsageError(f"{program}: option requires an argument -- '{char}'")
+        yield option, argument
+        return
+
+
+# ── one function per option: reads the argument and stores it ─────────────────────────────────────
+
+
+def _set_connections_max(options: Options, text: str) -> None:
+    options.connections_max = _unsigned(text)
+    if options.connections_max < 1:
+        raise UsageError("Connection limit is too low.")
+
+
+def _set_exit_idle_time(options: Options, text: str) -> None:
+    options.exit_idle_time = _span(text)
+
+
+def _set_proxy_protocol(options: Options, text: str) -> None:
+    options.proxy_protocol = ("v1", "v2").index(text) + 1
+
+
+def _set_connect_timeout(options: Options, text: str) -> None:
+    options.connect_timeout = _span(text)
+
+
+def _set_settle_time(options: Options, text: str) -> None:
+    span = _span(text)
+    if span is None:
+        raise UsageError("Settle time is too high, no client would ever be served.")
+    options.settle_time = span
+
+
+def _set_idle_timeout(options: Options, text: str) -> None:
+    options.idle_timeout = _span(text)
+    if options.idle_timeout == 0:
+        raise UsageError("Idle timeout is too low, use infinity to switch it off.")
+
+
+def _set_drain_timeout(options: Options, text: str) -> None:
+    options.drain_timeout = _span(text)
+
+
+def _add_listen(options: Options, text: str) -> None:
+    from proxyd.bind import parse_listen
+
+    try:
+        options.listen.append(parse_listen(text))
+    except ValueError as error:
+        raise UsageError(f"Failed to parse --listen= argument: {text}: {error}") from None
+
+
+def _set_threads(options: Options, text: str) -> None:
+    options.threads = len(os.sched_getaffinity(0)) if text == "auto" else _unsigned(text)
+    if not 1 <= options.threads <= 1024:
+        raise ValueError(text)
+
+
+def _set_hand_over(options: Options, text: str) -> None:
+    if text not in ("busy", "always"):
+        raise ValueError(text)
+    options.always_hand_over = text == "always"
+
+
+def _set_buffer_size(options: Options, text: str) -> None:
+    if text == "auto":
+        options.buffer_size = 0
+        return
+    unit = {"K": 1 << 10, "M": 1 << 20}.get(text[-1:].upper(), 1)
+    options.buffer_size = _unsigned(text[:-1] if unit > 1 else text) * unit
+    if not 4096 <= options.buffer_size < 1 << 31:  # a page; F_SETPIPE_SZ takes an int
+        raise ValueError(text)
+
+
+def _span(text: str) -> int | None:
+    from proxyd import timespan
+
+    return timespan.parse(text)
+
+
+def _unsigned(text: str) -> int:
+    """Read a number of 32 bits as systemd's safe_atou() does. Raises ValueError.
+
+    That is strtoul(3) with base 0, plus the prefixes 0b and 0o: leading white space, a sign, 0x,
+    and a leading 0 for octal are all allowed.
+    """
+    text = text.lstrip(" \t\n\r")
+    base = {"0b": 2, "0o": 8}.get(text[:2].lower(), 0)
+    text = (text[2:] if base else text).lstrip(" \t\n\v\f\r")
+    sign = text[:1] if text[:1] in ("+", "-") else ""
+    text = text.removeprefix(sign)
+    if base == 0:
+        base = 16 if text[:2].lower() == "0x" else 8 if text[:1] == "0" else 10
+        text = text[2:] if base == 16 else text
+    if not text or text.lower().strip("0123456789abcdef"[:base]):
+        raise ValueError("not a number")
+    number = int(text, base)
+    if number >= 1 << 32 or (sign == "-" and number):
+        raise ValueError("out of range")
+    return number
+
+
+# ── the table ─────────────────────────────────────────────────────────────────────────────────────
+
+OPTIONS: tuple[Option, ...] = (
+    Option(
+        "connections-max",
+        "Set the maximum number of connections",
+        _set_connections_max,
+        "N",
+        "c",
+    ),
+    Option(
+        "exit-idle-time",
+        "Exit when without a connection for this duration.\n"
+        "See the systemd.time(7) man page for the format",
+        _set_exit_idle_time,
+        "SPAN",
+    ),
+    Option(
+        "proxy-protocol",
+        "Send the client's address to the target, in a\nPROXY header",
+        _set_proxy_protocol,
+        "v1|v2",
+    ),
+    Option(
+        "connect-timeout",
+        "Hold clients this long (10s) while the target\ncannot be reached; 0 for one attempt",
+        _set_connect_timeout,
+        "SPAN",
+    ),
+    Option(
+        "settle-time",
+        "Watch an unproven target for this long (0) before\nanything is sent to it",
+        _set_settle_time,
+        "SPAN",
+    ),
+    Option(
+        "idle-timeout",
+        "Close a connection that has moved no byte for this\nduration",
+        _set_idle_timeout,
+        "SPAN",
+    ),
+    Option(
+        "drain-timeout",
+        "Let open connections finish this long on SIGTERM",
+        _set_drain_timeout,
+        "SPAN",
+    ),
+    Option(
+        "listen",
+        "Listen here as well: PORT, HOST:PORT, [V6]:PORT,\n"
+        "/PATH, @NAME or vsock:CID:PORT; with NAME= before\n"
+        "it for NAME=TARGET. May be given more than once",
+        _add_listen,
+        "ADDRESS",
+    ),
+    Option(
+        "threads",
+        "Forward in up to this many threads (1), or auto:\none for each CPU",
+        _set_threads,
+        "N",
+    ),
+    Option(
+        "hand-over",
+        "Hand connections over to other threads when one is\nbusy, or always (busy)",
+        _set_hand_over,
+        "busy|always",
+    ),
+    Option(
+        "buffer-size",
+        "Buffer up to this much, such as 256K, for each\nconnection and direction (auto)",
+        _set_buffer_size,
+        "BYTES",
+    ),
+    Option("help", "Show this help", short="h"),
+    Option("version", "Show package version"),
+)
+"""All options, in the order of --help."""
+
+_ALLOWED = {
+    "BYTES": "a number of bytes from 4096 to 2047M, with K or M for KiB or MiB, or auto",
+    "N": "a number from 1 to 1024, or auto",  # --connections-max= has a message of its own
+    "SPAN": "a time span, such as 90, 5min 20s or infinity",
+    "settle-time": "a time span, such as 100ms or 2s",
+}
+"""The permitted arguments, by option, or by the placeholder in --help."""
+
+_ORIGINAL = ("connections-max", "exit-idle-time", "help", "version")

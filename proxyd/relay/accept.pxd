@@ -1,0 +1,230 @@
+# A listener: clients are accepted here and, on the policy's terms, connected at once.
+#
+# The terms are a target that is believed to be up (`auto_connect`), and a limit. Within them a
+# connection runs no Python at all. Everything else becomes an event for the policy: a client that
+# is accepted without terms, one over the limit, one whose connect fails at once, an error of
+# accept4(2).
+
+from proxyd.relay.bookkeeping cimport connection_limit, policy_event_add
+from proxyd.relay.connect cimport connection_connect, worker_hang_up
+from proxyd.relay.gauges cimport gauges_places
+from proxyd.relay.list cimport list_append, list_empty, list_remove
+from proxyd.relay.quarantine cimport ORPHAN_SOCKETS_MAX
+from proxyd.relay.self_connect cimport local_port, self_connect_came_back
+from proxyd.relay.signals cimport alarm_is_handled, alarm_set
+from proxyd.relay.socket cimport peer_is_process, socket_tune, socket_unlinger
+from proxyd.relay.sys cimport (
+    AF_UNIX, EAGAIN, EINTR, ELOOP, EPOLLIN, EPOLL_CTL_ADD, EPOLL_CTL_DEL, F_GETFL, F_SETFL,
+    IPPROTO_TCP, O_NONBLOCK, SOCK_CLOEXEC, SOCK_NONBLOCK, TCP_INFO, accept4, atomic_get, epoll_ctl,
+    epoll_event, errno, errno_set, fcntl, getsockopt, int64_t, memcpy, memset, sockaddr,
+    sockaddr_storage, socklen_t, tcp_info,
+)
+from proxyd.relay.types cimport (
+    CHECK_PORT, CHECK_TCP, CHECK_UNIX, EVENT_ACCEPTED, EVENT_ACCEPT_FAILED, EVENT_CONNECT_FAILED,
+    EVENT_REFUSED, POLICY_EVENTS_MAX, Listener, PolicyEvent, Worker,
+)
+
+# While clients are few, it is cheapest to accept one per turn: learning that no other waits (EAGAIN)
+# costs as much as a connection, since the kernel makes the new socket before it looks. A listener
+# that is ready in turn after turn is accepted from in batches.
+cdef enum:
+    BATCH_TURNS = 4            # after this number of turns in a row, the batch is doubled …
+    BATCH_MAX = 32             # … up to this; then the connections have their turn
+    READY_TURNS_MAX = 5 * BATCH_TURNS  # turns that are counted: the batch is at its maximum then
+    ROOM_WAIT_MS = 20          # how long a client over the limit waits for room
+    CONTEST_MS = 10            # how long an accept4 may wait while others clear O_NONBLOCK
+
+
+# ── accept ───────────────────────────────────────────────────────────────────────────────────────
+
+cdef inline void listener_accept_clients(Worker *worker, Listener *listener) noexcept nogil:
+    """The listener is readable. Level-triggered: who is left waits for the next turn."""
+    cdef int most = POLICY_EVENTS_MAX if listener.refuses else listener_batch_size(listener, worker.turns)
+    cdef bint first = True     # somebody is there, while after him perhaps nobody
+    cdef sockaddr_storage peer
+    cdef socklen_t size
+    cdef int fd
+    while most > 0 and worker.policy_event_count < POLICY_EVENTS_MAX // 2:
+        most -= 1
+        if gauges_places(worker.gauges) >= connection_limit(worker) and not (
+                listener.refuses and atomic_get(&worker.quarantine.orphan_sockets) < ORPHAN_SOCKETS_MAX):
+            if first:
+                listener_wait_for_room(worker, listener)
+            return
+        first = False
+        fd = listener_accept(worker, listener, &peer, &size)
+        if fd >= 0:
+            listener_admit(worker, listener, fd, &peer, size)
+            continue
+        if fd == -EINTR:
+            return
+        if fd == -EAGAIN:
+            listener.ready_turns = 0
+            listener.refuses = False
+        else:
+            policy_event_add(worker, EVENT_ACCEPT_FAILED, -1, -fd, listener.index)
+        return
+
+
+cdef inline int listener_batch_size(Listener *listener, int64_t turn) noexcept nogil:
+    """How many clients to accept in this turn."""
+    listener.ready_turns = min(listener.ready_turns + 1, READY_TURNS_MAX) if turn == listener.last_turn + 1 else 0
+    listener.last_turn = turn
+    return min(1 << (listener.ready_turns // BATCH_TURNS), BATCH_MAX)
+
+
+cdef inline int listener_accept(
+    Worker *worker, Listener *listener, sockaddr_storage *peer, socklen_t *size
+) noexcept nogil:
+    """A client's fd, and its address; or -errno, -ELOOP for one that is ourselves and was closed.
+    """
+    cdef int fd
+    size[0] = sizeof(peer[0])
+    fd = listener_accept4(listener, worker.ctx.now_ms, <sockaddr *>peer, size)
+    if fd < 0:
+        return -errno
+    worker.accepted += 1
+    if listener.family != AF_UNIX:
+        socket_unlinger(fd)
+    if listener.early > 0:
+        listener.early -= 1
+        socket_tune(fd, listener.family)
+    if (listener.check & CHECK_TCP and self_connect_came_back(worker.self_connects, fd, peer)
+            or listener.check & CHECK_UNIX and peer_is_process(fd, worker.pid)):
+        worker_hang_up(worker, fd, listener.family, True)
+        worker.refused += 1
+        return -ELOOP
+    return fd
+
+
+cdef inline int listener_accept4(
+    Listener *listener, int64_t now_ms, sockaddr *peer, socklen_t *size
+) noexcept nogil:
+    """As accept4(2), which may wait for a client that another process has taken, if that process
+    has cleared O_NONBLOCK since the last look: no flag of one call prevents it. Where this was
+    seen once an alarm ends such a wait; before that a signal does, or the next client."""
+    cdef int fd, error
+    listener_keep_nonblocking(listener, now_ms)
+    if not listener.contested:
+        return accept4(listener.fd, peer, size, SOCK_CLOEXEC | SOCK_NONBLOCK)
+    alarm_set(CONTEST_MS)
+    fd = accept4(listener.fd, peer, size, SOCK_CLOEXEC | SOCK_NONBLOCK)
+    error = errno
+    alarm_set(0)
+    errno_set(error)
+    return fd
+
+
+cdef inline void listener_keep_nonblocking(Listener *listener, int64_t now_ms) noexcept nogil:
+    """O_NONBLOCK belongs to the open file description, and so to all who share the listener.
+
+    Looked at once a millisecond: where clients come faster, none waits for the next for long.
+    """
+    cdef int flags
+    if listener.nonblock_checked_ms == now_ms and not listener.contested:
+        return
+    listener.nonblock_checked_ms = now_ms
+    flags = fcntl(listener.fd, F_GETFL)
+    if flags < 0 or flags & O_NONBLOCK:
+        return
+    fcntl(listener.fd, F_SETFL, flags | O_NONBLOCK)
+    listener.contested = alarm_is_handled()
+
+
+cdef inline void listener_admit(
+    Worker *worker, Listener *listener, int fd, const sockaddr_storage *peer, socklen_t size
+) noexcept nogil:
+    """A client is in: on its way to the target, or before the policy."""
+    cdef long long result
+    if not listener.auto_connect or listener.check & CHECK_PORT and local_port(fd) != listener.port:
+        listener_hand_to_policy(worker, listener, fd, peer, size)
+        return
+    if gauges_places(worker.gauges) >= connection_limit(worker):
+        worker_hang_up(worker, fd, listener.family, False)
+        worker.refused += 1
+        policy_event_add(worker, EVENT_REFUSED, -1, 0, listener.index)
+        return
+    listener.connected_count += 1
+    result = connection_connect(worker, fd, listener.family, &listener.target, listener.target_size, NULL, 0,
+                             listener.index, listener.timeout_ms)
+    if result < 0:
+        listener.auto_connect = False  # whoever comes next must not overtake it
+        worker.held += 1
+        policy_event_add(worker, EVENT_CONNECT_FAILED, fd, <int>-result, listener.index)
+
+
+cdef inline void listener_hand_to_policy(
+    Worker *worker, Listener *listener, int fd, const sockaddr_storage *peer, socklen_t size
+) noexcept nogil:
+    """A client for the policy, with the address that accept(2) has told: once a client has reset,
+    the kernel tells it no more. That of a UNIX client may not fit, but can be asked for later."""
+    cdef PolicyEvent *event = policy_event_add(worker, EVENT_ACCEPTED, fd, 0, listener.index)
+    worker.held += 1
+    if event == NULL:  # gate_event() sees to it that there is room
+        worker_hang_up(worker, fd, listener.family, True)
+    elif size <= sizeof(event.peer):
+        memcpy(&event.peer, peer, size)
+        event.peer_size = size
+
+
+# ── start, stop, and wait for room ───────────────────────────────────────────────────────────────
+
+cdef inline void listener_count_early(Listener *listener) noexcept nogil:
+    """Count who waits already: a socket has what the listener had when its client connected, and
+    the client for whom the program was started was there before it."""
+    cdef tcp_info about
+    cdef socklen_t size = sizeof(about)
+    memset(&about, 0, sizeof(about))
+    if listener.family != AF_UNIX:
+        getsockopt(listener.fd, IPPROTO_TCP, TCP_INFO, &about, &size)
+    listener.early = about.tcpi_unacked  # of a listener: the length of its queue
+
+
+cdef inline void listeners_resume(Worker *worker) noexcept nogil:
+    """There is room again, or the wait for it has been long enough: let the clients in, or hear
+    that they are too many."""
+    cdef bint refuse = gauges_places(worker.gauges) >= connection_limit(worker)
+    cdef Listener *listener
+    cdef int failure
+    if refuse and worker.ctx.now_ms < worker.room_ms:
+        return
+    worker.room_ms = 0
+    while not list_empty(&worker.waiting_listeners):
+        listener = <Listener *>worker.waiting_listeners.next.owner
+        list_remove(&listener.waiting)
+        listener.refuses = refuse
+        failure = listener_watch(worker, listener)
+        if failure < 0 and policy_event_add(worker, EVENT_ACCEPT_FAILED, -1, -failure, listener.index) == NULL:
+            listener_wait_for_room(worker, listener)
+            return
+
+
+cdef inline void listener_wait_for_room(Worker *worker, Listener *listener) noexcept nogil:
+    """There is no room, and a client has to wait for it in the backlog.
+
+    A client that has closed and comes again is often here before the target has closed too. So
+    nobody is refused before ROOM_WAIT_MS have passed without a connection's end.
+    """
+    if worker.room_ms == 0:
+        worker.room_ms = worker.ctx.now_ms + ROOM_WAIT_MS
+    listener_unwatch(worker, listener)
+    list_append(&worker.waiting_listeners, &listener.waiting)
+
+
+cdef inline int listener_watch(Worker *worker, Listener *listener) noexcept nogil:
+    """Have epoll announce clients; 0 or -errno."""
+    cdef epoll_event event
+    event.events = EPOLLIN
+    event.data.ptr = listener
+    if epoll_ctl(worker.ctx.epoll, EPOLL_CTL_ADD, listener.fd, &event) < 0:
+        return -errno
+    listener.watched = True
+    return 0
+
+
+cdef inline void listener_unwatch(Worker *worker, Listener *listener) noexcept nogil:
+    """Not by an interest of 0: a hang-up would be announced again and again all the same."""
+    list_remove(&listener.waiting)
+    if listener.watched:
+        epoll_ctl(worker.ctx.epoll, EPOLL_CTL_DEL, listener.fd, NULL)
+        listener.watched = False

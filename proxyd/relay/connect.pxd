@@ -1,0 +1,270 @@
+# From an accepted client to a connection: the connect, and what is sent before epoll is asked.
+#
+# Over loopback and UNIX sockets a target is connected before connect(2) has returned. So the first
+# pump comes at once, and most short exchanges have their first bytes forwarded by the time that
+# the sockets are registered with epoll.
+
+from proxyd.relay.balance cimport worker_for_new
+from proxyd.relay.bookkeeping cimport connection_set_timer
+from proxyd.relay.close cimport connection_close, connection_free, endpoint_orphan, linger_step
+from proxyd.relay.connection cimport (
+    connect_done, connect_failed, connection_advance, target_was_reached,
+)
+from proxyd.relay.endpoint cimport (
+    endpoint_failed, endpoint_lost, endpoint_recv, endpoint_refuse_rights, endpoint_register,
+)
+from proxyd.relay.gauges cimport gauges_add_connection
+from proxyd.relay.half cimport half_keep, unsent_free
+from proxyd.relay.list cimport link_init, list_append, list_empty
+from proxyd.relay.mailbox cimport mailbox_put, mailbox_wake
+from proxyd.relay.pipe cimport pipe_init
+from proxyd.relay.rights cimport rights_may_close, rights_refuse
+from proxyd.relay.self_connect cimport self_connect_add
+from proxyd.relay.socket cimport socket_reset, socket_tune
+from proxyd.relay.sys cimport (
+    AF_UNIX, EAGAIN, EINPROGRESS, EINTR, ENOMEM, ENOTCONN, MSG_DONTWAIT, MSG_NOSIGNAL, SHUT_RDWR,
+    SOCK_CLOEXEC, SOCK_NONBLOCK, SOCK_STREAM, atomic_add, calloc, close, connect, counter_add,
+    errno, free, int64_t, send, shutdown, sockaddr, sockaddr_storage, socket, socklen_t,
+)
+from proxyd.relay.types cimport (
+    CLOSED, CONNECTED, CONNECTING, DRAINING, ENDING_CLIENT_GONE, ENDING_RESET, FLOWING,
+    KIND_CLIENT, KIND_TARGET, LINGERING, RIGHTS_MAYBE, RIGHTS_NONE, RIGHTS_UNKNOWN, TO_CLIENT,
+    TO_TARGET, Connection, Endpoint, Half, PumpContext, Rights, Worker,
+)
+
+cdef inline long long connection_connect(
+    Worker *worker, int client, int client_family, const sockaddr_storage *address,
+    socklen_t size, const char *preamble, size_t preamble_size, int listener,
+    int64_t timeout_ms
+) noexcept nogil:
+    """Connect a client to `address` and forward. The id, or -errno and the client is not owned."""
+    cdef Connection *c
+    cdef bint connecting
+    cdef long long number
+    cdef int fd = socket_connect(&worker.ctx, address, size, &connecting)
+    if fd < 0:
+        return fd
+    c = connection_new(worker, client, client_family, fd, address.ss_family,
+                       preamble, preamble_size)
+    if c == NULL:
+        worker_hang_up(worker, fd, address.ss_family, False)
+        return -ENOMEM
+    number = c.id
+    target_set_rights(&worker.ctx, &c.target)
+    c.listener = listener
+    c.timeout_ms = timeout_ms
+    self_connect_add(worker.self_connects, &c.self_connect, fd, address)
+    connection_place(worker, c, connecting)
+    return number
+
+
+cdef inline int socket_connect(
+    PumpContext *ctx, const sockaddr_storage *address, socklen_t size, bint *connecting
+) noexcept nogil:
+    """A new socket on its way to `address`, or there; or -errno."""
+    cdef int fd = socket(address.ss_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0)
+    cdef int error
+    if fd < 0:
+        return -errno
+    socket_tune(fd, address.ss_family)
+    if address.ss_family == AF_UNIX:
+        ctx.may_refuse = ctx.may_refuse and rights_refuse(fd)
+    connecting[0] = False
+    if connect(fd, <const sockaddr *>address, size) < 0:
+        error = errno
+        if error != EINPROGRESS:
+            close(fd)
+            return -error
+        connecting[0] = True
+    return fd
+
+
+cdef inline void target_set_rights(const PumpContext *ctx, Endpoint *target) noexcept nogil:
+    """What socket_connect() has made of it, before anybody could send it anything."""
+    target.rights.state = RIGHTS_NONE if ctx.may_refuse else RIGHTS_MAYBE
+
+
+cdef inline void connection_place(Worker *main, Connection *c, bint connecting) noexcept nogil:
+    """Count a new connection, and have it begin."""
+    cdef Worker *worker = worker_for_new(main)
+    c.opened_ms = main.ctx.now_ms
+    c.state = CONNECTING if connecting else CONNECTED
+    gauges_add_connection(main.gauges)
+    atomic_add(&worker.connection_count, 1)
+    if worker == main:
+        connection_begin(main, c)
+    else:
+        counter_add(&main.handed_over, 1)
+        mailbox_put(&worker.mailbox, &worker.mailbox.begin, &c.live)
+
+
+# ── begin ────────────────────────────────────────────────────────────────────────────────────────
+
+cdef inline void connection_begin(Worker *worker, Connection *c) noexcept nogil:
+    """Pump for the first time in this relay, and only then ask epoll: most short exchanges have by
+    then been heard, and need no event to say so."""
+    if c.has_orphans and c.state == CLOSED:
+        connection_close_orphans(worker, c)
+        return
+    c.active_ms = worker.ctx.now_ms
+    list_append(&worker.live, &c.live)
+    if c.client.family == AF_UNIX and c.client.rights.state == RIGHTS_UNKNOWN:
+        socket_tune(c.client.fd, AF_UNIX)
+        endpoint_refuse_rights(&worker.ctx, &c.client)
+    if c.state == CONNECTING:
+        connection_first_pump(worker, c)
+    elif c.state == LINGERING:
+        linger_step(worker, c)
+    else:
+        connection_advance(worker, c)
+    if c.state == CLOSED:
+        return
+    c.target.armed |= c.state == CONNECTING
+    if not endpoint_register(&worker.ctx, &c.client) or (
+            not endpoint_register(&worker.ctx, &c.target)):
+        connection_close(worker, c, ENDING_RESET, True)
+    elif c.state == CONNECTING and c.timeout_ms > 0:
+        connection_set_timer(worker, c, worker.ctx.now_ms + c.timeout_ms)
+    elif c.timer_ms != 0 and list_empty(&c.timed):
+        connection_set_timer(worker, c, c.timer_ms)  # as it was before it came here
+
+
+cdef inline void connection_first_pump(Worker *worker, Connection *c) noexcept nogil:
+    """Do not wait to hear that the target is there: over loopback and UNIX sockets it is, before
+    connect() has returned. Otherwise send answers EAGAIN, and the bytes wait for the connection.
+
+    Unless the target may be the socket itself: what is sent there cannot be taken back.
+    """
+    cdef ssize_t size
+    if c.self_connect.self_possible:
+        return
+    if c.up.unsent != NULL:
+        connecting_send(worker, c, c.up.unsent, c.up.unsent_end)
+    else:
+        size = endpoint_recv(&c.client, worker.ctx.buffer, worker.ctx.first_unit)
+        if size > 0:
+            c.up.moved += <size_t>size
+            connecting_send(worker, c, worker.ctx.buffer, <size_t>size)
+        elif size == 0:
+            c.up.state = DRAINING
+        elif errno != EAGAIN and errno != EINTR:
+            connection_close(worker, c, ENDING_CLIENT_GONE, True)
+    if c.state == CONNECTED:
+        connection_advance(worker, c)
+
+
+cdef inline void connecting_send(
+    Worker *worker, Connection *c, const char *data, size_t size
+) noexcept nogil:
+    """The first bytes for the target, sent before it is known to be there. They are kept until it
+    has taken them: the next target may need them."""
+    cdef ssize_t sent = send(c.target.fd, data, size, MSG_DONTWAIT | MSG_NOSIGNAL)
+    cdef int error = errno
+    if sent < 0:
+        sent = 0
+        if target_was_reached(c, error):
+            endpoint_lost(&c.target, error)
+            connect_done(worker, c)
+            return
+        # ENOTCONN is what VSOCK says instead of EAGAIN.
+        if error != EAGAIN and error != EINTR and error != ENOTCONN:
+            endpoint_failed(&c.target, error)
+    if c.up.unsent != NULL:
+        c.up.unsent_start += <size_t>sent
+        if c.up.unsent_start == c.up.unsent_end:
+            unsent_free(&c.up)
+    elif <size_t>sent < size and half_keep(&c.up, data + sent, size - <size_t>sent) < 0:
+        connection_close(worker, c, ENDING_RESET, True)
+        return
+    counter_add(&worker.ctx.counters.forwarded[TO_TARGET], <size_t>sent)
+    counter_add(&worker.ctx.counters.copied, <size_t>sent)
+    if c.target.gone:
+        connect_failed(worker, c, c.target.error)
+    elif sent > 0:
+        connect_done(worker, c)
+
+
+cdef inline void connection_close_orphans(Worker *worker, Connection *c) noexcept nogil:
+    """In quarantine: close the sockets that a connection has left, however long that takes."""
+    if c.client.orphan_fd >= 0:
+        close(c.client.orphan_fd)
+    if c.target.orphan_fd >= 0:
+        close(c.target.orphan_fd)
+    if c.orphan_only:
+        atomic_add(&worker.quarantine.orphan_sockets, -1)
+    free(c)
+    atomic_add(&worker.gauges.in_quarantine, -1)
+    mailbox_wake(&worker.main.mailbox)  # there may be clients that wait for room
+
+
+# ── sockets without a connection ─────────────────────────────────────────────────────────────────
+
+cdef inline void worker_hang_up(Worker *worker, int fd, int family, bint reset) noexcept nogil:
+    """Close a socket that is no connection's. Where there is not even the memory to leave it to
+    the quarantine, it stays open."""
+    cdef Rights unknown
+    cdef Connection *c
+    unknown.state = RIGHTS_UNKNOWN
+    if family != AF_UNIX or rights_may_close(&unknown, fd):
+        if reset:
+            socket_reset(fd, family)
+        else:
+            close(fd)
+        return
+    c = connection_new(worker, fd, family, -1, family, NULL, 0)
+    if c == NULL:
+        shutdown(fd, SHUT_RDWR)
+        return
+    endpoint_orphan(worker, &c.client)
+    c.client.fd = -1
+    c.state = CLOSED
+    c.orphan_only = True
+    atomic_add(&worker.quarantine.orphan_sockets, 1)
+    connection_free(c)
+
+
+# ── make one ─────────────────────────────────────────────────────────────────────────────────────
+
+cdef inline Connection *connection_new(
+    Worker *worker, int client, int client_family, int target, int target_family,
+    const char *preamble, size_t preamble_size
+) noexcept nogil:
+    """`preamble` is to be sent first. Neither fd is owned yet. NULL: no memory."""
+    cdef Connection *c = <Connection *>calloc(1, sizeof(Connection))
+    if c == NULL:
+        return NULL
+    if preamble_size > 0 and half_keep(&c.up, preamble, preamble_size) < 0:
+        free(c)
+        return NULL
+    worker.last_id += 1
+    c.id = worker.last_id
+    link_init(&c.live, c)
+    link_init(&c.timed, c)
+    link_init(&c.ready, c)
+    link_init(&c.to_quarantine, c)
+    c.quarantine = worker.quarantine
+    endpoint_init(&c.client, KIND_CLIENT, client, client_family, c)
+    endpoint_init(&c.target, KIND_TARGET, target, target_family, c)
+    half_init(&c.up, &c.client, &c.target, TO_TARGET)
+    half_init(&c.down, &c.target, &c.client, TO_CLIENT)
+    c.client.readable = 1
+    return c
+
+
+cdef inline void endpoint_init(
+    Endpoint *end, int kind, int fd, int family, void *owner
+) noexcept nogil:
+    end.kind = kind
+    end.fd = fd
+    end.family = family
+    end.writable = 1
+    end.orphan_fd = -1
+    end.connection = owner
+
+
+cdef inline void half_init(Half *half, Endpoint *src, Endpoint *dst, int direction) noexcept nogil:
+    half.src = src
+    half.dst = dst
+    half.direction = direction
+    half.state = FLOWING
+    pipe_init(&half.pipe)

@@ -1,0 +1,174 @@
+# One side of a connection: its socket, and what is known of it. pump.pxd has the rules.
+
+from proxyd.relay.rights cimport PEEK_MAX, rights_recv, rights_recv_any, rights_refuse
+from proxyd.relay.sys cimport (
+    AF_UNIX, EAGAIN, EPIPE, EPOLLET, EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP, EPOLL_CTL_ADD,
+    EPOLL_CTL_DEL, EPOLL_CTL_MOD, MSG_CTRUNC, MSG_DONTWAIT, SOCK_CLOEXEC, SOCK_STREAM, SOL_SOCKET,
+    SO_SNDBUF, close, epoll_ctl, epoll_event, errno, getsockopt, iovec, memset, msghdr, recv,
+    recvmsg, setsockopt, socket, socklen_t, uint32_t,
+)
+from proxyd.relay.types cimport (
+    RIGHTS_ANY, RIGHTS_MAYBE, RIGHTS_NONE, RIGHTS_QUEUED, Endpoint, PumpContext,
+)
+
+cdef enum:
+    SNDBUF = 256 * 1024        # bytes asked for if a stream goes into a UNIX socket: twice that
+
+
+# ── epoll ────────────────────────────────────────────────────────────────────────────────────────
+
+cdef inline bint endpoint_register(PumpContext *ctx, Endpoint *end) noexcept nogil:
+    """Whether epoll announces it from now on. What is there already is announced at once."""
+    cdef epoll_event event
+    if end.fd < 0:
+        return True
+    event.events = endpoint_interest(end)
+    event.data.ptr = end
+    end.registered = epoll_ctl(ctx.epoll, EPOLL_CTL_ADD, end.fd, &event) == 0
+    return end.registered
+
+
+cdef inline void endpoint_unregister(PumpContext *ctx, Endpoint *end) noexcept nogil:
+    """Before every close(2): where another process has the socket too, that leaves it in epoll, and
+    a later event would point to memory that is freed."""
+    if end.registered:
+        epoll_ctl(ctx.epoll, EPOLL_CTL_DEL, end.fd, NULL)
+        end.registered = False
+
+
+cdef inline void endpoint_blocked(PumpContext *ctx, Endpoint *end) noexcept nogil:
+    """No more fits into the socket: wait for EPOLLOUT."""
+    cdef epoll_event event
+    end.writable = 0
+    if end.armed:
+        return
+    end.armed = 1
+    if end.registered:
+        event.events = endpoint_interest(end)
+        event.data.ptr = end
+        if epoll_ctl(ctx.epoll, EPOLL_CTL_MOD, end.fd, &event) < 0:
+            endpoint_failed(end, errno)  # it would wait for ever
+
+
+cdef inline uint32_t endpoint_interest(const Endpoint *end) noexcept nogil:
+    """What epoll is to announce: a function of the endpoint's state, computed only here.
+
+    EPOLLOUT is asked for while connecting and after the first send that did not fit, and stays:
+    TCP announces free space only after such a send, so it costs nothing more; a UNIX socket does
+    so whenever its peer has read, which a socket that never fills has no use for.
+    """
+    cdef uint32_t interest = EPOLLIN | EPOLLRDHUP | EPOLLPRI | EPOLLET
+    if end.armed:
+        interest |= EPOLLOUT
+    return interest
+
+
+# ── reading ──────────────────────────────────────────────────────────────────────────────────────
+
+cdef inline ssize_t endpoint_recv(Endpoint *end, char *buffer, size_t size) noexcept nogil:
+    """As recv(2), and `readable` is true afterwards only if there may be more to read.
+
+    A message with fds or credentials ends a recv from a UNIX socket, whatever is behind it. That
+    is told by MSG_CTRUNC, since there is no room for either here: they are lost, as documented.
+    """
+    cdef ssize_t got
+    cdef iovec piece
+    cdef msghdr message
+    if end.family != AF_UNIX:
+        got = recv(end.fd, buffer, size, MSG_DONTWAIT)
+        message.msg_flags = 0
+    elif end.rights.state == RIGHTS_ANY:
+        got = rights_recv_any(&end.rights, end.fd, buffer, min(size, <size_t>PEEK_MAX))
+        message.msg_flags = MSG_CTRUNC  # there is always more to do: to take what was only seen
+    elif not endpoint_is_plain(end):
+        size = min(size, <size_t>PEEK_MAX)
+        got = rights_recv(&end.rights, end.fd, buffer, size)
+        message.msg_flags = 0
+    else:
+        memset(&message, 0, sizeof(message))
+        piece.iov_base = buffer
+        piece.iov_len = size
+        message.msg_iov = &piece
+        message.msg_iovlen = 1
+        got = recvmsg(end.fd, &message, MSG_DONTWAIT)
+    if got < 0:
+        if errno == EAGAIN:
+            end.readable = end.urgent = 0
+    elif got == 0:
+        end.readable = 0
+        end.ended = 1
+    elif <size_t>got < size and not (
+            end.ending or end.urgent or message.msg_flags & MSG_CTRUNC):
+        end.readable = 0
+    return got
+
+
+cdef inline bint endpoint_is_plain(const Endpoint *end) noexcept nogil:
+    """Whether it may be read as it comes: it has no descriptors."""
+    return end.family != AF_UNIX or end.rights.state == RIGHTS_NONE
+
+
+cdef inline void endpoint_refuse_rights(PumpContext *ctx, Endpoint *end) noexcept nogil:
+    """Have no descriptors sent to an accepted UNIX client, or be prepared for them."""
+    if ctx.may_refuse and rights_refuse(end.fd):
+        end.rights.state = RIGHTS_QUEUED
+    else:
+        ctx.may_refuse = False
+        end.rights.state = RIGHTS_MAYBE
+
+
+# ── failures ─────────────────────────────────────────────────────────────────────────────────────
+
+cdef inline void endpoint_lost(Endpoint *end, int error) noexcept nogil:
+    """A write failed. What it had already sent is still to be read, to the end.
+
+    EPIPE from a UNIX socket is a peer that closed, or only stopped reading: no error when that is
+    read.
+    """
+    if error == EPIPE and end.family == AF_UNIX:
+        end.gone = end.refused = 1
+    else:
+        endpoint_failed(end, error)
+    end.readable = end.ending = 1
+
+
+cdef inline void endpoint_failed(Endpoint *end, int error) noexcept nogil:
+    """A read or write said that the peer is gone, not having ended cleanly."""
+    end.gone = 1
+    if end.error == 0:
+        end.error = error
+
+
+# ── the send buffer ──────────────────────────────────────────────────────────────────────────────
+
+cdef inline void endpoint_grow_sndbuf(const Endpoint *end) noexcept nogil:
+    """Let a stream into a UNIX socket have as large a send buffer as it may (net.core.wmem_max).
+
+    Such a socket is announced as writable when it is nearly empty; the default takes 208 KiB, and
+    a wake-up for every 150 of them. TCP finds the right size by itself. Never less than it has:
+    the default may be more than an ordinary user may ask for.
+    """
+    cdef int size = SNDBUF
+    if end.family == AF_UNIX and sndbuf_of(end.fd) < sndbuf_granted():
+        setsockopt(end.fd, SOL_SOCKET, SO_SNDBUF, &size, sizeof(size))
+
+
+cdef inline int sndbuf_granted() noexcept nogil:
+    """What a socket would have that asks for SEND_BUFFER: tried on one that nobody needs, for
+    nothing less tells the limit, and what was once reduced may not be restored. 0: not known."""
+    cdef int size = SNDBUF
+    cdef int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0)
+    if fd < 0:
+        return 0
+    setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &size, sizeof(size))
+    size = sndbuf_of(fd)
+    close(fd)
+    return size
+
+
+cdef inline int sndbuf_of(int fd) noexcept nogil:
+    cdef int size = 0
+    cdef socklen_t length = sizeof(size)
+    if getsockopt(fd, SOL_SOCKET, SO_SNDBUF, &size, &length) < 0:
+        return SNDBUF * 2  # it stays as it is
+    return size

@@ -1,0 +1,88 @@
+# What one thread leaves for another: connections and orders, under a lock, and an eventfd that wakes.
+#
+# Connections are linked by their `live` link, which is in no other list while they are on their way.
+
+from proxyd.relay.list cimport link_init, list_append, list_empty, list_move_all, list_remove
+from proxyd.relay.sys cimport (
+    EFD_CLOEXEC, EFD_NONBLOCK, close, errno, eventfd, eventfd_read, eventfd_write,
+    pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock, uint32_t,
+    uint64_t,
+)
+from proxyd.relay.types cimport Link, Mailbox
+
+cdef inline uint32_t mailbox_take(
+    Mailbox *mailbox, Link *begin, Link *failed, Link *ended
+) noexcept nogil:
+    """Move what has come to these lists; the orders."""
+    cdef uint32_t orders
+    cdef uint64_t rings
+    eventfd_read(mailbox.wake_fd, &rings)  # before the look: who comes after it rings again
+    pthread_mutex_lock(&mailbox.lock)
+    list_move_all(begin, &mailbox.begin)
+    list_move_all(failed, &mailbox.failed)
+    list_move_all(ended, &mailbox.ended)
+    orders = mailbox.orders
+    mailbox.orders = 0
+    pthread_mutex_unlock(&mailbox.lock)
+    return orders
+
+
+cdef inline void mailbox_put(Mailbox *mailbox, Link *place, Link *link) noexcept nogil:
+    """Leave a connection in `place`, one of the lists of the inbox."""
+    cdef bint first
+    pthread_mutex_lock(&mailbox.lock)
+    first = list_empty(place)
+    list_remove(link)
+    list_append(place, link)
+    pthread_mutex_unlock(&mailbox.lock)
+    if first:  # who comes later is found together with the first
+        mailbox_wake(mailbox)
+
+
+cdef inline void mailbox_return(Mailbox *mailbox, Link *failed, Link *ended) noexcept nogil:
+    """Leave everything that these two lists have."""
+    if list_empty(failed) and list_empty(ended):
+        return
+    pthread_mutex_lock(&mailbox.lock)
+    list_move_all(&mailbox.failed, failed)
+    list_move_all(&mailbox.ended, ended)
+    pthread_mutex_unlock(&mailbox.lock)
+    mailbox_wake(mailbox)
+
+
+cdef inline void mailbox_order(Mailbox *mailbox, uint32_t order) noexcept nogil:
+    pthread_mutex_lock(&mailbox.lock)
+    mailbox.orders |= order
+    pthread_mutex_unlock(&mailbox.lock)
+    mailbox_wake(mailbox)
+
+
+cdef inline void mailbox_wake(Mailbox *mailbox) noexcept nogil:
+    """Wake its thread. The bell is a counter far from full, and cannot refuse."""
+    eventfd_write(mailbox.wake_fd, 1)
+
+
+# ── set-up ───────────────────────────────────────────────────────────────────────────────────────
+
+cdef inline int mailbox_init(Mailbox *mailbox, int kind) noexcept nogil:
+    """0 or -errno."""
+    cdef int wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
+    if wake_fd < 0:
+        return -errno
+    mailbox.kind = kind
+    mailbox.wake_fd = wake_fd
+    mailbox.orders = 0
+    link_init(&mailbox.begin, NULL)
+    link_init(&mailbox.failed, NULL)
+    link_init(&mailbox.ended, NULL)
+    pthread_mutex_init(&mailbox.lock, NULL)
+    return 0
+
+
+cdef inline void mailbox_destroy(Mailbox *mailbox) noexcept nogil:
+    """Only once it is empty."""
+    if mailbox.wake_fd < 0:
+        return
+    close(mailbox.wake_fd)
+    mailbox.wake_fd = -1
+    pthread_mutex_destroy(&mailbox.lock)

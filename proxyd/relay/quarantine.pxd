@@ -1,0 +1,142 @@
+# The quarantine: a thread for what may block for as long as a peer likes. No other thread waits for
+# it.
+#
+# Two things go there: connections whose next message has file descriptors (rights.pxd), to be
+# forwarded from then on by a worker that reads and closes without looking first; and sockets whose
+# queue has such messages, to be closed. Both keep their place in the limit, so there are never more
+# of them than connections. While the thread blocks, the clients that sent descriptors wait for it,
+# and no other client notices.
+#
+# The thread starts with the first of them. If the system refuses a thread, sockets that are to be
+# closed stay open, and connections stay where they are, unread; the main worker tries again.
+
+from proxyd.relay.bookkeeping cimport worker_remove_connection
+from proxyd.relay.endpoint cimport endpoint_unregister
+from proxyd.relay.list cimport link_init, list_append, list_move_all, list_remove
+from proxyd.relay.mailbox cimport mailbox_put, mailbox_wake
+from proxyd.relay.sys cimport (
+    AF_UNIX, SOL_SOCKET, SO_LINGER, atomic_add, atomic_get, atomic_set, int64_t, linger,
+    pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock,
+    setsockopt,
+)
+from proxyd.relay.types cimport (
+    CONNECTING, RIGHTS_ANY, Connection, Endpoint, Link, Mailbox, Quarantine, Worker,
+)
+
+cdef enum:
+    QUARANTINE_RETRY_MS = 1000  # after the thread was refused
+    ORPHAN_SOCKETS_MAX = 4      # with this number in it, no client is accepted to be refused
+
+
+# ── connections move there ───────────────────────────────────────────────────────────────────────
+
+cdef inline void worker_quarantine(Worker *worker) noexcept nogil:
+    """Only at the end of a turn, as relay_share()."""
+    cdef Link *link = worker.to_quarantine.next
+    cdef Link *after
+    if not quarantine_runs(worker.quarantine):
+        quarantine_want(worker.quarantine)
+        return
+    while link != &worker.to_quarantine:
+        after = link.next
+        if (<Connection *>link.owner).state != CONNECTING:
+            connection_quarantine(worker, <Connection *>link.owner)
+        link = after
+
+
+cdef inline void connection_quarantine(Worker *worker, Connection *c) noexcept nogil:
+    """With all it holds, its time limit too. It begins there as one does that was given away."""
+    cdef Worker *main = worker if worker.main == NULL else worker.main
+    endpoint_quarantine(worker, &c.client)
+    endpoint_quarantine(worker, &c.target)
+    list_remove(&c.ready)
+    list_remove(&c.to_quarantine)
+    list_remove(&c.timed)
+    worker_remove_connection(worker)
+    atomic_add(&main.workers.quarantine.connection_count, 1)
+    quarantine_put(worker.quarantine, &c.live)
+
+
+cdef inline void endpoint_quarantine(Worker *worker, Endpoint *end) noexcept nogil:
+    """Where the thread still waits when the program ends, the kernel closes its sockets: that is no
+    clean end."""
+    cdef linger now
+    if end.fd < 0:
+        return
+    endpoint_unregister(&worker.ctx, end)
+    end.rights.state = RIGHTS_ANY
+    end.rights.left = 0
+    end.readable = 1
+    if end.family != AF_UNIX:
+        now.l_onoff = 1
+        now.l_linger = 0
+        setsockopt(end.fd, SOL_SOCKET, SO_LINGER, &now, sizeof(now))
+
+
+# ── what the thread is given ─────────────────────────────────────────────────────────────────────
+
+cdef inline void quarantine_put(Quarantine *quarantine, Link *link) noexcept nogil:
+    """Leave it a connection, which waits until there is a thread."""
+    cdef bint runs
+    pthread_mutex_lock(&quarantine.lock)
+    runs = quarantine.mailbox != NULL
+    if runs:
+        mailbox_put(quarantine.mailbox, &quarantine.mailbox.begin, link)
+    else:
+        list_remove(link)
+        list_append(&quarantine.waiting, link)
+    pthread_mutex_unlock(&quarantine.lock)
+    if not runs:
+        quarantine_want(quarantine)
+
+
+cdef inline bint quarantine_runs(Quarantine *quarantine) noexcept nogil:
+    cdef bint runs
+    pthread_mutex_lock(&quarantine.lock)
+    runs = quarantine.mailbox != NULL
+    pthread_mutex_unlock(&quarantine.lock)
+    return runs
+
+
+cdef inline void quarantine_want(Quarantine *quarantine) noexcept nogil:
+    """Have the boss start the thread. It is told once: who waits for it asks in every turn."""
+    if atomic_get(&quarantine.wanted):
+        return
+    atomic_set(&quarantine.wanted, 1)
+    if quarantine.main_mailbox.wake_fd >= 0:
+        mailbox_wake(quarantine.main_mailbox)
+
+
+cdef inline bint quarantine_due(Quarantine *quarantine, int64_t now_ms) noexcept nogil:
+    return atomic_get(&quarantine.wanted) and now_ms >= quarantine.retry_ms
+
+
+cdef inline void quarantine_begin(Quarantine *quarantine, Mailbox *mailbox) noexcept nogil:
+    """There is a thread now: give it what has waited."""
+    pthread_mutex_lock(&quarantine.lock)
+    quarantine.mailbox = mailbox
+    pthread_mutex_lock(&mailbox.lock)
+    list_move_all(&mailbox.begin, &quarantine.waiting)
+    pthread_mutex_unlock(&mailbox.lock)
+    pthread_mutex_unlock(&quarantine.lock)
+    atomic_set(&quarantine.wanted, 0)
+    mailbox_wake(mailbox)
+
+
+cdef inline void quarantine_end(Quarantine *quarantine) noexcept nogil:
+    """There is no thread any more."""
+    pthread_mutex_lock(&quarantine.lock)
+    quarantine.mailbox = NULL
+    pthread_mutex_unlock(&quarantine.lock)
+
+
+# ── set-up ───────────────────────────────────────────────────────────────────────────────────────
+
+cdef inline void quarantine_init(Quarantine *quarantine, Mailbox *main) noexcept nogil:
+    pthread_mutex_init(&quarantine.lock, NULL)
+    link_init(&quarantine.waiting, NULL)
+    quarantine.main_mailbox = main
+
+
+cdef inline void quarantine_destroy(Quarantine *quarantine) noexcept nogil:
+    pthread_mutex_destroy(&quarantine.lock)

@@ -1,0 +1,74 @@
+# Sockets: options and questions that several files share.
+
+from proxyd.relay.sys cimport (
+    AF_INET, AF_INET6, AF_UNIX, AF_UNSPEC, IPPROTO_TCP, SOL_SOCKET, SO_ERROR, SO_KEEPALIVE,
+    SO_LINGER, SO_OOBINLINE, SO_PEERCRED, TCP_NODELAY, close, connect, errno, getpeername,
+    getsockname, getsockopt, linger, memcmp, memset, setsockopt, sockaddr, sockaddr_storage,
+    socklen_t, ucred,
+)
+
+cdef inline void socket_tune(int fd, int family) noexcept nogil:
+    """What both legs have: urgent bytes in their place, keepalive, no Nagle delay.
+
+    What a listener has, the TCP sockets it accepts inherit; UNIX ones do not. Failures are
+    ignored: a transport without the option has no need of it.
+    """
+    cdef int on = 1
+    if family == AF_INET or family == AF_INET6:
+        setsockopt(fd, SOL_SOCKET, SO_OOBINLINE, &on, sizeof(on))
+        setsockopt(fd, SOL_SOCKET, SO_KEEPALIVE, &on, sizeof(on))
+        setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on))
+    elif family == AF_UNIX:
+        setsockopt(fd, SOL_SOCKET, SO_OOBINLINE, &on, sizeof(on))
+
+
+cdef inline void socket_reset(int fd, int family) noexcept nogil:
+    """Close with RST, which throws away what was not yet acknowledged. AF_UNIX has no reset: it is
+    a plain close there."""
+    cdef linger now
+    cdef sockaddr nowhere
+    if family != AF_UNIX:
+        now.l_onoff = 1
+        now.l_linger = 0
+        if setsockopt(fd, SOL_SOCKET, SO_LINGER, &now, sizeof(now)) < 0:
+            nowhere.sa_family = AF_UNSPEC  # where that is forbidden: this disconnects, tcp(7)
+            connect(fd, &nowhere, sizeof(nowhere))
+    close(fd)
+
+
+cdef inline void socket_unlinger(int fd) noexcept nogil:
+    """Have close(2) neither wait nor cut, whatever SO_LINGER the listener had."""
+    cdef linger off
+    off.l_onoff = off.l_linger = 0
+    setsockopt(fd, SOL_SOCKET, SO_LINGER, &off, sizeof(off))
+
+
+cdef inline int socket_take_error(int fd) noexcept nogil:
+    """SO_ERROR, which reading clears."""
+    cdef int error = 0
+    cdef socklen_t size = sizeof(error)
+    if getsockopt(fd, SOL_SOCKET, SO_ERROR, &error, &size) < 0:
+        return errno
+    return error
+
+
+cdef inline bint socket_self_connected(int fd) noexcept nogil:
+    """Whether a TCP socket was connected to itself: a connect to a port of the ephemeral range on
+    which nobody listens may be given that very port as its own."""
+    cdef sockaddr_storage mine, peer
+    cdef socklen_t mine_size = sizeof(mine), peer_size = sizeof(peer)
+    memset(&mine, 0, sizeof(mine))
+    memset(&peer, 0, sizeof(peer))
+    if getsockname(fd, <sockaddr *>&mine, &mine_size) < 0:
+        return False
+    if getpeername(fd, <sockaddr *>&peer, &peer_size) < 0:
+        return False
+    return mine_size == peer_size and memcmp(&mine, &peer, mine_size) == 0
+
+
+cdef inline bint peer_is_process(int fd, int pid) noexcept nogil:
+    cdef ucred peer
+    cdef socklen_t size = sizeof(peer)
+    if getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &size) < 0:
+        return False
+    return peer.pid == pid

@@ -1,0 +1,232 @@
+# Every system call and constant the relay uses, all callable without the GIL.
+#
+# Cython knows neither the values nor the exact types: the C compiler takes both from the headers.
+
+cdef extern from "errno.h" nogil:
+    int errno
+    int EAGAIN, EBADF, ECONNREFUSED, ECONNRESET, EINPROGRESS, EINTR, EINVAL, ELOOP, ENOBUFS, ENOMEM
+    int ENOSYS, ENOTCONN, EOPNOTSUPP, EPERM, EPIPE, ETIMEDOUT
+
+cdef extern from * nogil:
+    """
+    #define errno_set(value) (errno = (value))
+    """
+    void errno_set(int value)
+
+cdef extern from "stdint.h" nogil:
+    ctypedef unsigned char uint8_t
+    ctypedef unsigned short uint16_t
+    ctypedef unsigned int uint32_t
+    ctypedef long long int64_t
+    ctypedef unsigned long long uint64_t
+
+cdef extern from "stdlib.h" nogil:
+    void *malloc(size_t size)
+    void *calloc(size_t count, size_t size)
+    void *realloc(void *memory, size_t size)
+    void free(void *memory)
+    unsigned long long strtoull(const char *text, char **end, int base)
+
+cdef extern from "string.h" nogil:
+    void *memcpy(void *to, const void *source, size_t size)
+    void *memset(void *to, int byte, size_t size)
+    int memcmp(const void *one, const void *other, size_t size)
+
+cdef extern from "time.h" nogil:
+    ctypedef int clockid_t
+    struct timespec:
+        long tv_sec
+        long tv_nsec
+    int CLOCK_MONOTONIC, CLOCK_PROCESS_CPUTIME_ID, CLOCK_REALTIME, CLOCK_THREAD_CPUTIME_ID
+    int clock_gettime(clockid_t clock, timespec *now)
+
+cdef extern from "unistd.h" nogil:
+    int close(int fd)
+    ssize_t read(int fd, void *buffer, size_t size)
+    ssize_t pread(int fd, void *buffer, size_t size, long offset)
+    int getpid()
+    int _SC_CLK_TCK
+    long sysconf(int name)
+
+cdef extern from "fcntl.h" nogil:
+    int O_CLOEXEC, O_NONBLOCK
+    int F_GETFL, F_SETFL, F_SETPIPE_SZ, F_GETPIPE_SZ
+    unsigned int SPLICE_F_MOVE, SPLICE_F_NONBLOCK
+    int fcntl(int fd, int command, ...)
+    int pipe2(int *ends, int flags)
+    ssize_t splice(int source, void *source_offset, int to, void *to_offset, size_t size,
+                   unsigned int flags)
+
+cdef extern from "sys/ioctl.h" nogil:
+    int ioctl(int fd, unsigned long request, ...)
+
+cdef extern from "linux/sockios.h" nogil:
+    unsigned long SIOCINQ, SIOCOUTQ
+
+cdef extern from "sys/socket.h" nogil:
+    ctypedef unsigned int socklen_t
+    ctypedef unsigned short sa_family_t
+    struct sockaddr:
+        sa_family_t sa_family
+    struct sockaddr_storage:
+        sa_family_t ss_family
+    struct linger:
+        int l_onoff
+        int l_linger
+    struct ucred:
+        int pid
+    struct iovec:
+        void *iov_base
+        size_t iov_len
+    struct msghdr:
+        iovec *msg_iov
+        size_t msg_iovlen
+        int msg_flags
+    int AF_INET, AF_INET6, AF_UNIX, AF_UNSPEC, AF_VSOCK
+    int SOCK_STREAM, SOCK_NONBLOCK, SOCK_CLOEXEC
+    int SOL_SOCKET, SO_DOMAIN, SO_ERROR, SO_KEEPALIVE, SO_LINGER, SO_OOBINLINE, SO_PEERCRED
+    int SO_PASSCRED, SO_PASSSEC, SO_SNDBUF
+    int MSG_CTRUNC, MSG_DONTWAIT, MSG_NOSIGNAL, MSG_PEEK
+    int SHUT_RD, SHUT_RDWR, SHUT_WR
+    int socket(int family, int kind, int protocol)
+    int connect(int fd, const sockaddr *address, socklen_t size)
+    int accept4(int fd, sockaddr *address, socklen_t *size, int flags)
+    int getsockname(int fd, sockaddr *address, socklen_t *size)
+    int getpeername(int fd, sockaddr *address, socklen_t *size)
+    int getsockopt(int fd, int level, int option, void *value, socklen_t *size)
+    int setsockopt(int fd, int level, int option, const void *value, socklen_t size)
+    int shutdown(int fd, int how)
+    ssize_t recv(int fd, void *buffer, size_t size, int flags)
+    ssize_t recvmsg(int fd, msghdr *message, int flags)
+    ssize_t send(int fd, const void *buffer, size_t size, int flags)
+
+cdef extern from "netinet/in.h" nogil:
+    int IPPROTO_TCP
+    struct in_addr:
+        uint32_t s_addr
+    struct in6_addr:
+        uint8_t s6_addr[16]
+    struct sockaddr_in:
+        uint16_t sin_port
+        in_addr sin_addr
+    struct sockaddr_in6:
+        uint16_t sin6_port
+        in6_addr sin6_addr
+
+cdef extern from "netinet/tcp.h" nogil:
+    int TCP_INFO, TCP_NODELAY
+    struct tcp_info:
+        uint32_t tcpi_unacked
+
+cdef extern from "sys/epoll.h" nogil:
+    unsigned int EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP, EPOLLHUP, EPOLLERR, EPOLLET
+    int EPOLL_CTL_ADD, EPOLL_CTL_MOD, EPOLL_CTL_DEL, EPOLL_CLOEXEC
+    ctypedef union epoll_data_t:
+        void *ptr
+    struct epoll_event:
+        uint32_t events
+        epoll_data_t data
+    int epoll_create1(int flags)
+    int epoll_ctl(int epoll, int operation, int fd, epoll_event *event)
+    int epoll_wait(int epoll, epoll_event *events, int most, int timeout)
+
+cdef extern from "sys/resource.h" nogil:
+    struct rlimit:
+        unsigned long long rlim_cur
+        unsigned long long rlim_max
+    int RLIMIT_NOFILE
+    int getrlimit(int resource, rlimit *limit)
+    int setrlimit(int resource, const rlimit *limit)
+
+cdef extern from "signal.h" nogil:
+    ctypedef struct sigset_t:
+        pass
+    int SIG_SETMASK, SIG_UNBLOCK
+    int SIGALRM, SIGHUP, SIGINT
+    ctypedef void (*sighandler_t)(int number) noexcept nogil
+    sighandler_t SIG_DFL, SIG_IGN
+    struct sigaction_t "sigaction":
+        sighandler_t sa_handler
+        sigset_t sa_mask
+        int sa_flags
+    int sigaction(int number, const sigaction_t *action, sigaction_t *old)
+    int sigemptyset(sigset_t *mask)
+    int sigaddset(sigset_t *mask, int number)
+    int sigfillset(sigset_t *mask)
+    int pthread_sigmask(int how, const sigset_t *mask, sigset_t *old)
+
+cdef extern from "sys/time.h" nogil:
+    struct timeval:
+        long tv_sec
+        long tv_usec
+    struct itimerval:
+        timeval it_interval
+        timeval it_value
+    int ITIMER_REAL
+    int setitimer(int which, const itimerval *value, itimerval *old)
+
+cdef extern from "sys/eventfd.h" nogil:
+    int EFD_CLOEXEC, EFD_NONBLOCK
+    int eventfd(unsigned int value, int flags)
+    int eventfd_read(int fd, uint64_t *value)
+    int eventfd_write(int fd, uint64_t value)
+
+cdef extern from "pthread.h" nogil:
+    ctypedef unsigned long pthread_t
+    ctypedef struct pthread_attr_t:
+        pass
+    ctypedef struct pthread_mutex_t:
+        pass
+    int pthread_attr_init(pthread_attr_t *attributes)
+    int pthread_attr_setstacksize(pthread_attr_t *attributes, size_t size)
+    int pthread_attr_destroy(pthread_attr_t *attributes)
+    int pthread_create(pthread_t *thread, const pthread_attr_t *attributes,
+                       void *(*start)(void *) noexcept nogil, void *argument)
+    int pthread_join(pthread_t thread, void **result)
+    int pthread_timedjoin_np(pthread_t thread, void **result, const timespec *until)
+    int pthread_mutex_init(pthread_mutex_t *mutex, const void *attributes)
+    int pthread_mutex_destroy(pthread_mutex_t *mutex)
+    int pthread_mutex_lock(pthread_mutex_t *mutex)
+    int pthread_mutex_unlock(pthread_mutex_t *mutex)
+
+# Newer than the C libraries that this is built with: asm-generic/socket.h.
+cdef extern from * nogil:
+    """
+    #include <sys/socket.h>
+    #ifndef SO_PASSPIDFD
+    #define SO_PASSPIDFD 76
+    #endif
+    #ifndef SO_PASSRIGHTS
+    #define SO_PASSRIGHTS 83
+    #endif
+    """
+    int SO_PASSPIDFD           # Linux 6.5
+    int SO_PASSRIGHTS          # Linux 6.16
+
+# What more than one thread reads. A counter has one writer, its relay, and is read at any time by
+# others: a plain addition, but never torn. A shared number is written by several threads, and its
+# changes are seen in the same order by all.
+cdef extern from * nogil:
+    """
+    #define counter_add(place, by) \\
+        __atomic_store_n((place), *(place) + (by), __ATOMIC_RELAXED)
+    #define counter_get(place) __atomic_load_n((place), __ATOMIC_RELAXED)
+    #define atomic_add(place, by) __atomic_add_fetch((place), (by), __ATOMIC_SEQ_CST)
+    #define atomic_get(place) __atomic_load_n((place), __ATOMIC_SEQ_CST)
+    #define atomic_set(place, to) __atomic_store_n((place), (to), __ATOMIC_SEQ_CST)
+    #define atomic_take(place) __atomic_exchange_n((place), 0, __ATOMIC_SEQ_CST)
+    #define hint_get(place) __atomic_load_n((place), __ATOMIC_RELAXED)
+    #define hint_set(place, to) __atomic_store_n((place), (to), __ATOMIC_RELAXED)
+    #define moment_get(place) __atomic_load_n((place), __ATOMIC_RELAXED)
+    #define moment_set(place, to) __atomic_store_n((place), (to), __ATOMIC_RELAXED)
+    """
+    void counter_add(uint64_t *place, uint64_t by)
+    uint64_t counter_get(const uint64_t *place)
+    int atomic_add(int *place, int by)
+    int atomic_get(int *place)
+    void atomic_set(int *place, int to)
+    int atomic_take(int *place)
+    int hint_get(const int *place)
+    void hint_set(int *place, int to)
+    int64_t moment_get(int64_t *place)
+    void moment_set(int64_t *place, int64_t to)

@@ -1,0 +1,341 @@
+# Every structure of the relay, and the names of its states.
+#
+# A structure that is embedded in another stands above it. Limits and intervals are not here, but in
+# the file whose functions obey them, unless an array has their size. Times end in _ms or _ns and
+# are on CLOCK_MONOTONIC, if they are not durations.
+
+from proxyd.relay.sys cimport (
+    epoll_event, int64_t, pthread_mutex_t, pthread_t, sockaddr_in6, sockaddr_storage, socklen_t,
+    uint16_t, uint32_t, uint64_t, uint8_t,
+)
+
+
+# ── lists ────────────────────────────────────────────────────────────────────────────────────────
+
+ctypedef struct Link:
+    Link *prev                 # itself: not in a list
+    Link *next
+    void *owner                # what the link is part of; NULL for the head of a list
+
+
+# ── pipes ────────────────────────────────────────────────────────────────────────────────────────
+
+cdef enum:
+    POOL_MAX = 8               # idle pipes kept, 2 fds each
+
+ctypedef struct Pipe:
+    int rd                     # -1: no pipe
+    int wr
+    size_t filled              # bytes inside; may exceed capacity (slots hold whole fragments)
+    size_t capacity            # bytes, as F_GETPIPE_SZ says
+
+ctypedef struct PipePool:
+    Pipe idle[POOL_MAX]        # empty pipes
+    int count                  # of them
+    size_t size                # bytes asked for; pipe-max-size may grant less
+    int64_t refused_ms         # when a pipe was last refused; 0: never
+
+
+# ── the pump ─────────────────────────────────────────────────────────────────────────────────────
+
+# directions
+cdef enum:
+    TO_TARGET, TO_CLIENT
+
+# states of a half: see pump.pxd
+cdef enum:
+    FLOWING, DRAINING, SHUT, DEAD
+
+# which descriptors the queue of a UNIX socket may hold: see rights.pxd
+cdef enum:
+    RIGHTS_UNKNOWN             # nothing has been done about them yet
+    RIGHTS_NONE                # none, now and for ever
+    RIGHTS_QUEUED              # those that were queued before they were refused
+    RIGHTS_LEFT                # likewise, and `Rights.left` bytes are yet to be read with care
+    RIGHTS_MAYBE               # any, at any time
+    RIGHTS_AHEAD               # some, with the next message
+    RIGHTS_ANY                 # any; but the connection is in quarantine, where a wait does no harm
+
+# what an epoll event points to, in the first field of Watch, Listener, Mailbox and Endpoint
+cdef enum:
+    KIND_WATCH, KIND_LISTENER, KIND_MAILBOX, KIND_CLIENT, KIND_TARGET
+
+ctypedef struct Counters:
+    uint64_t forwarded[2]      # bytes delivered, by direction
+    uint64_t spliced           # of these, bytes that never entered this process …
+    uint64_t copied            # … and the others
+
+ctypedef struct PumpContext:
+    int epoll                  # fd of the worker's epoll instance
+    int64_t now_ms             # read once per batch of events
+    char *buffer               # for copying, shared by all halves: empty between two calls
+    size_t first_unit          # bytes asked of one recv while connecting,
+    size_t copy_unit           # … until the half proves to be a stream,
+    size_t stream_unit         # … and of a stream; the size of `buffer`
+    bint may_splice            # False: everything is copied
+    bint may_refuse            # descriptors: the kernel has SO_PASSRIGHTS, as far as is known
+    PipePool pool              # idle pipes
+    Counters counters          # of this worker
+
+ctypedef struct Rights:
+    uint8_t state              # RIGHTS_*
+    int left                   # bytes to be read with care; RIGHTS_ANY: seen, but not yet taken
+
+ctypedef struct Endpoint:
+    int kind                   # KIND_CLIENT or KIND_TARGET
+    int fd                     # -1: closed
+    int family                 # AF_*
+    int error                  # the errno that ended it; 0: none
+    uint8_t readable           # a recv may find something: see pump.pxd
+    uint8_t writable           # a send may find room
+    uint8_t ending             # FIN, RST or hang-up announced: read on until it comes
+    uint8_t urgent             # an urgent byte is ahead: splice stops there, recv does not
+    uint8_t ended              # its end was read
+    uint8_t gone               # nothing can be written to it any more
+    uint8_t refused            # … and bytes for it were lost: the reset of a UNIX socket
+    uint8_t armed              # EPOLLOUT is asked for
+    uint8_t registered         # with epoll
+    Rights rights              # what its queue may hold; AF_UNIX
+    int orphan_fd              # its socket, left to the quarantine to close; -1: none
+    void *connection           # the Connection it is part of
+
+ctypedef struct Half:
+    Endpoint *src              # where bytes come from
+    Endpoint *dst              # where they go
+    int state                  # FLOWING …
+    int direction              # TO_TARGET or TO_CLIENT
+    Pipe pipe                  # bytes on their way by splice
+    char *unsent               # bytes that recv has taken and send has not; NULL: none
+    size_t unsent_start        # offset of the first of them
+    size_t unsent_end          # … and behind the last
+    uint64_t moved             # bytes taken from src
+    uint8_t full_reads         # in a row
+    uint8_t small_reads        # in a row, of a stream
+    uint8_t streaming          # large units, by splice or by copy as half_splices() decides
+    uint8_t sndbuf_grown       # dst has the largest send buffer that it can get
+    uint8_t copy_only          # the kernel refuses to splice these sockets
+
+
+# ── recognising ourselves ────────────────────────────────────────────────────────────────────────
+
+cdef enum:
+    SELF_CONNECT_BUCKETS = 4096  # by port; local ports rarely repeat
+
+ctypedef struct SelfConnectKey:
+    uint8_t address[16]        # IPv4 as ::ffff:a.b.c.d, so that both families compare
+    uint16_t port              # network byte order; 0: not TCP
+
+ctypedef struct SelfConnect:
+    SelfConnectKey local       # the address of an outgoing socket
+    SelfConnectKey remote      # where it leads
+    SelfConnect *next          # in its bucket
+    bint listed                # in the table
+    bint self_possible         # its own port is the target's: it may be connected to itself
+
+ctypedef struct SelfConnectTable:
+    pthread_mutex_t lock       # any worker may close such a socket
+    SelfConnect *bucket[SELF_CONNECT_BUCKETS]
+
+
+# ── what threads share ───────────────────────────────────────────────────────────────────────────
+
+# orders to a worker, bits
+cdef enum:
+    ORDER_STOP = 1             # cut everything and end the thread
+    ORDER_TRIM = 2             # close the idle pipes
+    ORDER_ANSWER = 4           # answer the ping
+
+ctypedef struct Mailbox:
+    int kind                   # KIND_MAILBOX
+    int wake_fd                # eventfd; -1: there is only one thread, and nothing ever comes
+    pthread_mutex_t lock       # of what follows
+    Link begin                 # connections to forward from now on
+    Link failed                # connections whose connect failed in another thread
+    Link ended                 # connections closed in another thread, to be reported
+    uint32_t orders            # ORDER_*
+
+ctypedef struct Gauges:
+    int connections            # from connect(2) until closed or given back
+    int in_quarantine          # sockets that the quarantine has yet to close, by their connections
+    int wake_at_count          # the main worker sleeps until `connections` falls to this
+    int64_t last_end_ms        # when a connection last ended
+    int worker_error           # errno of a worker that cannot go on; 0: none
+
+ctypedef struct Quarantine:
+    pthread_mutex_t lock       # of `waiting` and `mailbox`
+    Link waiting               # connections with a socket to close, while there is no thread
+    Mailbox *mailbox           # of its thread; NULL: there is none yet
+    Mailbox *main_mailbox      # of the main worker, which starts it
+    int wanted                 # the thread is to be started
+    int orphan_sockets         # in it, sockets that were no connection's
+    int64_t retry_ms           # not to be started before
+
+
+# ── load ─────────────────────────────────────────────────────────────────────────────────────────
+
+cdef enum:
+    CPUS_MAX = 8192            # NR_CPUS of the largest configuration …
+    CPUS_BYTES = 1024          # … at a bit each
+
+ctypedef struct Machine:
+    int stat_fd                # of /proc/stat or /proc/uptime; -1: neither could be opened
+    bint some_cpus             # only the CPUs of `cpus` count
+    uint8_t cpus[CPUS_BYTES]   # bits
+    int quota                  # per cent of a CPU that the process may use; 0: no limit
+    int wait_max               # per cent of a window: with more, the worker had to wait for a CPU
+
+ctypedef struct Busy:
+    int64_t since_ns           # when this window began
+    int64_t asleep_ns          # how much of it the worker has slept
+    int64_t ran_ns             # CPU time of the thread until this window,
+    int64_t spent_ns           # … and of the process
+    bint sampled               # the worker was busy ever since the idle time was last read:
+    int64_t sampled_ns         # when that was,
+    uint64_t idle_ns           # … and what it was then, modulo 2**64
+    int64_t sample_after_ns    # when to read it again at the earliest
+    int spare                  # per cent of one CPU that were idle when last read; 0: not busy
+
+
+# ── connections ──────────────────────────────────────────────────────────────────────────────────
+
+# states of a connection
+cdef enum:
+    CONNECTING, CONNECTED, LINGERING, CLOSED
+
+# how a connection ended
+cdef enum:
+    ENDING_NORMAL, ENDING_RESET, ENDING_IDLE, ENDING_CUT, ENDING_CLIENT_GONE, ENDING_COUNT
+
+ctypedef struct Connection:
+    Link live                  # in Worker.live, later in .failed, .ended or .dead, or on its way
+    Link timed                 # in Worker.timed
+    Link ready                 # in Worker.ready
+    Link to_quarantine         # in Worker.to_quarantine
+    Quarantine *quarantine     # the program's
+    Endpoint client
+    Endpoint target
+    Half up                    # client → target
+    Half down                  # target → client
+    SelfConnect self_connect   # the target socket's entry in the table
+    long long id
+    int listener               # index of the one it came from; the policy's
+    int state                  # CONNECTING …
+    int ending                 # ENDING_*, valid once CLOSED
+    int64_t timeout_ms         # of the connect; 0: as long as the kernel tries
+    int64_t opened_ms          # when the connect began
+    int64_t active_ms          # when a byte last moved
+    int64_t timer_ms           # when its timer is due; 0: none
+    int64_t progress_ms        # when the queue towards the last side last moved
+    uint64_t queue             # what it was then, bytes
+    uint64_t moved             # bytes moved in both directions when last looked at
+    int recheck_ms             # until the queue is looked at again
+    size_t drained             # bytes read and thrown away, since their receiver is gone
+    Endpoint *last             # LINGERING: the side that is still open
+    bint reset                 # … and is to be reset in the end
+    bint has_orphans           # a socket of it is left to the quarantine to close
+    bint orphan_only           # … and it is no more than that: a socket without a connection
+
+# kinds of PolicyEvent; connects that fail later, and ends, are lists of connections
+cdef enum:
+    EVENT_READY, EVENT_ACCEPTED, EVENT_ACCEPT_FAILED, EVENT_REFUSED, EVENT_CONNECT_FAILED
+    EVENT_WORKERS_WANTED
+
+ctypedef struct PolicyEvent:
+    int kind                   # EVENT_*
+    int fd                     # that is ready, or the client's
+    uint32_t value             # epoll events, or an errno
+    int listener               # index
+    sockaddr_in6 peer          # of an accepted client: what accept(2) said, if it fits …
+    socklen_t peer_size        # … or 0
+
+ctypedef struct Watch:
+    int kind                   # KIND_WATCH
+    int fd                     # the policy's
+    SelfConnect self_connect   # of a socket that dial() made
+
+# what a listener checks each client for, bits
+cdef enum:
+    CHECK_TCP = 1              # its address is that of one of our outgoing sockets
+    CHECK_UNIX = 2             # its process is this one
+    CHECK_PORT = 4             # it connected to another port than the listener's
+
+ctypedef struct Listener:
+    int kind                   # KIND_LISTENER
+    int fd                     # the policy's
+    int family                 # AF_*
+    int check                  # CHECK_*
+    int index                  # what the policy calls it
+    uint16_t port              # its own, in network byte order; for CHECK_PORT
+    bint watched               # registered with epoll
+    bint auto_connect          # connect clients to `target` at once
+    sockaddr_storage target
+    socklen_t target_size
+    int64_t timeout_ms         # of a connect; 0: as long as the kernel tries
+    uint64_t connected_count   # clients connected, or on their way
+    int64_t last_turn          # the worker's turn in which it was last ready
+    int ready_turns            # in a row, up to READY_TURNS_MAX
+    Link waiting               # in Worker.waiting_listeners
+    bint refuses               # there was no room in time: clients are accepted to be closed
+    bint contested             # a process that shares the listener has made it blocking
+    int64_t nonblock_checked_ms  # when O_NONBLOCK was last looked at
+    uint32_t early             # clients to come that may be older than the listener's settings
+
+
+# ── workers ──────────────────────────────────────────────────────────────────────────────────────
+
+cdef enum:
+    EPOLL_EVENTS_MAX = 256     # per epoll_wait
+    POLICY_EVENTS_MAX = 512    # per turn; listeners stop at half, the rest is for watched fds
+
+ctypedef struct Worker         # below
+
+ctypedef struct Workers:
+    Worker **each              # those beside the main worker
+    int count
+    int size                   # of `each`
+    int window_ms              # how long load is measured
+    Machine machine            # where to learn whether another CPU is idle
+    Worker *quarantine         # the quarantine's; NULL: not needed so far
+    bint want_reported         # the policy was told that a worker could help
+    int ping_sequence          # number of the last ping
+
+ctypedef struct Worker:
+    PumpContext ctx
+    Gauges *gauges             # the program's
+    SelfConnectTable *self_connects  # the program's
+    Quarantine *quarantine     # the program's
+    Mailbox mailbox            # what other threads have left for this one
+    Worker *main               # the worker that accepts; NULL: this is the one
+    Workers workers            # of the main worker: the others
+    pthread_t thread           # of the others: where it runs
+    bint offloads_when_busy    # False: the main worker distributes new connections
+    Busy busy                  # its load
+    int asleep                 # it waits for events
+    bint stopping              # it was told to end
+    int answered_ping          # the last ping that it has answered
+    Link live                  # connections; the one that was silent for the longest comes first
+    Link timed                 # those with a timer
+    Link ready                 # those whose pump spent its budget
+    Link failed                # connects that failed, for the policy
+    Link ended                 # closed connections, for the policy
+    Link dead                  # closed connections, to be freed after the batch
+    Link to_quarantine         # connections to be moved there after the batch
+    int cut                    # the quarantine's: connections that it has cut in the end
+    int connection_count       # of this worker
+    int connections_max        # the limit, over all workers; the policy's
+    int held                   # clients that the policy has: each takes a place of the limit
+    Link waiting_listeners     # those that wait for room
+    int64_t room_ms            # until when they do; 0: none does
+    int64_t idle_ms            # close connections that were silent for this long; 0: never
+    long long last_id          # of a connection
+    uint64_t handed_over       # connections moved to other workers
+    uint64_t accepted          # clients
+    uint64_t refused           # of these, closed at once: over the limit, or ourselves
+    int64_t turns              # batches of events
+    epoll_event events[EPOLL_EVENTS_MAX]
+    PolicyEvent policy_events[POLICY_EVENTS_MAX]
+    int policy_event_count
+    int64_t next_timer_ms      # when the earliest timer is due; 0: none
+    int pid                    # this process
+    bint report_ends           # put closed connections into `ended`
+    uint64_t ends[ENDING_COUNT]  # connections that have ended, by ENDING_*

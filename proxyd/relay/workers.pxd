@@ -1,0 +1,269 @@
+# Workers: threads that run a loop each, without Python.
+#
+# The main worker runs in the thread of Python. It accepts clients, connects them, and forwards as
+# well; with --threads=N there are N - 1 others. A connection that has moved to one of these stays
+# there (balance.pxd). Two things come back, through the main worker's mailbox, since only Python
+# can deal with them: failed connects, and ends that are to be reported.
+#
+# The quarantine's worker is one more, which alone may block: see quarantine.pxd.
+
+from proxyd.relay.close cimport connections_free
+from proxyd.relay.list cimport list_move_all
+from proxyd.relay.loop cimport (
+    worker_cut, worker_destroy, worker_init, worker_read_mailbox, worker_set_up, worker_turn,
+)
+from proxyd.relay.mailbox cimport (
+    mailbox_destroy, mailbox_init, mailbox_order, mailbox_return, mailbox_wake,
+)
+from proxyd.relay.quarantine cimport QUARANTINE_RETRY_MS, quarantine_begin, quarantine_end
+from proxyd.relay.sys cimport (
+    CLOCK_REALTIME, ENOMEM, EPOLLIN, EPOLL_CTL_ADD, EPOLL_CTL_DEL, SIG_SETMASK, atomic_add,
+    atomic_get, atomic_set, calloc, clock_gettime, counter_add, epoll_ctl, epoll_event, errno,
+    free, pthread_attr_destroy, pthread_attr_init, pthread_attr_setstacksize, pthread_attr_t,
+    pthread_create, pthread_join, pthread_sigmask, pthread_timedjoin_np, realloc, sigfillset,
+    sigset_t, timespec, uint32_t,
+)
+from proxyd.relay.types cimport (
+    ENDING_COUNT, KIND_MAILBOX, ORDER_ANSWER, ORDER_STOP, Worker, Workers,
+)
+
+cdef enum:
+    STACK_SIZE = 256 * 1024    # bytes of address space; a loop needs a few KiB of it
+    QUARANTINE_STOP_MS = 1000  # how long its thread may take to end before it counts as blocked
+
+
+# ── start ────────────────────────────────────────────────────────────────────────────────────────
+
+cdef inline int workers_start_one(Worker *main) noexcept nogil:
+    """Start one more thread; 0 or -errno. What it is to know of the boss must be settled."""
+    cdef int failure = workers_make_room(&main.workers)
+    if failure == 0:
+        failure = worker_start(
+            main, &main.workers.each[main.workers.count], main.offloads_when_busy, worker_thread)
+    if failure == 0:
+        main.workers.count += 1
+    return failure
+
+
+cdef inline int workers_make_room(Workers *workers) noexcept nogil:
+    """Make room for one more; 0 or -ENOMEM."""
+    cdef int size = max(2 * workers.size, 4)
+    cdef Worker **each
+    if workers.count < workers.size:
+        return 0
+    each = <Worker **>realloc(workers.each, size * sizeof(Worker *))
+    if each == NULL:
+        return -ENOMEM
+    workers.each = each
+    workers.size = size
+    return 0
+
+
+cdef inline void quarantine_start(Worker *main) noexcept nogil:
+    """Somebody is to go into quarantine: see that there is a thread, now or later."""
+    if main.workers.quarantine == NULL and worker_start(
+            main, &main.workers.quarantine, False, quarantine_thread) < 0:
+        main.quarantine.retry_ms = main.ctx.now_ms + QUARANTINE_RETRY_MS
+        return
+    quarantine_begin(main.quarantine, &main.workers.quarantine.mailbox)
+    workers_order(main, 0)  # who has waited for this is to look again
+    mailbox_wake(&main.mailbox)
+
+
+cdef inline int worker_start(
+    Worker *main, Worker **place, bint offloads_when_busy, void *(*work)(void *) noexcept nogil
+) noexcept nogil:
+    """Start the thread of a further relay, and put that in `place`; 0 or -errno."""
+    cdef Worker *worker
+    cdef int failure = worker_open_mailbox(main)
+    if failure < 0:
+        return failure
+    worker = <Worker *>calloc(1, sizeof(Worker))
+    if worker == NULL:
+        return -ENOMEM
+    worker_init(worker, main.gauges, main.self_connects)
+    worker.main = main
+    worker.quarantine = main.quarantine
+    worker.answered_ping = main.workers.ping_sequence  # it has not been there to be asked
+    failure = worker_set_up_like(worker, main)
+    worker.offloads_when_busy = offloads_when_busy
+    if failure == 0:
+        failure = worker_start_thread(worker, work)
+    if failure < 0:
+        worker_free(worker)
+        return failure
+    place[0] = worker
+    return 0
+
+
+cdef inline int worker_set_up_like(Worker *worker, const Worker *main) noexcept nogil:
+    """Make a relay as the boss's is; 0 or -errno."""
+    cdef int failure = worker_set_up(
+        worker, main.ctx.stream_unit, main.ctx.pool.size, main.ctx.may_splice)
+    worker.ctx.may_refuse = main.ctx.may_refuse
+    worker.idle_ms = main.idle_ms
+    worker.report_ends = main.report_ends
+    return worker_open_mailbox(worker) if failure == 0 else failure
+
+
+cdef inline int worker_start_thread(
+    Worker *worker, void *(*work)(void *) noexcept nogil
+) noexcept nogil:
+    """Start its thread, which hears no signal: those are the boss's. 0 or -errno."""
+    cdef pthread_attr_t attributes
+    cdef sigset_t every, before
+    cdef int error
+    sigfillset(&every)
+    pthread_attr_init(&attributes)
+    pthread_attr_setstacksize(&attributes, STACK_SIZE)
+    pthread_sigmask(SIG_SETMASK, &every, &before)
+    error = pthread_create(&worker.thread, &attributes, work, worker)
+    pthread_sigmask(SIG_SETMASK, &before, NULL)
+    pthread_attr_destroy(&attributes)
+    return -error
+
+
+cdef inline void *quarantine_thread(void *argument) noexcept nogil:
+    """The life of its thread. It also cuts what is left itself, since that may block."""
+    cdef Worker *worker = <Worker *>argument
+    worker_thread(worker)
+    worker.cut = worker_cut(worker, True)
+    connections_free(&worker.dead)
+    return NULL
+
+
+cdef inline void *worker_thread(void *argument) noexcept nogil:
+    """The life of a thread."""
+    cdef Worker *worker = <Worker *>argument
+    cdef Worker *main = worker.main
+    cdef int failure = 0
+    while failure == 0 and not worker.stopping:
+        failure = worker_turn(worker, -1)
+        mailbox_return(&main.mailbox, &worker.failed, &worker.ended)
+    if failure < 0:
+        atomic_set(&worker.gauges.worker_error, -failure)
+        mailbox_wake(&main.mailbox)
+    return NULL
+
+
+# ── alive? ───────────────────────────────────────────────────────────────────────────────────────
+
+cdef inline void workers_ping(Worker *main) noexcept nogil:
+    atomic_add(&main.workers.ping_sequence, 1)
+    workers_order(main, ORDER_ANSWER)
+
+
+cdef inline bint workers_answered(const Worker *main) noexcept nogil:
+    """Whether every thread has answered since crew_ask()."""
+    cdef int i
+    for i in range(main.workers.count):
+        if atomic_get(&main.workers.each[i].answered_ping) != main.workers.ping_sequence:
+            return False
+    return True
+
+
+# ── stop ─────────────────────────────────────────────────────────────────────────────────────────
+
+cdef inline int workers_stop(Worker *main, bint reset) noexcept nogil:
+    """End every thread and cut its connections; how many those were."""
+    cdef Worker *worker
+    cdef int i, count = 0
+    workers_order(main, ORDER_STOP)
+    for i in range(main.workers.count):  # all, before any is freed to which another may still give
+        pthread_join(main.workers.each[i].thread, NULL)
+    count += quarantine_stop(main)
+    for i in range(main.workers.count):
+        worker = main.workers.each[i]
+        worker_read_mailbox(worker)  # what a thread has left that could not go on
+        count += worker_cut(worker, reset)
+        worker_inherit(main, worker)
+        worker_free(worker)
+    main.workers.count = 0
+    main.offloads_when_busy = False  # and no other crew is asked for
+    if main.mailbox.wake_fd >= 0:
+        worker_read_mailbox(main)
+    return count
+
+
+cdef inline int quarantine_stop(Worker *main) noexcept nogil:
+    """End its thread and cut its connections; how many those were.
+
+    A thread that blocks is left alone, and boss.crew.quarantine tells: what it uses must stay.
+    Its connections are cut by the end of the process, as endpoint_exile() has prepared.
+    """
+    cdef Worker *worker = main.workers.quarantine
+    cdef int count
+    if worker == NULL:
+        return 0
+    mailbox_order(&worker.mailbox, ORDER_STOP)
+    if not thread_join_within(worker, QUARANTINE_STOP_MS):
+        return atomic_get(&worker.connection_count)
+    count = worker.cut
+    quarantine_end(main.quarantine)
+    worker_inherit(main, worker)
+    main.workers.quarantine = NULL
+    worker_free(worker)
+    return count
+
+
+cdef inline bint thread_join_within(Worker *worker, int ms) noexcept nogil:
+    """Wait until its thread has ended, but no longer than `ms`."""
+    cdef timespec until
+    clock_gettime(CLOCK_REALTIME, &until)
+    until.tv_nsec += ms * 1000000
+    until.tv_sec += until.tv_nsec // 1000000000
+    until.tv_nsec %= 1000000000
+    return pthread_timedjoin_np(worker.thread, NULL, &until) == 0
+
+
+cdef inline void worker_inherit(Worker *main, Worker *worker) noexcept nogil:
+    """Take over what a relay that is to go has counted and has not reported yet."""
+    cdef int i
+    for i in range(ENDING_COUNT):
+        counter_add(&main.ends[i], worker.ends[i])
+    for i in range(2):
+        counter_add(&main.ctx.counters.forwarded[i], worker.ctx.counters.forwarded[i])
+    counter_add(&main.handed_over, worker.handed_over)
+    counter_add(&main.ctx.counters.spliced, worker.ctx.counters.spliced)
+    counter_add(&main.ctx.counters.copied, worker.ctx.counters.copied)
+    list_move_all(&main.failed, &worker.failed)
+    list_move_all(&main.ended, &worker.ended)
+
+
+cdef inline void worker_free(Worker *worker) noexcept nogil:
+    """One whose thread has ended, or never was."""
+    worker_close_mailbox(worker)
+    worker_destroy(worker)
+    free(worker)
+
+
+# ── mailboxes ────────────────────────────────────────────────────────────────────────────────────
+
+cdef inline int worker_open_mailbox(Worker *worker) noexcept nogil:
+    """Open its inbox, so that other threads can leave something here; 0 or -errno."""
+    cdef epoll_event event
+    cdef int failure
+    if worker.mailbox.wake_fd >= 0:
+        return 0
+    failure = mailbox_init(&worker.mailbox, KIND_MAILBOX)
+    if failure < 0:
+        return failure
+    event.events = EPOLLIN
+    event.data.ptr = &worker.mailbox
+    if epoll_ctl(worker.ctx.epoll, EPOLL_CTL_ADD, worker.mailbox.wake_fd, &event) < 0:
+        failure = -errno
+        mailbox_destroy(&worker.mailbox)
+    return failure
+
+
+cdef inline void worker_close_mailbox(Worker *worker) noexcept nogil:
+    """Only once it is empty."""
+    if worker.mailbox.wake_fd >= 0:
+        epoll_ctl(worker.ctx.epoll, EPOLL_CTL_DEL, worker.mailbox.wake_fd, NULL)
+    mailbox_destroy(&worker.mailbox)
+
+
+cdef inline void workers_order(const Worker *main, uint32_t order) noexcept nogil:
+    cdef int i
+    for i in range(main.workers.count):
+        mailbox_order(&main.workers.each[i].mailbox, order)

@@ -1,0 +1,289 @@
+"""A relay that does what a test says, on a clock that only the test moves."""
+
+import errno
+import os
+from types import SimpleNamespace
+
+from proxyd._relay import ENDINGS, AcceptFailed, ConnectFailed, Ended, Ready
+
+UP = 0
+LATER = errno.EINPROGRESS
+
+STAY, GONE, NO_FDS = "stay", "gone", "no fds"
+"""What becomes of a client in the backlog: served; accepted, but it has left; not accepted."""
+
+FIRST_DIALLED = 100_000
+"""Sockets of dial() have numbers from here on, which are never reused."""
+
+RUNS_MAX = 100
+"""How often run() may be called without any time passing."""
+
+
+class SleepsForeverError(Exception):
+    """The policy waits, and nothing is going to happen any more."""
+
+
+class Answers:
+    """In a plan: dial() succeeds, and connected() returns `error`."""
+
+    def __init__(self, error):
+        self.error = error
+
+
+class FakeListener:
+    """In place of a RelayListener: records what it is told."""
+
+    start_error = 0
+    """With which start() fails."""
+
+    def __init__(self, relay, fd, family, check, index):
+        self.check = check
+        self.accepting = False
+        self.auto_connects = None
+        """(address, timeout in ms) of the last auto_connect()."""
+        self.connected_count = 0
+        if isinstance(relay, FakeRelay):
+            relay.listeners.append(self)
+
+    def start(self):
+        if self.start_error:
+            raise OSError(self.start_error, "")
+        assert not self.accepting
+        self.accepting = True
+
+    def stop(self):
+        assert self.accepting
+        self.accepting = False
+
+    def auto_connect(self, address, timeout_ms=0):
+        self.auto_connects = (address, timeout_ms)
+
+
+class FakeRelay:
+    """In place of a Relay.
+
+    `plan` says by address how a connect ends: UP, LATER, an errno with which it fails at once, or
+    Answers; or it is a function of the time since `start_ms` that says so. Without a plan,
+    everything is UP.
+    """
+
+    def __init__(self, plan=None, start_ms=0):
+        self.plan = plan
+        self.start_ms = self.now_ms = self.last_end_ms = start_ms
+        # connects
+        self.attempts = []
+        """(ms since the start, address, timeout) of connect(); of dial() with the timeout None."""
+        self.served = []
+        """(client, preamble) of each connection."""
+        self.watched = {}
+        self.dialled = {}
+        """fd → what connected() returns."""
+        self.fds = {}
+        """address → fds of its dial() calls."""
+        self.received = {}
+        """fd of dial() → what peek() returns."""
+        self.last_id = 0
+        self.adopt_error = 0
+        self.resets, self.closes = [], []  # sockets to the target
+        self.cut, self.let_go = [], []  # clients
+        # the loop
+        self.script = []
+        """(ms, what to call then): it returns events, or None."""
+        self.backlog = []
+        self.listeners = []
+        self.runs = 0
+        self.connections = self.in_quarantine = self.held = self.connections_max = 0
+        self.idle_ms = 0
+        self.wake_at_count = -1
+        self.wake_on_first = False
+        self.report_ends = False
+        self.accepted = 0
+        self.ended = []
+        # threads
+        self.thread_count = 1
+        self.threads_max = 100
+        self.handed_over = 0
+        self.stats = []
+        """The fds of offload_when_busy()."""
+        self.workers_answered = True
+        self.pings = 0
+
+    # ── what tests say ───────────────────────────────────────────────────────────────────────
+
+    def at(self, ms, *actions):
+        """Call each action `ms` after the start, within run()."""
+        self.script += [(self.start_ms + ms, action) for action in actions]
+        self.script.sort(key=lambda entry: entry[0])
+
+    def ready(self, fd, events):
+        """Have the next run() return that `fd` is ready."""
+        self.script.insert(0, (self.now_ms, lambda: [Ready(fd, events)]))
+
+    def come(self):
+        self.backlog.append(STAY)
+
+    def leave(self):
+        self.connections -= 1
+        self.last_end_ms = self.now_ms
+
+    @property
+    def times(self):
+        return [at_ms for at_ms, _, _ in self.attempts]
+
+    @property
+    def dials(self):
+        return [(at_ms, address) for at_ms, address, _ in self.attempts]
+
+    @property
+    def order(self):
+        return [address for _, address, _ in self.attempts]
+
+    def times_of(self, address):
+        return [at_ms for at_ms, one, _ in self.attempts if one == address]
+
+    def pending(self, address):
+        """The sockets that dial() has made for an address, and that are still there."""
+        return [fd for fd in self.fds.get(address, []) if fd in self.dialled]
+
+    # ── connects ─────────────────────────────────────────────────────────────────────────────
+
+    def connect(self, client, family, address, preamble=None, listener=0, timeout_ms=0):
+        self.attempts.append((self.now_ms - self.start_ms, address, timeout_ms))
+        outcome = self._outcome(address)
+        if outcome not in (UP, LATER):
+            return ConnectFailed(listener, client, outcome, preamble or b"", self.now_ms, 0)
+        return self._connected(client, preamble)
+
+    def dial(self, address):
+        self.attempts.append((self.now_ms - self.start_ms, address, None))
+        outcome = self._outcome(address)
+        if isinstance(outcome, Answers):
+            outcome = outcome.error
+        elif outcome not in (UP, LATER):
+            raise OSError(outcome, "")
+        fd = FIRST_DIALLED + len(self.attempts)
+        self.dialled[fd] = outcome
+        self.fds.setdefault(address, []).append(fd)
+        return fd
+
+    def adopt(self, client, family, fd, preamble=None, error=0):
+        if self.adopt_error:
+            raise OSError(self.adopt_error, "")
+        del self.dialled[fd]
+        return self._connected(client, preamble)
+
+    def hang_up(self, fd, reset=False):
+        if fd in self.dialled:
+            del self.dialled[fd]
+            (self.resets if reset else self.closes).append(fd)
+        else:
+            self.unwatch(fd)
+            (self.cut if reset else self.let_go).append(fd)
+            os.close(fd)
+
+    def watch(self, fd, events=1):
+        assert fd not in self.watched
+        self.watched[fd] = events
+
+    def unwatch(self, fd):
+        self.watched.pop(fd, None)
+
+    def connected(self, fd):
+        """In place of the module's function."""
+        return self.dialled[fd]
+
+    def peek(self, fd):
+        """In place of the module's function."""
+        return self.received.get(fd, -errno.EAGAIN)
+
+    def _outcome(self, address):
+        outcome = UP if self.plan is None else self.plan[address]
+        return outcome(self.now_ms - self.start_ms) if callable(outcome) else outcome
+
+    def _connected(self, client, preamble):
+        self.last_id += 1
+        self.connections += 1
+        self.served.append((client, preamble or b""))
+        return self.last_id
+
+    # ── the loop ─────────────────────────────────────────────────────────────────────────────
+
+    def run(self, timeout_ms=-1):
+        until_ms = self.now_ms + timeout_ms if timeout_ms >= 0 else None
+        began_ms = self.now_ms
+        while True:
+            before = self.connections
+            events = self._turn(until_ms)
+            if events or before > self.wake_at_count >= self.connections:
+                break
+            if self.wake_on_first and before == 0 and self.connections > 0:
+                break
+            if until_ms is not None and self.now_ms >= until_ms:
+                break
+        self.runs = self.runs + 1 if self.now_ms == began_ms else 0
+        assert self.runs < RUNS_MAX, "it spins"
+        return events
+
+    def _turn(self, until_ms):
+        while self.script and self.script[0][0] <= self.now_ms:
+            before = self.connections
+            events = self.script.pop(0)[1]()
+            if events or self.connections != before:
+                return events or []
+        if self.backlog and any(listener.accepting for listener in self.listeners):
+            return self._accept()
+        if self.script and (until_ms is None or self.script[0][0] <= until_ms):
+            self.now_ms = self.script[0][0]
+            return []
+        if until_ms is None:
+            raise SleepsForeverError
+        self.now_ms = until_ms
+        ended, self.ended = self.ended, []
+        return ended
+
+    def _accept(self):
+        if self.backlog[0] == NO_FDS:
+            return [AcceptFailed(0, errno.EMFILE)]
+        self.accepted += 1
+        if self.backlog.pop(0) == STAY:
+            self.connections += 1
+        else:
+            self.last_end_ms = self.now_ms
+        return []
+
+    def close_all(self):
+        cut, self.connections = self.connections, 0
+        if self.report_ends:
+            self.ended += [Ended(1, "cut", 5, 6, 70, 0, 0)] * cut
+        return cut
+
+    def totals(self):
+        return SimpleNamespace(
+            accepted=self.accepted,
+            refused=0,
+            bytes_to_targets=10,
+            bytes_to_clients=20,
+            spliced=0,
+            copied=30,
+            endings=dict.fromkeys(ENDINGS, 0),
+        )
+
+    def take_over(self, fd, family):
+        pass
+
+    def trim_pipes(self):
+        pass
+
+    # ── threads ──────────────────────────────────────────────────────────────────────────────
+
+    def offload_when_busy(self, stat, **rules):
+        self.stats.append(stat)
+        self.rules = rules
+
+    def start_worker(self):
+        if self.thread_count == self.threads_max:
+            raise OSError(errno.EAGAIN, "")
+        self.thread_count += 1
+
+    def ping_workers(self):
+        self.pings += 1
