@@ -51,7 +51,7 @@ def _open_standard_fds() -> None:
                 continue  # it is open
             try:
                 os.open("/dev/null", os.O_RDWR)  # the lowest free number, which is fd
-            except OSError:  # pragma: no cover - no /dev/null: ci/faults --only python.open
+            except OSError:  # pragma: no cover - no /dev/null: `ci/test faults` has it
                 return
 
 

@@ -312,11 +312,6 @@ class _Thread:
         finally:
             _signal.pthread_sigmask(_signal.SIG_SETMASK, mask)
 
-    def finish(self) -> None:
-        """Wait until all is written, but not for long: the terminal may have stopped for good."""
-        self.put(b"")
-        self._done.acquire(timeout=_FINISH_S)
-
     def put(self, data: bytes) -> int:
         if len(self._queue) >= _THREAD_LINES_MAX:
             raise BlockingIOError
@@ -324,7 +319,7 @@ class _Thread:
         return len(data)
 
     def finish(self) -> None:
-        """Wait until all is written, but not for long: the terminal may have stopped for ever."""
+        """Wait until all is written, but not for long: the terminal may have stopped for good."""
         self._append(b"")
         self._done.acquire(timeout=_FINISH_S)
 

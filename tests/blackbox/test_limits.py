@@ -14,8 +14,8 @@ from kit.waiting import wait_until
 
 MIB = 1 << 20
 RESERVE = 13
-"""Files that an idle program keeps free at most: for connects ahead (4), a thread in quarantine (3),
-a client to refuse and the like (proxyd/limits.py)."""
+"""Files that an idle program keeps free at most: for connects ahead (4), a thread in quarantine
+(3), a client to refuse and the like (proxyd/limits.py)."""
 REFUSED = "Hit connection limit, refusing connection."
 
 

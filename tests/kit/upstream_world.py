@@ -8,7 +8,6 @@ import os
 import socket
 
 from kit.fake_relay import UP, FakeRelay
-
 from proxyd import address as sockaddr
 from proxyd._relay import ConnectFailed
 from proxyd.event_loop import EventLoop
