@@ -175,7 +175,7 @@ LIMIT_LINE = "Hit connection limit, refusing connection."
 
 @pytest.mark.parametrize("most", [1, 2, 3])
 @pytest.mark.parametrize("proxy_protocol", [0, 1])
-def test_so_many_and_not_one_more(world, capfd, clock, most, proxy_protocol):
+def test_the_limit_and_not_one_more(world, capfd, clock, most, proxy_protocol):
     sock = world.listen()
     world.listener(sock, world.target("up"))
     acceptor = world.start(most, proxy_protocol)
@@ -238,7 +238,7 @@ def test_a_connect_that_fails_does_not_make_room_for_another_client(world):
     assert sum(map(closed, clients)) == 2
 
 
-def test_a_crowd_whose_connects_fail_counts(world):
+def test_many_clients_whose_connects_fail_count(world):
     """Where many come in turn after turn, several are accepted at a time."""
     sock = world.listen()
     up = world.target("up")
@@ -264,7 +264,7 @@ def test_the_relay_leaves_room_for_held_clients(world):
     assert (world.relay.connections_max, world.relay.held) == (10, 1)
 
 
-# ── who connects ──────────────────────────────────────────────────────────────────────────────────
+# ── where the relay connects by itself ────────────────────────────────────────────────────────────
 
 
 @pytest.fixture
@@ -371,7 +371,7 @@ def test_a_client_that_reset_before_it_was_accepted_keeps_its_address(world, tar
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_a_client_without_an_address_is_refused(world, capfd, version):
-    """Passed in (Accept=yes), and reset by then: accept(2) was somebody else's."""
+    """Passed in (Accept=yes), and reset by then: another process has called accept(2)."""
     sock = world.listen()
     client = world.keep(socket.create_connection(sock.getsockname()))
     served, _ = sock.accept()
@@ -402,7 +402,7 @@ def test_a_client_has_a_name_at_debug_level(world):
 
 
 def test_a_connection_that_was_passed_in(world):
-    """Accept=yes: it is served at once, and nobody else is waited for."""
+    """Accept=yes: it is served at once, and no other client is accepted."""
     ours, theirs = socket.socketpair()
     world.keep(ours)
     theirs.setblocking(False)
@@ -512,7 +512,7 @@ def test_a_pause_ends_when_a_connection_ends(world):
     assert not closed(second)
 
 
-def test_nobody_is_accepted_any_more_when_a_pause_ends_after_disarm(world, fake_listeners):
+def test_no_client_is_accepted_when_a_pause_ends_after_stop(world, fake_listeners):
     """SIGTERM during a pause: what waits stays with the service manager."""
     listener = world.listener(world.listen(), "/run/x")
     acceptor = world.start()

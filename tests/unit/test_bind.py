@@ -151,7 +151,7 @@ def test_a_port_in_time_wait_is_bound_again(opened):
     with socket.create_connection(where) as client:
         with socket.socket(fileno=os.dup(first.fd)) as listening:
             listening.setblocking(True)
-            listening.accept()[0].close()  # who closes first keeps the port in TIME_WAIT
+            listening.accept()[0].close()  # the side that closes first keeps the port in TIME_WAIT
         assert client.recv(1) == b""
     close_listener(first)
     opened(f"127.0.0.1:{where[1]}")
@@ -183,7 +183,7 @@ def test_undecodable_paths(opened, tmp_path):
     assert not os.path.exists(path)
 
 
-def test_a_socket_file_of_somebody_else_stays(opened, tmp_path):
+def test_a_socket_file_of_another_process_stays(opened, tmp_path):
     path = tmp_path / "s"
     listener = opened(str(path))
     os.rename(path, tmp_path / "old")  # keeps the inode in use
@@ -219,7 +219,7 @@ def test_a_live_socket_file_is_an_error(opened, tmp_path, backlog):
 
 
 class Slow(_socket.socket):
-    """A socket whose listen() waits until somebody else had their chance."""
+    """A socket whose listen() waits until another process had its chance."""
 
     bound = threading.Event()
     tried = threading.Event()
@@ -262,7 +262,7 @@ def test_a_socket_that_is_about_to_listen_is_not_stale(opened, tmp_path, monkeyp
 @pytest.fixture(params=["held", "unreadable"])
 def no_lock(request, tmp_path, monkeypatch):
     """The folder cannot be locked; why."""
-    if request.param == "held":  # by somebody who does not give it back
+    if request.param == "held":  # by a process that does not release it
         monkeypatch.setattr(bind, "LOCK_S", 0.05)
         fd = os.open(tmp_path, os.O_RDONLY)
         fcntl.flock(fd, fcntl.LOCK_EX)
@@ -309,7 +309,7 @@ def test_without_the_lock_one_in_use_is_in_use(opened, tmp_path, no_lock):
 
 
 def test_a_socket_file_is_unlinked_while_it_is_listened_to(opened, tmp_path, monkeypatch):
-    """Once nobody listens on it, another start may replace it, and have the same inode."""
+    """Once it does not listen any more, another start may replace it, and get the same inode."""
     path = tmp_path / "s"
     listener = opened(str(path))
     seen = []

@@ -213,7 +213,7 @@ def test_the_address_that_answered_is_tried_first(world):
     assert one.relay.order[-1] == A
 
 
-def test_two_that_answer_at_the_same_moment_are_both_of_use(world):
+def test_two_that_answer_at_the_same_moment_are_both_used(world):
     """A connection that is made is never closed plainly: it would be an empty probe."""
     one = world({A: LATER, B: LATER})
     one.begin()
@@ -236,7 +236,7 @@ def test_a_silent_host_gets_another_attempt_every_second(world):
     assert one.relay.closes == []
 
 
-def test_the_first_that_answers_wins_and_another_is_of_use_too(world):
+def test_the_first_that_answers_wins_and_another_is_used_too(world):
     one = world({A: LATER}, clients=2)
     one.begin()
     one.run(2500)
@@ -247,7 +247,7 @@ def test_the_first_that_answers_wins_and_another_is_of_use_too(world):
     assert one.relay.resets == [first]  # its SYNs are repeated more and more seldom
 
 
-def test_an_attempt_that_must_make_way_and_has_just_answered_is_of_use(world):
+def test_an_attempt_that_must_give_way_and_has_just_answered_is_used(world):
     one = world({A: LATER})
     one.begin()
     one.run(3999)
@@ -269,7 +269,7 @@ def test_what_is_left_over_is_reset(world):
     assert len(one.relay.resets) == 2
 
 
-def test_a_connection_that_nobody_takes_is_reset(world):
+def test_a_connection_that_is_not_taken_is_reset(world):
     one = world({A: UP})
     one.attempts.begin([A], 0)
     one.attempts.step(0, 1, 1)
@@ -357,7 +357,7 @@ def test_eagain_is_congestion_of_a_unix_target_only(world):
     assert one.attempts.temporary
 
 
-def test_attempts_that_nobody_wants_any_more_are_given_up(world):
+def test_attempts_that_are_not_wanted_any_more_are_given_up(world):
     one = world({A: LATER}, clients=20)
     one.begin(wanted=20)
     one.wanted = 1
@@ -398,7 +398,7 @@ def test_the_error_after_which_a_retry_may_help_is_kept(world, order):
     assert one.attempts.temporary
 
 
-def test_an_error_for_ever(world):
+def test_a_permanent_error(world):
     one = world({A: errno.EPROTOTYPE})
     one.begin()
     assert one.attempts.over
@@ -423,7 +423,7 @@ def test_a_target_that_has_reset_was_reached(world, address, error):
 
 @pytest.mark.parametrize("error", [errno.ECONNRESET, errno.EPIPE])
 def test_a_reset_refuses_on_vsock(world, error):
-    """virtio's word for a port on which nobody listens."""
+    """That is how virtio reports a port without a listener."""
     one = world({VSOCK: LATER})
     one.begin()
     assert one.answer(VSOCK, error) == []
@@ -502,7 +502,7 @@ def test_no_further_attempt_while_one_is_watched(world):
     assert len(one.winners) == 1
 
 
-def test_one_that_is_watched_is_reset_where_nobody_is_left(world):
+def test_one_that_settles_is_reset_if_no_client_is_left(world):
     one = world({A: UP}, settle_ms=50)
     one.begin()
     one.attempts.stop()

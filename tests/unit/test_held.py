@@ -23,7 +23,7 @@ def test_a_held_client_that_hangs_up_is_dropped(world):
 
 
 @pytest.mark.parametrize("others", [0, 1])
-def test_a_client_that_goes_when_its_race_was_won_in_the_same_batch(world, others):
+def test_a_client_that_leaves_in_the_batch_in_which_its_attempt_succeeds(world, others):
     """With others held, its attempt is still checked."""
     one = world(plan=errno.ECONNREFUSED)
     fd = one.come()
@@ -37,7 +37,7 @@ def test_a_client_that_goes_when_its_race_was_won_in_the_same_batch(world, other
     one.tick()
     assert one.gone(fd)
     assert one.served == held  # its connection is for the next
-    assert one.relay.resets == ([] if others else [dialled])  # or is reset, with nobody left
+    assert one.relay.resets == ([] if others else [dialled])  # or is reset, with no client left
     assert one.relay.closes == []
 
 
@@ -99,7 +99,7 @@ def test_a_client_that_leaves_is_told_at_debug_level(world, capfd):
     assert f"client{fd} → {TCP}: client gone while it was held." in capfd.readouterr().err
 
 
-def test_who_is_cut_sees_a_reset_and_who_is_given_up_a_plain_end(world):
+def test_a_client_that_is_cut_sees_a_reset_and_one_given_up_a_plain_end(world):
     one = world(plan=errno.ECONNREFUSED, timeout_ms=1000)
     given_up = one.come()
     one.run(500)

@@ -267,7 +267,7 @@ def test_a_full_socket_costs_lines_which_are_counted():
 
 
 @pytest.mark.parametrize("proc", ["", HIDDEN], ids=["proc", "no proc"])
-def test_a_terminal_that_nobody_reads_costs_lines(terminal, proc):
+def test_a_terminal_that_is_not_read_costs_lines(terminal, proc):
     _, slave = terminal
     program = proc + (
         "for _ in range(5000): log.error('x' * 99)\n"

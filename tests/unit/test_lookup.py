@@ -241,7 +241,7 @@ def test_a_look_up_that_hangs(world, capfd):
         "Failed to resolve host: no answer yet (backend), holding clients until it answers.",
         "Failed to resolve host: no answer yet (backend).",
     ]
-    one.names.reply([inet(1, 0)])  # at last: nobody is there any more
+    one.names.reply([inet(1, 0)])  # too late: no client is left
 
 
 def test_a_look_up_that_is_late_is_used_when_it_comes(world, capfd):

@@ -139,7 +139,7 @@ def look_up(names, host, now_ms):
     return asker.heard
 
 
-# ── one look-up ──────────────────────────────────────────────────────────────────────────────────
+# ── one look-up ───────────────────────────────────────────────────────────────────────────────────
 
 
 def test_answer(names, server):
@@ -188,7 +188,7 @@ def test_scope_is_kept(names, server):
     assert look_up(names, HOST, 0) == [([address], None)]
 
 
-# ── reuse ────────────────────────────────────────────────────────────────────────────────────────
+# ── reuse ─────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_concurrent_look_ups_of_a_name_are_one(names, server):
@@ -255,7 +255,7 @@ def test_clients_keep_an_answer_fresh_and_wait_for_none(names, server, took_ms):
         assert names.current(HOST, now_ms) == [sockaddr.pack_inet(f"192.0.2.{last + 1}", 0)]
 
 
-def test_nothing_is_looked_up_while_nobody_comes(names, server):
+def test_nothing_is_looked_up_while_no_client_comes(names, server):
     server.answers[HOST] = found(V4)
     look_up(names, HOST, 0)
     assert names.current(HOST, STALE_MS) == []
@@ -283,7 +283,7 @@ def test_a_failure_serves_for_a_second_too(names, server):
     assert look_up(names, HOST, FRESH_MS) == [([V4], None)]
 
 
-# ── the last good answer ─────────────────────────────────────────────────────────────────────────
+# ── the last good answer ──────────────────────────────────────────────────────────────────────────
 
 
 FAILURES = [AGAIN, FAIL, OSError(5, "Input/output error"), OSError(24, "no fd"), MemoryError()]
@@ -301,7 +301,7 @@ def test_the_last_good_answer_serves_when_a_look_up_fails(names, server, capfd, 
 
 
 @pytest.mark.parametrize("error", FAILURES)
-def test_while_look_ups_fail_nobody_waits_for_them(names, server, error):
+def test_while_look_ups_fail_no_client_waits_for_them(names, server, error):
     server.answers[HOST] = found(V4)
     look_up(names, HOST, 0)
     server.answers[HOST] = error
@@ -334,7 +334,7 @@ def test_a_name_that_is_gone_has_no_address(names, server, capfd, answer):
 
 
 @pytest.mark.parametrize("answer", [NONAME, NODATA])
-def test_that_a_name_is_gone_is_seen_by_the_look_up_that_nobody_waits_for(names, server, answer):
+def test_a_look_up_without_a_waiting_client_sees_that_a_name_is_gone(names, server, answer):
     server.answers[HOST] = found(V4)
     look_up(names, HOST, 0)
     server.answers[HOST] = answer
@@ -426,7 +426,7 @@ def test_the_warning_about_old_addresses_is_limited(names, server, capfd):
     assert len(capfd.readouterr().err.splitlines()) == 1
 
 
-# ── threads ──────────────────────────────────────────────────────────────────────────────────────
+# ── threads ───────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_hanging_look_ups_block_neither_us_nor_others(names, server):
@@ -603,7 +603,7 @@ def test_the_eventfd_is_not_inherited(names):
     assert not os.get_inheritable(names.fd)
 
 
-# ── the real thing ───────────────────────────────────────────────────────────────────────────────
+# ── the real thing ────────────────────────────────────────────────────────────────────────────────
 
 
 def test_localhost():
@@ -615,7 +615,7 @@ def test_localhost():
     assert addresses
 
 
-# ── the order of addresses ───────────────────────────────────────────────────────────────────────
+# ── the order of addresses ────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,7 @@ def test_ready_with_a_status(world):
     assert one.hear() == ["READY=1\nSTATUS=0 connections"]
 
 
-def test_nobody_listens(world):
+def test_without_a_service_manager(world):
     one = world(wanted=False, WATCHDOG_USEC="1000")
     one.notifier.ready()
     one.notifier.stopping(0, waits=True)
@@ -351,13 +351,13 @@ def test_an_old_sign_of_life_is_not_sent_for_a_thread_that_has_stopped(world):
     assert one.run(10_000) == []
 
 
-def test_the_end_waits_for_nobody(world):
+def test_the_end_does_not_wait(world):
     one = world()
     one.fill()
     one.notifier.stopping(0, waits=False)  # returns
 
 
-def test_a_socket_that_nobody_has_is_tried_seldom(tmp_path, capfd):
+def test_a_socket_without_a_reader_is_tried_seldom(tmp_path, capfd):
     log.setup({})
     path = tmp_path / "notify"
     one = World(NotifySocket({"NOTIFY_SOCKET": str(path)}), list, None)

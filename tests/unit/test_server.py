@@ -129,7 +129,7 @@ def test_it_ends_after_a_time_without_a_connection_counted_from_the_start(world)
     assert world.told == ["READY=1", "STOPPING=1"]
 
 
-def test_without_exit_idle_time_it_waits_for_ever(world):
+def test_without_exit_idle_time_it_waits_forever(world):
     with pytest.raises(SleepsForeverError):
         world.serve()
 
@@ -144,7 +144,7 @@ def test_the_time_counts_from_the_last_connection_s_end(world):
     assert world.now_ms == 26_000
 
 
-def test_a_connection_in_between_counts_even_if_nobody_was_told(world):
+def test_a_connection_in_between_counts_without_an_event(world):
     """One that comes and goes while the relay runs on by itself."""
     world.environ.clear()
     world.options.exit_idle_time = 5_000_000
@@ -154,7 +154,7 @@ def test_a_connection_in_between_counts_even_if_nobody_was_told(world):
     assert world.now_ms == 9000
 
 
-def test_who_started_it_is_served_even_with_no_idle_time_at_all(world):
+def test_the_client_that_started_it_is_served_without_idle_time(world):
     world.options.exit_idle_time = 0
     world.relay.backlog = [STAY]
     world.relay.at(60_000, world.relay.leave)
@@ -163,13 +163,13 @@ def test_who_started_it_is_served_even_with_no_idle_time_at_all(world):
     assert world.now_ms == 60_000
 
 
-def test_with_no_idle_time_and_nobody_there_it_ends_at_once(world):
+def test_without_idle_time_and_without_a_client_it_ends_at_once(world):
     world.options.exit_idle_time = 0
     assert world.serve() == 0
     assert world.now_ms == 0
 
 
-def test_who_came_at_the_last_moment_is_served(world):
+def test_a_client_of_the_last_moment_is_served(world):
     world.options.exit_idle_time = 5_000_000
     world.relay.at(5000, world.relay.come)
     world.relay.at(30_000, world.relay.leave)
@@ -179,8 +179,8 @@ def test_who_came_at_the_last_moment_is_served(world):
 
 
 @pytest.mark.parametrize("exit_idle_time", [0, 5_000_000])
-def test_before_an_idle_exit_everybody_is_accepted(world, exit_idle_time):
-    """The first in the backlog may have left; who is behind him waits all the same."""
+def test_before_an_idle_exit_every_client_is_accepted(world, exit_idle_time):
+    """The first in the backlog may have left; those behind it wait all the same."""
     world.options.exit_idle_time = exit_idle_time
 
     def at_the_last_moment():
@@ -204,7 +204,7 @@ def test_a_signal_at_the_last_moment_does_not_hide_a_client(world):
 
 
 @pytest.mark.parametrize("exit_idle_time", [0, 50_000])
-def test_who_cannot_be_accepted_yet_is_no_idleness(world, exit_idle_time):
+def test_a_client_that_cannot_be_accepted_yet_is_not_idleness(world, exit_idle_time):
     """No fds were left: the client waits for the end of the pause, and so do we."""
     world.options.exit_idle_time = exit_idle_time
     world.relay.backlog = [NO_FDS]
@@ -310,7 +310,7 @@ def test_a_second_signal_ends_it_at_once(world, second, drain):
     assert world.now_ms == 4000
 
 
-def test_while_it_stops_nobody_is_accepted(world):
+def test_while_it_stops_no_client_is_accepted(world):
     world.options.drain_timeout = None
     world.relay.at(0, world.relay.come)
     world.relay.at(3000, world.signal(signal.SIGTERM), world.relay.come)
@@ -319,7 +319,7 @@ def test_while_it_stops_nobody_is_accepted(world):
     assert world.relay.backlog == [STAY]  # is the service manager's
 
 
-def test_nor_when_a_pause_ends_meanwhile(world):
+def test_while_it_stops_a_pause_that_ends_changes_nothing(world):
     world.options.drain_timeout = None
     world.relay.at(0, world.relay.come)
 

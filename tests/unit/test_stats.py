@@ -91,7 +91,7 @@ def test_status_of_one_and_of_none():
     assert status(relay(0), []) == "0 connections, 0B forwarded"
 
 
-def test_who_waits_for_no_more_than_a_prompt_look_up_is_a_connection_already():
+def test_a_client_that_waits_for_a_prompt_look_up_is_a_connection_already():
     upstreams = [upstream("a:1", held=2, waiting=0), upstream("b:2", held=3)]
     assert status(relay(1), upstreams) == "3 connections, 3 waiting for b:2, 0B forwarded"
 

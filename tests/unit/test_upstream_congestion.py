@@ -39,7 +39,7 @@ def test_as_many_as_fit_are_let_in_in_their_order(world):
     assert one.upstream.auto_connect_address
 
 
-def test_nobody_overtakes_while_others_wait_for_room(world):
+def test_no_client_overtakes_while_others_wait_for_room(world):
     room = Backlog(0)
     one = world(UNIX, plan=room)
     first = one.come()

@@ -46,7 +46,7 @@ def test_a_new_outage_begins_with_short_pauses_again(world):
     assert one.relay.times == [5000, *(5000 + at for at in SCHEDULE)]
 
 
-def test_who_comes_alone_later_in_an_outage_has_short_pauses(world):
+def test_a_single_client_later_in_an_outage_has_short_pauses(world):
     one = world(plan=errno.ECONNREFUSED, timeout_ms=2000)
     one.come()
     one.run(60_000)
@@ -156,7 +156,7 @@ def test_followers_that_fail_wait_on(world):
     assert one.served == clients
 
 
-def test_who_comes_while_others_are_held_is_held_too(world):
+def test_a_client_is_held_while_others_are_held(world):
     one = world(plan=up_at(50))
     one.come()
     one.run(50 - 1)

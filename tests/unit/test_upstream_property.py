@@ -76,7 +76,7 @@ def test_whatever_happens_each_client_is_in_one_place(first, moments, timeout_ms
             assert served.isdisjoint(held)
             assert all(one.gone(fd) == (fd not in served | held) for fd in one.peers)
             assert set(one.relay.watched) == held
-            if held:  # somebody will call us again, or the target or a name server must answer
+            if held:  # step() will be called, or the target or a name server must answer
                 waits = one.relay.dialled or (named and one.names.waiting)
                 assert one.upstream.next_ms() is not None or waits
             if held and timeout_ms:

@@ -64,7 +64,7 @@ def test_a_target_that_always_lets_go_is_given_up(world, capfd):
 
 
 def test_a_target_is_watched_to_the_end_though_connect_timeout_is_shorter(world):
-    """It has been reached: otherwise nobody would ever be served."""
+    """It has been reached: otherwise no client would ever be served."""
     one = world(settle_ms=500, timeout_ms=300)
     clients = [one.come() for _ in range(3)]
     one.run(499)
@@ -171,7 +171,7 @@ def test_an_outage_has_a_target_proven_anew(world):
     assert one.served == [fd, second]
 
 
-def test_congestion_does_not(world):
+def test_congestion_leaves_a_target_proven(world):
     room = Backlog(1)
     one = world(UNIX, plan=room, settle_ms=50)
     one.come()

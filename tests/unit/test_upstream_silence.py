@@ -43,7 +43,7 @@ def test_a_silent_name_is_an_outage_after_a_second(world, capfd):
     assert "Connection timed out (backend:80), holding clients" in capfd.readouterr().err
 
 
-def test_the_host_comes_and_everybody_is_served(world):
+def test_the_host_comes_up_and_every_client_is_served(world):
     """By the youngest attempt; the others' connections are for the next clients."""
     one = world(plan=errno.ECONNREFUSED, timeout_ms=None)
     clients = [one.come() for _ in range(6)]
@@ -67,7 +67,7 @@ def test_new_clients_do_not_wait_behind_a_silent_attempt(world):
     assert fd in one.served
 
 
-def test_a_surplus_connection_is_reset_where_nobody_is_left(world):
+def test_a_surplus_connection_is_reset_if_no_client_is_left(world):
     one = world(plan=errno.ECONNREFUSED, timeout_ms=None)
     one.come()
     one.relay.plan[one.address] = LATER
@@ -112,7 +112,7 @@ def test_a_name_that_gets_another_address_while_the_old_one_is_silent(world):
 
 @pytest.mark.parametrize("code", [_socket.EAI_NONAME, _socket.EAI_AGAIN])
 def test_a_name_that_is_gone_while_its_address_is_silent(world, code):
-    """Whoever has the address by the time it answers may be another service."""
+    """By the time it answers, the address may belong to another service."""
     one = world(NAME, plan={inet(1): LATER}, answer=([inet(1, 0)], None))
     fd = one.come()
     one.run(1500)
@@ -123,7 +123,7 @@ def test_a_name_that_is_gone_while_its_address_is_silent(world, code):
 
 
 @pytest.mark.parametrize("timeout_ms", [None, 0])
-def test_a_look_up_that_fails_for_ever_while_an_address_is_silent(world, timeout_ms):
+def test_a_look_up_that_fails_for_good_while_an_address_is_silent(world, timeout_ms):
     plan = {inet(1): LATER, inet(2): errno.ECONNREFUSED}
     answer = ([inet(1, 0), inet(2, 0)], None)
     one = world(NAME, plan=plan, answer=answer, timeout_ms=timeout_ms)
