@@ -372,9 +372,11 @@ count_lines() {
         warn "without a reason"
         status=1
     fi
+    # All functions that Cython makes have names that gcovr takes for the compiler's own; and a source
+    # that gcov does not find is text within Cython.
     (cd "$BUILD/source" && "$BUILD_PYTHON" -m gcovr --root . --filter 'proxyd/.*\.(pyx|pxd)$' \
-        --exclude-lines-by-pattern "$NO_STATEMENT" --merge-lines --warn-excluded-lines-with-hits \
-        --fail-under-line 100 build) || status=1
+        --include-internal-functions --gcov-ignore-errors=source_not_found --merge-lines \
+        --exclude-lines-by-pattern "$NO_STATEMENT" --fail-under-line 100 build) || status=1
     (cd "$BUILD" && venv/bin/python -m coverage combine --rcfile=coveragerc -q &&
         venv/bin/python -m coverage report --rcfile=coveragerc) || status=1
     return $status

@@ -15,10 +15,15 @@ import tempfile
 import time
 from pathlib import Path
 
+from kit.sockets import open_listener
+
 PATIENCE = 20.0
 """Seconds until a start that neither ends nor runs is a hang."""
 
 STEP = 0.001
+
+LISTENERS = {"tcp": "tcp4", "tcp6": "tcp6", "unix": "abstract"}
+"""What is said of a listener, and its family."""
 
 NO_SOCKETS = "Didn't get any sockets passed in."
 
@@ -71,16 +76,8 @@ def start(executable, case):
 
 def make_fd(kind):
     """What fd 3 or a later one is; None: nothing."""
-    if kind in ("tcp", "tcp6"):
-        sock = socket.socket(socket.AF_INET if kind == "tcp" else socket.AF_INET6)
-        sock.bind(("127.0.0.1" if kind == "tcp" else "::1", 0))
-        sock.listen()
-        return sock
-    if kind == "unix":
-        sock = socket.socket(socket.AF_UNIX)
-        sock.bind("")
-        sock.listen()
-        return sock
+    if kind in LISTENERS:
+        return open_listener(LISTENERS[kind], None)
     if kind == "dgram":
         return socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     if kind == "connected":
