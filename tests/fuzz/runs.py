@@ -135,13 +135,13 @@ def wait(pid):
 
 
 def waits_for_signals(pid):
-    """Whether it has its signals in a signalfd, which is so from the beginning of its service."""
+    """Whether it has handlers for its signals, which is so from the beginning of its service."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except (FileNotFoundError, ProcessLookupError):
         return False
-    blocked = re.search(r"^SigBlk:\s*(\w+)", status, re.MULTILINE)
-    return bool(blocked and int(blocked[1], 16) & 1 << (signal.SIGTERM - 1))
+    caught = re.search(r"^SigCgt:\s*(\w+)", status, re.MULTILINE)
+    return bool(caught and int(caught[1], 16) & 1 << (signal.SIGTERM - 1))
 
 
 def content(file):
