@@ -305,7 +305,7 @@ class _Thread:
         self._wake, self._done = _thread.allocate_lock(), _thread.allocate_lock()
         self._wake.acquire()
         self._done.acquire()
-        # Signals are for the main thread, whose handlers may not be installed yet.
+        # Signals are for the main thread, which may not have its handlers yet.
         mask = _signal.pthread_sigmask(_signal.SIG_BLOCK, _signal.valid_signals())
         try:
             _thread.start_new_thread(self._run, ())

@@ -132,7 +132,7 @@ def wait(pid):
 
 
 def waits_for_signals(pid):
-    """Whether it has a handler for SIGTERM, which is so from the beginning of its service."""
+    """Whether it has handlers for its signals, which is so from the beginning of its service."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except (FileNotFoundError, ProcessLookupError):

