@@ -94,6 +94,10 @@ class Container:
         """`argv` as a command line of the host that runs it in all the container's namespaces."""
         return [*f"nsenter -t {self.leader} -m -u -i -n -p -C -r -w --".split(), *argv]
 
+    def popen_in_our_network(self, argv: list[str]) -> subprocess.Popen:
+        """Start a program of the container on this machine: only the files are the container's."""
+        return subprocess.Popen(["nsenter", "-t", str(self.leader), "-m", "--", *argv])
+
     def run(
         self, script: str, timeout: float = 60, stdin: str | None = None
     ) -> subprocess.CompletedProcess:
@@ -123,6 +127,18 @@ class Container:
             except OSError:
                 continue  # it ended meanwhile
         return 0
+
+    def reboot(self) -> None:
+        """Boot again, in the same overlay: systemd-nspawn stays, its first process is a new one."""
+        before = self.leader
+        self.run("systemctl reboot")
+        deadline = time.monotonic() + HALT_TIMEOUT
+        while os.path.exists(f"/proc/{before}"):
+            if time.monotonic() > deadline:
+                raise ContainerError("the container did not go down")
+            time.sleep(0.02)
+        self.leader = self._wait_for_leader()
+        self._wait_until_running()
 
     def halt(self) -> None:
         """Shut the container down: one SIGTERM to nspawn is a clean halt."""
