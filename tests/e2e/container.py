@@ -53,9 +53,13 @@ class Container:
     """systemd-nspawn as our child. `leader` is the host's pid of the container's pid 1."""
 
     def __init__(self, folder: Path, log: Path):
+        self.folder = folder
         self.log = log
+        self.boot()
+
+    def boot(self) -> None:
         self.groups = container_groups()
-        self.process = start_nspawn(folder, log, self.groups)
+        self.process = start_nspawn(self.folder, self.log, self.groups)
         self.leader = 0
         try:
             self.leader = self._wait_for_leader()
@@ -63,6 +67,11 @@ class Container:
         except BaseException:
             self.halt()
             raise
+
+    def reboot(self) -> None:
+        """Shut down and boot again, in the same overlay."""
+        self.halt()
+        self.boot()
 
     def _wait_for_leader(self) -> int:
         deadline = time.monotonic() + BOOT_TIMEOUT
@@ -127,18 +136,6 @@ class Container:
             except OSError:
                 continue  # it ended meanwhile
         return 0
-
-    def reboot(self) -> None:
-        """Boot again, in the same overlay: systemd-nspawn stays, its first process is a new one."""
-        before = self.leader
-        self.run("systemctl reboot")
-        deadline = time.monotonic() + HALT_TIMEOUT
-        while os.path.exists(f"/proc/{before}"):
-            if time.monotonic() > deadline:
-                raise ContainerError("the container did not go down")
-            time.sleep(0.02)
-        self.leader = self._wait_for_leader()
-        self._wait_until_running()
 
     def halt(self) -> None:
         """Shut the container down: one SIGTERM to nspawn is a clean halt."""
