@@ -62,3 +62,7 @@ complete -c $units -n '__fish_seen_subcommand_from create' -l start-time -x -k -
     -d 'Slowest start of the backend'
 complete -c $units -n '__fish_seen_subcommand_from create' -l namespace \
     -d 'A private network for proxy and backend'
+complete -c $units -n '__fish_seen_subcommand_from create' -l accept \
+    -d 'A process for each connection'
+complete -c $units -n '__fish_seen_subcommand_from create' -l systemd -x \
+    -d 'The oldest systemd for the units'

@@ -53,7 +53,7 @@ class Scope:
         machine = [self.root + one for one in paths.search_path(self.user, rooted)]
         quadlets = [self.root + one for one in paths.quadlet_path(self.user, rooted)]
         if folder and folder not in machine:
-            machine = quadlets = [folder]
+            machine, quadlets = [folder], [folder, *paths.quadlet_beside(folder)]
         user = self.user or folder.endswith("/systemd/user")
         library = Library(machine, self.root, user)
         library.add_quadlets(quadlets)
@@ -66,7 +66,9 @@ def check(arguments: list[str], scope: Scope) -> tuple[list[Finding], int]:
     units: list[str] = []
     proxies = 0
     for argument in arguments:
-        if os.path.isdir(argument):
+        if os.path.isdir(argument) and not scope.root and paths.is_root(argument):
+            proxies += _check_root(argument, scope, findings)
+        elif os.path.isdir(argument):
             for folder, wanted in sorted(_folders(argument, findings).items()):
                 proxies += _check_files(folder, wanted, scope, findings)
         elif "/" in argument or os.path.lexists(argument):
@@ -82,6 +84,12 @@ def check(arguments: list[str], scope: Scope) -> tuple[list[Finding], int]:
     if units or not arguments:
         proxies += _check_machine(units, scope, findings)
     return _sorted(findings), proxies
+
+
+def _check_root(root: str, scope: Scope, findings: list[Finding]) -> int:
+    """Check the units of the machine with this root folder: the system's, and those of users."""
+    users = (True,) if scope.user else (False, True)
+    return sum(_check_machine([], Scope(root, user), findings) for user in users)
 
 
 def _check_files(folder: str, wanted: list[str], scope: Scope, findings: list[Finding]) -> int:

@@ -12,6 +12,7 @@ from proxyd.units.rule import Finding
 from proxyd.units.text import Text
 
 _QUADLET = (".container", ".pod", ".kube")
+_DIGITS_MAX = 6
 _COMPOSE = (".yaml", ".yml")
 
 
@@ -19,6 +20,7 @@ def read_request(options: argparse.Namespace) -> Request:
     """Check what was asked for. Raises UsageError."""
     request = Request()
     request.user, request.namespace = options.user, options.namespace
+    request.accept, request.systemd = options.accept, _version(options.systemd)
     request.idle = _span("--idle=", options.idle) if options.on_demand else ""
     published = _read_backend(request, options.backend or "")
     request.start = _span("--start-time=", options.start_time or _start(published))
@@ -28,6 +30,7 @@ def read_request(options: argparse.Namespace) -> Request:
     _read_addresses(request, options.listen or [])
     if request.namespace and (not request.backend or request.container):
         raise UsageError("--namespace needs a --backend= that is a service, and no container.")
+    _check_accept(request)
     return request
 
 
@@ -42,6 +45,8 @@ def next_commands(request: Request) -> list[str]:
     systemctl = "systemctl --user" if request.user else "systemctl"
     sockets = [file.name for file in recipes.write_set(request) if file.name.endswith(".socket")]
     shown = [name.replace("@.", "@INSTANCE.") for name in sockets]
+    if request.compose and not request.idle:
+        shown.append(request.backend)
     return [f"{systemctl} daemon-reload", f"{systemctl} enable --now {' '.join(shown)}"]
 
 
@@ -95,6 +100,26 @@ def _name(request: Request, name: str) -> str:
     if "@" in name.removesuffix("@") or not names.is_unit(f"{name}.service"):
         raise UsageError(f"--name={name}: cannot be the name of units")
     return name
+
+
+def _check_accept(request: Request) -> None:
+    """See that nothing is asked for that Accept=yes cannot be combined with."""
+    if not request.accept:
+        return
+    if request.is_template:
+        raise UsageError("--accept makes instances itself: the backend cannot be a template.")
+    if request.namespace:
+        raise UsageError("--accept cannot be combined with --namespace.")
+    if any(name for name, _ in request.listen):
+        raise UsageError("--accept knows no names of listeners: make one set for each.")
+
+
+def _version(text: str | None) -> int:
+    if text is None:
+        return recipes.UPHOLDS_SINCE
+    if not text.isascii() or not text.isdigit() or len(text) > _DIGITS_MAX:
+        raise UsageError(f"--systemd={text}: is not a version of systemd")
+    return int(text)
 
 
 def _read_addresses(request: Request, listen: list[str]) -> None:

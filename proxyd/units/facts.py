@@ -7,12 +7,29 @@ from proxyd.units.unit import Unit
 AFTER_A_CRASH = ("always", "on-failure", "on-abnormal", "on-abort")
 """Restart= that brings a service back that was killed."""
 
-_SEC = 1_000_000
+_DIGITS_MAX = 10  # systemd ignores a number that is longer than 32 bits
 
 
 def restarts(unit: Unit) -> bool:
     """Tell whether the service manager starts the service again after a crash."""
     return unit.choice("Service", "Restart", "no") in AFTER_A_CRASH
+
+
+def upheld(found: Set, unit: Unit) -> bool:
+    """Tell whether some unit upholds this one: starts it whenever it is not active."""
+    if unit.installed_by("UpheldBy"):
+        return True
+    if any(path.rpartition("/")[0].endswith(".upholds") for _, path in unit.wanted_by):
+        return True
+    target = found.library.get("sockets.target")
+    if target is not None and unit.aliases.intersection(target.dependencies("Upholds")):
+        return True
+    return any(kind == "Upholds" for _, kind, _ in found.library.dependents(unit.aliases))
+
+
+def is_revived(found: Set) -> bool:
+    """Tell whether the sockets come back after they have failed: something upholds them."""
+    return bool(found.sockets) and all(upheld(found, socket) for socket in found.sockets)
 
 
 def start_limit_off(unit: Unit, period: int) -> bool:
@@ -22,7 +39,8 @@ def start_limit_off(unit: Unit, period: int) -> bool:
     """
     interval = unit.span("Unit", "StartLimitIntervalSec", "10s")
     burst = unit.choice("Unit", "StartLimitBurst", "5")
-    count = int(burst) if burst.isascii() and burst.isdigit() else 5
+    known = burst.isascii() and burst.isdigit() and len(burst) <= _DIGITS_MAX
+    count = int(burst) if known else 5
     if interval == 0 or count == 0:
         return True
     return interval is not None and period * count >= interval

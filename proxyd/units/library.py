@@ -6,11 +6,12 @@ Drop-ins of all folders apply, sorted by their names; of two with one name the f
 
 import os
 import stat
+from collections.abc import Iterable
 
 from proxyd.errors import reason
 from proxyd.units import names, paths, quadlet, unitfile
-from proxyd.units.unit import Unit
-from proxyd.units.unitfile import Problem, UnitFile
+from proxyd.units.unit import DEPENDENCIES, Unit
+from proxyd.units.unitfile import Problem, Setting, UnitFile
 
 _DEPENDENCY_FOLDERS = {".wants": "Wants", ".requires": "Requires", ".upholds": "Upholds"}
 
@@ -36,6 +37,8 @@ class Library:
         self._aliases: dict[str, set[str]] = {}
         self._units: dict[str, Unit | None] = {}
         self._seen: set[str] = set()
+        self._own: list[Unit] | None = None
+        self._dependents: dict[str, list[tuple[Unit, str, Setting | None]]] | None = None
         for folder in folders:
             self._index(folder)
         self._index_aliases()
@@ -53,6 +56,26 @@ class Library:
         listed = [name for name in self._entries if names.is_unit(name)]
         listed += [name for name in self._quadlets if name not in self._entries]
         return sorted(name for name in listed if not self._is_vendors(name))
+
+    def own_units(self) -> list[Unit]:
+        """Return the units, templates left out, whose file did not come with a package."""
+        if self._own is None:
+            loaded = (self.get(name) for name in self.own_names() if "@." not in name)
+            self._own = [unit for unit in loaded if unit is not None]
+        return self._own
+
+    def dependents(self, names_: Iterable[str]) -> list[tuple[Unit, str, Setting | None]]:
+        """Return which of own_units() depend on a unit of these names: (unit, kind, where).
+
+        What the service manager tells has to be known by then.
+        """
+        if self._dependents is None:
+            self._dependents = {}
+            for unit in self.own_units():
+                for kind in DEPENDENCIES:
+                    for other, setting in unit.dependencies(kind).items():
+                        self._dependents.setdefault(other, []).append((unit, kind, setting))
+        return [one for name in sorted(names_) for one in self._dependents.get(name, ())]
 
     def all_names(self) -> list[str]:
         """Return every unit and template that has a file."""
@@ -159,7 +182,7 @@ class Library:
         parsed = names.parse(name)
         source = name if name in self._entries else parsed.template or ""
         if source not in self._entries:
-            return self._load_quadlet(parsed)
+            return self._load_quadlet(parsed) or self._load_target(parsed)
         real, path = self._follow(source)
         if not path or _is_empty(path):
             return None
@@ -178,6 +201,15 @@ class Library:
         unit = Unit(name, source.path, self.user)
         unit.vendors = paths.is_vendors(source.path.removeprefix(self.root))
         self._complete(unit, quadlet.service_file(source), name.template or name.text)
+        return unit
+
+    def _load_target(self, name: names.Name) -> Unit | None:
+        """Load the drop-ins of a target whose own file is systemd's, and not here."""
+        unit = Unit(name, f"{name.text}.d", self.user)
+        drop_ins = self._drop_ins(unit) if name.type == "target" else []
+        if not drop_ins:
+            return None
+        unit.files = [unitfile.read(path) for path in drop_ins]
         return unit
 
     def _complete(self, unit: Unit, file: UnitFile, source: str) -> None:

@@ -4,11 +4,13 @@ import argparse
 import os
 import sys
 import textwrap
+from collections.abc import Callable
+from typing import Any
 
 from proxyd import __version__
 from proxyd.errors import UsageError, reason
 from proxyd.units import check, create, report, switch, text
-from proxyd.units.rule import SEVERITIES, Finding, Rule
+from proxyd.units.rule import SEVERITIES, Rule
 from proxyd.units.text import Text
 
 PROGRAM = "systemd-socket-proxyd-units"
@@ -51,134 +53,180 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    _add_check(commands)
-    _add_create(commands)
-    _add_switch(commands)
+    for name, (run, summary, description) in _commands().items():
+        command = commands.add_parser(
+            name, help=summary, description=description, allow_abbrev=False
+        )
+        command.set_defaults(run=run)
+        for users, argument, settings in _ARGUMENTS:
+            if name in users.split():
+                command.add_argument(argument, **settings)
     return parser
 
 
-def _add_check(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = commands.add_parser(
-        "check",
-        help="tell what goes wrong with units",
-        description="Check the units that run the proxy, or systemd's own, with their sockets and "
-        "backends: those named, or all of this machine.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("what", nargs="*", metavar="UNIT|FILE|FOLDER")
-    _add_scope(parser)
-    parser.add_argument(
-        "--json",
-        choices=("pretty", "short", "off"),
-        default="off",
-        help="print findings as JSON",
-    )
-    parser.add_argument(
-        "--threshold",
-        choices=SEVERITIES,
-        default="error",
-        help="the least severity for which the exit status is 1 (error)",
-    )
-    parser.add_argument("--explain", metavar="RULE", help="explain a rule, or 'list' them")
-    parser.set_defaults(run=_check)
+def _commands() -> dict[str, tuple[Callable[[argparse.Namespace], int], str, str]]:
+    """Return {command: what runs it, its line in the help, its own help}."""
+    return {
+        "check": (
+            _check,
+            "tell what goes wrong with units",
+            "Check the units that run the proxy, or systemd's own, and those around it.",
+        ),
+        "create": (
+            _create,
+            "write units that heal",
+            "Write the units of a proxy, files or one text. Nothing that runs is touched.",
+        ),
+        "switch": (
+            _switch,
+            "turn units for systemd's own proxy into units for this one",
+            "Print what makes a unit run this proxy and heal. Nothing that runs is touched.",
+        ),
+    }
 
 
-def _add_create(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = commands.add_parser(
+_FLAG: dict[str, Any] = {"action": "store_true"}
+
+_ARGUMENTS: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("check", "what", {"nargs": "*", "metavar": "UNIT|FILE|FOLDER"}),
+    ("switch", "what", {"metavar": "UNIT|FILE"}),
+    (
         "create",
-        help="write units that heal",
-        description="Write the units of a proxy, each file with a line ---NAME--- before it. "
-        "Nothing that runs is touched.",
-        allow_abbrev=False,
-    )
-    parser.add_argument(
         "--listen",
-        action="append",
-        metavar="[NAME=]ADDRESS",
-        help="where clients connect, as in ListenStream=; may be given more than once",
-    )
-    parser.add_argument(
+        {
+            "action": "append",
+            "metavar": "[NAME=]ADDRESS",
+            "help": "where clients connect, as in ListenStream=; may be given more than once",
+        },
+    ),
+    (
+        "create",
         "--target",
-        action="append",
-        metavar="[NAME=]TARGET",
-        help="where the backend listens; may be left out for a .container that publishes one port",
-    )
-    parser.add_argument(
+        {
+            "action": "append",
+            "metavar": "[NAME=]TARGET",
+            "help": "where the backend listens; may be left out for a .container that publishes "
+            "one port",
+        },
+    ),
+    (
+        "create",
         "--backend",
-        metavar="UNIT|FILE",
-        help="the service to start, a .container file of Quadlet, or a compose file",
-    )
-    parser.add_argument("--name", metavar="NAME", help="what the units are called")
-    parser.add_argument(
-        "--on-demand", action="store_true", help="stop proxy and backend when nobody uses them"
-    )
-    parser.add_argument(
-        "--idle", metavar="SPAN", default="15min", help="how long that takes (15min)"
-    )
-    parser.add_argument(
+        {
+            "metavar": "UNIT|FILE",
+            "help": "the service to start, a .container file of Quadlet, or a compose file",
+        },
+    ),
+    ("create", "--name", {"metavar": "NAME", "help": "what the units are called"}),
+    (
+        "create",
+        "--on-demand",
+        {**_FLAG, "help": "stop proxy and backend when nobody uses them"},
+    ),
+    (
+        "create",
+        "--idle",
+        {"metavar": "SPAN", "default": "15min", "help": "how long that takes (15min)"},
+    ),
+    (
+        "create",
         "--start-time",
-        metavar="SPAN",
-        help="the slowest start of the backend (1min; 2min)",
-    )
-    parser.add_argument(
-        "--namespace", action="store_true", help="a private network for proxy and backend"
-    )
-    parser.add_argument("--user", action="store_true", help="units of a user's service manager")
-    parser.add_argument("--output", metavar="FOLDER", help="write files, instead of to stdout")
-    parser.set_defaults(run=_create)
-
-
-def _add_switch(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = commands.add_parser(
-        "switch",
-        help="turn units for systemd's own proxy into units for this one",
-        description="Print the drop-ins that make a unit run this proxy and heal, or the whole "
-        "unit where a dependency has to go. Nothing that runs is touched.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("what", metavar="UNIT|FILE")
-    _add_scope(parser)
-    parser.add_argument("--output", metavar="FOLDER", help="write files, instead of to stdout")
-    parser.set_defaults(run=_switch)
-
-
-def _add_scope(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--user", action="store_true", help="units of a user's service manager")
-    parser.add_argument("--root", metavar="PATH", default="", help="units below this folder")
+        {"metavar": "SPAN", "help": "the slowest start of the backend (1min; 2min)"},
+    ),
+    (
+        "create",
+        "--namespace",
+        {**_FLAG, "help": "a private network for proxy and backend"},
+    ),
+    (
+        "create",
+        "--accept",
+        {**_FLAG, "help": "a process for each connection"},
+    ),
+    (
+        "create",
+        "--systemd",
+        {
+            "metavar": "VERSION",
+            "help": "the oldest systemd that has to run the units; before 249 they heal in another "
+            "way",
+        },
+    ),
+    (
+        "check create switch",
+        "--user",
+        {**_FLAG, "help": "units of a user's service manager"},
+    ),
+    (
+        "check switch",
+        "--root",
+        {"metavar": "PATH", "default": "", "help": "units below this folder"},
+    ),
+    (
+        "create switch",
+        "--output",
+        {"metavar": "FOLDER", "help": "write files, instead of to stdout"},
+    ),
+    (
+        "check",
+        "--json",
+        {
+            "choices": ("pretty", "short", "off"),
+            "default": "off",
+            "help": "print findings as JSON",
+        },
+    ),
+    (
+        "check",
+        "--threshold",
+        {
+            "choices": SEVERITIES,
+            "default": "error",
+            "help": "the least severity for which the exit status is 1 (error)",
+        },
+    ),
+    (
+        "check",
+        "--explain",
+        {"metavar": "RULE", "help": "explain a rule, or 'list' them"},
+    ),
+)
+"""(commands that have it, name, what argparse is told), in the order of the help."""
 
 
 def _create(options: argparse.Namespace) -> int:
     request = create.read_request(options)
     files, findings = create.create(request)
-    return _deliver(files, findings, options.output, create.next_commands(request))
-
-
-def _switch(options: argparse.Namespace) -> int:
-    scope = _scope(options)
-    files, findings, remarks = switch.switch(options.what, scope)
-    if not files:
-        print(f"{PROGRAM}: {options.what}: there is nothing to change", file=sys.stderr)
-        return 0
-    for remark in remarks:
-        print(f"{PROGRAM}: {remark}", file=sys.stderr)
-    systemctl = "systemctl --user" if options.user else "systemctl"
-    return _deliver(files, findings, options.output, [f"{systemctl} daemon-reload"])
-
-
-def _deliver(
-    files: list[Text], findings: list[Finding], folder: str | None, commands: list[str]
-) -> int:
-    """Hand the files over; what is still wrong, and what comes next, goes to stderr."""
     sys.stderr.write(report.text(findings))
     if report.reaches(findings, "error"):
         return _fail("nothing was written")
+    _deliver(files, options.output, create.next_commands(request))
+    return 0
+
+
+def _switch(options: argparse.Namespace) -> int:
+    result = switch.switch(options.what, _scope(options))
+    if not result.files:
+        print(f"{PROGRAM}: {options.what}: there is nothing to change", file=sys.stderr)
+        return 0
+    for remark in result.remarks:
+        print(f"{PROGRAM}: {remark}", file=sys.stderr)
+    sys.stderr.write(report.text(result.findings))
+    if result.spoils:
+        return _fail("nothing was written")
+    systemctl = "systemctl --user" if options.user else "systemctl"
+    _deliver(result.files, options.output, [f"{systemctl} daemon-reload"])
+    return 0
+
+
+def _deliver(files: list[Text], folder: str | None, commands: list[str]) -> None:
+    """Hand the files over; what comes next goes to stderr."""
     if folder is None:
         sys.stdout.write(text.show(files))
     else:
         text.write(files, folder)
     place = "" if folder is None else f" (once the files in {folder} are where units are)"
     print(f"Then{place}:", *commands, sep="\n    ", file=sys.stderr)
-    return 0
 
 
 def _scope(options: argparse.Namespace) -> check.Scope:

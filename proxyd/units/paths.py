@@ -37,6 +37,9 @@ _QUADLET_USER = ("/etc/containers/systemd/users",)
 _VENDOR = ("/usr/", "/lib/")
 _LINKS_MAX = 40
 
+_PLACES = ("etc", "usr/lib", "usr/local/lib")
+_KINDS = ("system", "user")
+
 
 class LoopError(Exception):
     """A chain of symlinks that does not end; `str()` says so."""
@@ -61,6 +64,19 @@ def quadlet_path(user: bool, rooted: bool) -> list[str]:
         return list(_QUADLET)
     own = [] if rooted else [f"{_config_home()}/containers/systemd"]
     return [*own, *_QUADLET_USER]
+
+
+def quadlet_beside(folder: str) -> list[str]:
+    """Return where Quadlet's files are for a folder of units such as X/systemd/user."""
+    top, parent, kind = folder.rsplit("/", 2) if folder.count("/") > 1 else ("", "", "")
+    return [f"{top}/containers/systemd"] if parent == "systemd" and kind in _KINDS else []
+
+
+def is_root(folder: str) -> bool:
+    """Tell whether units are below `folder` as they are below the root folder of a machine."""
+    return any(
+        os.path.isdir(f"{folder}/{place}/systemd/{kind}") for place in _PLACES for kind in _KINDS
+    )
 
 
 def is_vendors(path: str) -> bool:

@@ -18,6 +18,12 @@ RESTARTS = [("Restart", "on-failure"), ("RestartSec", "1s")]
 ON_DEMAND = [("StopWhenUnneeded", "yes"), ("StartLimitIntervalSec", "0")]
 ALWAYS = [("Restart", "always"), ("RestartSec", "1s")]
 
+SETTLES = "--settle-time=500ms"
+"""For ports that a container engine publishes."""
+
+UPHOLDS_SINCE = 249
+"""The version of systemd that brought Upholds=."""
+
 Rows = list[tuple[str, str]]
 
 
@@ -25,6 +31,7 @@ class Request:
     """What `create` was asked for."""
 
     __slots__ = (
+        "accept",
         "backend",
         "compose",
         "container",
@@ -33,6 +40,7 @@ class Request:
         "name",
         "namespace",
         "start",
+        "systemd",
         "targets",
         "user",
     )
@@ -54,6 +62,10 @@ class Request:
         self.start = ""
         """How long a start of the backend may take."""
         self.namespace = False
+        self.accept = False
+        """Whether each connection gets a proxy of its own."""
+        self.systemd = UPHOLDS_SINCE
+        """The version of systemd that is to run the units, or any older one that is as good."""
         self.user = False
 
     @property
@@ -64,7 +76,13 @@ class Request:
     def unit(self, kind: str, suffix: str = "") -> str:
         """Return the name of a unit of the proxy's, for a file."""
         stem = self.name.removesuffix("@")
-        return f"{stem}{suffix}{'@' if self.is_template else ''}.{kind}"
+        template = self.is_template or (self.accept and kind == "service")
+        return f"{stem}{suffix}{'@' if template else ''}.{kind}"
+
+    @property
+    def can_uphold(self) -> bool:
+        """Tell whether the proxy can start its backend again; if not, that does so itself."""
+        return self.systemd >= UPHOLDS_SINCE
 
     def meant(self, unit: str) -> str:
         """Return what a dependency on `unit` is called in a unit of the set."""
@@ -83,13 +101,14 @@ def write_set(request: Request) -> list[Text]:
     return files
 
 
-def for_backend(idle: bool, joined: str = "") -> list[Section]:
+def for_backend(idle: bool, joined: str = "", upheld: bool = True) -> list[Section]:
     """Return what a backend needs: to rest with its proxy, or to run always.
 
-    `joined` is the proxy whose namespace it shares.
+    `joined` is the proxy whose namespace it shares. One that is not `upheld` by its proxy starts
+    again by itself.
     """
     unit = list(ON_DEMAND if idle else HEALS)
-    service: Rows = [] if idle else list(ALWAYS)
+    service: Rows = [] if idle and upheld else list(ALWAYS)
     if joined:
         unit.insert(0, ("JoinsNamespaceOf", joined))
         service.insert(0, ("PrivateNetwork", "yes"))
@@ -103,6 +122,8 @@ def _sockets(request: Request) -> list[Text]:
     files = []
     if plain:
         rows = list(dict.fromkeys(row for address in plain for row in _stream(request, address)))
+        if request.accept:
+            rows.append(("Accept", "yes"))
         files.append(Text(request.unit("socket"), [("Socket", rows), install], []))
     for name, address in request.listen:
         if name:
@@ -130,20 +151,28 @@ def _needs_interface(address: str) -> bool:
 
 def _proxy(request: Request, sockets: list[str]) -> Text:
     own = " ".join(request.meant(socket) for socket in sockets)
-    unit: Rows = [("Requires", own), ("After", own)]
+    unit: Rows = [] if request.accept else [("Requires", own), ("After", own)]
     service: Rows = [("Type", "notify")]
     if request.backend:
-        backend = request.meant(request.backend)
-        unit += [("Wants", backend), ("Upholds", backend), ("After", backend)]
-        if request.namespace:
-            unit.append(("JoinsNamespaceOf", backend))
-    unit += HEALS
+        unit += _dependencies(request)
     if len(sockets) > 1:
         service.append(("Sockets", own))
-    service += [("ExecStart", command(request)), *RESTARTS]
+    service.append(("ExecStart", command(request)))
+    if request.accept:  # nothing counts its starts, and no client waits for its next one
+        unit.append(("CollectMode", "inactive-or-failed"))
+    else:
+        unit += HEALS
+        service += RESTARTS
     if request.namespace:
         service.append(("PrivateNetwork", "yes"))
     return Text(request.unit("service"), [("Unit", unit), ("Service", service)], [])
+
+
+def _dependencies(request: Request) -> Rows:
+    backend = request.meant(request.backend)
+    upholds = [("Upholds", backend)] if request.can_uphold else []
+    joins = [("JoinsNamespaceOf", backend)] if request.namespace else []
+    return [("Wants", backend), *upholds, ("After", backend), *joins]
 
 
 def command(request: Request) -> str:
@@ -152,10 +181,11 @@ def command(request: Request) -> str:
     if request.backend:
         options.append(f"--connect-timeout={_quoted(request.start)}")
     if request.container and knows_settle_time():
-        options.append("--settle-time=500ms")
+        options.append(SETTLES)
     if request.idle:
         idle = _quoted(request.idle)
-        options += [f"--exit-idle-time={idle}", f"--idle-timeout={idle}"]
+        options += [] if request.accept else [f"--exit-idle-time={idle}"]
+        options.append(f"--idle-timeout={idle}")
     return " ".join([PROGRAM, *options, *map(_quoted, request.targets)])
 
 
@@ -168,7 +198,7 @@ def _quoted(word: str) -> str:
 def _backend(request: Request) -> Text:
     joined = request.meant(request.unit("service")) if request.namespace else ""
     name = f"{request.backend}.d/{DROP_IN}"
-    return Text(name, for_backend(bool(request.idle), joined), [])
+    return Text(name, for_backend(bool(request.idle), joined, request.can_uphold), [])
 
 
 def _compose(request: Request) -> Text:
@@ -179,11 +209,14 @@ def _compose(request: Request) -> Text:
         ("ExecStart", f"{run} up --detach"),
         ("ExecStop", f"{run} stop"),
     ]
+    if not request.can_uphold:
+        service += RESTARTS  # a oneshot cannot have Restart=always
     unit = [("Wants", "docker.service"), ("After", "docker.service")]
     unit += ON_DEMAND if request.idle else HEALS
     sections: list[Section] = [("Unit", unit), ("Service", service)]
     if not request.idle:
-        sections.append(("Install", [("WantedBy", "multi-user.target")]))
+        target = "default.target" if request.user else "multi-user.target"
+        sections.append(("Install", [("WantedBy", target)]))
     comment = (
         'systemd does not see when a container dies: the project needs "restart: unless-stopped".'
     )

@@ -8,7 +8,7 @@ from proxyd.errors import UsageError
 from proxyd.listen import Listener, match_targets
 from proxyd.options import OPTIONS, Options
 from proxyd.target import Target
-from proxyd.units import facts
+from proxyd.units import compose, facts
 from proxyd.units.command import Command
 from proxyd.units.rule import Finding, Rule
 from proxyd.units.rules_socket import listens_on
@@ -29,6 +29,10 @@ def _bad_command(rule: Rule, found: Set) -> Iterator[Finding]:
         yield rule.found(_where(command), command.error)
     if command.options is None:
         return
+    if command.original and found.per_connection:
+        yield rule.found(
+            _where(command), "systemd's own program takes no connection: it needs Accept=no"
+        )
     listeners = _listeners(found, command.options)
     if not found.sockets and not command.options.listen and _has_sockets(found):
         yield rule.found(_where(command), "no socket unit starts it, and it has no --listen=")
@@ -37,7 +41,7 @@ def _bad_command(rule: Rule, found: Set) -> Iterator[Finding]:
         return
     for _, target in command.options.targets:
         for listener, where in listeners:
-            if target.address is not None and _is_same(listener, where, target.address):
+            if any(_is_same(listener, where, packed) for packed in _addresses(target)):
                 yield rule.found(
                     _where(command), f"the target {target.text} is the listener {where.text} itself"
                 )
@@ -73,6 +77,15 @@ def _unmatched(
     for name in unused:
         message = f"No listener has the name '{name}', its target is not used."
         yield rule.found(_where(found.command), message, "warning")
+
+
+def _addresses(target: Target) -> list[bytes]:
+    """Return the addresses of a target that are known here, among names only localhost's."""
+    if target.address is not None:
+        return [target.address]
+    if target.host == b"localhost" and target.service:
+        return [address.pack_inet(host, target.service) for host in ("127.0.0.1", "::1")]
+    return []
 
 
 def _is_same(listener: Listener, where: ListenAddress, target: bytes) -> bool:
@@ -156,7 +169,7 @@ def _published(rule: Rule, found: Set) -> Iterator[Finding]:
     if "settle-time" in command.given:
         return
     for backend in found.backends:
-        port = _published_port(backend, command.options.targets)
+        port = published_port(found, backend)
         if port:
             yield rule.found(
                 _where(command),
@@ -170,15 +183,25 @@ def knows_settle_time() -> bool:
     return any(option.long == "settle-time" for option in OPTIONS)
 
 
-def _published_port(backend: Backend, targets: list[tuple[str | None, Target]]) -> int:
+def published_port(found: Set, backend: Backend) -> int:
     """Return a port that is published and a target, 0 for none."""
-    if backend.unit is None:
+    if backend.unit is None or found.command.options is None:
         return 0
-    published = _published_ports(facts.container_command(backend.unit))
-    for _, target in targets:
-        if target.service and target.service in published:
+    line = facts.container_command(backend.unit)
+    published = _published_ports(line)
+    for _, target in found.command.options.targets:
+        if not target.service:
+            continue
+        if target.service in published or (
+            _is_on_loopback(target)
+            and compose.publishes(backend.unit, line, target.service, found.library.root)
+        ):
             return target.service
     return 0
+
+
+def _is_on_loopback(target: Target) -> bool:
+    return any(map(_is_loopback, _addresses(target)))
 
 
 def _published_ports(line: list[str]) -> set[int]:

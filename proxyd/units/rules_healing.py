@@ -18,7 +18,7 @@ def _crash_not_healed(rule: Rule, found: Set) -> Iterator[Finding]:
         unit = backend.unit
         if unit is None or facts.restarts(unit) or facts.is_oneshot(unit):
             continue  # what is not known may have Restart= as well
-        if not _upheld(found, backend):
+        if not facts.upheld(found, unit):
             kind = next(iter(backend.kinds))
             yield rule.found(
                 at(backend.kinds[kind], found.proxy),
@@ -27,26 +27,10 @@ def _crash_not_healed(rule: Rule, found: Set) -> Iterator[Finding]:
             )
 
 
-def _upheld(found: Set, backend: Backend) -> bool:
-    """Tell whether some other unit of the library upholds the backend."""
-    unit = backend.unit
-    if unit is None:
-        return False
-    if unit.installed_by("UpheldBy") or any(
-        path.endswith(".upholds") for _, path in unit.wanted_by
-    ):
-        return True
-    others = (found.library.get(name) for name in found.library.own_names() if "@." not in name)
-    return any(
-        other is not None and unit.aliases.intersection(other.dependencies("Upholds"))
-        for other in others
-    )
-
-
 def _failing_start(rule: Rule, found: Set) -> Iterator[Finding]:
     for backend in found.backends:
         kind = next((k for k in ("Requires", "BindsTo", "Requisite") if k in backend.kinds), "")
-        if not kind or _never_fails(backend):
+        if not kind or _never_fails(backend) or facts.is_revived(found):
             continue
         message = (
             f"{kind}={backend.name}: if it fails to start, the socket fails with "
@@ -69,8 +53,8 @@ def _never_fails(backend: Backend) -> bool:
 
 
 def _start_limit(rule: Rule, found: Set) -> Iterator[Finding]:
-    if found.per_connection or not found.sockets:
-        return  # a name of its own for each start: no limit counts them
+    if found.per_connection or not found.sockets or facts.is_revived(found):
+        return  # of each connection's own proxy no limit counts the starts
     proxy = found.proxy
     options = found.command.options
     pauses = [facts.restart_pause(proxy)]
@@ -84,7 +68,7 @@ def _start_limit(rule: Rule, found: Set) -> Iterator[Finding]:
 
 
 def _cannot_start(rule: Rule, found: Set) -> Iterator[Finding]:
-    if found.per_connection or not found.sockets:
+    if found.per_connection or not found.sockets or facts.is_revived(found):
         return
     if found.proxy.choice("Service", "Restart", "no") not in ("on-failure", "always"):
         yield rule.found(
@@ -96,7 +80,7 @@ def _cannot_start(rule: Rule, found: Set) -> Iterator[Finding]:
 def _backend_limit(rule: Rule, found: Set) -> Iterator[Finding]:
     for backend in found.backends:
         unit = backend.unit
-        if unit is None or facts.is_helper(found, backend):
+        if unit is None or (facts.is_helper(found, backend) and not facts.is_heavy(backend)):
             continue
         if not facts.start_limit_off(unit, facts.restart_pause(unit)):
             yield rule.found(

@@ -81,12 +81,9 @@ def _shares_network(found: Set) -> bool:
             return True
         if facts.private_tmp(unit):
             return True  # join-cancels-isolation
-    joiners = (found.library.get(name) for name in found.library.own_names() if "@." not in name)
     return any(
-        unit is not None
-        and facts.private_network(unit)
-        and found.proxy.aliases.intersection(unit.dependencies("JoinsNamespaceOf"))
-        for unit in joiners
+        kind == "JoinsNamespaceOf" and facts.private_network(unit)
+        for unit, kind, _ in found.library.dependents(found.proxy.aliases)
     )
 
 

@@ -4,8 +4,9 @@ from collections.abc import Iterator
 
 from proxyd.units import command, facts
 from proxyd.units.rule import Finding, Rule, at
-from proxyd.units.sets import Backend, Set
+from proxyd.units.sets import STARTS, Backend, Set
 from proxyd.units.unit import Unit
+from proxyd.units.unitfile import Setting
 
 _GATES = ("Condition", "Assert")
 
@@ -87,6 +88,14 @@ def _pinned(rule: Rule, found: Set) -> Iterator[Finding]:
                 unit.where(("Install", "WantedBy"), ("Install", "RequiredBy")),
                 f"{owner} needs {backend.name} as well: it starts at boot and never stops",
             )
+        for socket in found.sockets:
+            kinds = socket.dependencies(*STARTS)
+            for other in sorted(unit.aliases.intersection(kinds)):
+                yield rule.found(
+                    at(kinds[other], socket),
+                    f"{socket.text} needs {backend.name} as well: it starts at boot and never "
+                    "stops",
+                )
 
 
 def _unneeded_proxy(rule: Rule, found: Set) -> Iterator[Finding]:
@@ -123,15 +132,30 @@ def _condition(rule: Rule, found: Set) -> Iterator[Finding]:
         for file in socket.files
         for setting in file.settings
     }
-    for file in found.proxy.files:
+    if found.per_connection or facts.is_revived(found):
+        return
+    for setting in _conditions(found.proxy):
+        if (setting.key, setting.value) not in same:
+            yield rule.found(
+                (setting.path, setting.line),
+                f"if {setting.key}= does not hold when a client comes, the socket fails with "
+                "trigger-limit-hit",
+            )
+
+
+def _conditions(unit: Unit) -> list[Setting]:
+    """Return the conditions and assertions that count: an empty one resets all of its group."""
+    kept: dict[str, list[Setting]] = {gate: [] for gate in _GATES}
+    for file in unit.files:
         for setting in file.settings:
-            gate = setting.section == "Unit" and setting.key.startswith(_GATES) and setting.value
-            if gate and (setting.key, setting.value) not in same and not found.per_connection:
-                yield rule.found(
-                    (setting.path, setting.line),
-                    f"if {setting.key}= does not hold when a client comes, the socket fails with "
-                    "trigger-limit-hit",
-                )
+            gate = next((gate for gate in _GATES if setting.key.startswith(gate)), "")
+            if setting.section != "Unit" or not gate:
+                continue
+            if setting.value:
+                kept[gate].append(setting)
+            else:
+                kept[gate].clear()
+    return [setting for gate in _GATES for setting in kept[gate]]
 
 
 def _oneshot(rule: Rule, found: Set) -> Iterator[Finding]:
@@ -165,31 +189,32 @@ def _others_require(rule: Rule, found: Set) -> Iterator[Finding]:
         return
     own = {socket.text for socket in found.sockets} | {found.proxy.text}
     own |= {backend.unit.text for backend in found.backends if backend.unit is not None}
-    for name in found.library.own_names():
-        unit = found.library.get(name) if "@." not in name else None
-        if unit is None or unit.text in own:
-            continue
-        kinds = unit.dependencies("Requires", "Requisite", "BindsTo", "Wants", "Upholds")
-        for other in sorted(found.proxy.aliases.intersection(kinds)):
-            setting = kinds[other]
-            if setting is not None:
-                yield rule.found(
-                    (setting.path, setting.line),
-                    f"{unit.text} starts the proxy, and with it the backend, before it needs it",
-                )
+    for unit, kind, setting in found.library.dependents(found.proxy.aliases):
+        if kind in STARTS and unit.text not in own and setting is not None:
+            yield rule.found(
+                (setting.path, setting.line),
+                f"{unit.text} starts the proxy, and with it the backend, before it needs it",
+            )
 
 
 def _socket_part_of(rule: Rule, found: Set) -> Iterator[Finding]:
+    services = [("the proxy", found.proxy.aliases)]
+    services += [(backend.name, _names_of(backend)) for backend in found.backends]
     for socket in found.sockets:
         for kind in ("PartOf", "BindsTo", "Requires"):
             kinds = socket.dependencies(kind)
-            for other in sorted(found.proxy.aliases.intersection(kinds)):
-                yield rule.found(
-                    at(kinds[other], socket, ("Unit", kind)),
-                    f"{kind}={other}: the socket "
-                    + ("starts the proxy, and " if kind != "PartOf" else "")
-                    + "goes when the proxy is stopped, and no client can start it again",
-                )
+            for what, aliases in services:
+                for other in sorted(aliases.intersection(kinds)):
+                    yield rule.found(
+                        at(kinds[other], socket, ("Unit", kind)),
+                        f"{kind}={other}: the socket "
+                        + (f"starts {what}, and " if kind != "PartOf" else "")
+                        + f"goes when {what} is stopped, and no client can start it again",
+                    )
+
+
+def _names_of(backend: Backend) -> set[str]:
+    return {backend.name, *(backend.unit.aliases if backend.unit is not None else ())}
 
 
 def _runtime_max(rule: Rule, found: Set) -> Iterator[Finding]:
@@ -233,9 +258,10 @@ RULES = (
     Rule(
         "backend-pinned",
         "warning",
-        "no WantedBy= in the backend, or systemctl disable it",
+        "no WantedBy= in the backend, or systemctl disable it; no Wants= of it in the socket",
         "StopWhenUnneeded=yes stops a unit that no active unit needs. A target that it is "
-        "enabled in is always active, so the backend starts at boot and never stops.",
+        "enabled in is always active, and so is the socket of the proxy. If one of them needs the "
+        "backend, it starts at boot and never stops.",
         _pinned,
     ),
     Rule(
@@ -295,8 +321,9 @@ RULES = (
         "socket-partof-proxy",
         "warning",
         "Requires= and After= the socket in the proxy instead",
-        "The socket is what stays while the proxy comes and goes. With PartOf= or BindsTo= of "
-        "the proxy it is stopped with it, and nobody listens any more.",
+        "The socket is what stays while proxy and backend come and go. With PartOf=, BindsTo= or "
+        "Requires= of one of the two it stops with that one, and nobody listens any more. A "
+        "backend with StopWhenUnneeded=yes takes such a socket along as soon as it is idle.",
         _socket_part_of,
     ),
     Rule(

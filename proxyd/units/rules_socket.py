@@ -1,10 +1,13 @@
 """Rules: socket units."""
 
 from collections.abc import Iterator
+from functools import lru_cache
 
 from proxyd import address
 from proxyd.bind import ListenAddress, parse_listen
+from proxyd.errors import UsageError
 from proxyd.units import facts
+from proxyd.units.library import Library
 from proxyd.units.rule import Finding, Rule, at
 from proxyd.units.sets import Set, service_of
 from proxyd.units.specifiers import UNKNOWN
@@ -20,6 +23,7 @@ _LATE_TARGETS = (
     "sockets.target",
 )
 _MAYBE_LATE = ("network.target",)
+_INET = (address.AF_INET, address.AF_INET6)
 _EARLY = ("systemd-", "networking.", "nftables.", "netfilter-persistent.")
 """Services that start before basic.target, by the names that they are known by."""
 
@@ -33,7 +37,7 @@ def listens_on(socket: Unit) -> list[tuple[ListenAddress, Setting]]:
             continue
         try:
             found.append((parse_listen(text), setting))
-        except ValueError:
+        except (ValueError, UsageError):
             continue
     return found
 
@@ -124,27 +128,60 @@ def _second_socket(rule: Rule, found: Set) -> Iterator[Finding]:
 
 def _same_address(rule: Rule, found: Set) -> Iterator[Finding]:
     own = {socket.text for socket in found.sockets}
-    others = []
-    for name in found.library.own_names():
-        unit = found.library.get(name) if name.endswith(".socket") and "@." not in name else None
-        if unit is not None and unit.text not in own:
-            others.append(unit)
-    for number, socket in enumerate(found.sockets):
-        for other in [*found.sockets[:number], *others]:
-            for where, setting in listens_on(socket):
-                clash = next((w for w, _ in listens_on(other) if _clash(w, where)), None)
-                if clash is not None and not _kept_apart(socket, other):
+    before: list[tuple[Unit, ListenAddress]] = []
+    for socket in found.sockets:
+        streams = listens_on(socket)
+        for where, setting in streams:
+            others = _near(found.library, where)
+            others = [*before, *(one for one in others if one[0].text not in own)]
+            clashes = {unit.text: (unit, one) for unit, one in others if _clash(one, where)}
+            for other, clash in clashes.values():
+                if not _kept_apart(socket, other):
                     yield rule.found(
                         (setting.path, setting.line),
                         f"{other.text} listens on {clash.text} as well: only one of them starts",
                     )
+        before += [(socket, where) for where, _ in streams]
+
+
+def _near(library: Library, where: ListenAddress) -> list[tuple[Unit, ListenAddress]]:
+    """Return the sockets that may clash with an address, and what they listen on."""
+    streams = _streams(library)
+    if _is_wildcard(where.address):
+        return streams.get(("port", address.port(where.address)), [])
+    near = list(streams.get(("address", where.address), ()))
+    if address.family(where.address) in _INET:
+        near += streams.get(("wildcard", address.port(where.address)), ())
+    return near
+
+
+@lru_cache(maxsize=1)
+def _streams(library: Library) -> dict[object, list[tuple[Unit, ListenAddress]]]:
+    """Return {address, port, or port of a wildcard: the sockets that listen there, and on what}."""
+    found: dict[object, list[tuple[Unit, ListenAddress]]] = {}
+    for unit in library.own_units():
+        for where, _ in listens_on(unit) if unit.name.type == "socket" else ():
+            keys: list[tuple[str, object]] = [("address", where.address)]
+            if address.family(where.address) in _INET:
+                keys.append(("port", address.port(where.address)))
+            if _is_wildcard(where.address):
+                keys.append(("wildcard", address.port(where.address)))
+            for key in keys:
+                found.setdefault(key, []).append((unit, where))
+    return found
+
+
+def _is_wildcard(packed: bytes) -> bool:
+    """Tell whether this is 0.0.0.0 or [::]."""
+    if address.family(packed) == address.AF_INET:
+        return packed[4:8] == bytes(4)
+    return address.family(packed) == address.AF_INET6 and packed[8:24] == bytes(16)
 
 
 def _clash(one: ListenAddress, other: ListenAddress) -> bool:
     if one.address == other.address:
         return address.family(one.address) != address.AF_INET6 or address.port(one.address) != 0
-    families = {address.family(one.address), address.family(other.address)}
-    if not families <= {address.AF_INET, address.AF_INET6}:
+    if address.family(one.address) not in _INET or address.family(other.address) not in _INET:
         return False
     port = address.port(one.address)
     if port != address.port(other.address) or not port:

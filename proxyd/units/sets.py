@@ -177,15 +177,15 @@ def _proxies_in_front_of(library: Library, index: _Index, backends: set[str]) ->
 def _complete(found: Set, index: _Index) -> Set:
     found.sockets = _sockets_of(found, index)
     own = {alias for socket in found.sockets for alias in socket.aliases}
+    backends: dict[str, Backend] = {}
     for kind in STARTS:
         for name, setting in found.proxy.dependencies(kind).items():
             if not name.endswith(".service") or name in own or found.is_named(name):
                 continue
-            backend = next((one for one in found.backends if one.name == name), None)
-            if backend is None:
-                backend = Backend(name, found.library.get(name))
-                found.backends.append(backend)
-            backend.kinds[kind] = setting
+            if name not in backends:
+                backends[name] = Backend(name, found.library.get(name))
+            backends[name].kinds[kind] = setting
+    found.backends = list(backends.values())
     _add_enabled(found, index)
     return found
 

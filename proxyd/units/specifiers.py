@@ -32,6 +32,7 @@ def expand(text: str, name: names.Name, user: bool) -> str:
     if "%" not in text:
         return text
     out: list[str] = []
+    known: dict[str, str | None] = {}
     at = 0
     while at < len(text):
         if text[at] != "%" or at + 1 == len(text):
@@ -39,7 +40,9 @@ def expand(text: str, name: names.Name, user: bool) -> str:
             at += 1
             continue
         char = text[at + 1]
-        value = _value(char, name, user)
+        if char not in known:
+            known[char] = _value(char, name, user)
+        value = known[char]
         out.append(f"%{char}" if value is None else value)
         at += 2
     return "".join(out)

@@ -7,12 +7,11 @@ Requires= or BindsTo= of a backend has to go, the unit is written anew.
 import os
 
 from proxyd.errors import UsageError
-from proxyd.units import check, facts, names, recipes, text
+from proxyd.units import check, facts, names, recipes, report, rules_command, text
 from proxyd.units.command import PROGRAM
-from proxyd.units.rule import Finding
 from proxyd.units.sets import Backend, Set, find_sets
 from proxyd.units.text import Section, Text
-from proxyd.units.unit import DEPENDENCIES
+from proxyd.units.unit import DEPENDENCIES, Unit
 from proxyd.units.unitfile import Setting
 
 _GOES = ("Requires", "Requisite", "BindsTo")
@@ -40,11 +39,29 @@ class Plan:
         self.reasons.append(f"{rows[-1][0]}={rows[-1][1]}: {reason}")
 
 
-def switch(argument: str, scope: check.Scope) -> tuple[list[Text], list[Finding], list[str]]:
-    """Return the files that switch a unit, what `check` says of the result, and remarks.
+class Result:
+    """What a switch comes to."""
 
-    Raises UsageError.
-    """
+    __slots__ = ("before", "files", "findings", "remarks")
+
+    def __init__(self, files: list[Text], one: Set, remarks: list[str]) -> None:
+        user, others = one.proxy.user, _others(one)
+        self.files = files
+        self.findings = text.try_out(files, others, user)
+        """What `check` says of the result."""
+        self.before = {finding.rule for finding in text.try_out([], others, user)}
+        """The rules that found something before, too: the switch is not to blame."""
+        self.remarks = remarks
+
+    @property
+    def spoils(self) -> bool:
+        """Tell whether there are errors that were not there before."""
+        new = [finding for finding in self.findings if finding.rule not in self.before]
+        return report.reaches(new, "error")
+
+
+def switch(argument: str, scope: check.Scope) -> Result:
+    """Return what switches a unit. Raises UsageError."""
     one = _find(argument, scope)
     if one.command.error and not one.command.original:
         raise UsageError(f"{one.proxy.text}: {one.command.error}")
@@ -52,7 +69,7 @@ def switch(argument: str, scope: check.Scope) -> tuple[list[Text], list[Finding]
     proxy = _whole(one, plan) if plan.drops else _drop_in(one, plan)
     files = [proxy, *(_for_backend(one, backend) for backend in _own_backends(one))]
     files = [file for file in files if file.sections]
-    return files, text.try_out(files, _others(one), scope.user), _remarks(one, bool(plan.drops))
+    return Result(files, one, _remarks(one, bool(plan.drops)))
 
 
 def _find(argument: str, scope: check.Scope) -> Set:
@@ -152,6 +169,9 @@ def _new_options(one: Set) -> list[str]:
     options = []
     if one.backends and "connect-timeout" not in run.given:
         options.append("--connect-timeout=1min")
+    published = any(rules_command.published_port(one, backend) for backend in one.backends)
+    if published and "settle-time" not in run.given:
+        options.append(recipes.SETTLES)
     idle = run.options.exit_idle_time
     if idle is not None and run.options.idle_timeout is None and not one.per_connection:
         options.append(f"--idle-timeout={max(idle // 1_000_000, 60)}s")
@@ -247,20 +267,41 @@ def _for_backend(one: Set, backend: Backend) -> Text:
     return Text(f"{name}.d/{recipes.DROP_IN}", [("Unit", rows)], [])
 
 
-def _others(one: Set) -> dict[str, bytes]:
-    """Return the files of the set as they are, for `check` to look at with the new ones."""
-    found: dict[str, bytes] = {}
-    units = [one.proxy, *one.sockets, *(b.unit for b in one.backends if b.unit is not None)]
-    for unit in units:
-        for number, file in enumerate(unit.files):
-            name = os.path.basename(file.path)
-            if number:
-                name = f"{os.path.basename(os.path.dirname(file.path))}/{name}"
-            try:
-                with open(file.path, "rb") as source:
-                    found[name] = source.read()
-            except OSError:
-                continue  # what cannot be read was not part of the set either
+def _others(one: Set) -> dict[str, bytes | str]:
+    """Return the files of the set as they are, for `check` to look at with the new ones.
+
+    A `str` is where a symlink leads.
+    """
+    found: dict[str, bytes | str] = {}
+    for unit in (one.proxy, *one.sockets, *(b.unit for b in one.backends if b.unit is not None)):
+        found |= _files_of(unit)
+        found |= _links_of(unit)
+    return found
+
+
+def _files_of(unit: Unit) -> dict[str, bytes | str]:
+    found: dict[str, bytes | str] = {}
+    for number, file in enumerate(unit.files):
+        name = os.path.basename(file.path)
+        if number:
+            name = f"{os.path.basename(os.path.dirname(file.path))}/{name}"
+        try:
+            with open(file.path, "rb") as source:
+                found[name] = source.read()
+        except OSError:
+            continue  # what cannot be read was not part of the set either
+    return found
+
+
+def _links_of(unit: Unit) -> dict[str, bytes | str]:
+    """Return the aliases of a unit, and the dependencies that it has by symlinks."""
+    file = os.path.basename(unit.shown)
+    found: dict[str, bytes | str] = {}
+    if names.is_unit(file):
+        found |= {alias: file for alias in unit.aliases if alias not in (unit.text, file)}
+    for links in unit.folders.values():
+        for other, path in links:
+            found[f"{os.path.basename(os.path.dirname(path))}/{other}"] = f"../{other}"
     return found
 
 

@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from collections.abc import Mapping
 
 from proxyd.units import check
 from proxyd.units.rule import Finding
@@ -48,10 +49,10 @@ def write(files: list[Text], folder: str) -> None:
             out.write(file.render())
 
 
-def try_out(files: list[Text], others: dict[str, bytes], user: bool) -> list[Finding]:
+def try_out(files: list[Text], others: Mapping[str, bytes | str], user: bool) -> list[Finding]:
     """Return what `check` says of the files, with `others` that belong to them: {name: contents}.
 
-    The paths in the findings are the names of the files.
+    Where a symlink leads is a `str`. The paths in the findings are the names of the files.
     """
     with tempfile.TemporaryDirectory(prefix="systemd-socket-proxyd-units-") as folder:
         for name, data in others.items():
@@ -64,7 +65,10 @@ def try_out(files: list[Text], others: dict[str, bytes], user: bool) -> list[Fin
     return findings
 
 
-def _store(path: str, data: bytes) -> None:
+def _store(path: str, data: bytes | str) -> None:
     os.makedirs(os.path.dirname(path), exist_ok=True)
+    if isinstance(data, str):
+        os.symlink(data, path)
+        return
     with open(path, "wb") as out:
         out.write(data)

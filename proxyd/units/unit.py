@@ -208,7 +208,7 @@ class Unit:
 
     def _words(self, setting: Setting) -> list[str]:
         try:
-            return words.split(self.expand(setting.value))
+            return words.split(self.expand(setting.value), escapes=False)
         except ValueError:
             return []
 

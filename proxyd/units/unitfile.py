@@ -65,7 +65,7 @@ def read(path: str, shown: str = "") -> UnitFile:
     """Read the file at `path`, called `shown` in messages. Never raises."""
     file = UnitFile(shown or path)
     try:
-        data = _read_bytes(path)
+        data = read_bytes(path)
     except (OSError, ValueError) as error:
         file.fail(0, f"cannot be read: {reason(error)}")
         return file
@@ -107,7 +107,7 @@ def logical_lines(data: bytes) -> list[tuple[int, bytes]]:
     one escapes continues nothing.
     """
     lines: list[tuple[int, bytes]] = []
-    held = b""
+    held: list[bytes] = []
     begin = 0
     data = data.removeprefix(b"\xef\xbb\xbf")
     for number, raw in enumerate(data.replace(b"\r\n", b"\n").split(b"\n"), 1):
@@ -115,14 +115,13 @@ def logical_lines(data: bytes) -> list[tuple[int, bytes]]:
         if line[:1] in (b"#", b";"):
             continue
         begin = begin or number
-        held += line
-        if _is_continued(held):
-            held = held[:-1] + b" "
+        if _is_continued(line):
+            held.append(line[:-1])
             continue
-        lines.append((begin, held))
-        held, begin = b"", 0
+        lines.append((begin, b" ".join([*held, line])))
+        held, begin = [], 0
     if begin:
-        lines.append((begin, held))
+        lines.append((begin, b" ".join([*held, b""])))
     return lines
 
 
@@ -144,7 +143,7 @@ def _assign(file: UnitFile, section: str, number: int, text: str) -> None:
         file.settings.append(setting)
 
 
-def _read_bytes(path: str) -> bytes:
+def read_bytes(path: str) -> bytes:
     """Read a regular file; never wait for a pipe. Raises OSError and ValueError."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     try:

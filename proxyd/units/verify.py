@@ -6,7 +6,7 @@ import subprocess
 
 from proxyd.units import names
 
-_PATIENCE = 120
+_PATIENCE = 60
 """Seconds; it takes less than one for a set."""
 
 _FILES_MAX = 500
@@ -50,8 +50,10 @@ def run(folder: str, files: list[str], user: bool, installed: bool = False) -> l
     """
     program = shutil.which("systemd-analyze")
     files = [file for file in files if names.is_unit(os.path.basename(file))]
-    if program is None or not files or len(files) > _FILES_MAX:
+    if program is None or not files:
         return []
+    if len(files) > _FILES_MAX:
+        return [_not_asked(folder, f"{len(files)} units are more than {_FILES_MAX} at a time")]
     command = [program, "verify", "--man=no", *(["--user"] if user else []), *files]
     environment = {**os.environ, "SYSTEMD_COLORS": "0", "LC_ALL": "C.UTF-8"}
     if folder and ":" not in folder:
@@ -65,12 +67,19 @@ def run(folder: str, files: list[str], user: bool, installed: bool = False) -> l
             timeout=_PATIENCE,
             check=False,
         )
-    except (OSError, subprocess.SubprocessError):
-        return []
+    except subprocess.TimeoutExpired:
+        return [_not_asked(folder, f"it was not done within {_PATIENCE} s")]
+    except (OSError, subprocess.SubprocessError) as error:
+        return [_not_asked(folder, str(error))]
     own = {os.path.basename(file) for file in files}
     lines = done.stderr.decode("utf-8", "replace").splitlines()
     found = [_parse(line, folder, own) for line in lines]
     return [line for line in found if line and (installed or not _is_of_machine(line.message))]
+
+
+def _not_asked(folder: str, why: str) -> Line:
+    message = f"systemd-analyze verify says nothing: {why}"
+    return Line(folder or "systemd-analyze", 0, "", message, "note")
 
 
 def _is_of_machine(message: str) -> bool:

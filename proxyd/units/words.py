@@ -17,9 +17,10 @@ _TRUE = ("1", "yes", "y", "true", "t", "on")
 _FALSE = ("0", "no", "n", "false", "f", "off")
 
 
-def split(text: str) -> list[str]:
+def split(text: str, escapes: bool = True) -> list[str]:
     """Split into words as extract_first_word() of systemd does: quotes, and escapes as in C.
 
+    Without `escapes` a backslash is a character like any other: it is a part of names of units.
     Raises ValueError if a quote is not closed.
     """
     words: list[str] = []
@@ -29,7 +30,7 @@ def split(text: str) -> list[str]:
             at += 1
         if at == len(text):
             return words
-        word, at = _word(text, at)
+        word, at = _word(text, at, escapes)
         words.append(word)
 
 
@@ -47,13 +48,13 @@ def span(text: str) -> int | str | None:
         return text
 
 
-def _word(text: str, at: int) -> tuple[str, int]:
+def _word(text: str, at: int, escapes: bool) -> tuple[str, int]:
     """Read the word that begins at `at`; return it, and where it ends."""
     out: list[str] = []
     quote = ""
     while at < len(text):
         char = text[at]
-        if char == "\\" and at + 1 < len(text):
+        if escapes and char == "\\" and at + 1 < len(text):
             piece, at = _escape(text, at + 1)
             out.append(piece)
             continue

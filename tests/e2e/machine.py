@@ -72,6 +72,11 @@ class Machine:
         )
         self.sh(f"mkdir -p {self.folder}")
 
+    def reboot(self) -> None:
+        """Boot anew. What was logged before is gone: the journal is volatile."""
+        self.container.reboot()
+        self._cursor = ""
+
     def end(self) -> None:
         for client in self._clients:
             if client.poll() is None:
@@ -125,6 +130,11 @@ class Machine:
             if time.monotonic() > deadline:
                 raise Failure(f"{what}: not within {timeout:g} s")
             time.sleep(0.03)
+
+    def rules(self, what: str) -> set[str]:
+        """The rules that systemd-socket-proxyd-units finds broken in `what`."""
+        listed = self.run(f"{self.program}-units check --json=short {what}").stdout
+        return {finding["rule"] for finding in json.loads(listed or "[]")} - {"verify"}
 
     # --- units ---------------------------------------------------------------------------------
 
@@ -232,10 +242,8 @@ class Machine:
     def journal(self, unit: str = "") -> str:
         """What was logged since the scenario began, by one unit or by all."""
         which = f"-u {unit}" if unit else ""
-        return self.sh(
-            f"journalctl -q --no-hostname -o short-monotonic {which} "
-            f"--after-cursor='{self._cursor}'"
-        )
+        since = f"--after-cursor='{self._cursor}'" if self._cursor else "-b"
+        return self.sh(f"journalctl -q --no-hostname -o short-monotonic {which} {since}")
 
     # --- limits --------------------------------------------------------------------------------
 

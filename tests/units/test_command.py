@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import pytest
 from units.findings import COMMAND, run
 
 from proxyd.units import check
+
+VERIFY = shutil.which("systemd-analyze")
 
 PROXY = """\
 [Unit]
@@ -213,6 +216,49 @@ def test_ten_thousand_units(units):
     done = run("check", str(folder))
     assert done.stdout.count("[no-order]") == 1
     assert done.returncode == 1
+
+
+def test_many_proxies(units):
+    """Each is compared with what is at its own address, not with all others."""
+    folder = units({})
+    folder.mkdir()
+    for number in range(600):
+        text = PROXY.replace("p.socket", f"p{number}.socket").replace("b.s", f"b{number}.s")
+        (folder / f"p{number}.service").write_text(text)
+        address = f"127.0.{number // 250}.{number % 250 + 1}:80"
+        (folder / f"p{number}.socket").write_text(f"[Socket]\nListenStream={address}\n")
+        (folder / f"b{number}.service").write_text(SET["b.service"])
+    done = run("check", str(folder))
+    assert done.stdout.count("[no-order]") == 600
+    assert "note: systemd-analyze verify says nothing" in done.stdout or not VERIFY
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"[Unit]\n" + b"\\\n" * 100_000,
+        b"[Service]\nExecStart=/usr/bin/systemd-socket-proxyd " + b"%i" * 50_000,
+        b"[Service]\nExecStart=/usr/bin/systemd-socket-proxyd " + b"a" * 1_100_000,
+        b"[Unit]\nStartLimitBurst=" + b"9" * 5000 + b"\n[Service]\nRestartSec=" + b"9" * 5000,
+        b"[Unit]\nWants=" + b" ".join(b"x%d.service" % n for n in range(5_000)),
+        b"[Unit]\nWants=\0.service\n",
+        b"[Service]\nExecStart=/usr/bin/systemd-socket-proxyd \\ud800\\xff\\U00110000 h\\x00:1\n",
+        b"[Service]\nExecStart=/usr/bin/systemd-socket-proxyd \xff:1\n",
+    ],
+    ids=range(8),
+)
+def test_files_that_go_on_and_on(units, text):
+    folder = units(SET)
+    (folder / "p.service.d").mkdir()
+    (folder / "p.service.d/x.conf").write_bytes(text)
+    done = run("check", str(folder))
+    assert "[no-order]" in done.stdout
+    assert done.returncode == 1
+
+
+def test_an_interface_that_is_not_here(units):
+    folder = units(SET | {"p.socket": "[Socket]\nListenStream=[fe80::1%%nowhere0]:80\n"})
+    assert "[no-order]" in run("check", str(folder)).stdout
 
 
 def test_a_tree_without_end(tmp_path):

@@ -38,6 +38,18 @@ SETS = {
         "--on-demand",
         "--namespace",
     ],
+    "accept": [*WITH, "--accept"],
+    "accept on demand": [*WITH, "--accept", "--on-demand"],
+    "accept alone": [*BASIC, "--accept", "--on-demand"],
+    "before 249": [*WITH, "--systemd=247"],
+    "before 249 on demand": [*WITH, "--systemd=248", "--on-demand"],
+    "template before 249": [
+        "--listen=127.0.0.1:%i",
+        "--target=127.0.0.2:%i",
+        "--backend=app@.service",
+        "--systemd=247",
+        "--on-demand",
+    ],
     "user": ["--listen=%t/a", "--target=%t/app/socket", "--backend=app.service", "--user"],
     "user on demand": [*WITH, "--on-demand", "--user"],
 }
@@ -130,6 +142,10 @@ def test_nothing_is_overwritten(tmp_path):
         (["--listen=80", "--target=h:1", "--target=h:2"], "need names"),
         (["--listen=a=80", "--target=b=h:1"], "different names"),
         ([*BASIC, "--backend=app@.service"], "%i"),
+        (["--listen=%i", "--target=h:%i", "--backend=a@.service", "--accept"], "--accept makes"),
+        ([*WITH, "--accept", "--namespace"], "--accept cannot"),
+        (["--listen=a=80", "--target=h:1", "--accept"], "--accept knows no names"),
+        ([*WITH, "--systemd=old"], "--systemd=old"),
         (["--listen=8080", "--target=127.0.0.1:8080"], "nothing was written"),
         (["--listen=/run/x", "--target=h:*"], "nothing was written"),
     ],
@@ -138,6 +154,30 @@ def test_what_makes_no_sense_is_told(arguments, message):
     done = create(*arguments)
     assert (done.returncode, done.stdout) == (1, "")
     assert message in done.stderr
+
+
+def test_upholds_is_left_out_where_systemd_does_not_know_it():
+    for version, there in (("248", False), ("249", True), ("257", True)):
+        done = create(*WITH, "--on-demand", f"--systemd={version}")
+        assert ("Upholds=" in done.stdout) == there
+        assert ("Restart=always" in done.stdout) != there
+
+
+def test_each_connection_gets_a_process(tmp_path):
+    folder = written(tmp_path, [*WITH, "--accept", "--on-demand"], BACKEND)
+    assert "Accept=yes" in (folder / "app-proxy.socket").read_text()
+    service = (folder / "app-proxy@.service").read_text()
+    assert "--idle-timeout=15min" in service
+    assert "--exit-idle-time" not in service
+
+
+def test_a_compose_project_of_a_user(tmp_path):
+    (tmp_path / "web.yaml").write_text("services: {}\n")
+    options = ["--backend=web.yaml", "--output=set", "--user"]
+    done = create(*BASIC, *options, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "WantedBy=default.target" in (tmp_path / "set/web-compose.service").read_text()
+    assert "enable --now web-proxy.socket web-compose.service" in done.stderr
 
 
 def test_a_namespace_without_its_drop_in_is_not_sound(tmp_path):

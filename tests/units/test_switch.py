@@ -111,3 +111,35 @@ def test_a_command_that_is_wrong_is_not_switched(units):
     done = switch(units({"p.socket": SOCKET, "p.service": text}) / "p.service")
     assert (done.returncode, done.stdout) == (1, "")
     assert "unrecognized option" in done.stderr
+
+
+def test_a_port_that_is_published_gets_settle_time(units):
+    backend = "[Service]\nExecStart=/usr/bin/podman run --publish=127.0.0.1:81:80 x\n"
+    text = proxy("Wants=app.service\nAfter=app.service\n")
+    folder = units({"p.socket": SOCKET, "p.service": text, "app.service": backend})
+    assert "--settle-time=500ms 127.0.0.1:81" in switch(folder / "p.service").stdout
+
+
+def test_dependencies_and_aliases_by_symlinks_are_seen(units):
+    files = {
+        "p.socket": SOCKET.replace("80\n", "80\nService=front.service\n"),
+        "p.service": proxy("Wants=app.service\nAfter=app.service\n"),
+        "front.service": "-> p.service",
+        "p.service.upholds/app.service": "-> ../app.service",
+        "app.service": BACKEND,
+    }
+    done = switch(units(files) / "p.service")
+    assert (done.returncode, "crash-not-healed" in done.stderr) == (0, False), done.stderr
+    assert "Upholds" not in done.stdout
+
+
+def test_an_error_of_another_unit_is_told_and_does_not_stop_it(units):
+    files = {
+        "p.socket": f"[Unit]\nAfter=tailscaled.service\n{SOCKET}",
+        "p.service": proxy("Wants=app.service\nAfter=app.service\n"),
+        "app.service": BACKEND,
+    }
+    done = switch(units(files) / "p.service")
+    assert done.returncode == 0
+    assert "[socket-ordered-after-service]" in done.stderr
+    assert "Upholds=app.service" in done.stdout

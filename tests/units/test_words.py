@@ -21,6 +21,10 @@ def test_words(text, wanted):
     assert words.split(text) == wanted
 
 
+def test_names_of_units_keep_their_backslashes():
+    assert words.split(r'a\x2db.service "c\x20d"', escapes=False) == [r"a\x2db.service", r"c\x20d"]
+
+
 def test_a_quote_that_is_not_closed():
     with pytest.raises(ValueError, match="not closed"):
         words.split("a 'b")

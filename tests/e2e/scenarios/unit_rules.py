@@ -28,16 +28,16 @@ class Case:
         heals: Callable[[Subject], object],
         mended: dict[str, list[tuple[str, str]]] | None = None,
         until: int = 9999,
-        served_first: bool = False,
+        name: str = "",
     ):
         self.rule = rule
+        self.name = name or rule
         self.broken = broken
         self.mended = mended or {}
         self.bites = bites
         self.heals = heals
         self.until = until
-        """The last version of systemd that it bites."""
-        self.served_first = served_first
+        """The last version of systemd that it bites. Later ones tell what mends it."""
 
 
 def edited(edits: dict[str, list[tuple[str, str]]]) -> Units:
@@ -53,11 +53,15 @@ def edited(edits: dict[str, list[tuple[str, str]]]) -> Units:
 
 def run(m: Machine, case: Case) -> str:
     bite = Subject(m, edited(case.broken))
-    found = bite.rules()
+    version = int(m.sh("systemctl --version").split()[1].partition("~")[0])
+    bites = version <= case.until
+    found = bite.rules() if bites else bite.rules_of_files()
     check(case.rule in found, f"check finds {sorted(found)}, not {case.rule}")
-    version = int(m.sh("systemctl --version").split()[1])
-    if version <= case.until:
+    if bites:
         case.bites(bite)
+    else:
+        check(case.rule not in bite.rules(), "check finds what does not bite here")
+        case.heals(bite)
     m.run(f"systemctl stop {bite.sockets} {bite.proxy} {bite.backend} other.socket other.service")
     for name in case.broken:
         if name not in case.mended and name not in UNITS:
@@ -66,7 +70,7 @@ def run(m: Machine, case: Case) -> str:
     left = mended.rules()
     check(not left, f"check finds {sorted(left)} in what is mended")
     case.heals(mended)
-    return f"bites{'' if version <= case.until else ' not here'}, is found, and is mended"
+    return f"bites{'' if bites else ' not here'}, is found, and is mended"
 
 
 # What is to be seen of a mistake.
@@ -198,6 +202,13 @@ def gone_with_the_proxy(s: Subject) -> None:
     check(s.show("ActiveState", s.sockets) != "active", "the socket is still there")
 
 
+def gone_with_the_backend(s: Subject) -> None:
+    s.served("at first")
+    s.wait_idle()
+    s.wait("the socket is gone", lambda: s.show("ActiveState", s.sockets) == "inactive")
+    check(not s.ask(2), "a client is served")
+
+
 def there_without_the_proxy(s: Subject) -> None:
     s.served("at first")
     s.machine.sh(f"systemctl stop {s.proxy}")
@@ -295,6 +306,12 @@ def after_a_failed_start(s: Subject) -> None:
     check(not s.ask(4), "a client is served")
 
 
+def served_by_hand(s: Subject) -> None:
+    s.ask(2)
+    s.machine.sh(f"systemctl start {s.backend}")
+    s.served("once both run")
+
+
 def healed_after_a_failed_start(s: Subject) -> None:
     s.order("fail")
     s.ask(3)
@@ -332,6 +349,10 @@ def add(line: str) -> list[tuple[str, str]]:
 ONESHOT = f"/bin/sh -c '{BACKEND} 127.0.0.1 8000 &'"
 SECOND = "[Socket]\nListenStream=127.0.0.1:9001\nService=heal.service\n"
 
+REQUIRES = [("Wants=back.service\nUpholds", "Requires")]
+RESTARTS = [("[Service]", "[Service]\nRestart=on-failure\nRestartSec=1s")]
+REVIVES = [("", "[Unit]\nUpholds=heal.socket\n")]
+
 CASES = (
     Case(
         "crash-not-healed",
@@ -344,6 +365,14 @@ CASES = (
         {P: [("Wants=back.service\nUpholds", "Requires")]},
         dead_socket(healing.failing_start, "trigger-limit-hit"),
         healing.failing_start,
+    ),
+    Case(
+        "failing-start-kills-socket",
+        {P: REQUIRES, B: RESTARTS},
+        dead_socket(healing.failing_start, "trigger-limit-hit"),
+        healing.failing_start,
+        {P: REQUIRES, B: RESTARTS, "sockets.target.d/heal.conf": REVIVES},
+        name="socket-revived",
     ),
     Case(
         "start-limit-kills-socket",
@@ -424,8 +453,9 @@ CASES = (
             B: [JOIN_B[1], ("StopWhenUnneeded=yes\n", "")],
         },
         lambda s: (s.ask(2), s.machine.sh("systemctl start back.service"), unserved(s)),
-        served,
+        served_by_hand,
         JOINED,
+        until=252,
     ),
     Case(
         "join-one-sided",
@@ -551,6 +581,20 @@ CASES = (
         there_without_the_proxy,
     ),
     Case(
+        "socket-partof-proxy",
+        {S: [("[Socket]", "[Unit]\nPartOf=back.service\n[Socket]")]},
+        gone_with_the_backend,
+        healing.idle_stop,
+        name="socket-partof-backend",
+    ),
+    Case(
+        "backend-pinned",
+        {S: [("[Socket]", "[Unit]\nWants=back.service\n[Socket]")]},
+        runs_on,
+        healing.idle_stop,
+        name="socket-pins-backend",
+    ),
+    Case(
         "same-address",
         {
             "other.socket": [("", "[Socket]\nListenStream=9000\n")],
@@ -597,8 +641,8 @@ def add_scenario(case: Case) -> None:
     def body(m: Machine) -> str:
         return run(m, case)
 
-    body.__name__ = f"rule_{case.rule.replace('-', '_')}"
-    body.__doc__ = f"{case.rule}: it bites, `check` finds it, and its mend mends it"
+    body.__name__ = f"rule_{case.name.replace('-', '_')}"
+    body.__doc__ = f"{case.name}: it bites, `check` finds it, and its mend mends it"
     scenario(needs="--connect-timeout", original="has no --connect-timeout=")(body)
 
 
@@ -619,10 +663,7 @@ def rule_user_unit_wanted_by_multi_user(m: Machine) -> str:
             user.unit("back.service", BACK)
             m.sh(f"chown -R {USER} /home/{USER}")
             user.sh("systemctl --user daemon-reload; systemctl --user enable heal.socket")
-            m.sh(f"systemctl restart user@{user.number}.service")
-            m.wait_for(
-                "it has started", lambda u=user: u.show("default.target", "ActiveState") == "active"
-            )
+            user.restart()
             check((user.show("heal.socket", "ActiveState") == "active") == there, f"with {target}")
             folder = f"/home/{USER}/.config/systemd/user"
             found = m.run(f"{m.program}-units check --json=short {folder}").stdout

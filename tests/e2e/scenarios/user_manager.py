@@ -35,6 +35,10 @@ class UserManager:
         self.m = m
         m.sh(f"useradd --create-home {USER}")
         self.number = m.sh(f"id -u {USER}").strip()
+        self.folder = f"/home/{USER}/.config/systemd/user"
+        runtime = f"XDG_RUNTIME_DIR=/run/user/{self.number}"
+        self.systemctl = f"runuser -u {USER} -- env {runtime} systemctl --user"
+        m.sh(f"runuser -u {USER} -- mkdir -p {self.folder}")
         m.start(f"user@{self.number}.service")
 
     def sh(self, script: str) -> str:
@@ -43,11 +47,17 @@ class UserManager:
         return self.m.sh(f"{user} '{script}'")
 
     def unit(self, name: str, text: str) -> None:
-        folder = f"/home/{USER}/.config/systemd/user"
-        self.m.sh(f"mkdir -p {folder}; cat >{folder}/{name}", stdin=text)
+        self.m.sh(f"cat >{self.folder}/{name}", stdin=text)
 
     def show(self, unit: str, prop: str) -> str:
         return self.sh(f"systemctl --user show --value -p {prop} {unit}").strip()
+
+    def restart(self) -> None:
+        """Start the manager anew."""
+        self.m.sh(f"systemctl restart user@{self.number}.service")
+        self.m.wait_for(
+            "it has started", lambda: self.show("default.target", "ActiveState") == "active"
+        )
 
     def end(self) -> None:
         self.m.run(

@@ -52,9 +52,13 @@ class Container:
     """systemd-nspawn as our child. `leader` is the host's pid of the container's pid 1."""
 
     def __init__(self, folder: Path, log: Path):
+        self.folder = folder
         self.log = log
+        self.boot()
+
+    def boot(self) -> None:
         self.groups = container_groups()
-        self.process = start_nspawn(folder, log, self.groups)
+        self.process = start_nspawn(self.folder, self.log, self.groups)
         self.leader = 0
         try:
             self.leader = self._wait_for_leader()
@@ -62,6 +66,11 @@ class Container:
         except BaseException:
             self.halt()
             raise
+
+    def reboot(self) -> None:
+        """Shut down and boot again, in the same overlay."""
+        self.halt()
+        self.boot()
 
     def _wait_for_leader(self) -> int:
         deadline = time.monotonic() + BOOT_TIMEOUT
@@ -92,6 +101,10 @@ class Container:
     def command(self, argv: list[str]) -> list[str]:
         """`argv` as a command line of the host that runs it in all the container's namespaces."""
         return [*f"nsenter -t {self.leader} -m -u -i -n -p -C -r -w --".split(), *argv]
+
+    def popen_in_our_network(self, argv: list[str]) -> subprocess.Popen:
+        """Start a program of the container on this machine: only the files are the container's."""
+        return subprocess.Popen(["nsenter", "-t", str(self.leader), "-m", "--", *argv])
 
     def run(
         self, script: str, timeout: float = 60, stdin: str | None = None
