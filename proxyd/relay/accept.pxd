@@ -38,14 +38,15 @@ cdef enum:
 # ── accept ───────────────────────────────────────────────────────────────────────────────────────
 
 cdef inline void listener_accept_clients(Worker *worker, Listener *listener) noexcept nogil:
-    """The listener is readable. Level-triggered: who is left waits for the next turn."""
-    cdef int most = POLICY_EVENTS_MAX if listener.refuses else listener_batch_size(listener, worker.turns)
-    cdef bint first = True     # somebody is there, while after him perhaps nobody
+    """The listener is readable. It is level-triggered: clients that are left wait for the next
+    turn."""
+    cdef int count = POLICY_EVENTS_MAX if listener.refuses else listener_batch_size(listener, worker.turns)
+    cdef bint first = True     # epoll promised one client; later accepts may find none
     cdef sockaddr_storage peer
     cdef socklen_t size
     cdef int fd
-    while most > 0 and worker.policy_event_count < POLICY_EVENTS_MAX // 2:
-        most -= 1
+    while count > 0 and worker.policy_event_count < POLICY_EVENTS_MAX // 2:
+        count -= 1
         if gauges_places(worker.gauges) >= connection_limit(worker) and not (
                 listener.refuses and atomic_get(&worker.quarantine.orphan_sockets) < ORPHAN_SOCKETS_MAX):
             if first:
@@ -76,7 +77,7 @@ cdef inline int listener_batch_size(Listener *listener, int64_t turn) noexcept n
 cdef inline int listener_accept(
     Worker *worker, Listener *listener, sockaddr_storage *peer, socklen_t *size
 ) noexcept nogil:
-    """A client's fd, and its address; or -errno, -ELOOP for one that is ourselves and was closed.
+    """A client's fd, and its address; or -errno. -ELOOP: the client was ourselves, and was closed.
     """
     cdef int fd
     size[0] = sizeof(peer[0])
@@ -100,9 +101,9 @@ cdef inline int listener_accept(
 cdef inline int listener_accept4(
     Listener *listener, int64_t now_ms, sockaddr *peer, socklen_t *size
 ) noexcept nogil:
-    """As accept4(2), which may wait for a client that another process has taken, if that process
-    has cleared O_NONBLOCK since the last look: no flag of one call prevents it. Where this was
-    seen once an alarm ends such a wait; before that a signal does, or the next client."""
+    """As accept4(2), which may wait: for a client that another process has taken, if that process has
+    cleared O_NONBLOCK since the last look; no flag of the call prevents that. Once this was seen,
+    an alarm ends such a wait; before that, a signal does, or the next client."""
     cdef int fd, error
     listener_keep_nonblocking(listener, now_ms)
     if not listener.contested:
@@ -116,9 +117,9 @@ cdef inline int listener_accept4(
 
 
 cdef inline void listener_keep_nonblocking(Listener *listener, int64_t now_ms) noexcept nogil:
-    """O_NONBLOCK belongs to the open file description, and so to all who share the listener.
+    """O_NONBLOCK belongs to the open file description, and so to everyone that shares the listener.
 
-    Looked at once a millisecond: where clients come faster, none waits for the next for long.
+    Looked at once a millisecond: while clients come faster, none waits for the next one for long.
     """
     cdef int flags
     if listener.nonblock_checked_ms == now_ms and not listener.contested:
@@ -134,7 +135,7 @@ cdef inline void listener_keep_nonblocking(Listener *listener, int64_t now_ms) n
 cdef inline void listener_admit(
     Worker *worker, Listener *listener, int fd, const sockaddr_storage *peer, socklen_t size
 ) noexcept nogil:
-    """A client is in: on its way to the target, or before the policy."""
+    """A client is let in: it is connected, or handed to the policy."""
     cdef long long result
     if not listener.auto_connect or listener.check & CHECK_PORT and local_port(fd) != listener.port:
         listener_hand_to_policy(worker, listener, fd, peer, size)
@@ -148,7 +149,7 @@ cdef inline void listener_admit(
     result = connection_connect(worker, fd, listener.family, &listener.target, listener.target_size, NULL, 0,
                              listener.index, listener.timeout_ms)
     if result < 0:
-        listener.auto_connect = False  # whoever comes next must not overtake it
+        listener.auto_connect = False  # later clients must not overtake it
         worker.held += 1
         policy_event_add(worker, EVENT_CONNECT_FAILED, fd, <int>-result, listener.index)
 
@@ -156,11 +157,11 @@ cdef inline void listener_admit(
 cdef inline void listener_hand_to_policy(
     Worker *worker, Listener *listener, int fd, const sockaddr_storage *peer, socklen_t size
 ) noexcept nogil:
-    """A client for the policy, with the address that accept(2) has told: once a client has reset,
-    the kernel tells it no more. That of a UNIX client may not fit, but can be asked for later."""
+    """Tell the policy of a client and of the address that accept(2) has told: once a client has reset,
+    the kernel no longer tells it. That of a UNIX client may not fit, but can be asked for later."""
     cdef PolicyEvent *event = policy_event_add(worker, EVENT_ACCEPTED, fd, 0, listener.index)
     worker.held += 1
-    if event == NULL:  # gate_event() sees to it that there is room
+    if event == NULL:  # listener_accept_clients() makes sure that there is room
         worker_hang_up(worker, fd, listener.family, True)
     elif size <= sizeof(event.peer):
         memcpy(&event.peer, peer, size)
@@ -170,8 +171,8 @@ cdef inline void listener_hand_to_policy(
 # ── start, stop, and wait for room ───────────────────────────────────────────────────────────────
 
 cdef inline void listener_count_early(Listener *listener) noexcept nogil:
-    """Count who waits already: a socket has what the listener had when its client connected, and
-    the client for whom the program was started was there before it."""
+    """Count the clients that already wait: a socket has the options that its listener had when the
+    client connected, and the client that started the program was there before we could set any."""
     cdef tcp_info about
     cdef socklen_t size = sizeof(about)
     memset(&about, 0, sizeof(about))
@@ -181,8 +182,8 @@ cdef inline void listener_count_early(Listener *listener) noexcept nogil:
 
 
 cdef inline void listeners_resume(Worker *worker) noexcept nogil:
-    """There is room again, or the wait for it has been long enough: let the clients in, or hear
-    that they are too many."""
+    """There is room again, or the wait for it is over: let the clients in, or have them closed as too
+    many."""
     cdef bint refuse = gauges_places(worker.gauges) >= connection_limit(worker)
     cdef Listener *listener
     cdef int failure
@@ -200,10 +201,10 @@ cdef inline void listeners_resume(Worker *worker) noexcept nogil:
 
 
 cdef inline void listener_wait_for_room(Worker *worker, Listener *listener) noexcept nogil:
-    """There is no room, and a client has to wait for it in the backlog.
+    """There is no room: leave clients in the backlog until there is, or until ROOM_WAIT_MS have passed
+    without the end of a connection; only then are they refused.
 
-    A client that has closed and comes again is often here before the target has closed too. So
-    nobody is refused before ROOM_WAIT_MS have passed without a connection's end.
+    A client that has closed and connects again often arrives before the target has closed as well.
     """
     if worker.room_ms == 0:
         worker.room_ms = worker.ctx.now_ms + ROOM_WAIT_MS
@@ -223,7 +224,7 @@ cdef inline int listener_watch(Worker *worker, Listener *listener) noexcept nogi
 
 
 cdef inline void listener_unwatch(Worker *worker, Listener *listener) noexcept nogil:
-    """Not by an interest of 0: a hang-up would be announced again and again all the same."""
+    """An interest of 0 would not do: a hang-up would be announced again and again."""
     list_remove(&listener.waiting)
     if listener.watched:
         epoll_ctl(worker.ctx.epoll, EPOLL_CTL_DEL, listener.fd, NULL)

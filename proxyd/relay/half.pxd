@@ -19,7 +19,7 @@ cdef inline void half_drop(Half *half) noexcept nogil:
 
 
 cdef inline int half_keep(Half *half, const char *data, size_t size) noexcept nogil:
-    """Keep bytes that dst did not take; 0 or -ENOMEM. Only while nothing else is held."""
+    """Keep bytes that dst did not take; 0 or -ENOMEM. Only while there are no unsent ones."""
     half.unsent = <char *>malloc(size)
     if half.unsent == NULL:
         return -ENOMEM

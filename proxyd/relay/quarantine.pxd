@@ -31,7 +31,7 @@ cdef enum:
 # ── connections move there ───────────────────────────────────────────────────────────────────────
 
 cdef inline void worker_quarantine(Worker *worker) noexcept nogil:
-    """Only at the end of a turn, as relay_share()."""
+    """Move those that are to go there. Only at the end of a turn, as worker_offload()."""
     cdef Link *link = worker.to_quarantine.next
     cdef Link *after
     if not quarantine_runs(worker.quarantine):
@@ -45,7 +45,7 @@ cdef inline void worker_quarantine(Worker *worker) noexcept nogil:
 
 
 cdef inline void connection_quarantine(Worker *worker, Connection *c) noexcept nogil:
-    """With all it holds, its time limit too. It begins there as one does that was given away."""
+    """With all it holds, its timer included. It begins there as one that was offloaded."""
     cdef Worker *main = worker if worker.main == NULL else worker.main
     endpoint_quarantine(worker, &c.client)
     endpoint_quarantine(worker, &c.target)
@@ -58,8 +58,8 @@ cdef inline void connection_quarantine(Worker *worker, Connection *c) noexcept n
 
 
 cdef inline void endpoint_quarantine(Worker *worker, Endpoint *end) noexcept nogil:
-    """Where the thread still waits when the program ends, the kernel closes its sockets: that is no
-    clean end."""
+    """If the thread still blocks when the program ends, the kernel closes its sockets: that must not look
+    like a clean end."""
     cdef linger now
     if end.fd < 0:
         return
@@ -99,7 +99,8 @@ cdef inline bint quarantine_runs(Quarantine *quarantine) noexcept nogil:
 
 
 cdef inline void quarantine_want(Quarantine *quarantine) noexcept nogil:
-    """Have the boss start the thread. It is told once: who waits for it asks in every turn."""
+    """Have the main worker start the thread. It is woken once; connections that wait for the thread ask
+    again in every turn."""
     if atomic_get(&quarantine.wanted):
         return
     atomic_set(&quarantine.wanted, 1)
@@ -108,6 +109,7 @@ cdef inline void quarantine_want(Quarantine *quarantine) noexcept nogil:
 
 
 cdef inline bint quarantine_due(Quarantine *quarantine, int64_t now_ms) noexcept nogil:
+    """Whether it is time to start the thread, or to try so again."""
     return atomic_get(&quarantine.wanted) and now_ms >= quarantine.retry_ms
 
 

@@ -8,11 +8,10 @@ from proxyd.relay.sys cimport (
 )
 
 cdef inline void socket_tune(int fd, int family) noexcept nogil:
-    """What both legs have: urgent bytes in their place, keepalive, no Nagle delay.
+    """What both legs need: urgent bytes in their place, keepalive, no Nagle delay.
 
-    What a listener has, the TCP sockets it accepts inherit; UNIX ones do not. Failures are
-    ignored: a transport without the option has no need of it.
-    """
+    Accepted TCP sockets inherit it from their listener; UNIX ones do not. Failures are ignored: a
+    transport without an option does not need it."""
     cdef int on = 1
     if family == AF_INET or family == AF_INET6:
         setsockopt(fd, SOL_SOCKET, SO_OOBINLINE, &on, sizeof(on))
@@ -23,8 +22,8 @@ cdef inline void socket_tune(int fd, int family) noexcept nogil:
 
 
 cdef inline void socket_reset(int fd, int family) noexcept nogil:
-    """Close with RST, which throws away what was not yet acknowledged. AF_UNIX has no reset: it is
-    a plain close there."""
+    """Close with RST, which throws away what was not acknowledged yet. AF_UNIX has no reset: there it is
+    a plain close."""
     cdef linger now
     cdef sockaddr nowhere
     if family != AF_UNIX:
@@ -37,7 +36,7 @@ cdef inline void socket_reset(int fd, int family) noexcept nogil:
 
 
 cdef inline void socket_unlinger(int fd) noexcept nogil:
-    """Have close(2) neither wait nor cut, whatever SO_LINGER the listener had."""
+    """Have close(2) neither wait nor reset, whatever SO_LINGER the listener had."""
     cdef linger off
     off.l_onoff = off.l_linger = 0
     setsockopt(fd, SOL_SOCKET, SO_LINGER, &off, sizeof(off))
@@ -53,8 +52,8 @@ cdef inline int socket_take_error(int fd) noexcept nogil:
 
 
 cdef inline bint socket_self_connected(int fd) noexcept nogil:
-    """Whether a TCP socket was connected to itself: a connect to a port of the ephemeral range on
-    which nobody listens may be given that very port as its own."""
+    """Whether a TCP socket is connected to itself: a connect to a port of the ephemeral range that has no
+    listener may be given that very port as its own."""
     cdef sockaddr_storage mine, peer
     cdef socklen_t mine_size = sizeof(mine), peer_size = sizeof(peer)
     memset(&mine, 0, sizeof(mine))
