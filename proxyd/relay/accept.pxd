@@ -9,13 +9,13 @@ from proxyd.relay.bookkeeping cimport connection_limit, policy_event_add
 from proxyd.relay.connect cimport connection_connect, worker_hang_up
 from proxyd.relay.gauges cimport gauges_places
 from proxyd.relay.list cimport list_append, list_empty, list_remove
-from proxyd.relay.quarantine cimport ORPHAN_SOCKETS_MAX
+from proxyd.relay.quarantine cimport quarantine_takes_orphans
 from proxyd.relay.self_connect cimport local_port, self_connect_came_back
 from proxyd.relay.signals cimport alarm_is_handled, alarm_set
 from proxyd.relay.socket cimport peer_is_process, socket_tune, socket_unlinger
 from proxyd.relay.sys cimport (
     AF_UNIX, EAGAIN, EINTR, ELOOP, EPOLLIN, EPOLL_CTL_ADD, EPOLL_CTL_DEL, F_GETFL, F_SETFL,
-    IPPROTO_TCP, O_NONBLOCK, SOCK_CLOEXEC, SOCK_NONBLOCK, TCP_INFO, accept4, atomic_get, epoll_ctl,
+    IPPROTO_TCP, O_NONBLOCK, SOCK_CLOEXEC, SOCK_NONBLOCK, TCP_INFO, accept4, epoll_ctl,
     epoll_event, errno, errno_set, fcntl, getsockopt, int64_t, memcpy, memset, sockaddr,
     sockaddr_storage, socklen_t, tcp_info,
 )
@@ -24,9 +24,9 @@ from proxyd.relay.types cimport (
     EVENT_REFUSED, POLICY_EVENTS_MAX, Listener, PolicyEvent, Worker,
 )
 
-# While clients are few, it is cheapest to accept one per turn: learning that no other waits (EAGAIN)
-# costs as much as a connection, since the kernel makes the new socket before it looks. A listener
-# that is ready in turn after turn is accepted from in batches.
+# While clients are few, it is cheapest to accept one per turn: learning that no other waits
+# (EAGAIN) costs as much as a connection, since the kernel makes the new socket before it looks. A
+# listener that is ready in turn after turn is accepted from in batches.
 cdef enum:
     BATCH_TURNS = 4            # after this number of turns in a row, the batch is doubled …
     BATCH_MAX = 32             # … up to this; then the connections have their turn
@@ -40,7 +40,7 @@ cdef enum:
 cdef inline void listener_accept_clients(Worker *worker, Listener *listener) noexcept nogil:
     """The listener is readable. It is level-triggered: clients that are left wait for the next
     turn."""
-    cdef int count = POLICY_EVENTS_MAX if listener.refuses else listener_batch_size(listener, worker.turns)
+    cdef int count = listener_batch_size(listener, worker.turns)
     cdef bint first = True     # epoll promised one client; later accepts may find none
     cdef sockaddr_storage peer
     cdef socklen_t size
@@ -48,7 +48,7 @@ cdef inline void listener_accept_clients(Worker *worker, Listener *listener) noe
     while count > 0 and worker.policy_event_count < POLICY_EVENTS_MAX // 2:
         count -= 1
         if gauges_places(worker.gauges) >= connection_limit(worker) and not (
-                listener.refuses and atomic_get(&worker.quarantine.orphan_sockets) < ORPHAN_SOCKETS_MAX):
+                listener.refuses and quarantine_takes_orphans(worker.quarantine)):
             if first:
                 listener_wait_for_room(worker, listener)
             return
@@ -68,8 +68,13 @@ cdef inline void listener_accept_clients(Worker *worker, Listener *listener) noe
 
 
 cdef inline int listener_batch_size(Listener *listener, int64_t turn) noexcept nogil:
-    """How many clients to accept in this turn."""
-    listener.ready_turns = min(listener.ready_turns + 1, READY_TURNS_MAX) if turn == listener.last_turn + 1 else 0
+    """How many clients to accept in this turn, at most."""
+    if listener.refuses:
+        return POLICY_EVENTS_MAX
+    if turn == listener.last_turn + 1:
+        listener.ready_turns = min(listener.ready_turns + 1, READY_TURNS_MAX)
+    else:
+        listener.ready_turns = 0
     listener.last_turn = turn
     return min(1 << (listener.ready_turns // BATCH_TURNS), BATCH_MAX)
 
@@ -101,9 +106,9 @@ cdef inline int listener_accept(
 cdef inline int listener_accept4(
     Listener *listener, int64_t now_ms, sockaddr *peer, socklen_t *size
 ) noexcept nogil:
-    """As accept4(2), which may wait: for a client that another process has taken, if that process has
-    cleared O_NONBLOCK since the last look; no flag of the call prevents that. Once this was seen,
-    an alarm ends such a wait; before that, a signal does, or the next client."""
+    """As accept4(2), which may block: if another process has taken the client, and has cleared
+    O_NONBLOCK since the last look. No flag of the call prevents that. Once this was seen, an alarm
+    ends such a wait; before that, a signal does, or the next client."""
     cdef int fd, error
     listener_keep_nonblocking(listener, now_ms)
     if not listener.contested:
@@ -117,9 +122,9 @@ cdef inline int listener_accept4(
 
 
 cdef inline void listener_keep_nonblocking(Listener *listener, int64_t now_ms) noexcept nogil:
-    """O_NONBLOCK belongs to the open file description, and so to everyone that shares the listener.
+    """O_NONBLOCK belongs to the open file description, and so to every process that shares it.
 
-    Looked at once a millisecond: while clients come faster, none waits for the next one for long.
+    Looked at once a millisecond: if clients come faster, a wait for the next one is short anyway.
     """
     cdef int flags
     if listener.nonblock_checked_ms == now_ms and not listener.contested:
@@ -146,8 +151,9 @@ cdef inline void listener_admit(
         policy_event_add(worker, EVENT_REFUSED, -1, 0, listener.index)
         return
     listener.connected_count += 1
-    result = connection_connect(worker, fd, listener.family, &listener.target, listener.target_size, NULL, 0,
-                             listener.index, listener.timeout_ms)
+    result = connection_connect(
+        worker, fd, listener.family, &listener.target, listener.target_size, NULL, 0,
+        listener.index, listener.timeout_ms)
     if result < 0:
         listener.auto_connect = False  # later clients must not overtake it
         worker.held += 1
@@ -157,8 +163,9 @@ cdef inline void listener_admit(
 cdef inline void listener_hand_to_policy(
     Worker *worker, Listener *listener, int fd, const sockaddr_storage *peer, socklen_t size
 ) noexcept nogil:
-    """Tell the policy of a client and of the address that accept(2) has told: once a client has reset,
-    the kernel no longer tells it. That of a UNIX client may not fit, but can be asked for later."""
+    """Tell the policy of a client, with the address that accept(2) has told: once a client has
+    reset, the kernel no longer tells it. That of a UNIX client may not fit, but can be asked for
+    later."""
     cdef PolicyEvent *event = policy_event_add(worker, EVENT_ACCEPTED, fd, 0, listener.index)
     worker.held += 1
     if event == NULL:  # listener_accept_clients() makes sure that there is room
@@ -182,8 +189,8 @@ cdef inline void listener_count_early(Listener *listener) noexcept nogil:
 
 
 cdef inline void listeners_resume(Worker *worker) noexcept nogil:
-    """There is room again, or the wait for it is over: let the clients in, or have them closed as too
-    many."""
+    """There is room again, or the wait for it is over: let the clients in, or have those over the
+    limit closed."""
     cdef bint refuse = gauges_places(worker.gauges) >= connection_limit(worker)
     cdef Listener *listener
     cdef int failure
@@ -195,14 +202,15 @@ cdef inline void listeners_resume(Worker *worker) noexcept nogil:
         list_remove(&listener.waiting)
         listener.refuses = refuse
         failure = listener_watch(worker, listener)
-        if failure < 0 and policy_event_add(worker, EVENT_ACCEPT_FAILED, -1, -failure, listener.index) == NULL:
+        if failure < 0 and policy_event_add(
+                worker, EVENT_ACCEPT_FAILED, -1, -failure, listener.index) == NULL:
             listener_wait_for_room(worker, listener)
             return
 
 
 cdef inline void listener_wait_for_room(Worker *worker, Listener *listener) noexcept nogil:
-    """There is no room: leave clients in the backlog until there is, or until ROOM_WAIT_MS have passed
-    without the end of a connection; only then are they refused.
+    """There is no room: leave clients in the backlog until there is some. They are refused only if
+    no connection ends for ROOM_WAIT_MS.
 
     A client that has closed and connects again often arrives before the target has closed as well.
     """
@@ -224,7 +232,8 @@ cdef inline int listener_watch(Worker *worker, Listener *listener) noexcept nogi
 
 
 cdef inline void listener_unwatch(Worker *worker, Listener *listener) noexcept nogil:
-    """An interest of 0 would not do: a hang-up would be announced again and again."""
+    """Have epoll announce no clients. An interest of 0 would not do: a hang-up would be announced
+    again and again."""
     list_remove(&listener.waiting)
     if listener.watched:
         epoll_ctl(worker.ctx.epoll, EPOLL_CTL_DEL, listener.fd, NULL)

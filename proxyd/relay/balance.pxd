@@ -26,8 +26,8 @@ cdef inline Worker *worker_for_new(Worker *main) noexcept nogil:
 
 
 cdef inline Worker *worker_with_fewest(Worker *main) noexcept nogil:
-    """The worker with the fewest connections; the main one if no other has fewer, since that saves a
-    change of threads."""
+    """The worker with the fewest connections; the main one if no other has fewer, since that saves
+    a change of threads."""
     cdef Worker *least = main
     cdef int fewest = atomic_get(&main.connection_count)
     cdef int i, count
@@ -92,18 +92,19 @@ cdef inline Worker *workers_find_idle(Worker *main) noexcept nogil:
     for i in range(main.workers.count):
         worker = main.workers.each[i]
         if hint_get(&worker.asleep) and (
-                found == NULL or atomic_get(&worker.connection_count) < atomic_get(&found.connection_count)):
+                found == NULL or atomic_get(&worker.connection_count)
+                < atomic_get(&found.connection_count)):
             found = worker
     return found
 
 
 cdef inline bint connection_can_move(const Connection *c) noexcept nogil:
-    """One that has a timer, or is about to end, is in lists of its worker and stays."""
+    """Not if it has a timer or is about to end: then it is in lists of its worker."""
     return c.state == CONNECTED and c.timer_ms == 0
 
 
 cdef inline void connection_move(Worker *worker, Worker *other, Connection *c) noexcept nogil:
-    """With all it holds. It begins there as a new one does: with a pump, and then with epoll."""
+    """Move a connection with all it holds. It begins there as a new one does."""
     endpoint_unregister(&worker.ctx, &c.client)
     endpoint_unregister(&worker.ctx, &c.target)
     list_remove(&c.ready)

@@ -7,6 +7,7 @@ from proxyd.relay.pipe cimport pool_clear
 from proxyd.relay.sys cimport atomic_add, int64_t, uint32_t
 from proxyd.relay.types cimport POLICY_EVENTS_MAX, Connection, PolicyEvent, Worker
 
+
 cdef inline PolicyEvent *policy_event_add(
     Worker *worker, int kind, int fd, uint32_t value, int index
 ) noexcept nogil:
@@ -30,7 +31,9 @@ cdef inline int connection_limit(const Worker *worker) noexcept nogil:
     return worker.connections_max - worker.held
 
 
-cdef inline void connection_set_timer(Worker *worker, Connection *c, int64_t when_ms) noexcept nogil:
+cdef inline void connection_set_timer(
+    Worker *worker, Connection *c, int64_t when_ms
+) noexcept nogil:
     """Have connection_timer_expired() called at `when_ms`."""
     list_remove(&c.timed)
     list_append(&worker.timed, &c.timed)

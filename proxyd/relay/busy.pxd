@@ -62,9 +62,9 @@ cdef inline bint busy_window(
 cdef inline bint busy_sample(
     Busy *busy, const Machine *machine, int64_t now_ns, bint waited, char *buffer, size_t size
 ) noexcept nogil:
-    """After a window in which the worker was busy: measure how much of another CPU was idle since the
-    last reading. Whether there is a result. If the kernel tells nothing, assume an idle CPU: anyone
-    using --threads has CPUs to spare."""
+    """After a window in which the worker was busy: measure how much of another CPU was idle since
+    the last reading. Whether there is a result. If the kernel tells nothing, assume an idle CPU:
+    anyone using --threads has CPUs to spare."""
     cdef int64_t before_ns
     cdef uint64_t idle_ns = 0
     cdef bint answered_ping = False
@@ -100,8 +100,8 @@ cdef inline int64_t spent_ns(clockid_t clock) noexcept nogil:
 cdef inline bint machine_idle(
     const Machine *machine, char *buffer, size_t size, uint64_t *idle_ns
 ) noexcept nogil:
-    """How long the CPUs that count were idle since the machine was started, modulo 2**64. False if that
-    cannot be known. `buffer` is for the text; what does not fit counts as busy."""
+    """How long the CPUs that count were idle since the machine was started, modulo 2**64. False if
+    that cannot be known. `buffer` is for the text; what does not fit counts as busy."""
     cdef ssize_t got
     cdef size_t asked = size - 1
     if machine.stat_fd < 0:
@@ -140,8 +140,8 @@ cdef inline uint64_t stat_idle(const Machine *machine, char *text) noexcept nogi
 
 
 cdef inline uint64_t stat_line_idle(char **at) noexcept nogil:
-    """Idle ticks of a line of /proc/stat: user, nice, system, idle, iowait; a CPU that waits for a disk
-    is idle. `at` is behind the name of the CPU, and then behind these numbers."""
+    """Idle ticks of a line of /proc/stat: user, nice, system, idle, iowait; a CPU that waits for a
+    disk is idle. `at` is behind the name of the CPU, and then behind these numbers."""
     cdef uint64_t ticks = 0
     cdef int field
     for field in range(5):
@@ -158,8 +158,8 @@ cdef inline bint machine_has(const Machine *machine, uint64_t cpu) noexcept nogi
 
 
 cdef inline uint64_t uptime_idle_ns(char *text) noexcept nogil:
-    """proc_uptime(5): seconds since the start, and those that all CPUs together were idle, both with two
-    decimal places."""
+    """proc_uptime(5): seconds since the start, and those that all CPUs together were idle, both
+    with two decimal places."""
     cdef char *at = text
     cdef uint64_t seconds
     while at[0] != 0 and at[0] != c" ":

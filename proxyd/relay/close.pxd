@@ -139,7 +139,7 @@ cdef inline bint linger_over(Worker *worker, Connection *c) noexcept nogil:
         c.last.readable = 1  # unread input would turn its end into an error
     if endpoint_drain(worker, c, c.last):
         if c.last.error != 0:
-            return True  # perhaps for want of memory: it may live on, and is to be reset all the same
+            return True  # perhaps for want of memory: it may live on, and is to be reset
         if last_was_sent_an_end(c):
             c.reset = False
             return True
@@ -175,7 +175,9 @@ cdef inline int64_t endpoint_queue(const Endpoint *end) noexcept nogil:
     return size
 
 
-cdef inline bint connection_is_stalled(Worker *worker, Connection *c, uint64_t queue) noexcept nogil:
+cdef inline bint connection_is_stalled(
+    Worker *worker, Connection *c, uint64_t queue
+) noexcept nogil:
     """Whether the queue towards the last side has not moved for STALLED_MS."""
     if queue != c.queue:
         c.queue = queue
@@ -184,8 +186,8 @@ cdef inline bint connection_is_stalled(Worker *worker, Connection *c, uint64_t q
 
 
 cdef inline void connection_check_rights(Worker *worker, Connection *c) noexcept nogil:
-    """If descriptors come next, this worker must not read any more: after the batch the connection goes
-    into quarantine."""
+    """If descriptors come next, this worker must not read any more: after the batch the connection
+    goes into quarantine."""
     if c.client.rights.state == RIGHTS_AHEAD or c.target.rights.state == RIGHTS_AHEAD:
         list_remove(&c.to_quarantine)
         list_append(&worker.to_quarantine, &c.to_quarantine)
@@ -240,9 +242,9 @@ cdef inline bint endpoint_may_close(Endpoint *end) noexcept nogil:
 
 
 cdef inline void endpoint_orphan(Worker *worker, Endpoint *end) noexcept nogil:
-    """Its peer sees the end now; the quarantine closes the socket once the connection is freed. Until
-    then it keeps its place in the limit, but it is no connection any more: neither a drain nor an
-    idle exit waits for it."""
+    """Its peer sees the end now; the quarantine closes the socket once the connection is freed.
+    Until then it keeps its place in the limit, but it is no connection any more: neither a drain
+    nor an idle exit waits for it."""
     cdef Connection *c = <Connection *>end.connection
     shutdown(end.fd, SHUT_RDWR)
     end.orphan_fd = end.fd

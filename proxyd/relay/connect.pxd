@@ -32,6 +32,7 @@ from proxyd.relay.types cimport (
     TO_TARGET, Connection, Endpoint, Half, PumpContext, Rights, Worker,
 )
 
+
 cdef inline long long connection_connect(
     Worker *worker, int client, int client_family, const sockaddr_storage *address,
     socklen_t size, const char *preamble, size_t preamble_size, int listener,
@@ -101,8 +102,8 @@ cdef inline void connection_place(Worker *main, Connection *c, bint connecting) 
 # ── begin ────────────────────────────────────────────────────────────────────────────────────────
 
 cdef inline void connection_begin(Worker *worker, Connection *c) noexcept nogil:
-    """Begin in this worker: with a pump, and only then register with epoll. Most short exchanges have
-    been heard by then and need no event."""
+    """Begin in this worker: pump first, and only then register with epoll. By then most short
+    exchanges have been read and need no event."""
     if c.has_orphans and c.state == CLOSED:
         connection_close_orphans(worker, c)
         return
@@ -156,8 +157,8 @@ cdef inline void connection_first_pump(Worker *worker, Connection *c) noexcept n
 cdef inline void connecting_send(
     Worker *worker, Connection *c, const char *data, size_t size
 ) noexcept nogil:
-    """Send the first bytes before it is known that the target is connected. They are kept until it has
-    taken them: the next target may need them."""
+    """Send the first bytes before it is known that the target is connected. They are kept until it
+    has taken them: the next target may need them."""
     cdef ssize_t sent = send(c.target.fd, data, size, MSG_DONTWAIT | MSG_NOSIGNAL)
     cdef int error = errno
     if sent < 0:
@@ -200,8 +201,8 @@ cdef inline void connection_close_orphans(Worker *worker, Connection *c) noexcep
 # ── sockets without a connection ─────────────────────────────────────────────────────────────────
 
 cdef inline void worker_hang_up(Worker *worker, int fd, int family, bint reset) noexcept nogil:
-    """Close a socket that is not part of a connection. If there is not even the memory to leave it to
-    the quarantine, it stays open."""
+    """Close a socket that is not part of a connection. If there is not even the memory to leave it
+    to the quarantine, it stays open."""
     cdef Rights unknown
     cdef Connection *c
     unknown.state = RIGHTS_UNKNOWN

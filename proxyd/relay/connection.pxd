@@ -24,6 +24,7 @@ from proxyd.relay.types cimport (
     SHUT, Connection, Endpoint, Half, Worker,
 )
 
+
 # ── timers ───────────────────────────────────────────────────────────────────────────────────────
 
 cdef inline void connection_timer_expired(Worker *worker, Connection *c) noexcept nogil:

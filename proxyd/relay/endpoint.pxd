@@ -29,8 +29,8 @@ cdef inline bint endpoint_register(PumpContext *ctx, Endpoint *end) noexcept nog
 
 
 cdef inline void endpoint_unregister(PumpContext *ctx, Endpoint *end) noexcept nogil:
-    """Before every close(2), which leaves the registration in place if another process has the socket
-    as well: a later event would then point to freed memory."""
+    """Before every close(2), which leaves the registration in place if another process has the
+    socket as well: a later event would then point to freed memory."""
     if end.registered:
         epoll_ctl(ctx.epoll, EPOLL_CTL_DEL, end.fd, NULL)
         end.registered = False
@@ -77,7 +77,7 @@ cdef inline ssize_t endpoint_recv(Endpoint *end, char *buffer, size_t size) noex
         message.msg_flags = 0
     elif end.rights.state == RIGHTS_ANY:
         got = rights_recv_any(&end.rights, end.fd, buffer, min(size, <size_t>PEEK_MAX))
-        message.msg_flags = MSG_CTRUNC  # there is always more to do: what was seen is yet to be taken
+        message.msg_flags = MSG_CTRUNC  # read on: what was seen is yet to be taken
     elif not endpoint_is_plain(end):
         size = min(size, <size_t>PEEK_MAX)
         got = rights_recv(&end.rights, end.fd, buffer, size)
@@ -140,7 +140,7 @@ cdef inline void endpoint_failed(Endpoint *end, int error) noexcept nogil:
 # ── the send buffer ──────────────────────────────────────────────────────────────────────────────
 
 cdef inline void endpoint_grow_sndbuf(const Endpoint *end) noexcept nogil:
-    """Give a UNIX socket that a stream goes into the largest send buffer that net.core.wmem_max allows.
+    """Give a UNIX socket that a stream goes into a larger send buffer, if net.core.wmem_max allows.
 
     Such a socket is announced as writable when it is nearly empty; with the default of 208 KiB that
     is a wake-up for every 150 KiB. TCP finds the right size by itself. Never less than it has: the
@@ -151,8 +151,8 @@ cdef inline void endpoint_grow_sndbuf(const Endpoint *end) noexcept nogil:
 
 
 cdef inline int sndbuf_granted() noexcept nogil:
-    """The send buffer of a socket that asks for SNDBUF; 0: not known. Tried on a socket made for that:
-    nothing else tells the limit, and a buffer that was reduced may not be restored."""
+    """The send buffer of a socket that asks for SNDBUF; 0: not known. Tried on a socket made for
+    that: nothing else tells the limit, and a buffer that was reduced may not be restored."""
     cdef int size = SNDBUF
     cdef int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0)
     if fd < 0:

@@ -3,6 +3,7 @@
 from proxyd.relay.sys cimport atomic_add, atomic_get, atomic_set, int64_t, moment_set
 from proxyd.relay.types cimport Gauges
 
+
 cdef inline int gauges_places(Gauges *gauges) noexcept nogil:
     """How many places of the limit are taken."""
     return gauges_connections(gauges) + gauges_in_quarantine(gauges)

@@ -4,6 +4,7 @@ from proxyd.relay.pipe cimport pipe_close
 from proxyd.relay.sys cimport ENOMEM, free, malloc, memcpy
 from proxyd.relay.types cimport DEAD, SHUT, Half
 
+
 cdef inline void half_abandon(Half *half) noexcept nogil:
     """dst cannot be written any more."""
     if half.state != SHUT:

@@ -5,6 +5,7 @@
 
 from proxyd.relay.types cimport Link
 
+
 cdef inline void list_append(Link *head, Link *link) noexcept nogil:
     link.prev = head.prev
     link.next = head

@@ -140,9 +140,9 @@ cdef inline void worker_pump_ready(Worker *worker) noexcept nogil:
 
 
 cdef inline void worker_accept(Worker *worker, int count) noexcept nogil:
-    """The listeners' turn. It comes after the connections, some of which may have ended and made room;
-    and not while there are events for the policy, which may mean that no client is to be accepted
-    any more."""
+    """The listeners' turn. It comes after the connections, some of which may have ended and made
+    room; and not while there are events for the policy, which may mean that no client is to be
+    accepted any more."""
     cdef Watch *watch
     cdef int i
     if worker.policy_event_count > 0:
@@ -193,10 +193,12 @@ cdef inline bint connection_owes_bytes(const Connection *c) noexcept nogil:
 
 # ── set-up and end ───────────────────────────────────────────────────────────────────────────────
 
-cdef inline void worker_init(Worker *worker, Gauges *gauges, SelfConnectTable *own) noexcept nogil:
+cdef inline void worker_init(
+    Worker *worker, Gauges *gauges, SelfConnectTable *table
+) noexcept nogil:
     """What worker_destroy() relies on. The memory is all zero."""
     worker.gauges = gauges
-    worker.self_connects = own
+    worker.self_connects = table
     worker.ctx.epoll = -1
     worker.ctx.now_ms = clock_ms()
     worker.mailbox.wake_fd = -1

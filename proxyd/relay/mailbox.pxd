@@ -1,6 +1,7 @@
-# What one thread leaves for another: connections and orders, under a lock, and an eventfd that wakes.
+# What one thread leaves for another: connections and orders, under a lock; an eventfd wakes it.
 #
-# Connections are linked by their `live` link, which is in no other list while they are on their way.
+# Connections are linked by their `live` link, which is in no other list while they are on their
+# way.
 
 from proxyd.relay.list cimport link_init, list_append, list_empty, list_move_all, list_remove
 from proxyd.relay.sys cimport (
@@ -9,6 +10,7 @@ from proxyd.relay.sys cimport (
     uint64_t,
 )
 from proxyd.relay.types cimport Link, Mailbox
+
 
 cdef inline uint32_t mailbox_take(
     Mailbox *mailbox, Link *begin, Link *failed, Link *ended

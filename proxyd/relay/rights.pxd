@@ -62,8 +62,8 @@ cdef inline ssize_t rights_recv(Rights *rights, int fd, char *buffer, size_t siz
 
 
 cdef inline void rights_took(Rights *rights, int fd, size_t size) noexcept nogil:
-    """`size` bytes were read with care. A sender that saw the socket before descriptors were refused has
-    had its message queued by the time of the first look, since both take the socket's lock.
+    """`size` bytes were read with care. A sender that found descriptors not yet refused has queued
+    its message by the time of the first look, since both take the lock of the socket.
 
     Only the second look asks how much is queued: most clients send one message, and leave."""
     if rights.state == RIGHTS_QUEUED:
@@ -81,8 +81,8 @@ cdef inline void rights_took(Rights *rights, int fd, size_t size) noexcept nogil
 cdef inline ssize_t rights_recv_any(
     Rights *rights, int fd, char *buffer, size_t size
 ) noexcept nogil:
-    """As recv(2) without waiting, in quarantine: the bytes are passed on first, and taken out of the
-    queue by the next call, which blocks if descriptors came with them."""
+    """As recv(2) without waiting, in quarantine: the bytes are passed on first, and taken out of
+    the queue by the next call, which blocks if descriptors came with them."""
     cdef ssize_t got
     while rights.left > 0:
         got = recv(fd, buffer, min(size, <size_t>rights.left), MSG_DONTWAIT)
@@ -97,8 +97,8 @@ cdef inline ssize_t rights_recv_any(
 # ── closing ──────────────────────────────────────────────────────────────────────────────────────
 
 cdef inline bint rights_may_close(const Rights *rights, int fd) noexcept nogil:
-    """Whether a close(2) of this UNIX socket finds no descriptors. Nothing can be sent to it any more
-    afterwards: otherwise some could come in between.
+    """Whether a close(2) of this UNIX socket finds no descriptors. Nothing can be sent to it any
+    more afterwards: otherwise some could come in between.
 
     Data that was not read stays, so that the peer sees ECONNRESET as after any such close."""
     if rights.state == RIGHTS_NONE or rights.state == RIGHTS_ANY:
@@ -110,8 +110,8 @@ cdef inline bint rights_may_close(const Rights *rights, int fd) noexcept nogil:
 cdef inline bint rights_queue_is_plain(int fd) noexcept nogil:
     """Whether there are no descriptors in the whole queue, to which nothing is added any more.
 
-    A look ends before an urgent byte, and after PEEK_MAX bytes: what was seen is taken then, to look
-    further. If there was anything, something stays unread."""
+    A look ends before an urgent byte, and after PEEK_MAX bytes: then what was seen is taken, to
+    look further. If there was anything, something stays unread."""
     cdef char scrap[PEEK_UNIT]
     cdef bint some = False
     cdef ssize_t got
@@ -162,8 +162,8 @@ cdef inline ssize_t rights_peek(int fd, char *buffer, size_t size, bint *some) n
 cdef inline ssize_t rights_peek_once(
     int fd, char *buffer, size_t size, bint *truncated
 ) noexcept nogil:
-    """As recv(2) with MSG_PEEK, except that much data leaves nothing useful in `buffer`: it is written
-    over and over, which is cheaper. At most PEEK_MAX bytes."""
+    """As recv(2) with MSG_PEEK, except that much data leaves nothing useful in `buffer`: it is
+    written over and over, which is cheaper. At most PEEK_MAX bytes."""
     cdef iovec pieces[PEEK_PIECES]
     cdef msghdr message
     cdef ssize_t got

@@ -14,6 +14,7 @@ from proxyd.relay.sys cimport (
 )
 from proxyd.relay.types cimport SELF_CONNECT_BUCKETS, SelfConnect, SelfConnectKey, SelfConnectTable
 
+
 cdef inline bint self_connect_came_back(
     SelfConnectTable *table, int fd, const sockaddr_storage *peer
 ) noexcept nogil:
@@ -48,7 +49,9 @@ cdef inline bint self_connect_found(
     return found
 
 
-cdef inline bint self_connect_leads_to(const SelfConnect *entry, const SelfConnectKey *place) noexcept nogil:
+cdef inline bint self_connect_leads_to(
+    const SelfConnect *entry, const SelfConnectKey *place
+) noexcept nogil:
     """Whether it leads to `place`; the unspecified address means loopback, ip(7)."""
     cdef SelfConnectKey nowhere
     if entry.remote.port != place.port:
@@ -79,7 +82,9 @@ cdef inline void self_connect_add(
     pthread_mutex_unlock(&table.lock)
 
 
-cdef inline void self_connect_move(SelfConnectTable *table, SelfConnect *to, SelfConnect *entry) noexcept nogil:
+cdef inline void self_connect_move(
+    SelfConnectTable *table, SelfConnect *to, SelfConnect *entry
+) noexcept nogil:
     """Let `to` stand for the same socket instead of `entry`."""
     if not entry.listed:
         return
@@ -127,7 +132,9 @@ cdef inline uint16_t local_port(int fd) noexcept nogil:
     return key.port
 
 
-cdef inline void self_connect_key(SelfConnectKey *key, const sockaddr_storage *address) noexcept nogil:
+cdef inline void self_connect_key(
+    SelfConnectKey *key, const sockaddr_storage *address
+) noexcept nogil:
     cdef const sockaddr_in *v4 = <const sockaddr_in *>address
     cdef const sockaddr_in6 *v6 = <const sockaddr_in6 *>address
     memset(key, 0, sizeof(key[0]))

@@ -7,6 +7,7 @@ from proxyd.relay.sys cimport (
     socklen_t, ucred,
 )
 
+
 cdef inline void socket_tune(int fd, int family) noexcept nogil:
     """What both legs need: urgent bytes in their place, keepalive, no Nagle delay.
 
@@ -22,17 +23,22 @@ cdef inline void socket_tune(int fd, int family) noexcept nogil:
 
 
 cdef inline void socket_reset(int fd, int family) noexcept nogil:
-    """Close with RST, which throws away what was not acknowledged yet. AF_UNIX has no reset: there it is
-    a plain close."""
-    cdef linger now
+    """Close with RST, which throws away what was not acknowledged yet. AF_UNIX has no reset: there
+    it is a plain close."""
     cdef sockaddr nowhere
     if family != AF_UNIX:
-        now.l_onoff = 1
-        now.l_linger = 0
-        if setsockopt(fd, SOL_SOCKET, SO_LINGER, &now, sizeof(now)) < 0:
+        if socket_reset_at_close(fd) < 0:
             nowhere.sa_family = AF_UNSPEC  # where that is forbidden: this disconnects, tcp(7)
             connect(fd, &nowhere, sizeof(nowhere))
     close(fd)
+
+
+cdef inline int socket_reset_at_close(int fd) noexcept nogil:
+    """Have close(2) reset it, also if the process ends. As setsockopt(2)."""
+    cdef linger now
+    now.l_onoff = 1
+    now.l_linger = 0
+    return setsockopt(fd, SOL_SOCKET, SO_LINGER, &now, sizeof(now))
 
 
 cdef inline void socket_unlinger(int fd) noexcept nogil:
@@ -52,8 +58,8 @@ cdef inline int socket_take_error(int fd) noexcept nogil:
 
 
 cdef inline bint socket_self_connected(int fd) noexcept nogil:
-    """Whether a TCP socket is connected to itself: a connect to a port of the ephemeral range that has no
-    listener may be given that very port as its own."""
+    """Whether a TCP socket is connected to itself: a connect to a port of the ephemeral range that
+    has no listener may be given that very port as its own."""
     cdef sockaddr_storage mine, peer
     cdef socklen_t mine_size = sizeof(mine), peer_size = sizeof(peer)
     memset(&mine, 0, sizeof(mine))

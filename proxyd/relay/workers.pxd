@@ -61,8 +61,8 @@ cdef inline int workers_make_room(Workers *workers) noexcept nogil:
 
 
 cdef inline void quarantine_start(Worker *main) noexcept nogil:
-    """A connection is to go into quarantine: start its thread if there is none. If that fails, it is
-    tried again later."""
+    """A connection is to go into quarantine: start its thread if there is none. If that fails, it
+    is tried again later."""
     if main.workers.quarantine == NULL and worker_start(
             main, &main.workers.quarantine, False, quarantine_thread) < 0:
         main.quarantine.retry_ms = main.ctx.now_ms + QUARANTINE_RETRY_MS
@@ -173,7 +173,8 @@ cdef inline int workers_stop(Worker *main, bint reset) noexcept nogil:
     cdef Worker *worker
     cdef int i, count = 0
     workers_order(main, ORDER_STOP)
-    for i in range(main.workers.count):  # all of them, before any is freed: one may still move connections to another
+    # All of them, before any is freed: one may still move connections to another.
+    for i in range(main.workers.count):
         pthread_join(main.workers.each[i].thread, NULL)
     count += quarantine_stop(main)
     for i in range(main.workers.count):
