@@ -1,6 +1,6 @@
 """Accepting: who comes in, and when nobody does.
 
-The relay accepts, and within its terms connects at once (relay/accept.pxd). Here the terms are set, and
+The relay accepts, and within its terms connects at once (accept.pxd). Here the terms are set, and
 the clients admitted for which there are none.
 """
 
