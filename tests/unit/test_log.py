@@ -408,7 +408,7 @@ def test_the_end_waits_for_a_thread_that_has_all_it_takes(terminal, monkeypatch)
 
     with_stderr(terminal[1], write)
     assert log._lost == 0
-    assert log._way[1]._queue[-1] == b""  # the thread will say when it comes to that
+    assert log._writer[1]._queue[-1] == b""  # the thread will say when it comes to that
 
 
 def test_another_file_at_proc_is_not_written_to(tmp_path, monkeypatch):
