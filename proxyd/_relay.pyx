@@ -1,15 +1,17 @@
 # cython: language_level=3, binding=False, auto_pickle=False, freethreading_compatible=True
 # cython: boundscheck=False, wraparound=False, cdivision=True
 #
-# binding, auto_pickle: nobody introspects or pickles a relay, and both cost start-up time.
-# freethreading_compatible: a relay's methods are for one thread. What its crew of threads shares
-#   with it has locks and atomics of its own (relay/mailbox.pxd, relay/gauges.pxd), and no Python.
+# binding, auto_pickle: relays are neither introspected nor pickled, and both cost start-up time.
+# freethreading_compatible: the methods of a relay are for one thread. What its workers share with
+#   it has locks and atomics of its own (relay/mailbox.pxd, relay/gauges.pxd), and no Python.
 # boundscheck …: only C arrays, with C's rules.
+#
+# This file is long, because classes and functions that Python sees can only be in the .pyx of their
+# extension. It holds no more than these: what they do is in relay/.
 """The mechanism: an epoll loop that forwards between pairs of sockets without the GIL.
 
-This file is its Python face. Where to read on, in the order a byte meets it: relay/loop.pxd (a batch of
-events), relay/accept.pxd (how clients come in), relay/connection.pxd (how a connection begins and ends),
-relay/pump.pxd (the pump), relay/pipe.pxd (pipes); and relay/workers.pxd for the same in several threads.
+This file is its Python face: the events, the listener, the relay. Read on in relay/__init__.pxd,
+which says in which order.
 """
 
 from cpython.ref cimport Py_INCREF
@@ -34,19 +36,19 @@ from proxyd.relay.self_connect cimport (
     local_port, self_connect_add, self_connect_move, self_connect_remove,
     self_connect_table_destroy, self_connect_table_init,
 )
-from proxyd.relay.signals cimport alarm_set
+from proxyd.relay.signals cimport (
+    SIGNALS_MAX, signal_catch, signal_take, signals_clear, signals_open,
+)
 from proxyd.relay.socket cimport (
     socket_self_connected, socket_take_error, socket_tune, socket_unlinger,
 )
 from proxyd.relay.sys cimport (
-    AF_UNIX, AF_VSOCK, ECONNREFUSED, ECONNRESET, EFD_CLOEXEC, EFD_NONBLOCK, EINPROGRESS, ELOOP,
-    ENOMEM, EPOLLET, EPOLLIN, EPOLLOUT, EPOLLRDHUP, EPOLL_CTL_ADD, EPOLL_CTL_DEL, MSG_DONTWAIT,
-    MSG_PEEK, RLIMIT_NOFILE, SIGALRM, SIGHUP, SIGINT, SIG_IGN, SIG_UNBLOCK, SOL_SOCKET, SO_DOMAIN,
-    atomic_add, atomic_get, atomic_take, calloc, close, counter_get, epoll_ctl, epoll_event, errno,
-    errno_set, eventfd, eventfd_read, eventfd_write, free, getpeername, getpid, getrlimit,
-    getsockname, getsockopt, int64_t, memcpy, memset, moment_get, pthread_join, pthread_sigmask,
-    recv, rlimit, setrlimit, sigaction, sigaction_t, sigaddset, sigemptyset, sigset_t, sockaddr,
-    sockaddr_storage, socklen_t, uint64_t,
+    AF_UNIX, AF_VSOCK, ECONNREFUSED, ECONNRESET, EINPROGRESS, ELOOP, ENOMEM, EPOLLET, EPOLLIN,
+    EPOLLOUT, EPOLLRDHUP, EPOLL_CTL_ADD, EPOLL_CTL_DEL, MSG_DONTWAIT, MSG_PEEK, RLIMIT_NOFILE,
+    SOL_SOCKET, SO_DOMAIN, atomic_get, calloc, close, counter_get, epoll_ctl, epoll_event, errno,
+    free, getpeername, getpid, getrlimit, getsockname, getsockopt, int64_t, memcpy, memset,
+    moment_get, pthread_join, recv, rlimit, setrlimit, sockaddr, sockaddr_storage, socklen_t,
+    uint64_t,
 )
 from proxyd.relay.types cimport (
     CPUS_MAX, ENDING_COUNT, EVENT_ACCEPTED, EVENT_ACCEPT_FAILED, EVENT_READY, EVENT_REFUSED,
@@ -63,8 +65,8 @@ CHECK_TCP = types.CHECK_TCP
 CHECK_UNIX = types.CHECK_UNIX
 CHECK_PORT = types.CHECK_PORT
 
-# How a connection can end, by HOW_*. These are the words of the log and of Totals.endings; the
-# policy counts held clients under the two that have names of their own.
+# How a connection can end, by ENDING_* in relay/types.pxd: the words of the log, and the keys of
+# Totals.endings. The policy counts held clients under the two that have names of their own.
 ENDINGS = ("ended", "reset", "idle", "cut", "client gone")
 ENDING_CUT = ENDINGS[types.ENDING_CUT]
 ENDING_CLIENT_GONE = ENDINGS[types.ENDING_CLIENT_GONE]
@@ -260,7 +262,7 @@ cdef class Relay:
     cdef SelfConnectTable self_connects
     cdef Quarantine quarantine
     cdef bint outlived                 # by the quarantine's thread, which cannot be ended
-    cdef Watch **watches           # by fd; NULL: not watched
+    cdef Watch **watches               # by fd; NULL: not watched
     cdef int watches_size
     cdef public int wake_at_count      # run() returns at this number of connections; -1: never
     cdef public bint wake_on_first     # … and when the first one comes
@@ -289,9 +291,9 @@ cdef class Relay:
     def __dealloc__(self):
         cdef Connection *c
         if self.worker.live.next == NULL:
-            return  # __cinit__ has not even begun: its arguments were no good
+            return  # __cinit__ has not even begun: its arguments were bad
         workers_stop(&self.worker, True)
-        if self.worker.workers.quarantine != NULL:  # without a close_all() that could have kept us
+        if self.worker.workers.quarantine != NULL:  # close_all() would have kept us alive
             pthread_join(self.worker.workers.quarantine.thread, NULL)
             worker_free(self.worker.workers.quarantine)
         free(self.worker.workers.each)
@@ -385,7 +387,7 @@ cdef class Relay:
         return totals
 
     cdef uint64_t sum_of(self, uint64_t *counter) noexcept:
-        """Of the boss's `counter` and the same one of all of its crew."""
+        """The main worker's `counter`, plus the same one of every other worker."""
         cdef Worker *worker = &self.worker
         cdef size_t offset = <char *>counter - <char *>worker
         cdef uint64_t total = counter_get(counter)
@@ -409,16 +411,16 @@ cdef class Relay:
 
     def offload_when_busy(self, int stat, int window_ms=100, cpus=None, int quota=0,
                           int wait_max=100):
-        """Offload only a thread that is busy, and only while a CPU is idle, as relay/busy.pxd has it.
-        Load is measured over windows of `window_ms`. Without this call every new connection goes to
-        the thread with the fewest. To be called once, before start_worker().
+        """Offload only a thread that is busy, and only while a CPU is idle (relay/busy.pxd). Load
+        is measured over windows of `window_ms`. Without this call every new connection goes to the
+        thread with the fewest. Call it once, before start_worker().
 
-        `stat` is an fd of /proc/stat or /proc/uptime, which the relay closes; with -1, where
-        neither can be opened, a CPU is always taken to be idle. With `cpus` only the idle time of
-        these CPUs counts, which takes /proc/stat. `quota` is how much of a CPU the process may use,
-        in per cent; 0: no limit. An idle CPU does not count after a window of which the thread had
-        to wait for a CPU for more than `wait_max` per cent. The first time that a worker could help
-        and there is none, run() returns a WorkersWanted event.
+        `stat` is an fd of /proc/stat or /proc/uptime, which the relay closes; with -1, if neither
+        can be opened, an idle CPU is assumed. With `cpus` only the idle time of these CPUs counts,
+        which takes /proc/stat. `quota` is how much of a CPU the process may use, in per cent; 0: no
+        limit. An idle CPU does not count after a window in which the thread had to wait for a CPU
+        for more than `wait_max` per cent of the time. The first time that a worker could help and
+        there is none, run() returns a WorkersWanted event.
         """
         cdef Machine *machine = &self.worker.workers.machine
         self.worker.offloads_when_busy = True
@@ -506,7 +508,7 @@ cdef class Relay:
     def take_over(self, int fd, int family):
         """Prepare a client that was accepted elsewhere, before there are further threads.
 
-        close(2) is not to wait for it. Nor is splice(2), which would where another process that has
+        close(2) must not wait for it. Nor must splice(2), which would if another process that has
         the socket clears O_NONBLOCK: everything is copied from now on.
         """
         if family != AF_UNIX:
@@ -514,7 +516,7 @@ cdef class Relay:
         self.worker.ctx.may_splice = False
 
     def trim_pipes(self):
-        """Close the pipes kept for later, to make room where fds are short."""
+        """Close the idle pipes, when fds are short."""
         pool_clear(&self.worker.ctx.pool)
         workers_order(&self.worker, ORDER_TRIM)
 
@@ -544,10 +546,10 @@ cdef class Relay:
         return number
 
     def dial(self, bytes address not None):
-        """Start to connect a socket of the caller's; its fd, watched for what it comes to say.
+        """Start to connect a new socket; its fd, the caller's. It is watched, edge-triggered.
 
-        For adopt() once connected() says so; hang_up() ends it. Raises OSError where it fails at
-        once.
+        Once connected() says so, adopt() takes it; hang_up() closes it. Raises OSError if the
+        connect fails at once.
         """
         cdef sockaddr_storage target
         cdef bint connecting
@@ -567,14 +569,15 @@ cdef class Relay:
         return fd
 
     def hang_up(self, int fd, bint reset=False):
-        """Close a client or a socket of dial(), watched or not; as a reset where it may have been
-        heard of and is not to look complete. Never waits."""
+        """Close a client or a socket of dial(), watched or not. With `reset` its peer does not take
+        this for a clean end. Never waits."""
         self.unwatch(fd)
         worker_hang_up(&self.worker, fd, socket_family(fd), reset)
 
     def adopt(self, int client, int client_family, int fd, bytes preamble=None, int error=0):
         """Forward between a client and a connected socket of dial(), both owned from now on; the
-        id. Raises OSError, both still the caller's.
+        id. `error`: the target has already reset with it. Raises OSError, and both are still the
+        caller's.
         """
         cdef Watch *watch = self.watch_of(fd)
         cdef Connection *c
@@ -589,22 +592,22 @@ cdef class Relay:
         if watch != NULL:
             self_connect_move(&self.self_connects, &c.self_connect, &watch.self_connect)
             self.unwatch(fd)
-        if error != 0:  # it has answered and reset: what connected() has read nobody else can
+        if error != 0:  # connected() has read it, and reading clears it
             endpoint_lost(&c.target, error)
         connection_place(&self.worker, c, False)
         return self.worker.last_id
 
     def close_all(self):
-        """Cut every connection, as a reset: this is no clean end. How many there were. The threads
-        that were hired end with it, but for one that is blocked in quarantine: see there."""
+        """Cut every connection with a reset, since this is no clean end; how many there were. The
+        workers end too, except a quarantine that is blocked: see quarantine_stop()."""
         cdef int count
         with nogil:
-            count = workers_stop(&self.worker, True)  # may leave some to the boss
+            count = workers_stop(&self.worker, True)  # may leave some to this one
             count += worker_cut(&self.worker, True)
             connections_free(&self.worker.dead)
         if self.worker.workers.quarantine != NULL and not self.outlived:
             self.outlived = True
-            Py_INCREF(self)  # for good: the thread uses what is in here
+            Py_INCREF(self)  # for good: the thread goes on using this memory
         return count
 
     # ── the loop ─────────────────────────────────────────────────────────────────────────────
@@ -654,12 +657,13 @@ cdef class Relay:
         return deadline_ms
 
     cdef bint is_wanted(self) noexcept nogil:
-        """Whether so many connections have ended that there is something to do without an event.
-        Otherwise the thread in which the one in question ends will ring."""
+        """Whether the number of connections has already fallen to where there is something to do.
+        If not, the thread in which it does will wake this one."""
         cdef Worker *worker = &self.worker
         cdef int wake_at = self.wake_at_count
         if worker.room_ms != 0:
-            wake_at = max(wake_at, connection_limit(worker) - 1 - gauges_in_quarantine(&self.gauges))
+            wake_at = max(
+                wake_at, connection_limit(worker) - 1 - gauges_in_quarantine(&self.gauges))
         gauges_set_wake_at_count(&self.gauges, wake_at)
         return gauges_connections(&self.gauges) <= wake_at
 
@@ -726,8 +730,8 @@ cdef int address_unpack(sockaddr_storage *to, bytes address) except -1:
 
 
 def connected(int fd):
-    """0 where a socket of dial() is connected, EINPROGRESS where it is not yet, or why it failed:
-    ELOOP for one that was connected to itself."""
+    """Whether a socket of dial() is connected: 0, EINPROGRESS, or the errno with which the connect
+    failed. ELOOP: it was connected to itself."""
     cdef sockaddr_storage peer
     cdef socklen_t size = sizeof(peer)
     cdef int error = socket_take_error(fd)
@@ -741,7 +745,7 @@ def connected(int fd):
 
 
 def peek(int fd):
-    """What a recv would say, and nothing is taken: 1 for bytes, 0 for the end, or -errno."""
+    """What a recv would return, without taking anything: 1 for bytes, 0 for the end, or -errno."""
     cdef char byte
     cdef ssize_t size = recv(fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT)
     return -errno if size < 0 else size
@@ -753,7 +757,7 @@ def socket_error(int fd):
 
 
 def socket_names(int fd):
-    """(peer, own) addresses, packed; b"" for one that cannot be had."""
+    """(peer, own) addresses, packed; b"" for one that the kernel does not tell."""
     cdef sockaddr_storage name
     cdef socklen_t size = sizeof(name)
     peer = own = b""
@@ -766,14 +770,14 @@ def socket_names(int fd):
 
 
 def tune_socket(int fd, int family):
-    """Give a socket what both legs have; what a listener has, the sockets it accepts inherit."""
+    """Set the options that both legs need. TCP sockets inherit them from their listener."""
     socket_tune(fd, family)
 
 
 def raise_fd_limit(long long wanted):
     """Raise the soft RLIMIT_NOFILE to `wanted`, as far as the hard one allows; what it is then.
 
-    Never lowered: libraries that select() may live in this process.
+    Never lowers it, and no higher than wanted: libraries that select() may be in this process.
     """
     cdef rlimit limit
     if getrlimit(RLIMIT_NOFILE, &limit) < 0:
@@ -787,80 +791,32 @@ def raise_fd_limit(long long wanted):
 
 # ── signals ──────────────────────────────────────────────────────────────────────────────────────
 
-cdef enum:
-    SIGNALS_MAX = 65          # Linux has 64
-    ALARM_MS = 50              # how often a signal interrupts until it is noticed
-
-cdef int signal_wake_fd = -1      # eventfd
-cdef int signal_counts[SIGNALS_MAX]
-
-
-cdef void signal_came(int number) noexcept nogil:
-    """The handler: leave a note. What it interrupts was perhaps not yet waiting; so an alarm goes
-    on interrupting until the note is read."""
-    cdef int error = errno
-    atomic_add(&signal_counts[number], 1)
-    eventfd_write(signal_wake_fd, 1)
-    alarm_set(ALARM_MS)
-    errno_set(error)
-
-
-cdef void alarm_came(int number) noexcept nogil:
-    """Interrupt, no more."""
-
-
-cdef int signal_handle(int number, void (*handler)(int) noexcept nogil) except -1:
-    """Without SA_RESTART: a signal is to end any waiting."""
-    cdef sigaction_t action
-    memset(&action, 0, sizeof(action))
-    action.sa_handler = handler
-    if sigaction(number, &action, NULL) < 0:
-        raise_errno(errno)
-    return 0
-
-
-cdef bint signal_is_ignored(int number) noexcept:
-    cdef sigaction_t now
-    return sigaction(number, NULL, &now) == 0 and now.sa_handler == SIG_IGN
-
-
 def signal_fd(numbers):
-    """An fd, the caller's, that is readable when one of these signals has come; take_signals()
-    tells which. It must stay open while they can come.
+    """An fd, the caller's, that is readable once one of these signals has come; take_signals()
+    tells which. It must stay open while they can come. Raises OSError.
 
-    By handlers, not by signalfd(2): a signal is to interrupt what waits against all expectation. A
-    SIGINT or SIGHUP that whoever started us ignores stays ignored, as nohup(1) wants it.
+    A SIGINT or SIGHUP that was ignored when the program was started stays ignored.
     """
-    global signal_wake_fd
-    cdef sigset_t mask
     cdef int number
-    cdef int wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
-    if wake_fd < 0:
-        raise_errno(errno)
-    signal_wake_fd = wake_fd
-    signal_handle(SIGALRM, alarm_came)
-    sigemptyset(&mask)
-    sigaddset(&mask, SIGALRM)
+    cdef int failure
+    cdef int fd = signals_open()
+    if fd < 0:
+        raise_errno(-fd)
     for number in numbers:
         if not 0 < number < SIGNALS_MAX:
             raise ValueError("no such signal")
-        if (number == SIGINT or number == SIGHUP) and signal_is_ignored(number):
-            continue
-        signal_handle(number, signal_came)
-        sigaddset(&mask, number)
-    if pthread_sigmask(SIG_UNBLOCK, &mask, NULL) != 0:
-        raise_errno(errno)
-    return signal_wake_fd
+        failure = signal_catch(number)
+        if failure < 0:
+            raise_errno(-failure)
+    return fd
 
 
 def take_signals():
     """The signals that have come since the last call, each as often as it was delivered."""
-    cdef uint64_t rings
     cdef int number, count
-    found = []
-    eventfd_read(signal_wake_fd, &rings)  # before the look: what comes after it rings again
-    alarm_set(0)
+    taken = []
+    signals_clear()
     for number in range(SIGNALS_MAX):
-        count = atomic_take(&signal_counts[number])  # Cython 0.29 would evaluate it twice
-        found += [number] * count
-    return found
+        count = signal_take(number)  # Cython 0.29 would evaluate it twice below
+        taken += [number] * count
+    return taken

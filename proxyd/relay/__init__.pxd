@@ -1,2 +1,17 @@
-# The mechanism, in files of inline C functions. They are compiled into proxyd._relay, and nothing
-# here is imported at run time.
+# The mechanism. Every file holds inline C functions, and all of them are compiled into the one
+# extension proxyd._relay. Nothing in this folder is imported, or installed.
+#
+# Why not C, and why not several extensions: in Cython the functions read as the Python around them
+# does, with its checker and its linter; one extension means one dlopen(3) before the first client
+# is served; and the compiler sees everything at once, so that a call between files costs nothing.
+# What remains is an idea per file.
+#
+# Read downwards. A function stands above those that it calls, and a file above those that it
+# cimports (tests/unit/test_reading_order.py has the order of the files). A connection comes by
+#
+#   loop ──▶ accept ──▶ connect ──▶ connection ──▶ pump ──▶ close
+#
+# and the loop again for each batch of events. Below these are what they use: balance and quarantine
+# (which thread), half, endpoint, pipe (what is held, and where), mailbox, gauges, busy (threads and
+# their load), self_connect and rights (clients to beware of); types has every structure, sys every
+# system call. workers, at the top, runs the loop in further threads.

@@ -9,13 +9,13 @@ from proxyd.relay.bookkeeping cimport connection_limit, policy_event_add
 from proxyd.relay.connect cimport connection_connect, worker_hang_up
 from proxyd.relay.gauges cimport gauges_places
 from proxyd.relay.list cimport list_append, list_empty, list_remove
-from proxyd.relay.quarantine cimport ORPHAN_SOCKETS_MAX
+from proxyd.relay.quarantine cimport quarantine_takes_orphans
 from proxyd.relay.self_connect cimport local_port, self_connect_came_back
 from proxyd.relay.signals cimport alarm_is_handled, alarm_set
 from proxyd.relay.socket cimport peer_is_process, socket_tune, socket_unlinger
 from proxyd.relay.sys cimport (
     AF_UNIX, EAGAIN, EINTR, ELOOP, EPOLLIN, EPOLL_CTL_ADD, EPOLL_CTL_DEL, F_GETFL, F_SETFL,
-    IPPROTO_TCP, O_NONBLOCK, SOCK_CLOEXEC, SOCK_NONBLOCK, TCP_INFO, accept4, atomic_get, epoll_ctl,
+    IPPROTO_TCP, O_NONBLOCK, SOCK_CLOEXEC, SOCK_NONBLOCK, TCP_INFO, accept4, epoll_ctl,
     epoll_event, errno, errno_set, fcntl, getsockopt, int64_t, memcpy, memset, sockaddr,
     sockaddr_storage, socklen_t, tcp_info,
 )
@@ -24,9 +24,9 @@ from proxyd.relay.types cimport (
     EVENT_REFUSED, POLICY_EVENTS_MAX, Listener, PolicyEvent, Worker,
 )
 
-# While clients are few, it is cheapest to accept one per turn: learning that no other waits (EAGAIN)
-# costs as much as a connection, since the kernel makes the new socket before it looks. A listener
-# that is ready in turn after turn is accepted from in batches.
+# While clients are few, it is cheapest to accept one per turn: learning that no other waits
+# (EAGAIN) costs as much as a connection, since the kernel makes the new socket before it looks. A
+# listener that is ready in turn after turn is accepted from in batches.
 cdef enum:
     BATCH_TURNS = 4            # after this number of turns in a row, the batch is doubled …
     BATCH_MAX = 32             # … up to this; then the connections have their turn
@@ -38,16 +38,17 @@ cdef enum:
 # ── accept ───────────────────────────────────────────────────────────────────────────────────────
 
 cdef inline void listener_accept_clients(Worker *worker, Listener *listener) noexcept nogil:
-    """The listener is readable. Level-triggered: who is left waits for the next turn."""
-    cdef int most = POLICY_EVENTS_MAX if listener.refuses else listener_batch_size(listener, worker.turns)
-    cdef bint first = True     # somebody is there, while after him perhaps nobody
+    """The listener is readable. It is level-triggered: clients that are left wait for the next
+    turn."""
+    cdef int count = listener_batch_size(listener, worker.turns)
+    cdef bint first = True     # epoll promised one client; later accepts may find none
     cdef sockaddr_storage peer
     cdef socklen_t size
     cdef int fd
-    while most > 0 and worker.policy_event_count < POLICY_EVENTS_MAX // 2:
-        most -= 1
+    while count > 0 and worker.policy_event_count < POLICY_EVENTS_MAX // 2:
+        count -= 1
         if gauges_places(worker.gauges) >= connection_limit(worker) and not (
-                listener.refuses and atomic_get(&worker.quarantine.orphan_sockets) < ORPHAN_SOCKETS_MAX):
+                listener.refuses and quarantine_takes_orphans(worker.quarantine)):
             if first:
                 listener_wait_for_room(worker, listener)
             return
@@ -67,8 +68,13 @@ cdef inline void listener_accept_clients(Worker *worker, Listener *listener) noe
 
 
 cdef inline int listener_batch_size(Listener *listener, int64_t turn) noexcept nogil:
-    """How many clients to accept in this turn."""
-    listener.ready_turns = min(listener.ready_turns + 1, READY_TURNS_MAX) if turn == listener.last_turn + 1 else 0
+    """How many clients to accept in this turn, at most."""
+    if listener.refuses:
+        return POLICY_EVENTS_MAX
+    if turn == listener.last_turn + 1:
+        listener.ready_turns = min(listener.ready_turns + 1, READY_TURNS_MAX)
+    else:
+        listener.ready_turns = 0
     listener.last_turn = turn
     return min(1 << (listener.ready_turns // BATCH_TURNS), BATCH_MAX)
 
@@ -76,7 +82,7 @@ cdef inline int listener_batch_size(Listener *listener, int64_t turn) noexcept n
 cdef inline int listener_accept(
     Worker *worker, Listener *listener, sockaddr_storage *peer, socklen_t *size
 ) noexcept nogil:
-    """A client's fd, and its address; or -errno, -ELOOP for one that is ourselves and was closed.
+    """A client's fd, and its address; or -errno. -ELOOP: the client was ourselves, and was closed.
     """
     cdef int fd
     size[0] = sizeof(peer[0])
@@ -100,9 +106,9 @@ cdef inline int listener_accept(
 cdef inline int listener_accept4(
     Listener *listener, int64_t now_ms, sockaddr *peer, socklen_t *size
 ) noexcept nogil:
-    """As accept4(2), which may wait for a client that another process has taken, if that process
-    has cleared O_NONBLOCK since the last look: no flag of one call prevents it. Where this was
-    seen once an alarm ends such a wait; before that a signal does, or the next client."""
+    """As accept4(2), which may block: if another process has taken the client, and has cleared
+    O_NONBLOCK since the last look. No flag of the call prevents that. Once this was seen, an alarm
+    ends such a wait; before that, a signal does, or the next client."""
     cdef int fd, error
     listener_keep_nonblocking(listener, now_ms)
     if not listener.contested:
@@ -116,9 +122,9 @@ cdef inline int listener_accept4(
 
 
 cdef inline void listener_keep_nonblocking(Listener *listener, int64_t now_ms) noexcept nogil:
-    """O_NONBLOCK belongs to the open file description, and so to all who share the listener.
+    """O_NONBLOCK belongs to the open file description, and so to every process that shares it.
 
-    Looked at once a millisecond: where clients come faster, none waits for the next for long.
+    Looked at once a millisecond: if clients come faster, a wait for the next one is short anyway.
     """
     cdef int flags
     if listener.nonblock_checked_ms == now_ms and not listener.contested:
@@ -134,7 +140,7 @@ cdef inline void listener_keep_nonblocking(Listener *listener, int64_t now_ms) n
 cdef inline void listener_admit(
     Worker *worker, Listener *listener, int fd, const sockaddr_storage *peer, socklen_t size
 ) noexcept nogil:
-    """A client is in: on its way to the target, or before the policy."""
+    """A client is let in: it is connected, or handed to the policy."""
     cdef long long result
     if not listener.auto_connect or listener.check & CHECK_PORT and local_port(fd) != listener.port:
         listener_hand_to_policy(worker, listener, fd, peer, size)
@@ -145,10 +151,11 @@ cdef inline void listener_admit(
         policy_event_add(worker, EVENT_REFUSED, -1, 0, listener.index)
         return
     listener.connected_count += 1
-    result = connection_connect(worker, fd, listener.family, &listener.target, listener.target_size, NULL, 0,
-                             listener.index, listener.timeout_ms)
+    result = connection_connect(
+        worker, fd, listener.family, &listener.target, listener.target_size, NULL, 0,
+        listener.index, listener.timeout_ms)
     if result < 0:
-        listener.auto_connect = False  # whoever comes next must not overtake it
+        listener.auto_connect = False  # later clients must not overtake it
         worker.held += 1
         policy_event_add(worker, EVENT_CONNECT_FAILED, fd, <int>-result, listener.index)
 
@@ -156,11 +163,12 @@ cdef inline void listener_admit(
 cdef inline void listener_hand_to_policy(
     Worker *worker, Listener *listener, int fd, const sockaddr_storage *peer, socklen_t size
 ) noexcept nogil:
-    """A client for the policy, with the address that accept(2) has told: once a client has reset,
-    the kernel tells it no more. That of a UNIX client may not fit, but can be asked for later."""
+    """Tell the policy of a client, with the address that accept(2) has told: once a client has
+    reset, the kernel no longer tells it. That of a UNIX client may not fit, but can be asked for
+    later."""
     cdef PolicyEvent *event = policy_event_add(worker, EVENT_ACCEPTED, fd, 0, listener.index)
     worker.held += 1
-    if event == NULL:  # gate_event() sees to it that there is room
+    if event == NULL:  # listener_accept_clients() makes sure that there is room
         worker_hang_up(worker, fd, listener.family, True)
     elif size <= sizeof(event.peer):
         memcpy(&event.peer, peer, size)
@@ -170,8 +178,8 @@ cdef inline void listener_hand_to_policy(
 # ── start, stop, and wait for room ───────────────────────────────────────────────────────────────
 
 cdef inline void listener_count_early(Listener *listener) noexcept nogil:
-    """Count who waits already: a socket has what the listener had when its client connected, and
-    the client for whom the program was started was there before it."""
+    """Count the clients that already wait: a socket has the options that its listener had when the
+    client connected, and the client that started the program was there before we could set any."""
     cdef tcp_info about
     cdef socklen_t size = sizeof(about)
     memset(&about, 0, sizeof(about))
@@ -181,8 +189,8 @@ cdef inline void listener_count_early(Listener *listener) noexcept nogil:
 
 
 cdef inline void listeners_resume(Worker *worker) noexcept nogil:
-    """There is room again, or the wait for it has been long enough: let the clients in, or hear
-    that they are too many."""
+    """There is room again, or the wait for it is over: let the clients in, or have those over the
+    limit closed."""
     cdef bint refuse = gauges_places(worker.gauges) >= connection_limit(worker)
     cdef Listener *listener
     cdef int failure
@@ -194,16 +202,17 @@ cdef inline void listeners_resume(Worker *worker) noexcept nogil:
         list_remove(&listener.waiting)
         listener.refuses = refuse
         failure = listener_watch(worker, listener)
-        if failure < 0 and policy_event_add(worker, EVENT_ACCEPT_FAILED, -1, -failure, listener.index) == NULL:
+        if failure < 0 and policy_event_add(
+                worker, EVENT_ACCEPT_FAILED, -1, -failure, listener.index) == NULL:
             listener_wait_for_room(worker, listener)
             return
 
 
 cdef inline void listener_wait_for_room(Worker *worker, Listener *listener) noexcept nogil:
-    """There is no room, and a client has to wait for it in the backlog.
+    """There is no room: leave clients in the backlog until there is some. They are refused only if
+    no connection ends for ROOM_WAIT_MS.
 
-    A client that has closed and comes again is often here before the target has closed too. So
-    nobody is refused before ROOM_WAIT_MS have passed without a connection's end.
+    A client that has closed and connects again often arrives before the target has closed as well.
     """
     if worker.room_ms == 0:
         worker.room_ms = worker.ctx.now_ms + ROOM_WAIT_MS
@@ -223,7 +232,8 @@ cdef inline int listener_watch(Worker *worker, Listener *listener) noexcept nogi
 
 
 cdef inline void listener_unwatch(Worker *worker, Listener *listener) noexcept nogil:
-    """Not by an interest of 0: a hang-up would be announced again and again all the same."""
+    """Have epoll announce no clients. An interest of 0 would not do: a hang-up would be announced
+    again and again."""
     list_remove(&listener.waiting)
     if listener.watched:
         epoll_ctl(worker.ctx.epoll, EPOLL_CTL_DEL, listener.fd, NULL)

@@ -19,15 +19,15 @@ cdef enum:
 # ── new connections ──────────────────────────────────────────────────────────────────────────────
 
 cdef inline Worker *worker_for_new(Worker *main) noexcept nogil:
-    """Where a new connection is to begin: with the boss, unless that is too much for it."""
+    """Where a new connection begins: in the main worker, unless that has too much to do."""
     if main.offloads_when_busy and main.busy.spare < SPARE_FOR_NEW:
         return main
     return worker_with_fewest(main)
 
 
 cdef inline Worker *worker_with_fewest(Worker *main) noexcept nogil:
-    """The relay with the fewest connections; the boss's own where that is no more than others
-    have, since it costs no change of threads."""
+    """The worker with the fewest connections; the main one if no other has fewer, since that saves
+    a change of threads."""
     cdef Worker *least = main
     cdef int fewest = atomic_get(&main.connection_count)
     cdef int i, count
@@ -42,7 +42,7 @@ cdef inline Worker *worker_with_fewest(Worker *main) noexcept nogil:
 # ── offload ──────────────────────────────────────────────────────────────────────────────────────
 
 cdef inline bint worker_is_overloaded(Worker *worker) noexcept nogil:
-    """Whether a window has ended after which the relay is to give work away."""
+    """Whether a window has ended after which the worker is to give work away."""
     cdef Worker *main = worker if worker.main == NULL else worker.main
     if not worker.offloads_when_busy:
         return False
@@ -55,10 +55,9 @@ cdef inline bint worker_is_overloaded(Worker *worker) noexcept nogil:
 
 
 cdef inline void worker_offload(Worker *worker) noexcept nogil:
-    """Give every second connection that has just moved bytes to a relay that sleeps.
+    """Move every second connection that has just moved bytes to a worker that sleeps.
 
-    Only at the end of a turn: an event that is yet to be worked on may point to one of them.
-    """
+    Only at the end of a turn: an event that is yet to be worked on may point to one of them."""
     cdef Worker *main = worker if worker.main == NULL else worker.main
     cdef Worker *other
     cdef Link *link = worker.live.prev
@@ -71,7 +70,7 @@ cdef inline void worker_offload(Worker *worker) noexcept nogil:
     while other != NULL and link != &worker.live and count < 2 * MOVE_MAX:
         before = link.prev
         if (<Connection *>link.owner).active_ms < worker.ctx.now_ms - main.workers.window_ms:
-            return  # nor has any that is further ahead in the list
+            return  # those further ahead in the list have been silent for longer
         if connection_can_move(<Connection *>link.owner):
             if count % 2 == 1:
                 connection_move(worker, other, <Connection *>link.owner)
@@ -80,31 +79,32 @@ cdef inline void worker_offload(Worker *worker) noexcept nogil:
 
 
 cdef inline void workers_report_want(Worker *main) noexcept nogil:
-    """Once: the policy may find that there can be none."""
+    """Tell the policy, once, that a worker would help. There may be none all the same."""
     if not main.workers.want_reported:
         main.workers.want_reported = policy_event_add(main, EVENT_WORKERS_WANTED, -1, 0, 0) != NULL
 
 
 cdef inline Worker *workers_find_idle(Worker *main) noexcept nogil:
-    """Of the relays that wait for events, the one with the fewest connections; NULL: none does."""
+    """The worker with the fewest connections of those that wait for events; NULL: none does."""
     cdef Worker *found = main if hint_get(&main.asleep) else NULL
     cdef Worker *worker
     cdef int i
     for i in range(main.workers.count):
         worker = main.workers.each[i]
         if hint_get(&worker.asleep) and (
-                found == NULL or atomic_get(&worker.connection_count) < atomic_get(&found.connection_count)):
+                found == NULL or atomic_get(&worker.connection_count)
+                < atomic_get(&found.connection_count)):
             found = worker
     return found
 
 
 cdef inline bint connection_can_move(const Connection *c) noexcept nogil:
-    """While it has a time limit, or is about to end, its relay's list of those has it."""
+    """Not if it has a timer or is about to end: then it is in lists of its worker."""
     return c.state == CONNECTED and c.timer_ms == 0
 
 
 cdef inline void connection_move(Worker *worker, Worker *other, Connection *c) noexcept nogil:
-    """With all it holds. It begins there as new ones do, with a pump, and then asks that epoll."""
+    """Move a connection with all it holds. It begins there as a new one does."""
     endpoint_unregister(&worker.ctx, &c.client)
     endpoint_unregister(&worker.ctx, &c.target)
     list_remove(&c.ready)

@@ -7,10 +7,12 @@ from proxyd.relay.pipe cimport pool_clear
 from proxyd.relay.sys cimport atomic_add, int64_t, uint32_t
 from proxyd.relay.types cimport POLICY_EVENTS_MAX, Connection, PolicyEvent, Worker
 
+
 cdef inline PolicyEvent *policy_event_add(
     Worker *worker, int kind, int fd, uint32_t value, int index
 ) noexcept nogil:
-    """Something for the policy. NULL where there is no room: once it has run there is."""
+    """Something for the policy. NULL if there is no room: there will be once it has fetched the
+    events."""
     cdef PolicyEvent *event = &worker.policy_events[worker.policy_event_count]
     if worker.policy_event_count >= POLICY_EVENTS_MAX:
         return NULL
@@ -24,11 +26,15 @@ cdef inline PolicyEvent *policy_event_add(
 
 
 cdef inline int connection_limit(const Worker *worker) noexcept nogil:
-    """How many connections and sockets in quarantine the limit leaves room for."""
+    """The limit of connections and sockets in quarantine, with places left free for held clients.
+    """
     return worker.connections_max - worker.held
 
 
-cdef inline void connection_set_timer(Worker *worker, Connection *c, int64_t when_ms) noexcept nogil:
+cdef inline void connection_set_timer(
+    Worker *worker, Connection *c, int64_t when_ms
+) noexcept nogil:
+    """Have connection_timer_expired() called at `when_ms`."""
     list_remove(&c.timed)
     list_append(&worker.timed, &c.timed)
     c.timer_ms = when_ms
@@ -37,12 +43,12 @@ cdef inline void connection_set_timer(Worker *worker, Connection *c, int64_t whe
 
 
 cdef inline void worker_remove_connection(Worker *worker) noexcept nogil:
-    """This relay has a connection less."""
+    """This worker has a connection less."""
     if atomic_add(&worker.connection_count, -1) == 0:
         pool_clear(&worker.ctx.pool)
 
 
 cdef inline void connections_decrement(Worker *worker) noexcept nogil:
-    """The program has a connection less."""
+    """The program has a connection less: wake the main worker if it waits for that."""
     if gauges_remove_connection(worker.gauges, worker.ctx.now_ms) and worker.main != NULL:
         mailbox_wake(&worker.main.mailbox)

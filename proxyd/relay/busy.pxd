@@ -34,7 +34,7 @@ cdef enum:
 cdef inline bint busy_window(
     Busy *busy, const Machine *machine, char *buffer, size_t size
 ) noexcept nogil:
-    """End a window and begin the next. Whether `spare` was found out anew."""
+    """End a window and begin the next. Whether `spare` was measured anew."""
     cdef int64_t now_ns = clock_ns()
     cdef int64_t length_ns = max(now_ns - busy.since_ns, 1)
     cdef int64_t asleep_ns = busy.asleep_ns
@@ -62,9 +62,9 @@ cdef inline bint busy_window(
 cdef inline bint busy_sample(
     Busy *busy, const Machine *machine, int64_t now_ns, bint waited, char *buffer, size_t size
 ) noexcept nogil:
-    """After a window in which the relay was busy: find out how much of another CPU was idle since
-    it last asked. Whether there is an answer. Where the kernel tells nothing, a CPU is taken to be
-    idle: more threads than one were asked for."""
+    """After a window in which the worker was busy: measure how much of another CPU was idle since
+    the last reading. Whether there is a result. If the kernel tells nothing, assume an idle CPU:
+    anyone using --threads has CPUs to spare."""
     cdef int64_t before_ns
     cdef uint64_t idle_ns = 0
     cdef bint answered_ping = False
@@ -100,8 +100,8 @@ cdef inline int64_t spent_ns(clockid_t clock) noexcept nogil:
 cdef inline bint machine_idle(
     const Machine *machine, char *buffer, size_t size, uint64_t *idle_ns
 ) noexcept nogil:
-    """How long the CPUs that count were idle since the machine was started, modulo 2**64. False
-    where that cannot be known. `buffer` is for the text; what does not fit counts as busy."""
+    """How long the CPUs that count were idle since the machine was started, modulo 2**64. False if
+    that cannot be known. `buffer` is for the text; what does not fit counts as busy."""
     cdef ssize_t got
     cdef size_t asked = size - 1
     if machine.stat_fd < 0:
@@ -141,7 +141,7 @@ cdef inline uint64_t stat_idle(const Machine *machine, char *text) noexcept nogi
 
 cdef inline uint64_t stat_line_idle(char **at) noexcept nogil:
     """Idle ticks of a line of /proc/stat: user, nice, system, idle, iowait; a CPU that waits for a
-    disk is idle. `at` is behind its name, and then behind these numbers."""
+    disk is idle. `at` is behind the name of the CPU, and then behind these numbers."""
     cdef uint64_t ticks = 0
     cdef int field
     for field in range(5):
@@ -153,6 +153,7 @@ cdef inline uint64_t stat_line_idle(char **at) noexcept nogil:
 
 
 cdef inline bint machine_has(const Machine *machine, uint64_t cpu) noexcept nogil:
+    """Whether a CPU counts."""
     return cpu < CPUS_MAX and (machine.cpus[cpu // 8] >> (cpu % 8)) & 1
 
 

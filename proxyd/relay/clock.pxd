@@ -2,6 +2,7 @@
 
 from proxyd.relay.sys cimport CLOCK_MONOTONIC, clock_gettime, int64_t, timespec
 
+
 cdef inline int64_t clock_ms() noexcept nogil:
     return clock_ns() // 1000000
 

@@ -46,7 +46,7 @@ cdef enum:
 # ── what follows from a pump ─────────────────────────────────────────────────────────────────────
 
 cdef inline void connection_settle(Worker *worker, Connection *c) noexcept nogil:
-    """The one place where a connection's end is decided."""
+    """The one place where the end of a connection is decided."""
     half_settle(worker, c, &c.up, &c.down)
     half_settle(worker, c, &c.down, &c.up)
     if c.state != CONNECTED or c.up.state < SHUT and c.down.state < SHUT:
@@ -61,8 +61,8 @@ cdef inline void connection_settle(Worker *worker, Connection *c) noexcept nogil
         connection_linger(worker, c, &c.client, &c.target)
     elif c.timer_ms == 0 and (
             c.client.error != 0 or c.target.error != 0 or c.drained >= DRAIN_BYTES):
-        # A side has failed, or is gone and the other has sent much in vain; and the other does
-        # not take its last words. Watch that they move.
+        # A side has failed, or is gone while the other has sent much in vain; and the other does
+        # not take its last words. Watch whether they move.
         c.progress_ms = worker.ctx.now_ms
         c.recheck_ms = LINGER_MAX_MS
         connection_set_timer(worker, c, worker.ctx.now_ms + c.recheck_ms)
@@ -71,7 +71,7 @@ cdef inline void connection_settle(Worker *worker, Connection *c) noexcept nogil
 cdef inline void half_settle(
     Worker *worker, Connection *c, Half *half, Half *other
 ) noexcept nogil:
-    """Draw the consequences of what the pumps have found, for src → dst."""
+    """Draw the conclusions from what the pumps have found, for src → dst."""
     if c.state != CONNECTED:
         return
     if half.dst.gone:
@@ -86,10 +86,9 @@ cdef inline void half_settle(
 cdef inline void half_finish(Half *half, Half *other) noexcept nogil:
     """src has ended cleanly and everything is delivered: pass the end on.
 
-    Where the other half is over, closing both says the same with a system call less: a UNIX socket
-    does not linger. An end that cannot be passed on makes a failed connection: dst would wait for
-    it for ever.
-    """
+    If the other half is over, closing both sides says the same with a system call less, since a
+    UNIX socket does not linger. If the end cannot be passed on, the connection has failed: dst
+    would wait for it for ever."""
     half.state = SHUT
     if other.state == DEAD and half.dst.family == AF_UNIX:
         return
@@ -102,10 +101,9 @@ cdef inline void half_finish(Half *half, Half *other) noexcept nogil:
 cdef inline void connection_linger(
     Worker *worker, Connection *c, Endpoint *last, Endpoint *other
 ) noexcept nogil:
-    """`other` has nothing more to give or take: close it, and `last` when its time has come.
+    """`other` has nothing more to give or take: close it, and `last` when it may be closed.
 
-    One that has failed may live on, where the kernel had no memory: it must not see a clean end.
-    """
+    A side that has failed may live on, if the kernel had no memory: it must not see a clean end."""
     endpoint_close(worker, other, other.error != 0)
     self_connect_remove(worker.self_connects, &c.self_connect)
     half_drop(&c.up)
@@ -120,7 +118,7 @@ cdef inline void connection_linger(
 
 
 cdef inline void linger_step(Worker *worker, Connection *c) noexcept nogil:
-    """Look whether the last side may be closed; otherwise look again later, less and less often."""
+    """Close the last side if it is time; otherwise look again later, less and less often."""
     if linger_over(worker, c):
         connection_close(worker, c, ENDING_RESET if c.reset else ENDING_NORMAL, c.reset)
         return
@@ -132,9 +130,8 @@ cdef inline void linger_step(Worker *worker, Connection *c) noexcept nogil:
 cdef inline bint linger_over(Worker *worker, Connection *c) noexcept nogil:
     """Whether the last side may be closed.
 
-    What it sends meanwhile is thrown away: it may have all of that to say before it reads. But it
-    is then to hear that nobody was there.
-    """
+    What it sends meanwhile is thrown away, since it may have to say all of that before it reads.
+    But then it is to be told that it was not heard, by a reset."""
     cdef int64_t queue
     if c.last.error != 0:
         return True
@@ -142,7 +139,7 @@ cdef inline bint linger_over(Worker *worker, Connection *c) noexcept nogil:
         c.last.readable = 1  # unread input would turn its end into an error
     if endpoint_drain(worker, c, c.last):
         if c.last.error != 0:
-            return True  # perhaps for want of memory: it may live on, and is still to be reset
+            return True  # perhaps for want of memory: it may live on, and is to be reset
         if last_was_sent_an_end(c):
             c.reset = False
             return True
@@ -169,7 +166,7 @@ cdef inline bint endpoint_drain(Worker *worker, Connection *c, Endpoint *end) no
 
 
 cdef inline int64_t endpoint_queue(const Endpoint *end) noexcept nogil:
-    """Bytes its peer has not acknowledged; 0 for AF_UNIX, where they are with the peer already."""
+    """Bytes that its peer has not acknowledged; 0 for AF_UNIX, whose peer has them already."""
     cdef int size = 0
     if end.family != AF_INET and end.family != AF_INET6:
         return 0
@@ -178,8 +175,10 @@ cdef inline int64_t endpoint_queue(const Endpoint *end) noexcept nogil:
     return size
 
 
-cdef inline bint connection_is_stalled(Worker *worker, Connection *c, uint64_t queue) noexcept nogil:
-    """Whether the queue towards the last side has not moved for STUCK_MS."""
+cdef inline bint connection_is_stalled(
+    Worker *worker, Connection *c, uint64_t queue
+) noexcept nogil:
+    """Whether the queue towards the last side has not moved for STALLED_MS."""
     if queue != c.queue:
         c.queue = queue
         c.progress_ms = worker.ctx.now_ms
@@ -187,8 +186,8 @@ cdef inline bint connection_is_stalled(Worker *worker, Connection *c, uint64_t q
 
 
 cdef inline void connection_check_rights(Worker *worker, Connection *c) noexcept nogil:
-    """Where descriptors come next, this relay is not to read any more: after the batch the
-    connection goes into quarantine."""
+    """If descriptors come next, this worker must not read any more: after the batch the connection
+    goes into quarantine."""
     if c.client.rights.state == RIGHTS_AHEAD or c.target.rights.state == RIGHTS_AHEAD:
         list_remove(&c.to_quarantine)
         list_append(&worker.to_quarantine, &c.to_quarantine)
@@ -199,7 +198,7 @@ cdef inline void connection_check_rights(Worker *worker, Connection *c) noexcept
 cdef inline void connection_close(
     Worker *worker, Connection *c, int ending, bint reset
 ) noexcept nogil:
-    """Close whatever is left of it, both sides the same way."""
+    """Close whatever is left of it, both sides in the same way."""
     endpoint_close(worker, &c.client, reset)
     endpoint_close(worker, &c.target, reset)
     connection_unlink(worker, c)
@@ -211,6 +210,7 @@ cdef inline void connection_close(
 
 
 cdef inline void connection_unlink(Worker *worker, Connection *c) noexcept nogil:
+    """Take it out of all lists, and drop what it holds."""
     list_remove(&c.live)
     list_remove(&c.timed)
     list_remove(&c.ready)
@@ -231,20 +231,20 @@ cdef inline void endpoint_close(Worker *worker, Endpoint *end, bint reset) noexc
         socket_reset(end.fd, end.family)
     else:
         if end.rights.state == RIGHTS_ANY and end.family != AF_UNIX:
-            socket_unlinger(end.fd)  # what connection_exile() has set
+            socket_unlinger(end.fd)  # undo endpoint_quarantine()
         close(end.fd)
     end.fd = -1
 
 
 cdef inline bint endpoint_may_close(Endpoint *end) noexcept nogil:
-    """Whether close(2) cannot wait, for descriptors that were sent to it. See rights.pxd."""
+    """Whether close(2) cannot wait for descriptors that were sent to it: see rights.pxd."""
     return end.family != AF_UNIX or end.ended or rights_may_close(&end.rights, end.fd)
 
 
 cdef inline void endpoint_orphan(Worker *worker, Endpoint *end) noexcept nogil:
-    """Its peer sees the end now, and the quarantine closes it once the connection is freed. Until
-    then it keeps its place in the limit, but is no open connection: nobody waits for it, neither
-    a drain nor an idle exit."""
+    """Its peer sees the end now; the quarantine closes the socket once the connection is freed.
+    Until then it keeps its place in the limit, but it is no connection any more: neither a drain
+    nor an idle exit waits for it."""
     cdef Connection *c = <Connection *>end.connection
     shutdown(end.fd, SHUT_RDWR)
     end.orphan_fd = end.fd

@@ -32,12 +32,13 @@ from proxyd.relay.types cimport (
     TO_TARGET, Connection, Endpoint, Half, PumpContext, Rights, Worker,
 )
 
+
 cdef inline long long connection_connect(
     Worker *worker, int client, int client_family, const sockaddr_storage *address,
     socklen_t size, const char *preamble, size_t preamble_size, int listener,
     int64_t timeout_ms
 ) noexcept nogil:
-    """Connect a client to `address` and forward. The id, or -errno and the client is not owned."""
+    """Connect a client to `address` and forward. The id; or -errno, and the client is not owned."""
     cdef Connection *c
     cdef bint connecting
     cdef long long number
@@ -61,7 +62,7 @@ cdef inline long long connection_connect(
 cdef inline int socket_connect(
     PumpContext *ctx, const sockaddr_storage *address, socklen_t size, bint *connecting
 ) noexcept nogil:
-    """A new socket on its way to `address`, or there; or -errno."""
+    """A new socket that is connecting to `address`, or connected; or -errno."""
     cdef int fd = socket(address.ss_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0)
     cdef int error
     if fd < 0:
@@ -80,12 +81,12 @@ cdef inline int socket_connect(
 
 
 cdef inline void target_set_rights(const PumpContext *ctx, Endpoint *target) noexcept nogil:
-    """What socket_connect() has made of it, before anybody could send it anything."""
+    """As socket_connect() has left it, before the target could send anything."""
     target.rights.state = RIGHTS_NONE if ctx.may_refuse else RIGHTS_MAYBE
 
 
 cdef inline void connection_place(Worker *main, Connection *c, bint connecting) noexcept nogil:
-    """Count a new connection, and have it begin."""
+    """Count a new connection, and have it begin in the worker that is to forward it."""
     cdef Worker *worker = worker_for_new(main)
     c.opened_ms = main.ctx.now_ms
     c.state = CONNECTING if connecting else CONNECTED
@@ -101,8 +102,8 @@ cdef inline void connection_place(Worker *main, Connection *c, bint connecting) 
 # ── begin ────────────────────────────────────────────────────────────────────────────────────────
 
 cdef inline void connection_begin(Worker *worker, Connection *c) noexcept nogil:
-    """Pump for the first time in this relay, and only then ask epoll: most short exchanges have by
-    then been heard, and need no event to say so."""
+    """Begin in this worker: pump first, and only then register with epoll. By then most short
+    exchanges have been read and need no event."""
     if c.has_orphans and c.state == CLOSED:
         connection_close_orphans(worker, c)
         return
@@ -126,14 +127,14 @@ cdef inline void connection_begin(Worker *worker, Connection *c) noexcept nogil:
     elif c.state == CONNECTING and c.timeout_ms > 0:
         connection_set_timer(worker, c, worker.ctx.now_ms + c.timeout_ms)
     elif c.timer_ms != 0 and list_empty(&c.timed):
-        connection_set_timer(worker, c, c.timer_ms)  # as it was before it came here
+        connection_set_timer(worker, c, c.timer_ms)  # as it was in the worker before
 
 
 cdef inline void connection_first_pump(Worker *worker, Connection *c) noexcept nogil:
-    """Do not wait to hear that the target is there: over loopback and UNIX sockets it is, before
-    connect() has returned. Otherwise send answers EAGAIN, and the bytes wait for the connection.
+    """Do not wait for the news that the target is connected: it may be so already. If not, send(2)
+    returns EAGAIN, and the bytes wait for the connection.
 
-    Unless the target may be the socket itself: what is sent there cannot be taken back.
+    The exception is a target that may be the socket itself: bytes sent there cannot be taken back.
     """
     cdef ssize_t size
     if c.self_connect.self_possible:
@@ -156,7 +157,7 @@ cdef inline void connection_first_pump(Worker *worker, Connection *c) noexcept n
 cdef inline void connecting_send(
     Worker *worker, Connection *c, const char *data, size_t size
 ) noexcept nogil:
-    """The first bytes for the target, sent before it is known to be there. They are kept until it
+    """Send the first bytes before it is known that the target is connected. They are kept until it
     has taken them: the next target may need them."""
     cdef ssize_t sent = send(c.target.fd, data, size, MSG_DONTWAIT | MSG_NOSIGNAL)
     cdef int error = errno
@@ -166,7 +167,7 @@ cdef inline void connecting_send(
             endpoint_lost(&c.target, error)
             connect_done(worker, c)
             return
-        # ENOTCONN is what VSOCK says instead of EAGAIN.
+        # VSOCK returns ENOTCONN where others return EAGAIN.
         if error != EAGAIN and error != EINTR and error != ENOTCONN:
             endpoint_failed(&c.target, error)
     if c.up.unsent != NULL:
@@ -194,14 +195,14 @@ cdef inline void connection_close_orphans(Worker *worker, Connection *c) noexcep
         atomic_add(&worker.quarantine.orphan_sockets, -1)
     free(c)
     atomic_add(&worker.gauges.in_quarantine, -1)
-    mailbox_wake(&worker.main.mailbox)  # there may be clients that wait for room
+    mailbox_wake(&worker.main.mailbox)  # clients may be waiting for room
 
 
 # ── sockets without a connection ─────────────────────────────────────────────────────────────────
 
 cdef inline void worker_hang_up(Worker *worker, int fd, int family, bint reset) noexcept nogil:
-    """Close a socket that is no connection's. Where there is not even the memory to leave it to
-    the quarantine, it stays open."""
+    """Close a socket that is not part of a connection. If there is not even the memory to leave it
+    to the quarantine, it stays open."""
     cdef Rights unknown
     cdef Connection *c
     unknown.state = RIGHTS_UNKNOWN

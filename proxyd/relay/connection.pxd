@@ -24,6 +24,7 @@ from proxyd.relay.types cimport (
     SHUT, Connection, Endpoint, Half, Worker,
 )
 
+
 # ── timers ───────────────────────────────────────────────────────────────────────────────────────
 
 cdef inline void connection_timer_expired(Worker *worker, Connection *c) noexcept nogil:
@@ -36,7 +37,7 @@ cdef inline void connection_timer_expired(Worker *worker, Connection *c) noexcep
 
 
 cdef inline void connect_expired(Worker *worker, Connection *c) noexcept nogil:
-    """The time for the connect is over. A target that has accepted just now is not left again."""
+    """The time for the connect is over. A target that has accepted just now is kept."""
     cdef sockaddr_storage peer
     cdef socklen_t size = sizeof(peer)
     if getpeername(c.target.fd, <sockaddr *>&peer, &size) == 0:
@@ -46,7 +47,7 @@ cdef inline void connect_expired(Worker *worker, Connection *c) noexcept nogil:
 
 
 cdef inline void connection_check_stall(Worker *worker, Connection *c) noexcept nogil:
-    """A side is gone, and its last words wait for a reader: give up where nothing moves."""
+    """A side is gone, and its last words wait for a reader: give up if nothing moves."""
     cdef Half *half = &c.down if c.up.state == DEAD else &c.up
     cdef uint64_t queue = half.moved + half_held(half) + <uint64_t>endpoint_queue(half.dst)
     if connection_is_stalled(worker, c, queue):
@@ -91,10 +92,11 @@ cdef inline void endpoint_mark_ready(Connection *c, Endpoint *end, uint32_t even
 
 
 cdef inline void connection_advance(Worker *worker, Connection *c) noexcept nogil:
-    """Pump both halves as far as they go, then settle what follows."""
+    """Pump both halves as far as they go, then settle what follows from that."""
     cdef bint more = half_pump(&worker.ctx, &c.up)
     more |= half_pump(&worker.ctx, &c.down)
-    # What the second pump has found may free the first: a failed write leaves last words to read.
+    # What the second pump has found may free the first: after a failed write there are last words
+    # to read.
     if c.client.gone and not more:
         more = half_pump(&worker.ctx, &c.up)
     connection_discard_input(worker, c)
@@ -109,8 +111,8 @@ cdef inline void connection_advance(Worker *worker, Connection *c) noexcept nogi
 
 
 cdef inline void connection_discard_input(Worker *worker, Connection *c) noexcept nogil:
-    """What a side sends to one that is gone is thrown away, so that it comes to read the last
-    words of that one: it may wait for its own to be taken first."""
+    """Throw away what a side sends to one that is gone, so that it comes to read the last words of
+    that one: it may be waiting for its own to be taken first."""
     if c.up.state == DEAD:
         endpoint_drain(worker, c, &c.client)
     elif c.down.state == DEAD:
@@ -118,7 +120,7 @@ cdef inline void connection_discard_input(Worker *worker, Connection *c) noexcep
 
 
 cdef inline void connection_mark_active(Worker *worker, Connection *c) noexcept nogil:
-    """Note whether bytes have moved since the last look."""
+    """Note the time, if bytes have moved since the last look."""
     cdef uint64_t moved = c.up.moved + c.down.moved
     cdef uint64_t held = half_held(&c.up) + half_held(&c.down)
     if moved - held == c.moved:
@@ -134,11 +136,10 @@ cdef inline void connection_mark_active(Worker *worker, Connection *c) noexcept 
 cdef inline void connecting_event(
     Worker *worker, Connection *c, Endpoint *end, uint32_t events
 ) noexcept nogil:
-    """A target that accepted and then reset has been reached: that is for the client to see.
+    """A target that accepted and then reset has been reached: the client is to see that.
 
-    A client that is gone is dropped, unless it has ended cleanly and said something: that is still
-    delivered. The target may have accepted, and hears how the client went.
-    """
+    A client that is gone is dropped, unless it has ended cleanly and said something: then that is
+    still delivered. The target may have accepted, and sees how the client left."""
     if end.kind == KIND_CLIENT:
         if end.gone and (end.error != 0 or not client_has_spoken(c)):
             connection_close(worker, c, ENDING_CLIENT_GONE, end.error != 0)
@@ -165,9 +166,9 @@ cdef inline void connect_done(Worker *worker, Connection *c) noexcept nogil:
 
 cdef inline void connect_failed(Worker *worker, Connection *c, int error) noexcept nogil:
     """Give the client back, with the bytes already taken from it. The connection counts until the
-    policy has it: otherwise somebody else could be let in for it meanwhile."""
+    policy has fetched it, so that no other client is let in for it meanwhile."""
     endpoint_unregister(&worker.ctx, &c.client)
-    endpoint_close(worker, &c.target, True)  # it may have accepted, and nothing was sent to it
+    endpoint_close(worker, &c.target, True)  # it may have accepted, but was sent nothing
     list_remove(&c.live)
     list_remove(&c.timed)
     self_connect_remove(worker.self_connects, &c.self_connect)
@@ -183,6 +184,6 @@ cdef inline bint target_was_reached(const Connection *c, int error) noexcept nog
 
 
 cdef inline bint vsock_refused(const Connection *c, int error) noexcept nogil:
-    """Whether nobody listens on that VSOCK port: the virtio transport answers a request with RST.
-    A connection that was made and then reset ends without an error there."""
+    """Whether that VSOCK port has no listener: the virtio transport answers a request with RST. A
+    connection that was made and then reset ends without an error there."""
     return c.target.family == AF_VSOCK and error == ECONNRESET

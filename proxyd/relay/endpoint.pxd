@@ -29,8 +29,8 @@ cdef inline bint endpoint_register(PumpContext *ctx, Endpoint *end) noexcept nog
 
 
 cdef inline void endpoint_unregister(PumpContext *ctx, Endpoint *end) noexcept nogil:
-    """Before every close(2): where another process has the socket too, that leaves it in epoll, and
-    a later event would point to memory that is freed."""
+    """Before every close(2), which leaves the registration in place if another process has the
+    socket as well: a later event would then point to freed memory."""
     if end.registered:
         epoll_ctl(ctx.epoll, EPOLL_CTL_DEL, end.fd, NULL)
         end.registered = False
@@ -47,7 +47,7 @@ cdef inline void endpoint_blocked(PumpContext *ctx, Endpoint *end) noexcept nogi
         event.events = endpoint_interest(end)
         event.data.ptr = end
         if epoll_ctl(ctx.epoll, EPOLL_CTL_MOD, end.fd, &event) < 0:
-            endpoint_failed(end, errno)  # it would wait for ever
+            endpoint_failed(end, errno)  # it would wait for ever otherwise
 
 
 cdef inline uint32_t endpoint_interest(const Endpoint *end) noexcept nogil:
@@ -55,8 +55,7 @@ cdef inline uint32_t endpoint_interest(const Endpoint *end) noexcept nogil:
 
     EPOLLOUT is asked for while connecting and after the first send that did not fit, and stays:
     TCP announces free space only after such a send, so it costs nothing more; a UNIX socket does
-    so whenever its peer has read, which a socket that never fills has no use for.
-    """
+    so whenever its peer has read, which is of no use for a socket that never fills."""
     cdef uint32_t interest = EPOLLIN | EPOLLRDHUP | EPOLLPRI | EPOLLET
     if end.armed:
         interest |= EPOLLOUT
@@ -68,9 +67,8 @@ cdef inline uint32_t endpoint_interest(const Endpoint *end) noexcept nogil:
 cdef inline ssize_t endpoint_recv(Endpoint *end, char *buffer, size_t size) noexcept nogil:
     """As recv(2), and `readable` is true afterwards only if there may be more to read.
 
-    A message with fds or credentials ends a recv from a UNIX socket, whatever is behind it. That
-    is told by MSG_CTRUNC, since there is no room for either here: they are lost, as documented.
-    """
+    A message with credentials ends a recv from a UNIX socket, whatever is behind it. There is no
+    room for them here, so MSG_CTRUNC tells of them."""
     cdef ssize_t got
     cdef iovec piece
     cdef msghdr message
@@ -79,7 +77,7 @@ cdef inline ssize_t endpoint_recv(Endpoint *end, char *buffer, size_t size) noex
         message.msg_flags = 0
     elif end.rights.state == RIGHTS_ANY:
         got = rights_recv_any(&end.rights, end.fd, buffer, min(size, <size_t>PEEK_MAX))
-        message.msg_flags = MSG_CTRUNC  # there is always more to do: to take what was only seen
+        message.msg_flags = MSG_CTRUNC  # read on: what was seen is yet to be taken
     elif not endpoint_is_plain(end):
         size = min(size, <size_t>PEEK_MAX)
         got = rights_recv(&end.rights, end.fd, buffer, size)
@@ -104,12 +102,13 @@ cdef inline ssize_t endpoint_recv(Endpoint *end, char *buffer, size_t size) noex
 
 
 cdef inline bint endpoint_is_plain(const Endpoint *end) noexcept nogil:
-    """Whether it may be read as it comes: it has no descriptors."""
+    """Whether it can be read without a look for descriptors first."""
     return end.family != AF_UNIX or end.rights.state == RIGHTS_NONE
 
 
 cdef inline void endpoint_refuse_rights(PumpContext *ctx, Endpoint *end) noexcept nogil:
-    """Have no descriptors sent to an accepted UNIX client, or be prepared for them."""
+    """Have descriptors that are sent to an accepted UNIX client refused, or be prepared for them.
+    """
     if ctx.may_refuse and rights_refuse(end.fd):
         end.rights.state = RIGHTS_QUEUED
     else:
@@ -120,11 +119,10 @@ cdef inline void endpoint_refuse_rights(PumpContext *ctx, Endpoint *end) noexcep
 # ── failures ─────────────────────────────────────────────────────────────────────────────────────
 
 cdef inline void endpoint_lost(Endpoint *end, int error) noexcept nogil:
-    """A write failed. What it had already sent is still to be read, to the end.
+    """A write failed. What the peer had already sent is still to be read, to the end.
 
-    EPIPE from a UNIX socket is a peer that closed, or only stopped reading: no error when that is
-    read.
-    """
+    EPIPE from a UNIX socket means that its peer has closed, or has only stopped reading: no error
+    when that is read."""
     if error == EPIPE and end.family == AF_UNIX:
         end.gone = end.refused = 1
     else:
@@ -133,7 +131,7 @@ cdef inline void endpoint_lost(Endpoint *end, int error) noexcept nogil:
 
 
 cdef inline void endpoint_failed(Endpoint *end, int error) noexcept nogil:
-    """A read or write said that the peer is gone, not having ended cleanly."""
+    """A read or write said that the peer is gone, without a clean end."""
     end.gone = 1
     if end.error == 0:
         end.error = error
@@ -142,20 +140,19 @@ cdef inline void endpoint_failed(Endpoint *end, int error) noexcept nogil:
 # ── the send buffer ──────────────────────────────────────────────────────────────────────────────
 
 cdef inline void endpoint_grow_sndbuf(const Endpoint *end) noexcept nogil:
-    """Let a stream into a UNIX socket have as large a send buffer as it may (net.core.wmem_max).
+    """Give a UNIX socket that a stream goes into a larger send buffer, if net.core.wmem_max allows.
 
-    Such a socket is announced as writable when it is nearly empty; the default takes 208 KiB, and
-    a wake-up for every 150 of them. TCP finds the right size by itself. Never less than it has:
-    the default may be more than an ordinary user may ask for.
-    """
+    Such a socket is announced as writable when it is nearly empty; with the default of 208 KiB that
+    is a wake-up for every 150 KiB. TCP finds the right size by itself. Never less than it has: the
+    default may be more than an ordinary user may ask for."""
     cdef int size = SNDBUF
     if end.family == AF_UNIX and sndbuf_of(end.fd) < sndbuf_granted():
         setsockopt(end.fd, SOL_SOCKET, SO_SNDBUF, &size, sizeof(size))
 
 
 cdef inline int sndbuf_granted() noexcept nogil:
-    """What a socket would have that asks for SEND_BUFFER: tried on one that nobody needs, for
-    nothing less tells the limit, and what was once reduced may not be restored. 0: not known."""
+    """The send buffer of a socket that asks for SNDBUF; 0: not known. Tried on a socket made for
+    that: nothing else tells the limit, and a buffer that was reduced may not be restored."""
     cdef int size = SNDBUF
     cdef int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0)
     if fd < 0:
@@ -170,5 +167,5 @@ cdef inline int sndbuf_of(int fd) noexcept nogil:
     cdef int size = 0
     cdef socklen_t length = sizeof(size)
     if getsockopt(fd, SOL_SOCKET, SO_SNDBUF, &size, &length) < 0:
-        return SNDBUF * 2  # it stays as it is
+        return SNDBUF * 2  # leave it as it is
     return size

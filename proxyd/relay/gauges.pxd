@@ -3,8 +3,9 @@
 from proxyd.relay.sys cimport atomic_add, atomic_get, atomic_set, int64_t, moment_set
 from proxyd.relay.types cimport Gauges
 
+
 cdef inline int gauges_places(Gauges *gauges) noexcept nogil:
-    """How much of the limit is taken."""
+    """How many places of the limit are taken."""
     return gauges_connections(gauges) + gauges_in_quarantine(gauges)
 
 
@@ -21,11 +22,11 @@ cdef inline void gauges_add_connection(Gauges *gauges) noexcept nogil:
 
 
 cdef inline bint gauges_remove_connection(Gauges *gauges, int64_t now_ms) noexcept nogil:
-    """One connection less. Whether the boss wants to hear of it.
+    """One connection less. Whether the main worker is to be woken.
 
-    The boss says so and looks at `open` once more before it sleeps; here it is the other way
-    round. So one of the two always sees the other.
-    """
+    The main worker stores the number at which it wants to be woken and then looks at `connections`
+    once more before it sleeps; here it is the other way round. So one of the two always sees the
+    other."""
     moment_set(&gauges.last_end_ms, now_ms)
     return atomic_add(&gauges.connections, -1) == atomic_get(&gauges.wake_at_count)
 

@@ -4,6 +4,7 @@ from proxyd.relay.pipe cimport pipe_close
 from proxyd.relay.sys cimport ENOMEM, free, malloc, memcpy
 from proxyd.relay.types cimport DEAD, SHUT, Half
 
+
 cdef inline void half_abandon(Half *half) noexcept nogil:
     """dst cannot be written any more."""
     if half.state != SHUT:
@@ -19,7 +20,7 @@ cdef inline void half_drop(Half *half) noexcept nogil:
 
 
 cdef inline int half_keep(Half *half, const char *data, size_t size) noexcept nogil:
-    """Keep bytes that dst did not take; 0 or -ENOMEM. Only while nothing else is held."""
+    """Keep bytes that dst did not take; 0 or -ENOMEM. Only while there are no unsent ones."""
     half.unsent = <char *>malloc(size)
     if half.unsent == NULL:
         return -ENOMEM

@@ -5,6 +5,7 @@
 
 from proxyd.relay.types cimport Link
 
+
 cdef inline void list_append(Link *head, Link *link) noexcept nogil:
     link.prev = head.prev
     link.next = head
@@ -19,7 +20,7 @@ cdef inline void list_remove(Link *link) noexcept nogil:
 
 
 cdef inline void list_move_all(Link *head, Link *source) noexcept nogil:
-    """Append everything that `source` has, which is empty then."""
+    """Append all of `source`, which is empty then."""
     if list_empty(source):
         return
     source.next.prev = head.prev

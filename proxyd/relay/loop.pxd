@@ -35,8 +35,7 @@ cdef enum:
 cdef inline int worker_turn(Worker *worker, int64_t deadline_ms) noexcept nogil:
     """Wait until `deadline_ms` at most (-1: for ever), then work on what has come; 0 or -errno.
 
-    Not before the policy has fetched all notes: there is room for one of each event then.
-    """
+    Does nothing until the policy has fetched all events, so that there is room for new ones."""
     cdef int i, count
     cdef bint overflows
     if worker.policy_event_count > 0:
@@ -84,7 +83,7 @@ cdef inline int worker_timeout(Worker *worker, int64_t deadline_ms) noexcept nog
 
 
 cdef inline int worker_wait(Worker *worker, int timeout_ms) noexcept nogil:
-    """As epoll_wait(2). Where work is shared, others see that it waits, and may give it some."""
+    """As epoll_wait(2). Others see meanwhile that this worker sleeps, and may give it work."""
     cdef int count
     cdef int64_t began_ns
     if not worker.offloads_when_busy:
@@ -108,7 +107,7 @@ cdef inline void worker_dispatch(Worker *worker, epoll_event *event) noexcept no
 
 
 cdef inline void worker_read_mailbox(Worker *worker) noexcept nogil:
-    """What other threads have left here: connections to begin, those to report, orders."""
+    """What other threads have left: connections to begin, connections to report, orders."""
     cdef Link begin
     cdef Connection *c
     cdef uint32_t orders
@@ -127,7 +126,7 @@ cdef inline void worker_read_mailbox(Worker *worker) noexcept nogil:
 
 
 cdef inline void worker_pump_ready(Worker *worker) noexcept nogil:
-    """One more turn for each connection whose pump had spent its budget."""
+    """One more turn for each connection whose pump spent its budget."""
     cdef Link *last = worker.ready.prev
     cdef Link *link
     if list_empty(&worker.ready):
@@ -141,12 +140,13 @@ cdef inline void worker_pump_ready(Worker *worker) noexcept nogil:
 
 
 cdef inline void worker_accept(Worker *worker, int count) noexcept nogil:
-    """The gates' turn: after the connections, which may end and make room, and not before the
-    policy has seen what else there is. It may be the signal to accept nobody any more."""
+    """The listeners' turn. It comes after the connections, some of which may have ended and made
+    room; and not while there are events for the policy, which may mean that no client is to be
+    accepted any more."""
     cdef Watch *watch
     cdef int i
     if worker.policy_event_count > 0:
-        return  # gates are level-triggered, and announced again
+        return  # listeners are level-triggered: they are announced again
     for i in range(count):
         watch = <Watch *>worker.events[i].data.ptr
         if watch.kind == KIND_LISTENER:
@@ -154,7 +154,7 @@ cdef inline void worker_accept(Worker *worker, int count) noexcept nogil:
 
 
 cdef inline void worker_run_timers(Worker *worker) noexcept nogil:
-    """Look after the timed connections that are due, and find out when the next one is."""
+    """Serve the timers that are due, and find out when the next one is."""
     cdef Link *link = worker.timed.next
     cdef Link *after
     cdef Connection *c
@@ -170,7 +170,7 @@ cdef inline void worker_run_timers(Worker *worker) noexcept nogil:
 
 
 cdef inline void worker_close_idle(Worker *worker) noexcept nogil:
-    """Close what has not moved a byte for too long; reset it where that loses bytes."""
+    """Close connections that were silent for too long; reset those on which that loses bytes."""
     cdef Connection *c
     while not list_empty(&worker.live):
         c = <Connection *>worker.live.next.owner
@@ -179,24 +179,26 @@ cdef inline void worker_close_idle(Worker *worker) noexcept nogil:
         if c.state == CONNECTED:
             connection_close(worker, c, ENDING_IDLE, connection_owes_bytes(c))
         else:
-            # Connecting and ending ones have limits of their own.
+            # Those that are connecting or ending have limits of their own.
             c.active_ms = worker.ctx.now_ms
             list_remove(&c.live)
             list_append(&worker.live, &c.live)
 
 
 cdef inline bint connection_owes_bytes(const Connection *c) noexcept nogil:
-    """Whether one side has not been given everything, and is not to believe that it has."""
+    """Whether one side has not received everything, and must not believe that it has."""
     return (half_held(&c.up) + half_held(&c.down) > 0
             or c.client.error != 0 or c.target.error != 0)
 
 
 # ── set-up and end ───────────────────────────────────────────────────────────────────────────────
 
-cdef inline void worker_init(Worker *worker, Gauges *gauges, SelfConnectTable *own) noexcept nogil:
-    """What relay_free() needs to find. The memory is all zero."""
+cdef inline void worker_init(
+    Worker *worker, Gauges *gauges, SelfConnectTable *table
+) noexcept nogil:
+    """What worker_destroy() relies on. The memory is all zero."""
     worker.gauges = gauges
-    worker.self_connects = own
+    worker.self_connects = table
     worker.ctx.epoll = -1
     worker.ctx.now_ms = clock_ms()
     worker.mailbox.wake_fd = -1
@@ -215,7 +217,7 @@ cdef inline void worker_init(Worker *worker, Gauges *gauges, SelfConnectTable *o
 cdef inline int worker_set_up(
     Worker *worker, size_t stream_unit, size_t pipe_size, bint may_splice
 ) noexcept nogil:
-    """0 or -errno; to be freed either way."""
+    """0 or -errno; worker_destroy() is due in either case."""
     worker.ctx.first_unit = min(stream_unit, <size_t>FIRST_UNIT)
     worker.ctx.copy_unit = min(stream_unit, <size_t>COPY_UNIT)
     worker.ctx.stream_unit = stream_unit
@@ -229,7 +231,8 @@ cdef inline int worker_set_up(
 
 
 cdef inline void worker_destroy(Worker *worker) noexcept nogil:
-    """Everything that it owns; clients of failed connects included, whom nobody has fetched."""
+    """Free all that it owns, including the clients of failed connects that the policy has not
+    fetched."""
     cdef Link *link = worker.failed.next
     worker_cut(worker, True)
     while link != &worker.failed:
@@ -245,7 +248,7 @@ cdef inline void worker_destroy(Worker *worker) noexcept nogil:
 
 
 cdef inline int worker_cut(Worker *worker, bint reset) noexcept nogil:
-    """Close every connection of this relay. How many there were."""
+    """Close every connection of this worker. Returns how many these were."""
     cdef int count = 0
     while not list_empty(&worker.live):
         connection_close(worker, <Connection *>worker.live.next.owner, ENDING_CUT, reset)

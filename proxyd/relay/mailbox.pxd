@@ -1,6 +1,7 @@
-# What one thread leaves for another: connections and orders, under a lock, and an eventfd that wakes.
+# What one thread leaves for another: connections and orders, under a lock; an eventfd wakes it.
 #
-# Connections are linked by their `live` link, which is in no other list while they are on their way.
+# Connections are linked by their `live` link, which is in no other list while they are on their
+# way.
 
 from proxyd.relay.list cimport link_init, list_append, list_empty, list_move_all, list_remove
 from proxyd.relay.sys cimport (
@@ -10,13 +11,14 @@ from proxyd.relay.sys cimport (
 )
 from proxyd.relay.types cimport Link, Mailbox
 
+
 cdef inline uint32_t mailbox_take(
     Mailbox *mailbox, Link *begin, Link *failed, Link *ended
 ) noexcept nogil:
-    """Move what has come to these lists; the orders."""
+    """Move what has come to these lists; returns the orders."""
     cdef uint32_t orders
     cdef uint64_t rings
-    eventfd_read(mailbox.wake_fd, &rings)  # before the look: who comes after it rings again
+    eventfd_read(mailbox.wake_fd, &rings)  # before the look: what comes after it wakes again
     pthread_mutex_lock(&mailbox.lock)
     list_move_all(begin, &mailbox.begin)
     list_move_all(failed, &mailbox.failed)
@@ -28,19 +30,19 @@ cdef inline uint32_t mailbox_take(
 
 
 cdef inline void mailbox_put(Mailbox *mailbox, Link *place, Link *link) noexcept nogil:
-    """Leave a connection in `place`, one of the lists of the inbox."""
+    """Leave a connection in `place`, one of the lists of the mailbox."""
     cdef bint first
     pthread_mutex_lock(&mailbox.lock)
     first = list_empty(place)
     list_remove(link)
     list_append(place, link)
     pthread_mutex_unlock(&mailbox.lock)
-    if first:  # who comes later is found together with the first
+    if first:  # later ones are found together with the first
         mailbox_wake(mailbox)
 
 
 cdef inline void mailbox_return(Mailbox *mailbox, Link *failed, Link *ended) noexcept nogil:
-    """Leave everything that these two lists have."""
+    """Leave all that is in these two lists."""
     if list_empty(failed) and list_empty(ended):
         return
     pthread_mutex_lock(&mailbox.lock)
@@ -58,7 +60,7 @@ cdef inline void mailbox_order(Mailbox *mailbox, uint32_t order) noexcept nogil:
 
 
 cdef inline void mailbox_wake(Mailbox *mailbox) noexcept nogil:
-    """Wake its thread. The bell is a counter far from full, and cannot refuse."""
+    """Wake its thread. The eventfd is a counter far from full, so this cannot fail."""
     eventfd_write(mailbox.wake_fd, 1)
 
 
@@ -80,7 +82,7 @@ cdef inline int mailbox_init(Mailbox *mailbox, int kind) noexcept nogil:
 
 
 cdef inline void mailbox_destroy(Mailbox *mailbox) noexcept nogil:
-    """Only once it is empty."""
+    """It must be empty."""
     if mailbox.wake_fd < 0:
         return
     close(mailbox.wake_fd)

@@ -28,7 +28,7 @@ cdef inline int pipe_get(PipePool *pool, Pipe *pipe, int64_t now_ms) noexcept no
 
 
 cdef inline int pipe_open(Pipe *pipe, size_t size) noexcept nogil:
-    """A new pipe as near to `size` bytes as this user may have; 0 or -errno."""
+    """A new pipe, as close to `size` bytes as this user may have; 0 or -errno."""
     cdef int ends[2]
     cdef int capacity
     if pipe2(ends, O_CLOEXEC | O_NONBLOCK) < 0:

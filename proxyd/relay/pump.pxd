@@ -1,12 +1,12 @@
-# One direction of a connection, and the pump that moves its bytes.
+# The pump: it moves the bytes of one direction.
 #
 # Sockets are registered once, edge-triggered. So the kernel says once that a socket has become
 # readable or writable, and the endpoint remembers it until a call proves the contrary:
 #
 #   readable  ends with EAGAIN from an empty socket, or with a short recv: what comes after that
-#             raises a new edge. A short recv proves nothing where the end or an urgent mark may
-#             have cut it short (`ending`, `urgent`: announced with the same edge), or, on a UNIX
-#             socket, the bounds of a message that came with fds or credentials (endpoint_recv).
+#             raises a new edge. A short recv proves nothing if the end or an urgent mark may have
+#             cut it short (`ending`, `urgent`: announced with the same edge), or, on a UNIX socket,
+#             the bounds of a message that came with fds or credentials (endpoint_recv).
 #   writable  ends with EAGAIN or a short send; both make the kernel announce the next free space.
 #
 # The states of a half:
@@ -14,11 +14,13 @@
 #   FLOWING ──EOF or error at src──▶ DRAINING ──nothing held any more──▶ SHUT (end passed on)
 #      └───────────── dst cannot be written any more ────────────▶ DEAD (what is held is dropped)
 #
+# The pump itself goes as far as DRAINING and DEAD; the end is passed on in close.pxd.
+#
 # errno × call → what the pump does:
 #
 #                       recv, splice in             send, splice out
 #   EAGAIN              not readable                not writable
-#   EINTR               again                       again
+#   EINTR               tried again                 tried again
 #   EINVAL ENOSYS       this half copies from       what the pipe holds is read back and sent
 #   EPERM EOPNOTSUPP    now on
 #   anything else       src has failed: DRAINING    dst is gone: DEAD; src's last words go on in
@@ -49,8 +51,7 @@ cdef enum:
 cdef inline bint half_pump(PumpContext *ctx, Half *half) noexcept nogil:
     """Move bytes until one side has none, the other takes none, or the budget is spent.
 
-    True: the budget is spent and there is more to do.
-    """
+    True: the budget is spent and there is more to do."""
     cdef size_t budget = PUMP_BUDGET
     cdef size_t size
     while half.state == FLOWING or half.state == DRAINING:
@@ -80,8 +81,7 @@ cdef inline bint half_pump(PumpContext *ctx, Half *half) noexcept nogil:
 cdef inline bint half_splices(const PumpContext *ctx, const Half *half) noexcept nogil:
     """Whether a stream goes by splice in this direction (otherwise by large copies).
 
-    Measured: out of a UNIX socket into TCP copying is cheaper, everywhere else splicing is.
-    """
+    Measured: out of a UNIX socket into TCP copying is cheaper, everywhere else splicing is."""
     if not ctx.may_splice or half.copy_only or half.src.urgent:
         return False
     if not endpoint_is_plain(half.src):
@@ -92,12 +92,11 @@ cdef inline bint half_splices(const PumpContext *ctx, const Half *half) noexcept
 
 
 cdef inline ssize_t half_splice(PumpContext *ctx, Half *half) noexcept nogil:
-    """Fill an empty pipe from src and empty it into dst. As half_copy.
+    """Fill an empty pipe from src and empty it into dst. Returns as half_copy().
 
     Only an empty pipe is filled: then EAGAIN can only mean that the socket is empty, and a pipe
-    that is out of slots is never asked to take more. Nor is 0 the end by itself: that is also
-    what splice answers at an urgent mark with the end behind it. recv knows.
-    """
+    that is out of slots is never asked to take more. A result of 0 is not the end by itself, for
+    splice also returns it at an urgent mark with the end behind it. recv tells the two apart."""
     cdef ssize_t size
     cdef int error
     if half.pipe.rd < 0 and pipe_get(&ctx.pool, &half.pipe, ctx.now_ms) < 0:
@@ -125,7 +124,7 @@ cdef inline ssize_t half_splice(PumpContext *ctx, Half *half) noexcept nogil:
 
 
 cdef inline ssize_t half_copy(PumpContext *ctx, Half *half, size_t unit) noexcept nogil:
-    """One recv and one send. Bytes taken, 0 at the end or where none can be had now."""
+    """One recv and one send. Bytes taken; 0 at the end, or if there are none now."""
     cdef ssize_t size = endpoint_recv(half.src, ctx.buffer, unit)
     cdef ssize_t sent
     if size < 0:
@@ -168,7 +167,7 @@ cdef inline void half_read_failed(Half *half, int error) noexcept nogil:
 # ── writing ──────────────────────────────────────────────────────────────────────────────────────
 
 cdef inline void half_flush(PumpContext *ctx, Half *half) noexcept nogil:
-    """Give dst what is held. The spill goes first: it is older than anything in the pipe."""
+    """Give dst what is held. Unsent bytes go first: they are older than anything in the pipe."""
     if half.unsent != NULL:
         half_send_unsent(ctx, half)
     if half.unsent == NULL and half.pipe.filled > 0:
@@ -179,8 +178,8 @@ cdef inline void half_flush(PumpContext *ctx, Half *half) noexcept nogil:
 
 
 cdef inline void half_splice_out(PumpContext *ctx, Half *half) noexcept nogil:
-    """Empty the pipe into dst. Asks for exactly what is inside: a larger length may be taken for
-    a promise of more to come, and the last segment is then held back."""
+    """Empty the pipe into dst. Asks for exactly what is inside: a larger length may be taken for a
+    promise of more to come, and the last segment is then held back."""
     cdef ssize_t moved
     cdef int error
     while half.pipe.filled > 0:
@@ -202,7 +201,7 @@ cdef inline void half_splice_out(PumpContext *ctx, Half *half) noexcept nogil:
 
 
 cdef inline void half_unpipe(PumpContext *ctx, Half *half) noexcept nogil:
-    """dst refuses splice: read what the pipe holds, and copy from now on."""
+    """dst refuses splice: read back what the pipe holds, and copy from now on."""
     cdef ssize_t size = read(half.pipe.rd, ctx.buffer, ctx.stream_unit)
     half.copy_only = 1
     if size <= 0 or half_keep(half, ctx.buffer, <size_t>size) < 0:
@@ -227,7 +226,7 @@ cdef inline void half_send_unsent(PumpContext *ctx, Half *half) noexcept nogil:
 cdef inline ssize_t half_send(
     PumpContext *ctx, Half *half, const char *data, size_t size
 ) noexcept nogil:
-    """Bytes that dst took, 0 where it takes none now, -errno where it is gone."""
+    """Bytes that dst took, 0 if it takes none now, -errno if it is gone."""
     cdef ssize_t sent = send(half.dst.fd, data, size, MSG_DONTWAIT | MSG_NOSIGNAL)
     cdef int error
     if sent < 0:
@@ -258,5 +257,5 @@ cdef inline void half_broke(Half *half) noexcept nogil:
 
 
 cdef inline bint splice_refused(int error) noexcept nogil:
-    """Whether the kernel will not splice such a socket at all."""
+    """Whether the kernel does not splice such a socket at all."""
     return error == EINVAL or error == ENOSYS or error == EPERM or error == EOPNOTSUPP

@@ -14,10 +14,10 @@ from proxyd.relay.bookkeeping cimport worker_remove_connection
 from proxyd.relay.endpoint cimport endpoint_unregister
 from proxyd.relay.list cimport link_init, list_append, list_move_all, list_remove
 from proxyd.relay.mailbox cimport mailbox_put, mailbox_wake
+from proxyd.relay.socket cimport socket_reset_at_close
 from proxyd.relay.sys cimport (
-    AF_UNIX, SOL_SOCKET, SO_LINGER, atomic_add, atomic_get, atomic_set, int64_t, linger,
-    pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock,
-    setsockopt,
+    AF_UNIX, atomic_add, atomic_get, atomic_set, int64_t, pthread_mutex_destroy,
+    pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock,
 )
 from proxyd.relay.types cimport (
     CONNECTING, RIGHTS_ANY, Connection, Endpoint, Link, Mailbox, Quarantine, Worker,
@@ -31,7 +31,7 @@ cdef enum:
 # ── connections move there ───────────────────────────────────────────────────────────────────────
 
 cdef inline void worker_quarantine(Worker *worker) noexcept nogil:
-    """Only at the end of a turn, as relay_share()."""
+    """Move those that are to go there. Only at the end of a turn, as worker_offload()."""
     cdef Link *link = worker.to_quarantine.next
     cdef Link *after
     if not quarantine_runs(worker.quarantine):
@@ -45,7 +45,7 @@ cdef inline void worker_quarantine(Worker *worker) noexcept nogil:
 
 
 cdef inline void connection_quarantine(Worker *worker, Connection *c) noexcept nogil:
-    """With all it holds, its time limit too. It begins there as one does that was given away."""
+    """Move a connection with all it holds, including its timer. It begins there as new ones do."""
     cdef Worker *main = worker if worker.main == NULL else worker.main
     endpoint_quarantine(worker, &c.client)
     endpoint_quarantine(worker, &c.target)
@@ -58,9 +58,8 @@ cdef inline void connection_quarantine(Worker *worker, Connection *c) noexcept n
 
 
 cdef inline void endpoint_quarantine(Worker *worker, Endpoint *end) noexcept nogil:
-    """Where the thread still waits when the program ends, the kernel closes its sockets: that is no
-    clean end."""
-    cdef linger now
+    """If the thread still blocks when the program ends, the kernel closes its sockets: that must
+    not look like a clean end."""
     if end.fd < 0:
         return
     endpoint_unregister(&worker.ctx, end)
@@ -68,9 +67,7 @@ cdef inline void endpoint_quarantine(Worker *worker, Endpoint *end) noexcept nog
     end.rights.left = 0
     end.readable = 1
     if end.family != AF_UNIX:
-        now.l_onoff = 1
-        now.l_linger = 0
-        setsockopt(end.fd, SOL_SOCKET, SO_LINGER, &now, sizeof(now))
+        socket_reset_at_close(end.fd)
 
 
 # ── what the thread is given ─────────────────────────────────────────────────────────────────────
@@ -99,7 +96,8 @@ cdef inline bint quarantine_runs(Quarantine *quarantine) noexcept nogil:
 
 
 cdef inline void quarantine_want(Quarantine *quarantine) noexcept nogil:
-    """Have the boss start the thread. It is told once: who waits for it asks in every turn."""
+    """Have the main worker start the thread. It is woken once; connections that wait for the thread
+    ask again in every turn."""
     if atomic_get(&quarantine.wanted):
         return
     atomic_set(&quarantine.wanted, 1)
@@ -107,7 +105,13 @@ cdef inline void quarantine_want(Quarantine *quarantine) noexcept nogil:
         mailbox_wake(quarantine.main_mailbox)
 
 
+cdef inline bint quarantine_takes_orphans(Quarantine *quarantine) noexcept nogil:
+    """Whether it may be left another socket that was no connection's."""
+    return atomic_get(&quarantine.orphan_sockets) < ORPHAN_SOCKETS_MAX
+
+
 cdef inline bint quarantine_due(Quarantine *quarantine, int64_t now_ms) noexcept nogil:
+    """Whether it is time to start the thread, or to try so again."""
     return atomic_get(&quarantine.wanted) and now_ms >= quarantine.retry_ms
 
 

@@ -1,12 +1,12 @@
-# File descriptors that come over a UNIX socket (SCM_RIGHTS), and what it takes to be rid of them.
+# File descriptors that come over a UNIX socket (SCM_RIGHTS), and how to be rid of them.
 #
-# The relay passes on bytes alone. A descriptor in a message is dropped by whoever takes the message
-# out of the queue, or closes the socket with the message in it; and where nobody else has that file
-# any more, this closes it, which lasts for as long as the sender likes: a TCP socket with SO_LINGER
-# waits for its peer. So no thread that others wait for may take such a message, or close such a
-# socket. Those are left to a thread of their own (quarantine.pxd). No descriptor is ever installed
-# here: that could find the table full, and close(2) then flushes, which recvmsg(2) without room for
-# descriptors does not; a FUSE file's flush cannot even be killed.
+# The relay forwards bytes alone. A descriptor in a message is dropped by whoever takes the message
+# out of the queue, or closes the socket with the message in it; and if that was the last reference
+# to its file, the file is closed, which lasts for as long as the sender likes: a TCP socket with
+# SO_LINGER waits for its peer. So no thread that others wait for may take such a message, or close
+# such a socket. That is left to a thread of its own (quarantine.pxd). No descriptor is ever
+# installed here: the table may be full, and close(2) then flushes, which recvmsg(2) without room
+# for descriptors does not; a FUSE file's flush cannot even be killed.
 #
 #   kernel             what is done
 #   6.16 and newer     SO_PASSRIGHTS is 0 on every socket; on those to targets before connect(2).
@@ -14,8 +14,8 @@
 #                      had queued before is read with care, until that is known to be gone.
 #   older              every read is one with care, and nothing is spliced.
 #
-# With care: a look first (MSG_PEEK). It drops references too, but never the last, which the queue
-# has. MSG_CTRUNC says that a descriptor did not fit; then the message is left where it is.
+# With care means: a look first (MSG_PEEK). It drops references too, but never the last, which the
+# queue has. MSG_CTRUNC says that a descriptor did not fit; then the message is left where it is.
 
 from proxyd.relay.sys cimport (
     EAGAIN, MSG_CTRUNC, MSG_DONTWAIT, MSG_PEEK, SHUT_RD, SIOCINQ, SOL_SOCKET, SO_OOBINLINE,
@@ -43,7 +43,7 @@ cdef inline bint rights_refuse(int fd) noexcept nogil:
 # ── reading ──────────────────────────────────────────────────────────────────────────────────────
 
 cdef inline ssize_t rights_recv(Rights *rights, int fd, char *buffer, size_t size) noexcept nogil:
-    """As recv(2) without waiting, with care: EAGAIN also where descriptors come next."""
+    """As recv(2) without waiting, with care: EAGAIN also if descriptors come next."""
     cdef bint some = False
     cdef ssize_t got = -1
     errno_set(EAGAIN)
@@ -62,11 +62,10 @@ cdef inline ssize_t rights_recv(Rights *rights, int fd, char *buffer, size_t siz
 
 
 cdef inline void rights_took(Rights *rights, int fd, size_t size) noexcept nogil:
-    """`size` bytes were read with care. A sender that had seen the socket take descriptors still
-    has had that message queued by the time of the first look, since both take the socket's lock.
+    """`size` bytes were read with care. A sender that found descriptors not yet refused has queued
+    its message by the time of the first look, since both take the lock of the socket.
 
-    Only the second look asks how much is queued: most clients send one message, and go.
-    """
+    Only the second look asks how much is queued: most clients send one message, and leave."""
     if rights.state == RIGHTS_QUEUED:
         rights.state = RIGHTS_LEFT
         rights.left = -1
@@ -83,7 +82,7 @@ cdef inline ssize_t rights_recv_any(
     Rights *rights, int fd, char *buffer, size_t size
 ) noexcept nogil:
     """As recv(2) without waiting, in quarantine: the bytes are passed on first, and taken out of
-    the queue by the next call, which waits if descriptors came with them."""
+    the queue by the next call, which blocks if descriptors came with them."""
     cdef ssize_t got
     while rights.left > 0:
         got = recv(fd, buffer, min(size, <size_t>rights.left), MSG_DONTWAIT)
@@ -101,8 +100,7 @@ cdef inline bint rights_may_close(const Rights *rights, int fd) noexcept nogil:
     """Whether a close(2) of this UNIX socket finds no descriptors. Nothing can be sent to it any
     more afterwards: otherwise some could come in between.
 
-    Data that nobody has read stays, so that the peer sees ECONNRESET as after any such close.
-    """
+    Data that was not read stays, so that the peer sees ECONNRESET as after any such close."""
     if rights.state == RIGHTS_NONE or rights.state == RIGHTS_ANY:
         return True
     shutdown(fd, SHUT_RD)
@@ -112,9 +110,8 @@ cdef inline bint rights_may_close(const Rights *rights, int fd) noexcept nogil:
 cdef inline bint rights_queue_is_plain(int fd) noexcept nogil:
     """Whether there are no descriptors in the whole queue, to which nothing is added any more.
 
-    A look ends before an urgent byte, and after PEEK_MOST bytes: so much is taken then, to look
-    further. Something stays unread where there was anything.
-    """
+    A look ends before an urgent byte, and after PEEK_MAX bytes: then what was seen is taken, to
+    look further. If there was anything, something stays unread."""
     cdef char scrap[PEEK_UNIT]
     cdef bint some = False
     cdef ssize_t got
@@ -135,7 +132,7 @@ cdef inline bint rights_queue_is_plain(int fd) noexcept nogil:
 
 
 cdef inline bint queue_take(int fd, char *scrap, ssize_t size) noexcept nogil:
-    """Throw so many bytes away, which have come without descriptors."""
+    """Throw away this number of bytes, which have come without descriptors."""
     cdef ssize_t got
     while size > 0:
         got = recv(fd, scrap, min(<size_t>size, <size_t>PEEK_UNIT), MSG_DONTWAIT)
@@ -165,8 +162,8 @@ cdef inline ssize_t rights_peek(int fd, char *buffer, size_t size, bint *some) n
 cdef inline ssize_t rights_peek_once(
     int fd, char *buffer, size_t size, bint *truncated
 ) noexcept nogil:
-    """As recv(2) with MSG_PEEK, but that of much data `buffer` holds nothing that makes sense: it
-    is written over and over, which is cheaper. At most PEEK_MOST bytes."""
+    """As recv(2) with MSG_PEEK, except that much data leaves nothing useful in `buffer`: it is
+    written over and over, which is cheaper. At most PEEK_MAX bytes."""
     cdef iovec pieces[PEEK_PIECES]
     cdef msghdr message
     cdef ssize_t got
@@ -185,8 +182,8 @@ cdef inline ssize_t rights_peek_once(
 
 
 cdef inline void rights_forget_writers(int fd) noexcept nogil:
-    """Ask for no credentials, as a listener may have (PassCredentials=): for want of room they,
-    too, are told by MSG_CTRUNC."""
+    """Ask for no credentials, as a listener may have (PassCredentials=): without room for them,
+    MSG_CTRUNC would tell of these, too."""
     cdef int off = 0
     setsockopt(fd, SOL_SOCKET, SO_PASSCRED, &off, sizeof(off))
     setsockopt(fd, SOL_SOCKET, SO_PASSSEC, &off, sizeof(off))

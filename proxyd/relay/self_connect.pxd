@@ -14,6 +14,7 @@ from proxyd.relay.sys cimport (
 )
 from proxyd.relay.types cimport SELF_CONNECT_BUCKETS, SelfConnect, SelfConnectKey, SelfConnectTable
 
+
 cdef inline bint self_connect_came_back(
     SelfConnectTable *table, int fd, const sockaddr_storage *peer
 ) noexcept nogil:
@@ -22,7 +23,7 @@ cdef inline bint self_connect_came_back(
     cdef socklen_t size = sizeof(name)
     cdef SelfConnectKey client, here
     self_connect_key(&client, peer)
-    # Nothing is asked of the kernel where no socket of ours has that address: nearly always.
+    # The kernel is not asked unless a socket of ours has that address, which is rare.
     if client.port == 0 or not self_connect_found(table, &client, NULL):
         return False
     memset(&name, 0, sizeof(name))
@@ -35,7 +36,7 @@ cdef inline bint self_connect_came_back(
 cdef inline bint self_connect_found(
     SelfConnectTable *table, const SelfConnectKey *client, const SelfConnectKey *here
 ) noexcept nogil:
-    """Whether one of ours has the client's address and goes `here` (NULL: anywhere)."""
+    """Whether one of ours has the client's address and leads `here` (NULL: anywhere)."""
     cdef const SelfConnect *entry
     cdef bint found = False
     pthread_mutex_lock(&table.lock)
@@ -48,8 +49,10 @@ cdef inline bint self_connect_found(
     return found
 
 
-cdef inline bint self_connect_leads_to(const SelfConnect *entry, const SelfConnectKey *place) noexcept nogil:
-    """Whether it goes to `place`; the unspecified address goes to loopback, ip(7)."""
+cdef inline bint self_connect_leads_to(
+    const SelfConnect *entry, const SelfConnectKey *place
+) noexcept nogil:
+    """Whether it leads to `place`; the unspecified address means loopback, ip(7)."""
     cdef SelfConnectKey nowhere
     if entry.remote.port != place.port:
         return False
@@ -64,7 +67,7 @@ cdef inline bint self_connect_leads_to(const SelfConnect *entry, const SelfConne
 cdef inline void self_connect_add(
     SelfConnectTable *table, SelfConnect *entry, int fd, const sockaddr_storage *target
 ) noexcept nogil:
-    """Enter a TCP socket that is on its way to `target`; connect() has given it its address."""
+    """Enter a TCP socket that is connecting to `target`; connect() has given it its address."""
     cdef sockaddr_storage mine
     cdef socklen_t size = sizeof(mine)
     if target.ss_family != AF_INET and target.ss_family != AF_INET6:
@@ -79,8 +82,10 @@ cdef inline void self_connect_add(
     pthread_mutex_unlock(&table.lock)
 
 
-cdef inline void self_connect_move(SelfConnectTable *table, SelfConnect *to, SelfConnect *entry) noexcept nogil:
-    """Let `to` stand for the same socket instead of `own`."""
+cdef inline void self_connect_move(
+    SelfConnectTable *table, SelfConnect *to, SelfConnect *entry
+) noexcept nogil:
+    """Let `to` stand for the same socket instead of `entry`."""
     if not entry.listed:
         return
     pthread_mutex_lock(&table.lock)
@@ -116,7 +121,7 @@ cdef inline void self_connect_unlink(SelfConnectTable *table, SelfConnect *entry
 
 
 cdef inline uint16_t local_port(int fd) noexcept nogil:
-    """The port of a socket, in network byte order; 0 where it has none."""
+    """The port of a socket, in network byte order; 0 if it has none."""
     cdef sockaddr_storage name
     cdef socklen_t size = sizeof(name)
     cdef SelfConnectKey key
@@ -127,7 +132,9 @@ cdef inline uint16_t local_port(int fd) noexcept nogil:
     return key.port
 
 
-cdef inline void self_connect_key(SelfConnectKey *key, const sockaddr_storage *address) noexcept nogil:
+cdef inline void self_connect_key(
+    SelfConnectKey *key, const sockaddr_storage *address
+) noexcept nogil:
     cdef const sockaddr_in *v4 = <const sockaddr_in *>address
     cdef const sockaddr_in6 *v6 = <const sockaddr_in6 *>address
     memset(key, 0, sizeof(key[0]))

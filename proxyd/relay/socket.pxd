@@ -7,12 +7,12 @@ from proxyd.relay.sys cimport (
     socklen_t, ucred,
 )
 
-cdef inline void socket_tune(int fd, int family) noexcept nogil:
-    """What both legs have: urgent bytes in their place, keepalive, no Nagle delay.
 
-    What a listener has, the TCP sockets it accepts inherit; UNIX ones do not. Failures are
-    ignored: a transport without the option has no need of it.
-    """
+cdef inline void socket_tune(int fd, int family) noexcept nogil:
+    """What both legs need: urgent bytes in their place, keepalive, no Nagle delay.
+
+    Accepted TCP sockets inherit it from their listener; UNIX ones do not. Failures are ignored: a
+    transport without an option does not need it."""
     cdef int on = 1
     if family == AF_INET or family == AF_INET6:
         setsockopt(fd, SOL_SOCKET, SO_OOBINLINE, &on, sizeof(on))
@@ -23,21 +23,26 @@ cdef inline void socket_tune(int fd, int family) noexcept nogil:
 
 
 cdef inline void socket_reset(int fd, int family) noexcept nogil:
-    """Close with RST, which throws away what was not yet acknowledged. AF_UNIX has no reset: it is
-    a plain close there."""
-    cdef linger now
+    """Close with RST, which throws away what was not acknowledged yet. AF_UNIX has no reset: there
+    it is a plain close."""
     cdef sockaddr nowhere
     if family != AF_UNIX:
-        now.l_onoff = 1
-        now.l_linger = 0
-        if setsockopt(fd, SOL_SOCKET, SO_LINGER, &now, sizeof(now)) < 0:
+        if socket_reset_at_close(fd) < 0:
             nowhere.sa_family = AF_UNSPEC  # where that is forbidden: this disconnects, tcp(7)
             connect(fd, &nowhere, sizeof(nowhere))
     close(fd)
 
 
+cdef inline int socket_reset_at_close(int fd) noexcept nogil:
+    """Have close(2) reset it, also if the process ends. As setsockopt(2)."""
+    cdef linger now
+    now.l_onoff = 1
+    now.l_linger = 0
+    return setsockopt(fd, SOL_SOCKET, SO_LINGER, &now, sizeof(now))
+
+
 cdef inline void socket_unlinger(int fd) noexcept nogil:
-    """Have close(2) neither wait nor cut, whatever SO_LINGER the listener had."""
+    """Have close(2) neither wait nor reset, whatever SO_LINGER the listener had."""
     cdef linger off
     off.l_onoff = off.l_linger = 0
     setsockopt(fd, SOL_SOCKET, SO_LINGER, &off, sizeof(off))
@@ -53,8 +58,8 @@ cdef inline int socket_take_error(int fd) noexcept nogil:
 
 
 cdef inline bint socket_self_connected(int fd) noexcept nogil:
-    """Whether a TCP socket was connected to itself: a connect to a port of the ephemeral range on
-    which nobody listens may be given that very port as its own."""
+    """Whether a TCP socket is connected to itself: a connect to a port of the ephemeral range that
+    has no listener may be given that very port as its own."""
     cdef sockaddr_storage mine, peer
     cdef socklen_t mine_size = sizeof(mine), peer_size = sizeof(peer)
     memset(&mine, 0, sizeof(mine))

@@ -1,4 +1,4 @@
-# Every system call and constant the relay uses, all callable without the GIL.
+# Every system call and constant that the relay uses, all callable without the GIL.
 #
 # Cython knows neither the values nor the exact types: the C compiler takes both from the headers.
 
@@ -203,9 +203,9 @@ cdef extern from * nogil:
     int SO_PASSPIDFD           # Linux 6.5
     int SO_PASSRIGHTS          # Linux 6.16
 
-# What more than one thread reads. A counter has one writer, its relay, and is read at any time by
-# others: a plain addition, but never torn. A shared number is written by several threads, and its
-# changes are seen in the same order by all.
+# What more than one thread reads. A counter has one writer, its worker, and is read at any time by
+# others: a plain addition, but never torn. Hints and moments are likewise never torn, and may be
+# stale. An atomic is written by several threads, and all see its changes in the same order.
 cdef extern from * nogil:
     """
     #define counter_add(place, by) \\

@@ -290,7 +290,7 @@ cdef enum:
 ctypedef struct Worker         # below
 
 ctypedef struct Workers:
-    Worker **each              # those beside the main worker
+    Worker **each              # the workers other than the main one
     int count
     int size                   # of `each`
     int window_ms              # how long load is measured

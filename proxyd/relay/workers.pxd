@@ -35,7 +35,8 @@ cdef enum:
 # ── start ────────────────────────────────────────────────────────────────────────────────────────
 
 cdef inline int workers_start_one(Worker *main) noexcept nogil:
-    """Start one more thread; 0 or -errno. What it is to know of the boss must be settled."""
+    """Start one more worker; 0 or -errno. It takes the settings of the main worker as they are now.
+    """
     cdef int failure = workers_make_room(&main.workers)
     if failure == 0:
         failure = worker_start(
@@ -46,7 +47,7 @@ cdef inline int workers_start_one(Worker *main) noexcept nogil:
 
 
 cdef inline int workers_make_room(Workers *workers) noexcept nogil:
-    """Make room for one more; 0 or -ENOMEM."""
+    """Make room in the array for one more worker; 0 or -ENOMEM."""
     cdef int size = max(2 * workers.size, 4)
     cdef Worker **each
     if workers.count < workers.size:
@@ -60,20 +61,21 @@ cdef inline int workers_make_room(Workers *workers) noexcept nogil:
 
 
 cdef inline void quarantine_start(Worker *main) noexcept nogil:
-    """Somebody is to go into quarantine: see that there is a thread, now or later."""
+    """A connection is to go into quarantine: start its thread if there is none. If that fails, it
+    is tried again later."""
     if main.workers.quarantine == NULL and worker_start(
             main, &main.workers.quarantine, False, quarantine_thread) < 0:
         main.quarantine.retry_ms = main.ctx.now_ms + QUARANTINE_RETRY_MS
         return
     quarantine_begin(main.quarantine, &main.workers.quarantine.mailbox)
-    workers_order(main, 0)  # who has waited for this is to look again
+    workers_order(main, 0)  # connections that have waited for this are to be moved now
     mailbox_wake(&main.mailbox)
 
 
 cdef inline int worker_start(
     Worker *main, Worker **place, bint offloads_when_busy, void *(*work)(void *) noexcept nogil
 ) noexcept nogil:
-    """Start the thread of a further relay, and put that in `place`; 0 or -errno."""
+    """Make a worker, store it in `place`, and start its thread; 0 or -errno."""
     cdef Worker *worker
     cdef int failure = worker_open_mailbox(main)
     if failure < 0:
@@ -84,7 +86,7 @@ cdef inline int worker_start(
     worker_init(worker, main.gauges, main.self_connects)
     worker.main = main
     worker.quarantine = main.quarantine
-    worker.answered_ping = main.workers.ping_sequence  # it has not been there to be asked
+    worker.answered_ping = main.workers.ping_sequence  # earlier pings are not for it
     failure = worker_set_up_like(worker, main)
     worker.offloads_when_busy = offloads_when_busy
     if failure == 0:
@@ -97,7 +99,7 @@ cdef inline int worker_start(
 
 
 cdef inline int worker_set_up_like(Worker *worker, const Worker *main) noexcept nogil:
-    """Make a relay as the boss's is; 0 or -errno."""
+    """Set up a worker with the settings of the main one; 0 or -errno."""
     cdef int failure = worker_set_up(
         worker, main.ctx.stream_unit, main.ctx.pool.size, main.ctx.may_splice)
     worker.ctx.may_refuse = main.ctx.may_refuse
@@ -109,7 +111,7 @@ cdef inline int worker_set_up_like(Worker *worker, const Worker *main) noexcept 
 cdef inline int worker_start_thread(
     Worker *worker, void *(*work)(void *) noexcept nogil
 ) noexcept nogil:
-    """Start its thread, which hears no signal: those are the boss's. 0 or -errno."""
+    """Start its thread, with every signal blocked: those are for the main thread. 0 or -errno."""
     cdef pthread_attr_t attributes
     cdef sigset_t every, before
     cdef int error
@@ -124,7 +126,8 @@ cdef inline int worker_start_thread(
 
 
 cdef inline void *quarantine_thread(void *argument) noexcept nogil:
-    """The life of its thread. It also cuts what is left itself, since that may block."""
+    """What the quarantine's thread runs. It cuts its remaining connections itself, since that may
+    block."""
     cdef Worker *worker = <Worker *>argument
     worker_thread(worker)
     worker.cut = worker_cut(worker, True)
@@ -133,7 +136,7 @@ cdef inline void *quarantine_thread(void *argument) noexcept nogil:
 
 
 cdef inline void *worker_thread(void *argument) noexcept nogil:
-    """The life of a thread."""
+    """What the thread of a worker runs."""
     cdef Worker *worker = <Worker *>argument
     cdef Worker *main = worker.main
     cdef int failure = 0
@@ -149,12 +152,13 @@ cdef inline void *worker_thread(void *argument) noexcept nogil:
 # ── alive? ───────────────────────────────────────────────────────────────────────────────────────
 
 cdef inline void workers_ping(Worker *main) noexcept nogil:
+    """Ask every worker for an answer."""
     atomic_add(&main.workers.ping_sequence, 1)
     workers_order(main, ORDER_ANSWER)
 
 
 cdef inline bint workers_answered(const Worker *main) noexcept nogil:
-    """Whether every thread has answered since crew_ask()."""
+    """Whether every worker has answered the last ping."""
     cdef int i
     for i in range(main.workers.count):
         if atomic_get(&main.workers.each[i].answered_ping) != main.workers.ping_sequence:
@@ -165,32 +169,33 @@ cdef inline bint workers_answered(const Worker *main) noexcept nogil:
 # ── stop ─────────────────────────────────────────────────────────────────────────────────────────
 
 cdef inline int workers_stop(Worker *main, bint reset) noexcept nogil:
-    """End every thread and cut its connections; how many those were."""
+    """End every thread and cut its connections; returns how many these were."""
     cdef Worker *worker
     cdef int i, count = 0
     workers_order(main, ORDER_STOP)
-    for i in range(main.workers.count):  # all, before any is freed to which another may still give
+    # All of them, before any is freed: one may still move connections to another.
+    for i in range(main.workers.count):
         pthread_join(main.workers.each[i].thread, NULL)
     count += quarantine_stop(main)
     for i in range(main.workers.count):
         worker = main.workers.each[i]
-        worker_read_mailbox(worker)  # what a thread has left that could not go on
+        worker_read_mailbox(worker)  # whatever is left of a thread that could not go on
         count += worker_cut(worker, reset)
         worker_inherit(main, worker)
         worker_free(worker)
     main.workers.count = 0
-    main.offloads_when_busy = False  # and no other crew is asked for
+    main.offloads_when_busy = False  # no further workers are asked for
     if main.mailbox.wake_fd >= 0:
         worker_read_mailbox(main)
     return count
 
 
 cdef inline int quarantine_stop(Worker *main) noexcept nogil:
-    """End its thread and cut its connections; how many those were.
+    """End its thread and cut its connections; returns how many these were.
 
-    A thread that blocks is left alone, and boss.crew.quarantine tells: what it uses must stay.
-    Its connections are cut by the end of the process, as endpoint_exile() has prepared.
-    """
+    A thread that blocks is left alone, and main.workers.quarantine stays set: the memory that it
+    uses must stay as well. Its connections are cut by the end of the process, for which
+    endpoint_quarantine() has prepared."""
     cdef Worker *worker = main.workers.quarantine
     cdef int count
     if worker == NULL:
@@ -207,7 +212,7 @@ cdef inline int quarantine_stop(Worker *main) noexcept nogil:
 
 
 cdef inline bint thread_join_within(Worker *worker, int ms) noexcept nogil:
-    """Wait until its thread has ended, but no longer than `ms`."""
+    """Wait for the end of its thread, for `ms` at most. Whether it has ended."""
     cdef timespec until
     clock_gettime(CLOCK_REALTIME, &until)
     until.tv_nsec += ms * 1000000
@@ -217,7 +222,8 @@ cdef inline bint thread_join_within(Worker *worker, int ms) noexcept nogil:
 
 
 cdef inline void worker_inherit(Worker *main, Worker *worker) noexcept nogil:
-    """Take over what a relay that is to go has counted and has not reported yet."""
+    """Add what a worker that is about to be freed has counted, and has not reported yet, to the
+    main one's."""
     cdef int i
     for i in range(ENDING_COUNT):
         counter_add(&main.ends[i], worker.ends[i])
@@ -231,7 +237,7 @@ cdef inline void worker_inherit(Worker *main, Worker *worker) noexcept nogil:
 
 
 cdef inline void worker_free(Worker *worker) noexcept nogil:
-    """One whose thread has ended, or never was."""
+    """Free a worker whose thread has ended, or was never started."""
     worker_close_mailbox(worker)
     worker_destroy(worker)
     free(worker)
@@ -240,7 +246,7 @@ cdef inline void worker_free(Worker *worker) noexcept nogil:
 # ── mailboxes ────────────────────────────────────────────────────────────────────────────────────
 
 cdef inline int worker_open_mailbox(Worker *worker) noexcept nogil:
-    """Open its inbox, so that other threads can leave something here; 0 or -errno."""
+    """Open its mailbox, so that other threads can reach it; 0 or -errno."""
     cdef epoll_event event
     cdef int failure
     if worker.mailbox.wake_fd >= 0:
@@ -257,13 +263,14 @@ cdef inline int worker_open_mailbox(Worker *worker) noexcept nogil:
 
 
 cdef inline void worker_close_mailbox(Worker *worker) noexcept nogil:
-    """Only once it is empty."""
+    """The mailbox must be empty."""
     if worker.mailbox.wake_fd >= 0:
         epoll_ctl(worker.ctx.epoll, EPOLL_CTL_DEL, worker.mailbox.wake_fd, NULL)
     mailbox_destroy(&worker.mailbox)
 
 
 cdef inline void workers_order(const Worker *main, uint32_t order) noexcept nogil:
+    """Give an order to every worker; 0 only wakes them."""
     cdef int i
     for i in range(main.workers.count):
         mailbox_order(&main.workers.each[i].mailbox, order)
