@@ -302,7 +302,7 @@ cdef class Relay:
         worker_close_mailbox(&self.worker)
         for fd in range(self.watches_size):
             self.unwatch(fd)
-        free(self.watches)
+        free(self.watches)  # GCOVR_EXCL_LINE - run, but gcov takes it for another function's
         worker_destroy(&self.worker)
         while not list_empty(&self.quarantine.waiting):  # their sockets end with the process
             c = <Connection *>self.quarantine.waiting.next.owner
@@ -623,7 +623,7 @@ cdef class Relay:
         with nogil:
             failure = self.turn_until(deadline_ms)
         if failure < 0:
-            raise_errno(-failure)
+            raise_errno(-failure)  # GCOVR_EXCL_LINE - epoll_wait fails with EINTR only
         return self.take_events()
 
     cdef int turn_until(self, int64_t deadline_ms) noexcept nogil:
@@ -638,7 +638,7 @@ cdef class Relay:
             if failure == 0:
                 failure = -atomic_get(&self.gauges.worker_error)
             if failure < 0:
-                return failure
+                return failure  # GCOVR_EXCL_LINE - epoll_wait fails with EINTR only
             if worker.policy_event_count > 0 or not list_empty(&worker.failed):
                 return 0
             if not list_empty(&worker.ended):

@@ -43,7 +43,7 @@ cdef inline int worker_turn(Worker *worker, int64_t deadline_ms) noexcept nogil:
     count = worker_wait(worker, worker_timeout(worker, deadline_ms))
     if count < 0:
         if errno != EINTR:
-            return -errno
+            return -errno  # GCOVR_EXCL_LINE - epoll_wait fails with EINTR only
         count = 0
     worker.ctx.now_ms = clock_ms()
     worker.turns += 1

@@ -144,8 +144,8 @@ cdef inline void *worker_thread(void *argument) noexcept nogil:
         failure = worker_turn(worker, -1)
         mailbox_return(&main.mailbox, &worker.failed, &worker.ended)
     if failure < 0:
-        atomic_set(&worker.gauges.worker_error, -failure)
-        mailbox_wake(&main.mailbox)
+        atomic_set(&worker.gauges.worker_error, -failure)  # GCOVR_EXCL_LINE - see worker_turn()
+        mailbox_wake(&main.mailbox)  # GCOVR_EXCL_LINE - the same
     return NULL
 
 
