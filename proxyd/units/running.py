@@ -1,4 +1,8 @@
-"""What the service manager that runs here knows of units: more than their files tell."""
+"""What the service manager that runs here knows of units: more than their files tell.
+
+`systemctl show` has the properties that `busctl get-property` has, by the names of units instead of
+paths of objects, for many units in one call, and for a user's manager as well.
+"""
 
 import shutil
 import subprocess

@@ -104,7 +104,8 @@ class Container:
 
     def popen_in_our_network(self, argv: list[str]) -> subprocess.Popen:
         """Start a program of the container on this machine: only the files are the container's."""
-        return subprocess.Popen(["nsenter", "-t", str(self.leader), "-m", "--", *argv])
+        command = ["nsenter", "-t", str(self.leader), "-m", "--", *argv]
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     def run(
         self, script: str, timeout: float = 60, stdin: str | None = None
