@@ -31,7 +31,7 @@ from _collections_abc import Mapping
 from proxyd.address import parse_number
 
 # Syslog severities, syslog(3).
-ERROR, WARNING, NOTICE, INFO, DEBUG = 3, 4, 5, 6, 7
+ERROR, WARNING, INFO, DEBUG = 3, 4, 6, 7
 
 _NAMES = ("emerg", "alert", "crit", "err", "warning", "notice", "info", "debug")
 
@@ -109,11 +109,6 @@ def error(text: str) -> None:
 def warning(text: str) -> None:
     """Log something that an administrator should look into."""
     _log(WARNING, text)
-
-
-def notice(text: str) -> None:
-    """Log something that is normal, but significant."""
-    _log(NOTICE, text)
 
 
 def info(text: str) -> None:
@@ -201,10 +196,9 @@ def _write_line(line: bytes) -> None:
     if _rest:
         _rest = _rest[_put(_rest) :]
     if _lost and not _rest:
-        line_of_lost = _line(
-            WARNING, f"Lines lost here, because standard error did not take them: {_lost}."
-        )
-        _rest = line_of_lost[_put(line_of_lost) :]
+        text = f"Lines lost here, because standard error did not take them: {_lost}."
+        lost = _line(WARNING, text)
+        _rest = lost[_put(lost) :]
         _lost = 0
     if _rest:
         raise BlockingIOError
@@ -301,7 +295,7 @@ class _Thread:
 
     def __init__(self) -> None:
         self._queue: list[bytes] = []
-        """What it has not written yet; at b"" it releases `_done`."""
+        """Not written yet; at b"" the thread releases `_done`."""
         self._wake, self._done = _thread.allocate_lock(), _thread.allocate_lock()
         self._wake.acquire()
         self._done.acquire()

@@ -50,9 +50,9 @@ def journal_stream():
 
 
 def test_default_level_is_info(capfd):
-    for write in (log.error, log.warning, log.notice, log.info, log.debug):
+    for write in (log.error, log.warning, log.info, log.debug):
         write(write.__name__)
-    assert capfd.readouterr().err == "error\nwarning\nnotice\ninfo\n"
+    assert capfd.readouterr().err == "error\nwarning\ninfo\n"
     assert log.enabled(log.INFO)
     assert not log.enabled(log.DEBUG)
 
@@ -65,19 +65,19 @@ def test_default_level_is_info(capfd):
         ("err", 1),
         ("3", 1),
         ("warning", 2),
-        ("notice", 3),
-        ("info", 4),
-        ("debug", 5),
-        ("7", 5),
-        ("err,debug", 5),
-        ("err,console:debug", 5),
+        ("notice", 2),
+        ("info", 3),
+        ("debug", 4),
+        ("7", 4),
+        ("err,debug", 4),
+        ("err,console:debug", 4),
         ("err,journal:debug", 1),
-        ("", 4),
+        ("", 3),
     ],
 )
 def test_levels(capfd, value, lines):
     log.setup({"SYSTEMD_LOG_LEVEL": value})
-    for write in (log.error, log.warning, log.notice, log.info, log.debug):
+    for write in (log.error, log.warning, log.info, log.debug):
         write("x")
     assert capfd.readouterr().err == "x\n" * lines
 
