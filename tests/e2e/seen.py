@@ -205,7 +205,10 @@ def active_without_a_client(s: Subject) -> None:
 
 
 def ends_at_once(s: Subject) -> None:
-    unserved(s)
+    """It is stopped right after each start; systemd 262 gives that up after some times."""
+    s.ask(4)
+    count = s.machine.journal(s.proxy).count(f"Stopping {s.proxy}")
+    check(count > 2, f"the proxy was stopped {count} times")
 
 
 def cycle(s: Subject) -> None:

@@ -97,7 +97,6 @@ def run(m: Machine, case: Case) -> str:
     if bites:
         case.bites(bite)
     else:
-        check(case.rule not in bite.rules(), "check finds what does not bite here")
         case.heals(bite)
     m.run(f"systemctl stop {bite.sockets} {bite.proxy} {bite.backend} other.socket other.service")
     for name in case.broken:
