@@ -212,12 +212,13 @@ def ends_at_once(s: Subject) -> None:
 
 
 def cycle(s: Subject) -> None:
-    """A boot with the socket enabled leaves units out; another one without it does not."""
-    s.machine.sh("systemctl enable heal.socket")
-    s.machine.reboot()
+    """The units of a boot, started anew in one transaction; 262 refuses already to stop them."""
+    stopped = s.machine.run("systemctl stop other.service heal.socket sockets.target basic.target")
+    if "order is cyclic" in stopped.stderr:
+        return
+    s.machine.run("systemctl enable heal.socket; systemctl start basic.target")
     found = "ordering cycle" in s.machine.journal()
-    s.machine.sh("systemctl disable heal.socket")
-    s.restart_all()
+    s.machine.run("systemctl disable heal.socket; systemctl start basic.target")
     check(found, "there is no ordering cycle")
 
 
