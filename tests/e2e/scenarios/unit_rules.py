@@ -157,7 +157,7 @@ CASES = (
     ),
     Case(
         "failing-start-kills-socket",
-        {P: REQUIRES, B: RESTARTS},
+        {P: REQUIRES},
         dead_socket(healing.failing_start, "trigger-limit-hit"),
         healing.failing_start,
         {P: REQUIRES, B: RESTARTS, "sockets.target.d/heal.conf": REVIVES},
