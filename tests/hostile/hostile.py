@@ -30,7 +30,7 @@ FIRST_MOST = 16 * KIB
 """What is taken from a client before it is known whether its target is there (FIRST_UNIT in
 relay/pump.pxd), and waits with it if not."""
 
-SPILL_MOST = 256 * KIB
+UNSENT_MOST = 256 * KIB
 """What the code lets a connection hold in the program's own memory, per direction: one read of a
 stream that the other side did not take (stream_unit in _relay.pyx)."""
 
@@ -239,7 +239,7 @@ class Hostile:
         held = Held(scene.proxy)
         connections = max(held.sockets - scene.sockets_at_start, 0) // 2
         grown = held.private - scene.private_at_start
-        most = connections * (2 * SPILL_MOST + STRUCT_MOST) + ALLOWANCE
+        most = connections * (2 * UNSENT_MOST + STRUCT_MOST) + ALLOWANCE
         print(
             f"  with {connections} connections: {grown / KIB:.0f} KiB of its own memory more, "
             f"{held.pipe_bytes / MIB:.1f} MiB in {held.pipes} pipes, "
@@ -258,13 +258,13 @@ class Hostile:
             self.held_at(pair, 50 * self.chosen.clients, idle, (), 0, 0)
         self.held_at("tcp-to-nobody", 10 * self.chosen.clients, wait, (), FIRST_MOST, 0)
         for pair in PAIRS:
-            self.held_at(pair, self.chosen.clients, stuff, (), SPILL_MOST, PIPE_MOST)
+            self.held_at(pair, self.chosen.clients, stuff, (), UNSENT_MOST, PIPE_MOST)
         option = f"--buffer-size={BUFFER_SIZE}"
         for pair in PAIRS:
             self.held_at(pair, self.chosen.clients, stuff, (option,), BUFFER_SIZE, BUFFER_SIZE)
 
-    def held_at(self, pair, count, behave, options, spill, pipe):
-        """Let `count` clients behave so; `spill` and `pipe`: bytes held per direction, at most."""
+    def held_at(self, pair, count, behave, options, unsent, pipe):
+        """Let `count` clients behave so; `unsent` and `pipe`: bytes held per direction, at most."""
         scene = Scene(self.chosen, options, guests=False)
         door = f"{pair}-foes" if pair in PAIRS else pair
         clients = []
@@ -272,7 +272,7 @@ class Hostile:
             clients.extend(connect(scene.doors[door]) for _ in range(count))
             held = behave(scene, clients)
             own = held.private - scene.private_at_start
-            own_most, pipe_most = 2 * spill + STRUCT_MOST, 2 * pipe
+            own_most, pipe_most = 2 * unsent + STRUCT_MOST, 2 * pipe
             print(
                 f"  {pair:14}{own / count / KIB:8.1f}{f'({own_most // KIB})':>8}"
                 f"{held.pipe_bytes / count / KIB:8.0f}{f'({pipe_most // KIB})':>8}"

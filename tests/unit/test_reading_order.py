@@ -38,6 +38,23 @@ FILES = [
 JUMPS_BACK = {}
 """Calls that go up in a file, {(caller, callee): why}."""
 
+WALK = [
+    ("loop", "worker_turn worker_wait worker_accept"),
+    ("accept", "listener_accept_clients listener_accept listener_accept4 listener_admit"),
+    ("connect", "connection_connect socket_connect connection_place connection_begin"),
+    ("connect", "connection_first_pump connection_new"),
+    ("connection", "connection_event endpoint_mark_ready connection_advance connecting_event"),
+    ("connection", "connect_done"),
+    ("pump", "half_pump half_copy half_send"),
+    ("close", "connection_settle half_settle half_finish connection_close endpoint_close"),
+    ("close", "connections_free connection_free"),
+]
+"""What runs when a TCP client connects, sends 10 bytes and closes, as callgrind has seen it: the
+steps of ARCHITECTURE.md, without what they share with others (half, endpoint, list, gauges)."""
+
+FROM_THE_LOOP = {"worker_turn", "connection_event", "connections_free"}
+"""Steps that begin anew from the loop: a batch of events, one event, the end of the batch."""
+
 LINES_MAX = 400
 
 COMMENT = re.compile(r'"""(?:.|\n)*?"""|#[^\n]*')
@@ -82,6 +99,21 @@ def test_cimports_go_down(name):
 @pytest.mark.parametrize("name", FILES)
 def test_callers_stand_above_what_they_call(name):
     assert upward_calls(code(name)) - set(JUMPS_BACK) == set()
+
+
+def test_a_connection_is_followed_downwards():
+    """From the loop to close: each step stands below the one before, and one of them calls it."""
+    seen = ""
+    place = (-1, -1)
+    for name, steps in WALK:
+        bodies = dict(functions(code(name)))
+        order = list(bodies)
+        for step in steps.split():
+            assert step in bodies, f"{step} is no longer in {name}.pxd"
+            assert (FILES.index(name), order.index(step)) > place
+            place = (FILES.index(name), order.index(step))
+            assert step in FROM_THE_LOOP or re.search(rf"\b{step}\(", seen), f"what calls {step}?"
+            seen += bodies[step]
 
 
 @pytest.mark.parametrize("name", FILES)
