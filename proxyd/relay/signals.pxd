@@ -6,9 +6,9 @@
 
 from proxyd.relay.sys cimport (
     EFD_CLOEXEC, EFD_NONBLOCK, ITIMER_REAL, SIGALRM, SIGHUP, SIGINT, SIG_DFL, SIG_IGN, SIG_UNBLOCK,
-    atomic_add, atomic_set, atomic_take, close, errno, errno_set, eventfd, eventfd_read,
-    eventfd_write, itimerval, memset, pthread_sigmask, setitimer, sigaction, sigaction_t,
-    sigaddset, sigemptyset, sigset_t, uint64_t,
+    atomic_add, atomic_set, atomic_take, errno, errno_set, eventfd, eventfd_read, eventfd_write,
+    itimerval, memset, pthread_sigmask, setitimer, sigaction, sigaction_t, sigaddset, sigemptyset,
+    sigset_t, uint64_t,
 )
 
 cdef extern from * nogil:
@@ -29,14 +29,10 @@ cdef enum:
 cdef inline int signals_open() noexcept nogil:
     """An fd that is readable while a signal waits to be taken; or -errno."""
     cdef int fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
-    cdef int failure
     if fd < 0:
         return -errno
-    failure = signal_handle(SIGALRM, alarm_came)
-    if failure < 0:
-        close(fd)
-        return failure
     atomic_set(&signal_wake_fd, fd)
+    signal_handle(SIGALRM, alarm_came)  # which fails only for a bad number
     return fd
 
 
