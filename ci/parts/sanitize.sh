@@ -204,7 +204,7 @@ part_thread() {
     local status=0 files
     use_compiler
     make_ready thread
-    run_suite "$ROOT"/tests/relay/test_{threads,crew,share}.py || status=1
+    run_suite "$ROOT"/tests/relay/test_{threads,workers,balance}.py || status=1
     mapfile -t files < <(blackbox_files)
     # Where there may be no thread at all, it is said of relay threads as well: one line too many.
     # And the tests are too slow under this sanitizer to keep the program busy.
