@@ -134,7 +134,7 @@ def test_07_write_error_with_unread_input_the_other_way(stage, listen, target):
     """
     client, server = stage.pair(listen, target, target_buffer=65536)
     answer = SEGMENT[:3000]
-    send_until_stuck(client, b"r" * 65536, most=8 * MIB, still=0.1)
+    send_until_stuck(client, b"r" * 65536, limit=8 * MIB, still=0.1)
     wait_unread(server, 1)
     server.sendall(answer)
     server.close()
