@@ -117,6 +117,7 @@ class Rig:
                 target, directory, receive_buffer=self.target_buffers.get("receive_buffer")
             )
         )
+        self.backend.setblocking(False)
         self.address = socket_names(self.backend.fileno())[1]
 
     def keep(self, connection):

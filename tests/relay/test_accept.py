@@ -29,6 +29,7 @@ def start_listener():
     started = []
 
     def start(rig, listen_socket, check=0, index=9):
+        listen_socket.setblocking(False)  # as the policy does
         fd, family = listen_socket.fileno(), listen_socket.family
         listener = RelayListener(rig.relay, fd, family, check, index)
         listener.start()

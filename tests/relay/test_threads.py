@@ -136,7 +136,9 @@ class Stress:
         for _ in range(WORKERS):
             self.relay.start_worker()
         self.listen_socket = open_listener(client, directory, backlog=512)
+        self.listen_socket.setblocking(False)  # as the policy does
         self.backend = open_listener(target, directory, backlog=512)
+        self.backend.setblocking(False)
         address = socket_names(self.backend.fileno())[1]
         if not listens:
             self.backend.close()
