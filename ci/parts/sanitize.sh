@@ -164,7 +164,7 @@ run_suite() {
     [ $status = 0 ]
 }
 
-# Shows the reports that no test has been blamed for; 1 if there is any report at all.
+# Shows the reports that have not failed a test; 1 if there is any report at all.
 no_reports() {
     local all new
     # The warning that malloc has returned NULL is not an error.

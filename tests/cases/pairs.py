@@ -16,21 +16,21 @@ to_tcp = pytest.mark.parametrize(("listen", "target"), [(a, b) for a in FAMILIES
 to_unix = pytest.mark.parametrize(("listen", "target"), [(a, "unix") for a in FAMILIES])
 
 each_resetting_side = pytest.mark.parametrize(
-    ("listen", "target", "who"),
+    ("listen", "target", "actor"),
     [(a, b, "client") for a in TCP for b in FAMILIES]
     + [(a, b, "server") for a in FAMILIES for b in TCP],
 )
 """The same with the side that resets, which is not a UNIX socket: those cannot."""
 
 
-def sides(client, server, who):
+def sides(client, server, actor):
     """(the side that acts, the other side)."""
-    return (client, server) if who == "client" else (server, client)
+    return (client, server) if actor == "client" else (server, client)
 
 
-def end_of_reset(listen, target, who):
+def end_of_reset(listen, target, actor):
     """How the stream to the other side ends: a UNIX socket has no reset."""
-    return "eof" if (target if who == "client" else listen) in UNIX else "reset"
+    return "eof" if (target if actor == "client" else listen) in UNIX else "reset"
 
 
 def not_applicable(reason):
@@ -65,12 +65,12 @@ def stays_open(side, seconds, what):
         raise AssertionError(what) from None
 
 
-def say(side, data, who="the server"):
+def say(side, data, actor="the server"):
     """Send all of `data` from a side that must still be able to send."""
     try:
         side.sendall(data)
     except OSError as error:
-        raise AssertionError(f"{who} can send no more: {error.strerror or error}") from None
+        raise AssertionError(f"{actor} can send no more: {error.strerror or error}") from None
 
 
 def hear(side, expected, what):

@@ -104,7 +104,7 @@ def commonest(rows: list[Row]) -> str:
 
 def difference(name: str, title: str) -> str | None:
     """Why that contender is not designed to pass that case, or None if it is."""
-    found = [why for (who, what), why in DIFFERENCES.items() if who in name and what == title]
+    found = [why for (part, case), why in DIFFERENCES.items() if part in name and case == title]
     return found[0] if found else None
 
 

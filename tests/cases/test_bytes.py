@@ -70,17 +70,17 @@ def test_13_a_million_1_byte_messages_to_a_slow_reader(stage, listen, target):
 
 
 @every_pair
-@pytest.mark.parametrize("who", ["client", "server"])
+@pytest.mark.parametrize("actor", ["client", "server"])
 @pytest.mark.parametrize("size", [6, 300_000])
-def test_14_an_urgent_byte(stage, listen, target, who, size):
+def test_14_an_urgent_byte(stage, listen, target, actor, size):
     """an urgent byte: it is not lost, and the stream continues behind it.
 
     A direct connection delivers it as urgent; delivering it in its place is right too.
     """
-    if (listen if who == "client" else target) in UNIX and not unix_has_urgent_bytes():
+    if (listen if actor == "client" else target) in UNIX and not unix_has_urgent_bytes():
         not_applicable("this kernel has no urgent bytes on UNIX sockets")
     client, server = stage.pair(listen, target)
-    sender, receiver = sides(client, server, who)
+    sender, receiver = sides(client, server, actor)
     before, after = SEGMENT[:size], SEGMENT[size : 2 * size]
 
     def work():

@@ -136,12 +136,12 @@ def reset_until_told(backend, client):
     """Be a target that resets every connection, until the client sees the end."""
     backend.listener.settimeout(0)
 
-    def told():
+    def client_saw_an_end():
         with contextlib.suppress(BlockingIOError):
             reset(backend.listener.accept()[0])
         return not is_quiet(client)
 
-    wait_until(told, "the client is told")
+    wait_until(client_saw_an_end, "the client sees the end")
 
 
 # ── 15, 16 ───────────────────────────────────────────────────────────────────────────────────────
@@ -160,7 +160,7 @@ def test_15a_emfile_at_accept(stage, listen, target):
     costs_nothing(stage, "is out of files")
     assert is_served(first), "the open connection is lost"
     stage.proxy.set_fd_limit(former)
-    assert_same(read_exactly(client, 5), b"hello", "the answer to who waited")
+    assert_same(read_exactly(client, 5), b"hello", "the answer to the waiting client")
 
 
 @every_pair
@@ -175,7 +175,7 @@ def test_15b_enfile_at_accept(stage, faults, listen, target):
         wait_for_the_failure(stage)
         costs_nothing(stage, "is out of files")
         assert is_served(first), "the open connection is lost"
-    assert_same(read_exactly(client, 5), b"hello", "the answer to who waited")
+    assert_same(read_exactly(client, 5), b"hello", "the answer to the waiting client")
 
 
 def wait_for_the_failure(stage):
@@ -332,7 +332,7 @@ def fd_table_size(proxy):
 @pytest.mark.parametrize("listen", TCP)
 @pytest.mark.parametrize("target", FAMILIES)
 def test_22a_client_that_vanishes(stage, lan, listen, target):
-    """peer that vanishes: found by keepalive, and told to the other side as no clean end."""
+    """peer that vanishes: detected by keepalive, and not passed on as a clean end."""
     backend = stage.backend(target)
 
     def listen_there():
@@ -363,7 +363,7 @@ def check_the_loss(side, family):
 @pytest.mark.parametrize("listen", FAMILIES)
 @pytest.mark.parametrize("target", TCP)
 def test_22b_server_that_vanishes(stage, lan, listen, target):
-    """peer that vanishes: found by keepalive, and told to the other side as no clean end."""
+    """peer that vanishes: detected by keepalive, and not passed on as a clean end."""
     listener = lan.there.enter(
         lambda: open_listener(target, stage.directory, host=lan.there.address[target])
     )

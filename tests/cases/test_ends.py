@@ -70,7 +70,7 @@ def test_03_half_closed_peer_that_never_finishes(stage, listen, target):
 
 @each_resetting_side
 @pytest.mark.parametrize("when", ["at once", "once all has arrived"])
-def test_04_rst_right_after_data(stage, listen, target, who, when):
+def test_04_rst_right_after_data(stage, listen, target, actor, when):
     """RST right after data: the data is delivered, then the reset; on UNIX, the end.
 
     "At once" means that the data has not been read when the reset comes.
@@ -78,7 +78,7 @@ def test_04_rst_right_after_data(stage, listen, target, who, when):
     client, server = stage.pair(listen, target)
     say(client, b"hello")
     assert read_exactly(server, 5) == b"hello"
-    sender, receiver = sides(client, server, who)
+    sender, receiver = sides(client, server, actor)
     sender.sendall(SEGMENT[:5000])
     sender.sendall(SEGMENT[5000:10_000])
     if when == "once all has arrived":
@@ -86,14 +86,14 @@ def test_04_rst_right_after_data(stage, listen, target, who, when):
     reset(sender)
     received, end = read_to_end(receiver)
     assert_same(received, SEGMENT[:10_000], "the data")
-    assert end == end_of_reset(listen, target, who), "the reset arrives as a clean end"
+    assert end == end_of_reset(listen, target, actor), "the reset arrives as a clean end"
 
 
 @each_resetting_side
-def test_05_rst_mid_stream(stage, listen, target, who):
+def test_05_rst_mid_stream(stage, listen, target, actor):
     """RST mid-stream: what arrives is the beginning of the stream, and never looks complete."""
     client, server = stage.pair(listen, target)
-    sender, receiver = sides(client, server, who)
+    sender, receiver = sides(client, server, actor)
     reading = receive_all(receiver)
 
     def send_and_reset():
@@ -105,15 +105,15 @@ def test_05_rst_mid_stream(stage, listen, target, who):
     in_background(send_and_reset).result()
     received, end = reading.result()
     assert (SEGMENT * 6).startswith(received), "not the bytes that were sent"
-    assert end == end_of_reset(listen, target, who), "the reset arrives as a clean end"
+    assert end == end_of_reset(listen, target, actor), "the reset arrives as a clean end"
 
 
 @each_resetting_side
-def test_06_rst_after_a_clean_eof(stage, listen, target, who):
+def test_06_rst_after_a_clean_eof(stage, listen, target, actor):
     """RST after a clean EOF: the other side, which continues after the end, learns of it."""
     client, server = stage.pair(listen, target)
-    sender, receiver = sides(client, server, who)
-    say(sender, b"request", f"the {who}")
+    sender, receiver = sides(client, server, actor)
+    say(sender, b"request", f"the {actor}")
     sender.shutdown(socket.SHUT_WR)
     hear(receiver, b"request", "the request")
     say(receiver, b"word", "the other side")
@@ -176,13 +176,13 @@ def test_09a_hup_while_paused(stage, listen, target, segment):
 
 
 @each_resetting_side
-def test_09b_err_while_paused(stage, listen, target, who):
+def test_09b_err_while_paused(stage, listen, target, actor):
     """HUP/ERR while paused: a reset costs no CPU while the reader does not read.
 
     The reader gets what had reached it before, then the reset.
     """
     client, server = stage.pair(listen, target, listen_buffer=65536, target_buffer=65536)
-    sender, receiver = sides(client, server, who)
+    sender, receiver = sides(client, server, actor)
     size = send_until_stuck(sender, SEGMENT, still=0.1)
     waiting = unread(receiver)
     reset(sender)
@@ -190,14 +190,14 @@ def test_09b_err_while_paused(stage, listen, target, who):
     received, end = read_to_end(receiver)
     assert stuck_bytes(SEGMENT, size).startswith(received), "not the bytes that were sent"
     assert len(received) >= waiting, f"only {len(received)} bytes; {waiting} were there already"
-    assert end == end_of_reset(listen, target, who), "the reset arrives as a clean end"
+    assert end == end_of_reset(listen, target, actor), "the reset arrives as a clean end"
 
 
 @each_resetting_side
-def test_09c_err_of_the_reader_while_paused(stage, listen, target, who):
+def test_09c_err_of_the_reader_while_paused(stage, listen, target, actor):
     """HUP/ERR while paused: a reader that resets instead of reading is passed on, at no CPU."""
     client, server = stage.pair(listen, target, listen_buffer=65536, target_buffer=65536)
-    reader, sender = sides(client, server, who)
+    reader, sender = sides(client, server, actor)
     send_until_stuck(sender, SEGMENT, still=0.1)
     reset(reader)
     wait_until(lambda: write_error(sender), "the sender learns of it")

@@ -370,7 +370,7 @@ class ProgramRun:
             return
         if len(troubled) > hits:
             told = "; ".join(f"{conn}: {self.world.state(conn)}" for conn in troubled)
-            self.faults.append(f"{hits} calls failed, but in trouble are: {told}")
+            self.faults.append(f"{hits} calls failed, but these are in trouble: {told}")
         ports = self.control.hit_ports()
         hit = [conn for conn in self.world.conns if conn.has(ports)]
         if hits == 1 and hit and set(troubled) - set(hit):
@@ -389,7 +389,7 @@ class ProgramRun:
         elif status != 0 and status is not None:
             self.faults.append(f"exit {status} while it served")
         elif not self.satisfied and not self.scenario.ends and not self.faults:
-            self.faults.append(f"exit {status}, and nobody had asked for that")
+            self.faults.append(f"exit {status}, without being asked to end")
 
     def _kind(self, status):
         if status == 1 and not self.ready:

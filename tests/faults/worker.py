@@ -36,7 +36,7 @@ def main():
     results = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(placeholder, 1)
     jobs = os.fdopen(os.dup(0))
-    told = os.fdopen(os.dup(2), "w")
+    real_stderr = os.fdopen(os.dup(2), "w")
     log = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - it lives as long as the process
     os.dup2(log.fileno(), 2)
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1))
@@ -48,7 +48,7 @@ def main():
     control = Control(os.environ["FAULTS_LIBRARY"], os.environ["FAULTS_FILE"])
     gc.collect()
     gc.freeze()
-    sys.excepthook = lambda *error: traceback.print_exception(*error, file=told)
+    sys.excepthook = lambda *error: traceback.print_exception(*error, file=real_stderr)
     for line in jobs:
         os.dup2(1, PASSED_ON)
         job = json.loads(line)

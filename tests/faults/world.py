@@ -127,7 +127,7 @@ class Far:
         name = bytes(self.hearing.data[size : size + NAME_SIZE])
         self.conn = next((c for c in self._world.conns if c.name == name), None)
         if self.conn is None:
-            self._world.faults.append(f"the backend was sent {name!r}, which nobody said")
+            self._world.faults.append(f"the backend was sent {name!r}, which no client sent")
         elif self.conn.far is not None and not self.conn.far.lost:
             self._world.faults.append(f"{self.conn} has reached the backend twice")
         else:
@@ -294,10 +294,10 @@ class World:
         """Whether it ended as it would have without a failure; records what must never happen."""
         heard = bytes(conn.hearing.data)
         if not conn.down.startswith(heard):
-            self.faults.append(f"{conn}: the client has heard what was never said")
+            self.faults.append(f"{conn}: the client received bytes that were never sent")
         said = conn.far.said() if conn.far else b""
         if not conn.up.startswith(said):
-            self.faults.append(f"{conn}: the backend has heard what was never said")
+            self.faults.append(f"{conn}: the backend received bytes that were never sent")
         if not conn.over:
             self.faults.append(f"{conn}: not all have seen an end: {self.state(conn)}")
             return False

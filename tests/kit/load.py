@@ -136,8 +136,8 @@ def tell(event, **facts):
 class Tally:
     """Counts by name. Faults are reported at once, since the process may be killed."""
 
-    def __init__(self, who):
-        self._who = who
+    def __init__(self, name):
+        self._name = name
         self.counts = {}
 
     def add(self, name, amount=1):
@@ -145,9 +145,9 @@ class Tally:
 
     def fault(self, what):
         self.add("faults")
-        tell("fault", who=self._who, what=str(what))
+        tell("fault", who=self._name, what=str(what))
 
     def send(self, event="counts", **facts):
         """Report what was counted since the last report."""
-        tell(event, who=self._who, counts=self.counts, **facts)
+        tell(event, who=self._name, counts=self.counts, **facts)
         self.counts = {}
