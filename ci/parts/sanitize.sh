@@ -1,8 +1,7 @@
 # shellcheck shell=bash disable=SC2034,SC2153,SC2154,SC2164 # variables, and set -e, are those of ci/test
-# Sourced by ci/test: what tests alone do not see. They run on instrumented builds of the extension,
-# which lie in .cache/sanitize. `address` is a build with the undefined-behaviour and leak sanitizers,
-# too. With --quick, half of the black-box suite and fewer examples of the property. Arguments are
-# pytest's.
+# Sourced by ci/test: what tests alone do not detect. They run on instrumented builds of the extension,
+# in .cache/sanitize. `address` includes the undefined-behaviour and leak sanitizers. With --quick, only
+# half of the black-box suite and fewer examples of the property are run. Arguments are those of pytest.
 
 SANITIZE=$ROOT/tests/sanitize
 SANITIZED=$CACHE/sanitize
@@ -18,8 +17,8 @@ use_compiler() {
 
 # --- instrumented builds --------------------------------------------------------------------------
 
-# Debian's Python compiles with -fwrapv, which defines what is to be found here. Frame pointers are
-# for the stacks in reports.
+# Debian's Python compiles with -fwrapv, which defines the overflows that are to be found here. Frame
+# pointers are for the stack traces in reports.
 COMMON_FLAGS='-g -fno-wrapv -fno-omit-frame-pointer'
 declare -A FLAGS=(
     [address]="-O1 -fsanitize=address,undefined -fno-sanitize-recover=all -include $SANITIZE/address.h"
@@ -28,14 +27,14 @@ declare -A FLAGS=(
 )
 declare -A RUNTIME=([address]=libasan.so [thread]=libtsan.so)
 declare -A OPTIONS=(
-    # A malloc of too much is to return NULL: the program must bear that. What makes calls fail
-    # (tests/faults) is loaded before libasan.
+    # A malloc of too much must return NULL, which the program handles. The interposer that makes calls
+    # fail (tests/faults) is loaded before libasan.
     [address]='detect_leaks=1:allocator_may_return_null=1:print_stacktrace=1:verify_asan_link_order=0'
-    # The tests fork while threads of their own are there.
+    # The tests fork while they have threads.
     [thread]='die_after_fork=0'
 )
 
-# use_build KIND [NAME] : sets BUILD, its folder, and what is in it.
+# use_build KIND [NAME] : sets BUILD, the folder of the build, and the paths in it.
 use_build() {
     KIND=$1
     BUILD=$SANITIZED/${2:-$1}
@@ -44,7 +43,7 @@ use_build() {
 }
 
 # make_build KIND : compiles the extension for KIND, and installs it in a virtual environment with
-# what the tests need; unless this very source has been.
+# what the tests need, unless that has been done with the same sources.
 make_build() {
     local key runtime tools=(-r "$ROOT/ci/requirements-test.txt")
     use_build "$1"
@@ -82,7 +81,7 @@ runtime_of() {
     [ "$path" = "$name" ] || realpath "$path"
 }
 
-# Line directives: reports and coverage name the lines of the .pyx and .pxd files.
+# With line directives, reports and coverage refer to the lines of the .pyx and .pxd files.
 compile() {
     printf '[build_ext]\ncython_line_directives = 1\n' >"$BUILD/extra.cfg"
     DIST_EXTRA_CONFIG=$BUILD/extra.cfg LDSHARED="$CC -shared" PROXYD_WERROR='' \
@@ -107,10 +106,10 @@ finish_build() {
     esac
 }
 
-# measure SITE-PACKAGES : every process of the build counts the lines of Python that it runs, whatever
-# its environment is.
+# measure SITE-PACKAGES : lets every process of the build record the lines of Python that it runs,
+# whatever its environment is.
 measure() {
-    # What a line is left out for must be said. The command for units has tests of its own.
+    # A line that is left out must give the reason. proxyd/units is tested elsewhere.
     cat >"$BUILD/coveragerc" <<END
 [run]
 parallel = true
@@ -127,7 +126,7 @@ END
         COVERAGE_PROCESS_START "$BUILD/coveragerc" >"$1/measured.pth"
 }
 
-# install_launcher RUNTIME SITE-PACKAGES : puts launcher.c in the place of the interpreter.
+# install_launcher RUNTIME SITE-PACKAGES : puts launcher.c in place of the interpreter.
 install_launcher() {
     local bin=$BUILD/venv/bin options=${OPTIONS[$KIND]}:exitcode=99:log_path=$BUILD/reports/report
     "$CC" -Wall -Wextra -o "$bin/launcher" "$SANITIZE/launcher.c" -DPYTHON="\"$PYTHON\"" \
@@ -136,21 +135,21 @@ install_launcher() {
     cp "$SANITIZE/launcher.pth" "$2"
 }
 
-# make_ready KIND : the build, or a skip where the compiler cannot make it.
+# make_ready KIND : makes the build, or skips the part if the compiler cannot.
 make_ready() {
     [ "$1" = coverage ] || [ -n "$(runtime_of "$1")" ] || skip "$CC has no ${RUNTIME[$1]}"
     with_lock make_build "$1"
     rm -rf "$BUILD/reports"
 }
 
-# --- tests in one ---------------------------------------------------------------------------------
+# --- tests in a build -----------------------------------------------------------------------------
 
-# Instrumented, an example of the property takes several times as long.
+# In an instrumented build, an example of the property takes several times as long.
 examples() {
     if [ -n "$quick" ]; then echo 60; else echo 400; fi
 }
 
-# run_suite ARGS... : pytest; fails where a test fails, and where there is a report.
+# run_suite ARGS... : runs pytest; fails if a test fails or has a report.
 run_suite() {
     local status=0 empty=$CACHE/empty
     mkdir -p "$empty" "$BUILD/reports"
@@ -165,10 +164,10 @@ run_suite() {
     [ $status = 0 ]
 }
 
-# Shows what no test has taken for its own; 1 if there is a report at all.
+# Shows the reports that have not failed a test; 1 if there is any report at all.
 no_reports() {
     local all new
-    # A malloc of too much that has returned NULL is none.
+    # The warning that malloc has returned NULL is not an error.
     mapfile -t all < <(find "$BUILD/reports" -name '*report.*' \
         -exec grep -lvE '^$|WARNING: AddressSanitizer failed to allocate' {} +)
     mapfile -t new < <(printf '%s\n' "${all[@]}" | grep '/report\.')
@@ -177,7 +176,7 @@ no_reports() {
     [ ${#all[@]} = 0 ]
 }
 
-# Half of the black-box suite: the files that between them go through every way of ending.
+# Half of the black-box suite: together, these files cover every way in which a connection ends.
 HALF=(forwarding half_close hold last_words limits reset signals stalled_reader)
 
 blackbox_files() {
@@ -204,10 +203,10 @@ part_thread() {
     local status=0 files
     use_compiler
     make_ready thread
-    run_suite "$ROOT"/tests/relay/test_{threads,crew,share}.py || status=1
+    run_suite "$ROOT"/tests/relay/test_{threads,workers,balance}.py || status=1
     mapfile -t files < <(blackbox_files)
-    # Where there may be no thread at all, it is said of relay threads as well: one line too many.
-    # And the tests are too slow under this sanitizer to keep the program busy.
+    # If no thread can be started, the program logs this of relay threads too: one line too many for
+    # test_few_tasks. And under this sanitizer, clients are too slow to keep the program busy.
     run_suite "${files[@]}" --executable="$BUILD_COMMAND" --arguments='--threads=3 --hand-over=always' \
         -k 'not (test_few_tasks or test_threads_start_when_one_is_too_busy)' || status=1
     no_reports || status=1
@@ -242,9 +241,8 @@ part_address-faults() {
 
 # --- the analyzer ---------------------------------------------------------------------------------
 
-# analyze SOURCE-FOLDER : what gcc finds in the generated C, as "function warning", one a line.
-# With summaries of calls, and nothing inlined, it gets through the whole file; otherwise it gives
-# up long before.
+# analyze SOURCE-FOLDER : prints what gcc finds in the generated C, as "function warning", one a line.
+# With call summaries and without inlining it analyzes the whole file; otherwise it gives up early.
 analyze() {
     local work=$SANITIZED/analyzer
     mkdir -p "$work"
@@ -280,8 +278,8 @@ part_analyzer() {
 
 # --- planted faults -------------------------------------------------------------------------------
 
-# planted NAME KIND WORD FILE SED TEST... : with the fault that SED makes in FILE, the tests must
-# fail and a report must have WORD in it.
+# planted NAME KIND WORD FILE SED TEST... : SED makes a fault in FILE; a report of the tests must then
+# match WORD.
 planted() {
     local name=$1 kind=$2 word=$3 file=$4 edit=$5 results=()
     shift 5
@@ -317,7 +315,7 @@ part_planted() {
     can_analyze || skip "$CC has no -fanalyzer"
     while read -r name kind word file tests edit; do
         seen=$((seen + 1))
-        # Not in the condition: there `set -e` would not hold.
+        # Not as a condition, in which `set -e` would have no effect.
         (planted "$name" "$kind" "$word" "proxyd/$file" "$edit" "$ROOT/tests/$tests") \
             >"$SANITIZED/planted-log" 2>&1 </dev/null &
         if ! wait $!; then
@@ -341,15 +339,15 @@ part_coverage() {
     find "$BUILD" -name '*.gcda' -delete
     rm -rf "$BUILD/python"
     mkdir -p "$BUILD/python"
-    # Some programs of the tests run as another user, and leave their counts too.
+    # Some programs of the tests run as another user, and must be able to write their counts.
     umask 000
     chmod -R a+rwX "$BUILD/python" "$BUILD/source/build"
     run_suite "$ROOT/tests/unit" "$ROOT/tests/relay" || status=1
     run_suite "$ROOT/tests/blackbox" --executable="$BUILD_COMMAND" || status=1
     run_suite "$ROOT/tests/blackbox" --executable="$BUILD_COMMAND" --arguments='--threads=3 --hand-over=always' \
         -k 'forwarding or hold or (few_tasks and not localhost)' || status=1
-    # What counts lines of Python holds memory, and the walk waits for all to be given back. Its own
-    # faults are not judged here: what counts lines of C has no answer to a failed malloc or open.
+    # Without coverage of Python, which allocates memory: the walk waits until all of it is freed. The
+    # faults that the walk finds are ignored here: gcov cannot handle a failed malloc or open.
     rm "$BUILD"/venv/lib/python3*/site-packages/measured.pth
     walk_build --quick >"$SANITIZED/faults" 2>&1 || true
     walk_build --only relay. threads full-pipe >>"$SANITIZED/faults" 2>&1 || true
@@ -360,11 +358,11 @@ part_coverage() {
     return $status
 }
 
-# Lines of the .pyx and .pxd files that are no statements: blank ones, comments, decorators, headers,
-# and variables without a value, to which Cython attributes some of its own.
+# Lines of the .pyx and .pxd files that are not statements: blank lines, comments, decorators, headers,
+# and declarations without a value, to which Cython attributes code of its own.
 NO_STATEMENT='\s*($|#|"""|@|\)|(cdef|def) (?!\w[^()]* = ))'
 
-# The reports; 1 where a line was not run that its source does not leave out, with the reason:
+# Prints the reports; 1 if a line was not run, unless its source leaves it out and gives the reason:
 # `# GCOVR_EXCL_LINE - REASON` in Cython, `# pragma: no cover - REASON` in Python.
 count_lines() {
     local status=0
@@ -373,8 +371,8 @@ count_lines() {
         warn "without a reason"
         status=1
     fi
-    # All functions that Cython makes have names that gcovr takes for the compiler's own; and a source
-    # that gcov does not find is text within Cython.
+    # gcovr takes the names of Cython's functions for those of the compiler's internal functions. A
+    # source that gcov does not find is part of Cython.
     (cd "$BUILD/source" && "$BUILD_PYTHON" -m gcovr --root . --filter 'proxyd/.*\.(pyx|pxd)$' \
         --include-internal-functions --gcov-ignore-errors=source_not_found --merge-lines \
         --exclude-lines-by-pattern "$NO_STATEMENT" --fail-under-line 100 build) || status=1

@@ -33,7 +33,7 @@ lost_with_the_request = differs(
 def test_server_rejects_after_the_head(stage, listen, target):
     """The server reads the head of the request only, answers, half-closes and then closes."""
     client, server = stage.pair(listen, target, target_buffer=65536)
-    send_until_stuck(client, b"r" * 65536, most=8 * MIB, still=0.1)
+    send_until_stuck(client, b"r" * 65536, limit=8 * MIB, still=0.1)
     read_exactly(server, 100)
     server.sendall(REJECTION)
     server.shutdown(socket.SHUT_WR)
@@ -70,7 +70,7 @@ def test_large_answer_of_a_server_that_reads_nothing(stage, listen, target):
     The server half-closes after the answer and closes when the client has it: nothing is reset.
     """
     client, server = stage.pair(listen, target, target_buffer=65536)
-    send_until_stuck(client, b"r" * 65536, most=8 * MIB, still=0.1)
+    send_until_stuck(client, b"r" * 65536, limit=8 * MIB, still=0.1)
     answer = Payload(4 * MIB)
     sending = send_payload(server, answer)
     reading = receive_digest(client, answer.size)

@@ -3,11 +3,10 @@
     pytest tests/cases --executable=/lib/systemd/systemd-socket-proxyd --contender=original-252
     pytest tests/cases --no-splice --arguments='--threads=2 --hand-over=always'
 
-Each test is named after its case. Its docstring has the case's words, a colon, and what must come
-of it: what a direct connection between the client and the server would have delivered. Any program
-that is started like this one can be put to the test; `contenders/` makes HAProxy and nginx such
-programs, and --contender=direct is no program at all. `ci/test cases` runs all of them and writes
-the report.
+Each test is named after its case. Its docstring has the name of the case, a colon, and the expected
+result: what a direct connection between client and server would have delivered. Any program that is
+started like this one can be tested; `contenders/` makes such programs of HAProxy and nginx, and
+--contender=direct is no program at all. `ci/test cases` runs all of them and writes the report.
 """
 
 import shlex
@@ -21,9 +20,9 @@ from kit.stage import Stage
 
 
 def pytest_addoption(parser, pluginmanager):
-    pluginmanager.import_plugin("kit.suite")  # once, whoever else asks for it
+    pluginmanager.import_plugin("kit.suite")  # does nothing if it is imported already
     group = parser.getgroup("cases")
-    group.addoption("--no-splice", action="store_true", help="splice is refused: all is copied")
+    group.addoption("--no-splice", action="store_true", help="splice fails: everything is copied")
     group.addoption("--record", help="write what was seen to this file, as JSON")
 
 
@@ -49,7 +48,7 @@ def interposer():
 
 @pytest.fixture
 def new_stage(request, executable, contender):
-    """As for the black-box tests; splice may be forbidden, or there may be no program."""
+    """As for the black-box tests, but splice may fail, or there may be no program."""
     arguments = shlex.split(request.config.getoption("--arguments", default=""))
     kind = DirectStage if contender == "direct" else Stage
     stage = kind(executable, contender, arguments=arguments)
@@ -61,7 +60,7 @@ def new_stage(request, executable, contender):
 
 @pytest.fixture
 def faults(interposer, stage):
-    """Makes calls of the program fail while it runs."""
+    """Makes calls of the running program fail."""
     faults = Faults(interposer, stage.directory)
     stage.environment |= faults.environment
     return faults
@@ -69,7 +68,7 @@ def faults(interposer, stage):
 
 @pytest.fixture
 def lan():
-    """Two hosts and a cable."""
+    """Two hosts and a cable between them."""
     lan = Lan()
     yield lan
     lan.close()

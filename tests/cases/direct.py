@@ -1,11 +1,11 @@
-"""No program at all: what a direct connection delivers, by which every program is judged."""
+"""No program at all: a direct connection, whose results every program is compared with."""
 
 from cases.pairs import not_applicable
 from kit.stage import Stage
 
 
 class DirectStage(Stage):
-    """A client is connected to the target itself."""
+    """Clients connect to the target itself."""
 
     def forward(
         self, listen, target, *_arguments, listen_buffer=None, target_buffer=None, **_options

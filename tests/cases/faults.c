@@ -1,10 +1,10 @@
 /* An LD_PRELOAD interposer: calls that fail while a file exists.
  *
  * FAULTS names a directory. While there is a file CALL.ERRNO in it, that call fails with that errno:
- *   accept pipe pipesize      (accept4, pipe2 and F_SETPIPE_SZ are meant too)
- * except that accept with ECONNABORTED has first taken a client and closed it, as the kernel has.
+ *   accept pipe pipesize      (accept4, pipe2 and F_SETPIPE_SZ are included)
+ * except that accept with ECONNABORTED first accepts a client and closes it, as the kernel would.
  * While there is a file send.3, a write to a stream socket takes 3 bytes at most.
- * FAULT_SPLICE=ERRNO fails every splice, without a look at any file.
+ * FAULT_SPLICE=ERRNO makes every splice fail, whatever files there are.
  */
 #define _GNU_SOURCE
 #include <dirent.h>
@@ -22,7 +22,7 @@
 
 #define REAL(name) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))
 
-/* Read at once: some programs clear their environment. */
+/* Read at the start: some programs clear their environment. */
 static char *directory, *no_splice;
 
 __attribute__((constructor)) static void read_environment(void) {
@@ -44,7 +44,7 @@ static int fault(const char *call) {
         found = atoi(entry->d_name + length + 1);
     closedir(listing);
   } else if (errno == EMFILE || errno == ENFILE) {
-    found = errno; /* no fd to look with: then there is none for the call either */
+    found = errno; /* if there is no fd for this, there is none for the call either */
   }
   errno = saved;
   return found;
@@ -58,8 +58,8 @@ static int is_socket(int fd) {
   return result;
 }
 
-/* The most that a write to this socket may take. */
-static size_t most(int fd, size_t size) {
+/* How many of `size` bytes a write to this socket may take. */
+static size_t allowed(int fd, size_t size) {
   int limit = is_socket(fd) ? fault("send") : 0;
   return limit > 0 && (size_t)limit < size ? (size_t)limit : size;
 }
@@ -128,8 +128,8 @@ int fcntl64(int fd, int command, ...) {
   return checked_fcntl(REAL(fcntl64), fd, command, argument);
 }
 
-/* What was cut short is announced as writable again, as a socket that was full will be: that is what
- * the kernel does whenever the send buffer is set. */
+/* After a short write, epoll must report the socket as writable again, as it does for one that was
+ * full: setting the send buffer makes the kernel do that. */
 static ssize_t announced(int fd, ssize_t sent) {
   int size = 1 << 18, saved = errno;
   setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &size, sizeof size);
@@ -138,34 +138,34 @@ static ssize_t announced(int fd, ssize_t sent) {
 }
 
 static ssize_t cut_send(int fd, const void *data, size_t size, int flags) {
-  return announced(fd, REAL(send)(fd, data, most(fd, size), flags));
+  return announced(fd, REAL(send)(fd, data, allowed(fd, size), flags));
 }
 
 ssize_t send(int fd, const void *data, size_t size, int flags) {
-  if (most(fd, size) < size) return cut_send(fd, data, size, flags);
+  if (allowed(fd, size) < size) return cut_send(fd, data, size, flags);
   return REAL(send)(fd, data, size, flags);
 }
 
 ssize_t sendto(int fd, const void *data, size_t size, int flags, const struct sockaddr *address,
                socklen_t address_size) {
-  if (most(fd, size) < size) return cut_send(fd, data, size, flags);
+  if (allowed(fd, size) < size) return cut_send(fd, data, size, flags);
   return REAL(sendto)(fd, data, size, flags, address, address_size);
 }
 
 ssize_t write(int fd, const void *data, size_t size) {
-  if (most(fd, size) < size) return cut_send(fd, data, size, MSG_NOSIGNAL);
+  if (allowed(fd, size) < size) return cut_send(fd, data, size, MSG_NOSIGNAL);
   return REAL(write)(fd, data, size);
 }
 
-/* A vector cut short is its first piece, cut short. */
+/* Of a vector, only its first piece is written, cut short. */
 ssize_t writev(int fd, const struct iovec *pieces, int count) {
-  if (count > 0 && most(fd, INT_MAX) < INT_MAX)
+  if (count > 0 && allowed(fd, INT_MAX) < INT_MAX)
     return cut_send(fd, pieces[0].iov_base, pieces[0].iov_len, MSG_NOSIGNAL);
   return REAL(writev)(fd, pieces, count);
 }
 
 ssize_t sendmsg(int fd, const struct msghdr *message, int flags) {
-  if (message->msg_iovlen > 0 && most(fd, INT_MAX) < INT_MAX)
+  if (message->msg_iovlen > 0 && allowed(fd, INT_MAX) < INT_MAX)
     return cut_send(fd, message->msg_iov[0].iov_base, message->msg_iov[0].iov_len, flags);
   return REAL(sendmsg)(fd, message, flags);
 }

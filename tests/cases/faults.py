@@ -1,4 +1,4 @@
-"""Calls of the program that fail on request, by an interposer in front of libc (faults.c)."""
+"""Makes calls of the program fail on request, by an interposer in front of libc (faults.c)."""
 
 import contextlib
 import errno
@@ -14,7 +14,7 @@ SOURCE = Path(__file__).with_name("faults.c")
 
 
 class Interposer:
-    """The built library. Any user may read it, for programs that run as another one."""
+    """The built library. Any user may read it, since the program may run as another one."""
 
     def __init__(self):
         compiler = shutil.which("cc") or shutil.which("gcc")
@@ -32,7 +32,7 @@ class Interposer:
 
 
 class Faults:
-    """Switches faults of one program on and off, while it runs."""
+    """Switches faults of a running program on and off."""
 
     def __init__(self, interposer, directory):
         self.directory = Path(directory, "faults")
@@ -44,7 +44,7 @@ class Faults:
 
     @contextlib.contextmanager
     def of(self, call, error):
-        """While this lasts, `call` fails with `error`, a name such as ENFILE."""
+        """Within, `call` fails with `error`, a name such as ENFILE."""
         file = self._file(call, getattr(errno, error))
         file.touch()
         try:
@@ -54,7 +54,7 @@ class Faults:
 
     @contextlib.contextmanager
     def short_sends(self, size):
-        """While this lasts, the program's sends take `size` bytes at most."""
+        """Within, a send of the program takes `size` bytes at most."""
         file = self._file("send", size)
         file.touch()
         try:
@@ -64,5 +64,5 @@ class Faults:
 
 
 def no_splice(interposer):
-    """The environment in which splice is refused from the start."""
+    """The environment in which splice always fails."""
     return {"LD_PRELOAD": interposer.path, "FAULT_SPLICE": str(errno.EINVAL)}

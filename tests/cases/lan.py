@@ -3,18 +3,18 @@
 from kit.namespaces import Namespace
 
 KEEPALIVE = {"time": 1, "intvl": 1, "probes": 2}
-"""Seconds and counts, so that a keepalive that is on finds a silent peer within seconds."""
+"""Kernel settings (seconds, and a count) with which keepalive detects a dead peer in seconds."""
 
 
 class Host(Namespace):
-    """One of them."""
+    """One of the two hosts."""
 
     def __init__(self, number):
         super().__init__()
         self.address = {"tcp4": f"10.99.0.{number}", "tcp6": f"fd99::{number}"}
 
     def set_up(self):
-        """Bring up loopback and the cable's end, and let keepalive be quick."""
+        """Bring up loopback and this end of the cable, and make keepalive quick."""
         settings = [
             f"echo {value} >/proc/sys/net/ipv4/tcp_keepalive_{name}"
             for name, value in KEEPALIVE.items()
@@ -28,7 +28,7 @@ class Host(Namespace):
 
 
 class Lan:
-    """`here`, where the program or its listener is, and `there`, which may vanish."""
+    """`here` is where the program or its listener is; `there` is the host that vanishes."""
 
     def __init__(self):
         self.here = Host(1)
@@ -38,7 +38,7 @@ class Lan:
             host.set_up()
 
     def cut(self):
-        """From now on no packet arrives, and nobody is told."""
+        """From now on packets are lost without an error."""
         self.there.run("ip link set cable down")
 
     def close(self):

@@ -1,6 +1,6 @@
-"""Many small messages at the price of few system calls: sendmmsg(2), which Python has no name for.
+"""Many small messages in few system calls: sendmmsg(2), which Python does not have.
 
-Each message is a send of its own to the kernel.
+To the kernel, each message is a send of its own.
 """
 
 import ctypes
@@ -40,7 +40,7 @@ class _Message(ctypes.Structure):
 
 
 def send_byte_by_byte(connection, data):
-    """Send each byte as a message of its own; waits where the socket is full."""
+    """Send each byte as a message of its own; waits while the socket is full."""
     buffer = ctypes.create_string_buffer(BATCH)
     start = ctypes.addressof(buffer)
     pieces = (_Piece * BATCH)(*[_Piece(start + i, 1) for i in range(BATCH)])

@@ -1,4 +1,4 @@
-"""Writes what was seen as JSON, for the table of who passes what."""
+"""Writes the results as JSON, for the table of which program passes which case."""
 
 import json
 import re
@@ -8,7 +8,7 @@ CASE = re.compile(r"test_(\d\d)([a-z]?)_")
 
 
 def describe(item, report, error):
-    """Have a report carry its case and what was seen, from a process of xdist to its leader too."""
+    """Add its case and what was seen to a report, which xdist sends to its main process."""
     found = CASE.match(item.name)
     if not found:
         return
@@ -40,7 +40,7 @@ def words(error):
 
 
 class Recorder:
-    """Collects reports, in the process that leads, and writes them at the end."""
+    """Collects the reports in the main process, and writes them at the end."""
 
     def __init__(self, path):
         self.path = Path(path)

@@ -1,9 +1,9 @@
-"""Which program survives which of the cases: a table from what pytest has recorded.
+"""Which program survives which of the cases: a table of the results that pytest has recorded.
 
 usage: table.py [--summary] FOLDER NAME...
 
-FOLDER has NAME.json (from pytest --record=) and NAME.version for each NAME; one without is left
-out. Prints Markdown, or with --summary a line for each name.
+FOLDER has NAME.json (from pytest --record=) and NAME.version for each NAME; a name without them is
+left out. Prints Markdown, or with --summary one line for each name.
 """
 
 import datetime
@@ -30,21 +30,21 @@ HOW = """\
 Each case is a few tests (`tests/cases`), run on all pairs of TCP over IPv4, TCP over IPv6 and UNIX
 sockets on which it can happen, on the installed program, seen from outside. A program passes if it
 delivers what a direct connection between client and server would have delivered; the last column
-has no program in between, and shows that the expectation is right where one can be had. What has
-nothing to compare with there (stopping, running out of files) is judged by whether clients are
-served, or told, and by whether a CPU burns meanwhile.
+has no program in between, and shows that the expectation is right where it applies. Where it does
+not (stopping, running out of files), a program passes if its clients are served, or see an end, and
+if it does not burn a CPU meanwhile.
 
 - All programs are started as by a service manager: the listener is inherited. HAProxy and nginx get
   a configuration for that (`tests/cases/contenders`): mode tcp, generous time-outs, keepalive on,
   `option splice-auto` or not; nginx with `proxy_half_close on`. One thread each.
 - Where keepalive matters, the listener has it (`KeepAlive=yes`) for every program.
-- Calls that fail (accept, pipe2, F_SETPIPE_SZ, short sends) are made to by an interposer in front
-  of libc, the same for every program; so is "splice refused".
+- An interposer in front of libc, the same for every program, makes calls fail (accept, pipe2,
+  F_SETPIPE_SZ, short sends, and splice in the columns "splice refused").
 - **fail** (3 of 9) means 3 of the 9 tests of that case that apply; the words are what was seen most
-  often. All of it stands at the end.
-- "differs" is a difference of design, told as such: giving up at once instead of holding the
-  client, no guard against a target that leads back. A direct connection has no such guard either.
-- "n/a" cannot be made for that program, for the reason given.
+  often. All failures are listed at the end.
+- "differs" is an intended difference of design: giving up at once instead of holding the client, or
+  no guard against a target that leads back. A direct connection has no such guard either.
+- "n/a" means that the case cannot be produced for that program, for the reason given.
 """
 
 NO_RETRY = "one attempt, by design"
@@ -64,11 +64,11 @@ DIFFERENCES = {
     ("haproxy", "target = own listener"): NO_GUARD,
     ("nginx", "target = own listener"): NO_GUARD,
 }
-"""What a program is not meant to do, by a part of its name and the case."""
+"""What a program is not designed to do, by a part of its name and the case."""
 
 
 class Row(NamedTuple):
-    """What became of one test with one set of parameters."""
+    """The result of one test with one set of parameters."""
 
     number: int
     part: str
@@ -81,7 +81,7 @@ class Row(NamedTuple):
 
 
 class Contender(NamedTuple):
-    """One run of all the cases."""
+    """The results of one program."""
 
     name: str
     version: str
@@ -89,7 +89,7 @@ class Contender(NamedTuple):
 
 
 def load(folder: Path, name: str) -> Contender | None:
-    """What was recorded of one contender."""
+    """The recorded results of one contender, or None."""
     file = folder / f"{name}.json"
     if not file.exists():
         return None
@@ -103,13 +103,13 @@ def commonest(rows: list[Row]) -> str:
 
 
 def difference(name: str, title: str) -> str | None:
-    """Why that contender is not meant to pass that case, if it is not."""
-    found = [why for (who, what), why in DIFFERENCES.items() if who in name and what == title]
+    """Why that contender is not designed to pass that case, or None if it is."""
+    found = [why for (part, case), why in DIFFERENCES.items() if part in name and case == title]
     return found[0] if found else None
 
 
 def verdict(name: str, rows: list[Row]) -> str:
-    """One cell: pass, fail or not applicable."""
+    """The text of a cell: pass, fail or not applicable."""
     failed = [row for row in rows if row.outcome == "failed"]
     passed = [row for row in rows if row.outcome == "passed"]
     if failed:
@@ -123,12 +123,12 @@ def verdict(name: str, rows: list[Row]) -> str:
 
 
 def escape(text: str) -> str:
-    """Fit for a cell of a table."""
+    """`text` for a cell of a table."""
     return text.replace("|", "\\|").replace("<", "&lt;")
 
 
 def cases(contenders: list[Contender]) -> dict[tuple[int, str], str]:
-    """The cases in their order: (number, title of a part) and what is expected there."""
+    """{(number, title): expected result} of all cases, in order."""
     found: dict[tuple[int, str], str] = {}
     for row in sorted({row for one in contenders for row in one.rows}):
         found.setdefault((row.number, row.title), row.expectation)
@@ -149,7 +149,7 @@ def print_table(contenders: list[Contender]) -> None:
 
 
 def print_failures(one: Contender) -> None:
-    """Every failure of a contender, with what was seen and with which parameters."""
+    """Every failure of a contender: what was seen, and with which parameters."""
     groups: dict[tuple[str, str], list[str]] = {}
     for row in one.rows:
         if row.outcome == "failed":
@@ -162,13 +162,13 @@ def print_failures(one: Contender) -> None:
 
 
 def print_expectations(contenders: list[Contender]) -> None:
-    """What must come of each case."""
+    """The expected result of each case."""
     for (number, title), expectation in cases(contenders).items():
         print(f"- {number}. {title}: {expectation}")
 
 
 def print_summary(contenders: list[Contender]) -> None:
-    """A line for each contender."""
+    """One line for each contender."""
     for one in contenders:
         counts = Counter(row.outcome for row in one.rows)
         failed = sorted({row.number for row in one.rows if row.outcome == "failed"})
@@ -180,14 +180,14 @@ def print_summary(contenders: list[Contender]) -> None:
 
 
 def print_document(contenders: list[Contender]) -> None:
-    """The whole file."""
+    """The whole report."""
     print("# Which program survives which case\n")
     print(f"Made by `ci/test cases` on {datetime.datetime.now(datetime.UTC):%Y-%m-%d}, of\n")
     for one in contenders:
         print(f"- {HEADS[one.name]}: {one.version}")
     print(f"\n{HOW}")
     print_table(contenders)
-    print("\n## What must come of each case\n")
+    print("\n## Expected results\n")
     print_expectations(contenders)
     print("\n## Every failure")
     for one in contenders:
@@ -195,7 +195,7 @@ def print_document(contenders: list[Contender]) -> None:
 
 
 def main() -> None:
-    """Read the command line."""
+    """Run the command line."""
     arguments = sys.argv[1:]
     summary = arguments[0] == "--summary"
     folder, *names = arguments[1:] if summary else arguments

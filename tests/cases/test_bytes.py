@@ -40,11 +40,11 @@ def test_11_pipe_out_of_slots_before_bytes(stage, listen, target, segment):
 
 @every_pair
 def test_12_pipe_holding_more_than_its_size(stage, faults, listen, target):
-    """pipe holding more than its size: every byte once and in order, whatever a slot holds.
+    """pipe holding more than its size: every byte once and in order, whatever the slots hold.
 
-    Where a user has too many pipes, new ones cannot grow: 16 slots, each of which takes up to
-    32 KiB of a large segment. One fills behind a server that does not read; then both sides move
-    megabytes at once.
+    If a user has too many pipes, new ones cannot grow: they have 16 slots, each of which takes up
+    to 32 KiB of a large segment. One fills up before a server that does not read; then both sides
+    send megabytes at once.
     """
     with faults.of("pipesize", "EPERM"):
         client, server = stage.pair(listen, target)
@@ -70,17 +70,17 @@ def test_13_a_million_1_byte_messages_to_a_slow_reader(stage, listen, target):
 
 
 @every_pair
-@pytest.mark.parametrize("who", ["client", "server"])
+@pytest.mark.parametrize("actor", ["client", "server"])
 @pytest.mark.parametrize("size", [6, 300_000])
-def test_14_an_urgent_byte(stage, listen, target, who, size):
-    """an urgent byte: it is not lost, and the stream goes on behind it.
+def test_14_an_urgent_byte(stage, listen, target, actor, size):
+    """an urgent byte: it is not lost, and the stream continues behind it.
 
-    A direct connection delivers it as urgent; one that delivers it in its place is right too.
+    A direct connection delivers it as urgent; delivering it in its place is right too.
     """
-    if (listen if who == "client" else target) in UNIX and not unix_has_urgent_bytes():
+    if (listen if actor == "client" else target) in UNIX and not unix_has_urgent_bytes():
         not_applicable("this kernel has no urgent bytes on UNIX sockets")
     client, server = stage.pair(listen, target)
-    sender, receiver = sides(client, server, who)
+    sender, receiver = sides(client, server, actor)
     before, after = SEGMENT[:size], SEGMENT[size : 2 * size]
 
     def work():
@@ -110,7 +110,7 @@ def unix_has_urgent_bytes():
 
 
 def urgent_byte(connection):
-    """What is out of band behind the bytes that were read; b"" where it is in its place."""
+    """The out-of-band byte behind the bytes that were read; b"" if it comes in its place."""
     poller = select.poll()
     poller.register(connection, select.POLLIN | select.POLLPRI)
     events = dict(poller.poll(patience() * 1000)).get(connection.fileno(), 0)
@@ -119,7 +119,7 @@ def urgent_byte(connection):
 
 @every_pair
 def test_17a_pipe2_failing_mid_session(stage, faults, listen, target):
-    """pipe2 failing mid-session: a connection that is open goes on, in bulk, both ways."""
+    """pipe2 failing mid-session: an open connection continues to carry bulk in both directions."""
     client, server = stage.pair(listen, target)
     say(client, b"hello", "the client")
     assert read_exactly(server, 5) == b"hello"
@@ -129,7 +129,7 @@ def test_17a_pipe2_failing_mid_session(stage, faults, listen, target):
 
 @every_pair
 def test_17b_pipe2_failing_for_a_new_client(stage, faults, listen, target):
-    """pipe2 failing mid-session: a client that comes meanwhile is served too."""
+    """pipe2 failing mid-session: a client that connects meanwhile is served too."""
     backend = stage.forward(listen, target)
     first = stage.connect()
     first.sendall(b"hello")

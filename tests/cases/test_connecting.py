@@ -1,4 +1,4 @@
-"""Cases 10, 15, 16 and 18 to 24: how connections come to be."""
+"""Cases 10, 15, 16 and 18 to 24: how connections are established."""
 
 import contextlib
 import os
@@ -26,7 +26,7 @@ from kit.traffic import Payload, is_served
 from kit.waiting import never_within, wait_until
 
 LEFT_AWAY_S = 0.4
-"""Seconds for which a target stays away: longer than a first, quick retry."""
+"""Seconds for which a target stays away: longer than the pause before the first retry."""
 
 ONE_PORT = 'ip link set lo up && echo "50001 50001" >/proc/sys/net/ipv4/ip_local_port_range'
 
@@ -34,7 +34,7 @@ tcp_from_tcp = pytest.mark.parametrize(("listen", "target"), [(a, b) for a in TC
 
 
 def talk(client, server):
-    """One word each way."""
+    """Send a word in each direction."""
     say(client, b"question", "the client")
     assert_same(read_exactly(server, 8), b"question", "the question")
     say(server, b"answer")
@@ -42,7 +42,7 @@ def talk(client, server):
 
 
 def first_words(side):
-    """What comes first, or nothing before whatever end."""
+    """The first bytes received, or b"" if the stream ends before."""
     try:
         return side.recv(100)
     except ConnectionResetError:
@@ -50,7 +50,7 @@ def first_words(side):
 
 
 def accept_from(backend, what):
-    """The target's next connection."""
+    """Accept the target's next connection."""
     try:
         return backend.accept()
     except AssertionError:
@@ -58,7 +58,7 @@ def accept_from(backend, what):
 
 
 def waits(client, what):
-    """Nothing comes to the client, no byte and no end, while its target is away."""
+    """Nothing arrives at the client, neither a byte nor the end, while its target is away."""
     stays_open(client, LEFT_AWAY_S, f"{what} is let go at once")
 
 
@@ -67,9 +67,9 @@ def waits(client, what):
 
 @to_tcp
 def test_10a_hup_during_connect(stage, listen, target):
-    """HUP during connect: what the client said before it left is delivered, then its end.
+    """HUP during connect: what the client sent before it left is delivered, then its end.
 
-    The target's backlog is full, so that the connect stays under way.
+    The target's backlog is full, so that the connect takes long.
     """
     needs_a_program(stage)
     backend = stage.backend(target, backlog=0)
@@ -80,9 +80,9 @@ def test_10a_hup_during_connect(stage, listen, target):
     client.sendall(b"request")
     client.close()
     costs_nothing(stage, "connects")
-    for visitor in waiting:
+    for filler in waiting:
         backend.accept()
-        visitor.close()
+        filler.close()
     hear(accept_from(backend, "the request"), b"request", "the request")
 
 
@@ -101,19 +101,19 @@ def test_10b_reset_during_connect(stage, listen, target):
     wait_until(lambda: stage.proxy.socket_count() == before + 2, "the connect is under way")
     reset(client)
     costs_nothing(stage, "connects")
-    if stage.is_ours:  # and not only when the connect has come to its end
+    if stage.is_ours:  # without waiting for the end of the connect
         wait_until(lambda: stage.proxy.socket_count() <= before, "both sockets are closed", 5)
-    for visitor in waiting:
+    for filler in waiting:
         backend.accept()
-        visitor.close()
+        filler.close()
     wait_until(
-        lambda: serve_who_comes(backend) or stage.proxy.socket_count() <= before,
+        lambda: serve_a_client(backend) or stage.proxy.socket_count() <= before,
         "both sockets are closed",
     )
 
 
-def serve_who_comes(backend):
-    """What a server does: it takes who comes, reads to the end and closes."""
+def serve_a_client(backend):
+    """Be a server: accept a connection if there is one, read to the end and close."""
     backend.listener.settimeout(0)
     with contextlib.suppress(BlockingIOError), backend.listener.accept()[0] as server:
         read_to_end(server)
@@ -121,7 +121,7 @@ def serve_who_comes(backend):
 
 @to_tcp
 def test_10c_target_that_hangs_up_at_once(stage, listen, target):
-    """HUP during connect: a target that accepts and resets is told to the client, no trouble."""
+    """HUP during connect: the client sees that its target resets, and other clients are served."""
     backend = stage.forward(listen, target)
     for _ in range(5):
         client = stage.connect()
@@ -133,15 +133,15 @@ def test_10c_target_that_hangs_up_at_once(stage, listen, target):
 
 
 def reset_until_told(backend, client):
-    """Be a target that resets whoever it accepts, each attempt of a program that tries again."""
+    """Be a target that resets every connection, until the client sees the end."""
     backend.listener.settimeout(0)
 
-    def told():
+    def client_saw_an_end():
         with contextlib.suppress(BlockingIOError):
             reset(backend.listener.accept()[0])
         return not is_quiet(client)
 
-    wait_until(told, "the client is told")
+    wait_until(client_saw_an_end, "the client sees the end")
 
 
 # ── 15, 16 ───────────────────────────────────────────────────────────────────────────────────────
@@ -149,7 +149,7 @@ def reset_until_told(backend, client):
 
 @every_pair
 def test_15a_emfile_at_accept(stage, listen, target):
-    """EMFILE/ENFILE at accept: no CPU meanwhile, the open ones go on, who waits is served later."""
+    """EMFILE/ENFILE at accept: no CPU, open connections continue, waiting clients come later."""
     stage.launch(stage.echo(target), listeners=[stage.listener(listen)])
     first = stage.connect()
     assert is_served(first)
@@ -160,12 +160,12 @@ def test_15a_emfile_at_accept(stage, listen, target):
     costs_nothing(stage, "is out of files")
     assert is_served(first), "the open connection is lost"
     stage.proxy.set_fd_limit(former)
-    assert_same(read_exactly(client, 5), b"hello", "the answer to who waited")
+    assert_same(read_exactly(client, 5), b"hello", "the answer to the waiting client")
 
 
 @every_pair
 def test_15b_enfile_at_accept(stage, faults, listen, target):
-    """EMFILE/ENFILE at accept: the same where the whole system is out of files."""
+    """EMFILE/ENFILE at accept: the same when the whole system is out of files."""
     stage.launch(stage.echo(target), listeners=[stage.listener(listen)])
     first = stage.connect()
     assert is_served(first)
@@ -175,18 +175,18 @@ def test_15b_enfile_at_accept(stage, faults, listen, target):
         wait_for_the_failure(stage)
         costs_nothing(stage, "is out of files")
         assert is_served(first), "the open connection is lost"
-    assert_same(read_exactly(client, 5), b"hello", "the answer to who waited")
+    assert_same(read_exactly(client, 5), b"hello", "the answer to the waiting client")
 
 
 def wait_for_the_failure(stage):
-    """Until accept has failed. The others are looked at anyway: they may say nothing about it."""
+    """Wait until accept has failed. Other programs may log nothing about it, so do not wait."""
     if stage.is_ours:
         wait_until(stage.proxy.log_lines, "a line about it")
 
 
 @every_pair
 def test_16a_econnaborted_at_accept(stage, faults, listen, target):
-    """ECONNABORTED at accept: that client is gone; at no CPU the next one is served."""
+    """ECONNABORTED at accept: that client is gone; the next one is served, at no CPU."""
     stage.launch(stage.echo(target), listeners=[stage.listener(listen)])
     first = stage.connect()
     assert is_served(first)
@@ -200,7 +200,7 @@ def test_16a_econnaborted_at_accept(stage, faults, listen, target):
 
 @every_pair
 def test_16b_reset_in_the_backlog(stage, listen, target):
-    """ECONNABORTED at accept: clients that reset while they wait there are no trouble to others."""
+    """ECONNABORTED at accept: clients that reset in the backlog do not disturb others."""
     listener = stage.listener(listen)
     for _ in range(10):
         reset(stage.connect(listener))
@@ -222,15 +222,15 @@ def test_18_unix_backlog_full(stage, listen, target):
     stage.launch(backend.target, listeners=[stage.listener(listen)])
     client = stage.connect()
     waits(client, "the client")
-    for visitor in waiting:
+    for filler in waiting:
         backend.accept()
-        visitor.close()
+        filler.close()
     talk(client, accept_from(backend, "the client"))
 
 
 @to_tcp
 def test_19_eaddrnotavail(stage, listen, target):
-    """EADDRNOTAVAIL: with no local port left the client waits until one is free, and is served."""
+    """EADDRNOTAVAIL: if no local port is left, the client waits for one, and is served."""
     needs_a_program(stage)
     host = {"tcp4": "127.0.0.1", "tcp6": "::1"}[target]
     listener = launch_alone(stage, listen, target, f"{host}:4000")
@@ -250,8 +250,8 @@ def test_19_eaddrnotavail(stage, listen, target):
 
 
 def launch_alone(stage, listen, target, text, *arguments, port=4000):
-    """Start the program in a network that has one local port for it; the target's listener, or
-    None where there is to be none."""
+    """Start the program in a network with a single local port; the target's listener there, or
+    None without a `port`."""
     notify = stage.notify_socket(stage.path("notify"))  # abstract names end at the namespace
     options = {"prefix": namespace_prefix(ONE_PORT), "notify": notify}
     stage.launch(*arguments, text, listeners=[stage.listener(listen)], **options)
@@ -268,7 +268,7 @@ def launch_alone(stage, listen, target, text, *arguments, port=4000):
 
 
 def interfaces_up(pid):
-    """Names of interfaces with an IPv6 address there: loopback gets its own when it comes up."""
+    """Names of interfaces with an IPv6 address there: loopback gets one when it comes up."""
     with open(f"/proc/{pid}/net/if_inet6") as table:
         return {line.split()[-1] for line in table}
 
@@ -278,10 +278,9 @@ def interfaces_up(pid):
 
 @to_tcp
 def test_20_tcp_self_connect(stage, listen, target):
-    """TCP self-connect: the client is let go; it never reads its own bytes as an answer.
+    """TCP self-connect: the client is disconnected; it never reads its own bytes as an answer.
 
-    The target's port is dead, and the only local port there is: the kernel joins the socket with
-    itself.
+    The target's port is dead and the only local port: the kernel connects the socket to itself.
     """
     needs_a_program(stage)
     host = {"tcp4": "127.0.0.1", "tcp6": "::1"}[target]
@@ -295,15 +294,15 @@ def test_20_tcp_self_connect(stage, listen, target):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_21_target_is_own_listener(stage, family):
-    """target = own listener: each client is let go, without a storm of connections to itself."""
+    """target = own listener: clients are disconnected, without a storm of connections to itself."""
     listener = stage.listener(family)
     target = target_text(listener.getsockname(), listener.family)
     stage.launch(target, listeners=[listener])
     for _ in range(5):
         assert let_go(stage), "the client waits for ever"
     costs_nothing(stage, "has nothing to do")
-    most = most_fds(stage.proxy)
-    assert most <= 256, f"connects to itself until more than {most // 2} files are open"
+    size = fd_table_size(stage.proxy)
+    assert size <= 256, f"connects to itself until more than {size // 2} files are open"
     if stage.is_ours:
         wait_until(stage.proxy.log_lines, "a line about the loop")
         assert len(stage.proxy.log_lines()) <= 2
@@ -311,7 +310,7 @@ def test_21_target_is_own_listener(stage, family):
 
 
 def let_go(stage):
-    """Whether a client gets no byte and its end, which may be a reset as early as its connect."""
+    """Whether a client gets its end and no byte; it may be reset as early as its connect."""
     try:
         with stage.connect() as client:
             return read_to_end(client)[0] == b""
@@ -321,8 +320,8 @@ def let_go(stage):
         return False
 
 
-def most_fds(proxy):
-    """The size of its table of files, a power of two, which grows and never shrinks."""
+def fd_table_size(proxy):
+    """The size of its fd table, a power of two, which grows and never shrinks."""
     with open(f"/proc/{proxy.worker}/status") as status:
         return next(int(line.split()[1]) for line in status if line.startswith("FDSize:"))
 
@@ -333,7 +332,7 @@ def most_fds(proxy):
 @pytest.mark.parametrize("listen", TCP)
 @pytest.mark.parametrize("target", FAMILIES)
 def test_22a_client_that_vanishes(stage, lan, listen, target):
-    """peer that vanishes: found by keepalive, and told to the other side as no clean end."""
+    """peer that vanishes: detected by keepalive, and not passed on as a clean end."""
     backend = stage.backend(target)
 
     def listen_there():
@@ -352,7 +351,7 @@ def test_22a_client_that_vanishes(stage, lan, listen, target):
 
 
 def check_the_loss(side, family):
-    """That side learns that the other's host has vanished."""
+    """That side learns that the other side's host has vanished."""
     try:
         received, end = read_to_end(side)
     except AssertionError:
@@ -364,7 +363,7 @@ def check_the_loss(side, family):
 @pytest.mark.parametrize("listen", FAMILIES)
 @pytest.mark.parametrize("target", TCP)
 def test_22b_server_that_vanishes(stage, lan, listen, target):
-    """peer that vanishes: found by keepalive, and told to the other side as no clean end."""
+    """peer that vanishes: detected by keepalive, and not passed on as a clean end."""
     listener = lan.there.enter(
         lambda: open_listener(target, stage.directory, host=lan.there.address[target])
     )
@@ -386,9 +385,9 @@ def test_22b_server_that_vanishes(stage, lan, listen, target):
 
 @every_pair
 def test_23_client_gone_while_held(stage, listen, target):
-    """client gone while held: its slot is free, and nothing of it shows at the target.
+    """client gone while held: its slot is free, and the target sees nothing of it.
 
-    On UNIX it hangs up, on TCP it resets: a mere end could be a half-close.
+    On UNIX it closes, on TCP it resets: an end alone could be a half-close.
     """
     needs_a_program(stage)
     backend = stage.absent(target)
@@ -421,7 +420,7 @@ def test_23_client_gone_while_held(stage, listen, target):
 
 
 def sends_header(contender, version):
-    """Whether that program has the header at all."""
+    """Whether that program can send the header."""
     if contender == "original-252":
         return False
     return version == "v1" or not contender.startswith(("original", "nginx"))

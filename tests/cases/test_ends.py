@@ -44,7 +44,7 @@ def test_01_client_fin_before_the_reply(stage, listen, target, size):
 @every_pair
 @pytest.mark.parametrize("how", ["half-close", "close"])
 def test_02_eof_while_the_pipe_is_not_empty(stage, listen, target, how):
-    """EOF while the pipe is not empty: all that was inside is delivered, then the end.
+    """EOF while the pipe is not empty: everything inside is delivered, then the end.
 
     The client fills everything up to a server that does not read, and ends its stream.
     """
@@ -56,7 +56,7 @@ def test_02_eof_while_the_pipe_is_not_empty(stage, listen, target, how):
 
 @every_pair
 def test_03_half_closed_peer_that_never_finishes(stage, listen, target):
-    """half-closed peer that never finishes: the other goes on as long as it likes, at no CPU."""
+    """half-closed peer that never finishes: the other may send as long as it likes, at no CPU."""
     client, server = stage.pair(listen, target)
     say(client, b"hello", "the client")
     client.shutdown(socket.SHUT_WR)
@@ -70,15 +70,15 @@ def test_03_half_closed_peer_that_never_finishes(stage, listen, target):
 
 @each_resetting_side
 @pytest.mark.parametrize("when", ["at once", "once all has arrived"])
-def test_04_rst_right_after_data(stage, listen, target, who, when):
-    """RST right after data: the data is delivered, then the reset; on UNIX, that has none, the end.
+def test_04_rst_right_after_data(stage, listen, target, actor, when):
+    """RST right after data: the data is delivered, then the reset; on UNIX, the end.
 
-    "At once" is at once: nobody has looked at the data when the reset comes.
+    "At once" means that the data has not been read when the reset comes.
     """
     client, server = stage.pair(listen, target)
     say(client, b"hello")
     assert read_exactly(server, 5) == b"hello"
-    sender, receiver = sides(client, server, who)
+    sender, receiver = sides(client, server, actor)
     sender.sendall(SEGMENT[:5000])
     sender.sendall(SEGMENT[5000:10_000])
     if when == "once all has arrived":
@@ -86,14 +86,14 @@ def test_04_rst_right_after_data(stage, listen, target, who, when):
     reset(sender)
     received, end = read_to_end(receiver)
     assert_same(received, SEGMENT[:10_000], "the data")
-    assert end == end_of_reset(listen, target, who), "the reset arrives as a clean end"
+    assert end == end_of_reset(listen, target, actor), "the reset arrives as a clean end"
 
 
 @each_resetting_side
-def test_05_rst_mid_stream(stage, listen, target, who):
-    """RST mid-stream: what arrives is a beginning of the stream, and never looks complete."""
+def test_05_rst_mid_stream(stage, listen, target, actor):
+    """RST mid-stream: what arrives is the beginning of the stream, and never looks complete."""
     client, server = stage.pair(listen, target)
-    sender, receiver = sides(client, server, who)
+    sender, receiver = sides(client, server, actor)
     reading = receive_all(receiver)
 
     def send_and_reset():
@@ -105,15 +105,15 @@ def test_05_rst_mid_stream(stage, listen, target, who):
     in_background(send_and_reset).result()
     received, end = reading.result()
     assert (SEGMENT * 6).startswith(received), "not the bytes that were sent"
-    assert end == end_of_reset(listen, target, who), "the reset arrives as a clean end"
+    assert end == end_of_reset(listen, target, actor), "the reset arrives as a clean end"
 
 
 @each_resetting_side
-def test_06_rst_after_a_clean_eof(stage, listen, target, who):
-    """RST after a clean EOF: the other side, which goes on after the end, learns of it."""
+def test_06_rst_after_a_clean_eof(stage, listen, target, actor):
+    """RST after a clean EOF: the other side, which continues after the end, learns of it."""
     client, server = stage.pair(listen, target)
-    sender, receiver = sides(client, server, who)
-    say(sender, b"request", f"the {who}")
+    sender, receiver = sides(client, server, actor)
+    say(sender, b"request", f"the {actor}")
     sender.shutdown(socket.SHUT_WR)
     hear(receiver, b"request", "the request")
     say(receiver, b"word", "the other side")
@@ -127,14 +127,14 @@ def test_06_rst_after_a_clean_eof(stage, listen, target, who):
 
 @every_pair
 def test_07_write_error_with_unread_input_the_other_way(stage, listen, target):
-    """write error with unread input the other way: a server that rejects early is heard whole.
+    """write error with unread input the other way: the answer of a server that rejects is complete.
 
-    It answers and closes while the request lies unread before it, which resets the connection. The
-    client has more to send, and reads only now.
+    It answers and closes with the request unread, which resets the connection. The client has more
+    to send, and reads only then.
     """
     client, server = stage.pair(listen, target, target_buffer=65536)
     answer = SEGMENT[:3000]
-    send_until_stuck(client, b"r" * 65536, most=8 * MIB, still=0.1)
+    send_until_stuck(client, b"r" * 65536, limit=8 * MIB, still=0.1)
     wait_unread(server, 1)
     server.sendall(answer)
     server.close()
@@ -143,9 +143,9 @@ def test_07_write_error_with_unread_input_the_other_way(stage, listen, target):
 
 @every_pair
 def test_08_close_with_unread_input(stage, listen, target):
-    """close with unread input: what was said before it is delivered, and the other side told.
+    """close with unread input: what was sent before is delivered, and the other side learns of it.
 
-    Between two TCP connections it arrives as the reset that it is.
+    Between two TCP connections it arrives as a reset, which it is.
     """
     client, server = stage.pair(listen, target)
     say(server, b"a greeting that nobody reads")
@@ -163,10 +163,10 @@ def test_08_close_with_unread_input(stage, listen, target):
 @every_pair
 @pytest.mark.parametrize("segment", [100, 65536])
 def test_09a_hup_while_paused(stage, listen, target, segment):
-    """HUP/ERR while paused: remembered at no CPU, and passed on after every byte.
+    """HUP/ERR while paused: remembered at no CPU, and passed on after the last byte.
 
-    The client closes behind a server that does not read; on a UNIX socket that is a hang-up, which
-    the kernel reports for ever.
+    The client closes while the server does not read; on a UNIX socket that is a hang-up, which the
+    kernel keeps reporting.
     """
     client, server = stage.pair(listen, target, listen_buffer=65536, target_buffer=65536)
     size = send_until_stuck(client, SEGMENT[:segment], still=0.1)
@@ -176,13 +176,13 @@ def test_09a_hup_while_paused(stage, listen, target, segment):
 
 
 @each_resetting_side
-def test_09b_err_while_paused(stage, listen, target, who):
-    """HUP/ERR while paused: a reset behind a reader that does not read costs no CPU.
+def test_09b_err_while_paused(stage, listen, target, actor):
+    """HUP/ERR while paused: a reset costs no CPU while the reader does not read.
 
-    The reader has what reached it before, then the reset.
+    The reader gets what had reached it before, then the reset.
     """
     client, server = stage.pair(listen, target, listen_buffer=65536, target_buffer=65536)
-    sender, receiver = sides(client, server, who)
+    sender, receiver = sides(client, server, actor)
     size = send_until_stuck(sender, SEGMENT, still=0.1)
     waiting = unread(receiver)
     reset(sender)
@@ -190,14 +190,14 @@ def test_09b_err_while_paused(stage, listen, target, who):
     received, end = read_to_end(receiver)
     assert stuck_bytes(SEGMENT, size).startswith(received), "not the bytes that were sent"
     assert len(received) >= waiting, f"only {len(received)} bytes; {waiting} were there already"
-    assert end == end_of_reset(listen, target, who), "the reset arrives as a clean end"
+    assert end == end_of_reset(listen, target, actor), "the reset arrives as a clean end"
 
 
 @each_resetting_side
-def test_09c_err_of_the_reader_while_paused(stage, listen, target, who):
+def test_09c_err_of_the_reader_while_paused(stage, listen, target, actor):
     """HUP/ERR while paused: a reader that resets instead of reading is passed on, at no CPU."""
     client, server = stage.pair(listen, target, listen_buffer=65536, target_buffer=65536)
-    reader, sender = sides(client, server, who)
+    reader, sender = sides(client, server, actor)
     send_until_stuck(sender, SEGMENT, still=0.1)
     reset(reader)
     wait_until(lambda: write_error(sender), "the sender learns of it")

@@ -1,4 +1,4 @@
-"""Case 25: the end of the program, and events that come too late."""
+"""Case 25: the end of the program, and events that arrive too late."""
 
 import os
 import signal
@@ -12,13 +12,13 @@ from kit.waiting import wait_until
 MIB = 1 << 20
 SEGMENT = Payload(MIB).bytes()
 CLEAN_EXITS = (0, -signal.SIGTERM, -signal.SIGINT, 128 + signal.SIGTERM)
-"""What a service manager takes for success, in the units of these programs."""
+"""What a service manager takes for success in the units of these programs."""
 
 
 @every_pair
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
 def test_25a_stop_with_live_connections(stage, listen, target, number):
-    """stop with live connections: it ends at once and well, and every peer is told.
+    """stop with live connections: it ends at once and successfully, and every peer sees an end.
 
     One connection is idle, one is stuck in the middle of a stream.
     """
@@ -44,11 +44,10 @@ def test_25a_stop_with_live_connections(stage, listen, target, number):
 
 @every_pair
 def test_25b_event_for_a_closed_fd_that_was_reused(stage, listen, target):
-    """an event for a closed fd that was reused: it touches nobody else.
+    """an event for a closed fd that was reused: it affects no other connection.
 
-    While the program is stopped, both sides of many connections go and as many new clients come:
-    it then finds all of that in one batch of events, and gives the numbers of the old files to the
-    new ones.
+    While the program is stopped, both sides of many connections leave and as many new clients come:
+    it then finds all of this in one batch of events, and new sockets get the numbers of old ones.
     """
     needs_a_program(stage)
     backend = stage.forward(listen, target)
@@ -70,12 +69,12 @@ def test_25b_event_for_a_closed_fd_that_was_reused(stage, listen, target):
         os.kill(stage.proxy.worker, signal.SIGCONT)
         old = serve(backend, clients)
     if stage.proxy.sockets_at_start is not None:
-        most = stage.proxy.sockets_at_start + 2 * len(old)
-        wait_until(lambda: stage.proxy.socket_count() <= most, "the old sockets are closed")
+        expected = stage.proxy.sockets_at_start + 2 * len(old)
+        wait_until(lambda: stage.proxy.socket_count() <= expected, "the old sockets are closed")
 
 
 def serve(backend, clients):
-    """Pairs of clients and servers, after each has spoken of itself."""
+    """Accept the clients; (client, server) of each, once both have identified themselves."""
     for number, client in enumerate(clients):
         client.sendall(b"%03d" % number)
     pairs = []

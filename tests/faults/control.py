@@ -1,4 +1,4 @@
-"""What the walk tells the interposer (interpose.c), and what that has counted."""
+"""What the walk tells the interposer (interpose.c), and what the interposer has counted."""
 
 import ctypes
 import mmap
@@ -8,7 +8,7 @@ import sys
 from typing import NamedTuple
 
 SCOPES = ("relay", "python")
-"""Whose calls: those of the extension, or all others."""
+"""The callers that are told apart: the extension, and everything else."""
 
 NOTHING, FAIL, SHORTEN, ZERO = range(4)
 
@@ -16,7 +16,7 @@ FOR_EVER = 1 << 40
 
 
 class Strike(NamedTuple):
-    """Calls number `start` (from 1) and the next `count - 1` of a kind of call are to fail."""
+    """Calls number `start` (from 1) to `start + count - 1` of a kind of call are to fail."""
 
     scope: str
     point: str | None
@@ -30,7 +30,7 @@ NO_STRIKE = Strike("relay", None, NOTHING, 0, 1, 0)
 
 
 class _Struct(ctypes.Structure):
-    """`struct control`, but for what comes after the counts."""
+    """The fields of `struct control` before `calls`."""
 
     _fields_ = [
         ("begun", ctypes.c_int32),
@@ -66,7 +66,7 @@ class Control:
         self.points = [
             self._library.faults_name(n).decode() for n in range(self._library.faults_points())
         ]
-        """The kinds of calls, by their number."""
+        """The kinds of calls, in the order of their numbers."""
         self.struct = _Struct.from_buffer(self._memory)
         self._calls = (ctypes.c_int64 * (len(SCOPES) * len(self.points))).from_buffer(
             self._memory, ctypes.sizeof(_Struct)
@@ -75,7 +75,7 @@ class Control:
         self.pause = self._library.faults_pause
 
     def reset(self, strike=NO_STRIKE, begun=False):
-        """Count from 0 again, and strike there."""
+        """Count from 0 again, and make the calls of `strike` fail."""
         self.lift()
         self.struct.begun = begun
         self.struct.hits = self.struct.clock_ms = 0
@@ -90,11 +90,11 @@ class Control:
             self.struct.point = self.points.index(strike.point)
 
     def lift(self):
-        """Strike no more."""
+        """Let no further call fail."""
         self.struct.point = -1
 
     def calls(self):
-        """{(scope, point): how many so far}, without those of which there were none."""
+        """{(scope, point): the number of calls so far}, for kinds that have been called."""
         return {
             (scope, point): self._calls[i * len(self.points) + j]
             for i, scope in enumerate(SCOPES)
@@ -103,11 +103,11 @@ class Control:
         }
 
     def hit_ports(self):
-        """(own, peer's) TCP port of the socket that was struck last; 0 where it has none."""
+        """(own, peer's) TCP port of the socket of the last call that failed; 0 if it has none."""
         return tuple(self._port(self._names_at + i * 128) for i in range(2))
 
     def hit_family(self):
-        """The family of the socket that was struck last; 0 where it was none."""
+        """The family of the socket of the last call that failed; 0 if it was not a socket."""
         return int.from_bytes(self._memory[self._names_at : self._names_at + 2], sys.byteorder)
 
     def _port(self, at):

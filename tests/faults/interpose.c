@@ -1,15 +1,15 @@
 /* Counts calls of the C library, and makes chosen ones fail or come up short.
  *
- * Preloaded into the program by the walk of this folder. What it is to do stands in a file that both
- * map (FAULTS_FILE): so the walk can change its mind while the program runs, and read the counts.
+ * Preloaded into the program by the walk of this folder. Its orders are in a file that both processes
+ * map (FAULTS_FILE), so that the walk can change them while the program runs, and read the counts.
  *
- * A failure must be one that the kernel could have answered, with all that follows from it:
- *   EAGAIN, short      epoll is made to announce the fd again, as it would once there is more
+ * A failure must be one that the kernel could have returned, with all its consequences:
+ *   EAGAIN, short      epoll is made to report the fd again, as it would once there is more
  *   ECONNRESET, EPIPE, ETIMEDOUT on a connected socket: it is really ended, for the peer as well
  *   close              closes all the same
- *   F_SETPIPE_SZ short the pipe really has one page, as past pipe-user-pages-soft
- *   connect EINTR      goes on in the background
- * Calls are told apart by who makes them: the extension, or anybody else (Python, that is).
+ *   F_SETPIPE_SZ short the pipe really has one page, as beyond pipe-user-pages-soft
+ *   connect EINTR      continues in the background
+ * Calls of the extension are counted separately from those of everything else, mostly Python.
  */
 #define _GNU_SOURCE
 #undef _FORTIFY_SOURCE
@@ -38,7 +38,7 @@
 #include <time.h>
 #include <unistd.h>
 
-/* One C function may stand for several here, where it matters which of its jobs fails. */
+/* A C function has several points if it matters which of its uses fails. */
 #define POINTS(X) \
     X(accept4) X(bind) X(calloc) X(close) X(connect) X(epoll_create1) X(epoll_ctl_add) \
     X(epoll_ctl_mod) X(epoll_ctl_del) X(epoll_wait) X(eventfd) X(eventfd_read) X(eventfd_write) \
@@ -58,26 +58,26 @@ enum { RELAY, PYTHON, SCOPES };
 enum { NOTHING, FAIL, SHORTEN, ZERO };
 
 struct control {
-    int32_t begun;            /* nothing is counted before */
+    int32_t begun;            /* calls are counted */
     int32_t point;            /* P_*, or -1 */
     int32_t scope;
     int32_t action;
     int32_t error;            /* errno; for getaddrinfo an EAI_ */
-    int32_t hit_fd;           /* of the last call that was struck; -1: it had none */
-    int32_t pid;              /* whom the extension takes itself for; 0: the truth */
-    int32_t nap_ms;           /* the extension sleeps no longer at a time; 0: as it likes */
-    int64_t from;             /* the number of the first call to strike, from 1 */
-    int64_t count;            /* how many in a row */
-    int64_t hits;             /* struck so far */
-    int64_t clock_ms;         /* the extension's clock is ahead by so much */
-    int64_t live;             /* blocks of memory that the extension has */
+    int32_t hit_fd;           /* of the last call that failed; -1: it had none */
+    int32_t pid;              /* what getpid() tells the extension; 0: the truth */
+    int32_t nap_ms;           /* the longest sleep of the extension; 0: no limit */
+    int64_t from;             /* the number of the first call to fail, from 1 */
+    int64_t count;            /* of calls to fail, in a row */
+    int64_t hits;             /* calls that failed so far */
+    int64_t clock_ms;         /* how far the extension's clock is put forward */
+    int64_t live;             /* blocks of memory allocated by the extension */
     int64_t calls[SCOPES][POINT_COUNT];
-    struct sockaddr_storage own, peer; /* names of hit_fd, family 0 where there is none */
+    struct sockaddr_storage own, peer; /* names of hit_fd; family 0: none */
 };
 
 static struct control *control;
 static uintptr_t relay_start, relay_end;
-static __thread int paused;     /* the walk's own calls, where it lives in the same process */
+static __thread int paused;     /* these calls are the walk's, which runs in the same process */
 
 #define FDS 4096
 static struct {
@@ -85,21 +85,21 @@ static struct {
     struct epoll_event event;
 } watched[FDS];
 
-/* ── the face that the walk uses ─────────────────────────────────────────────────────────────── */
+/* ── called by the walk ──────────────────────────────────────────────────────────────────────── */
 
 size_t faults_size(void) { return sizeof(struct control); }
 int faults_points(void) { return POINT_COUNT; }
 const char *faults_name(int point) { return names[point]; }
 void faults_pause(int on) { paused = on; }
 
-/* ── the real ones ───────────────────────────────────────────────────────────────────────────── */
+/* ── the real functions ──────────────────────────────────────────────────────────────────────── */
 
 void *__libc_malloc(size_t);
 void *__libc_calloc(size_t, size_t);
 void *__libc_realloc(void *, size_t);
 void __libc_free(void *);
 
-/* In an instrumented program (ci/parts/sanitize.sh) AddressSanitizer's come next. */
+/* In an instrumented program (ci/parts/sanitize.sh) those of AddressSanitizer come next. */
 __attribute__((weak)) void *__interceptor_malloc(size_t);
 __attribute__((weak)) void *__interceptor_calloc(size_t, size_t);
 __attribute__((weak)) void *__interceptor_realloc(void *, size_t);
@@ -150,11 +150,11 @@ __attribute__((constructor)) static void map_control(void) {
         control = memory;
 }
 
-/* ── whether a call is struck ────────────────────────────────────────────────────────────────── */
+/* ── whether a call fails ────────────────────────────────────────────────────────────────────── */
 
 static int from_relay(uintptr_t caller) { return caller >= relay_start && caller < relay_end; }
 
-static void note_hit(int fd) {
+static void record_hit(int fd) {
     socklen_t size = sizeof(control->own);
     control->hit_fd = fd;
     control->own.ss_family = control->peer.ss_family = 0;
@@ -167,7 +167,7 @@ static void note_hit(int fd) {
         control->peer.ss_family = 0;
 }
 
-/* What is to be done to this call; errno is set for FAIL. */
+/* What to do with this call; sets errno for FAIL. */
 static int strike(int point, uintptr_t caller, int fd) {
     struct control *c = control;
     int scope = from_relay(caller) ? RELAY : PYTHON;
@@ -177,13 +177,13 @@ static int strike(int point, uintptr_t caller, int fd) {
     number = __atomic_add_fetch(&c->calls[scope][point], 1, __ATOMIC_SEQ_CST);
     if (c->point != point || c->scope != scope || number < c->from || number - c->from >= c->count)
         return NOTHING;
-    note_hit(fd);
+    record_hit(fd);
     __atomic_add_fetch(&c->hits, 1, __ATOMIC_SEQ_CST);
     errno = c->error;
     return c->action;
 }
 
-/* Have epoll tell once more what it can say of fd. */
+/* Have epoll report the present events of fd once more. */
 static void announce(int fd) {
     int error = errno;
     if (fd >= 0 && fd < FDS && watched[fd].epoll > 0)
@@ -191,7 +191,7 @@ static void announce(int fd) {
     errno = error;
 }
 
-/* End a connected socket as its peer's or the network's failure would have. */
+/* End a connected socket as if its peer or the network had failed. */
 static void end_socket(int fd) {
     struct sockaddr nowhere = {.sa_family = AF_UNSPEC};
     struct sockaddr_storage own;
@@ -206,7 +206,7 @@ static void end_socket(int fd) {
     errno = error;
 }
 
-/* What follows from a call on a connected socket that fails. */
+/* The consequences of a failed call on a connected socket. */
 static void follow_up(int fd) {
     if (errno == EAGAIN)
         announce(fd);
@@ -214,10 +214,10 @@ static void follow_up(int fd) {
         end_socket(fd);
 }
 
-/* ── memory: only the extension's, Python would die by its own rules ─────────────────────────── */
+/* ── memory: only the extension's; the interpreter does not survive a failure ────────────────── */
 
-/* AddressSanitizer keeps an account of its own, and without pymalloc, as it needs Python, blocks of
-   Python's would be taken for the extension's: PyMem_Free() jumps to free(). */
+/* AddressSanitizer keeps count itself. It also needs a Python without pymalloc, whose PyMem_Free()
+   jumps to free(): blocks of Python would be taken for those of the extension. */
 static void count_block(int64_t by) {
     if (!__interceptor_malloc)
         __atomic_add_fetch(&control->live, by, __ATOMIC_SEQ_CST);
@@ -269,15 +269,15 @@ int clock_gettime(clockid_t clock, struct timespec *now) {
     return result;
 }
 
-/* Where the clients live in the same process, they would all be taken for a loop. */
+/* Clients in the same process would all be taken for connections of the program to itself. */
 pid_t getpid(void) {
     if (control != NULL && control->pid != 0 && from_relay(CALLER))
         return control->pid;
     return REAL(getpid)();
 }
 
-/* The program begins to be ours where its script gives SIGINT back its default. Before that it is
- * the interpreter that starts, by its own rules. */
+/* The program's own code begins where its script restores the default action of SIGINT. Before that,
+ * the interpreter starts. */
 int sigaction(int number, const struct sigaction *action, struct sigaction *old) {
     if (control != NULL && number == SIGINT && action != NULL && action->sa_handler == SIG_DFL
             && strstr(program_invocation_short_name, "python") != NULL)
@@ -285,7 +285,7 @@ int sigaction(int number, const struct sigaction *action, struct sigaction *old)
     return REAL(sigaction)(number, action, old);
 }
 
-/* ── calls that fail, and nothing else ───────────────────────────────────────────────────────── */
+/* ── calls whose failure has no consequences ─────────────────────────────────────────────────── */
 
 #define PLAIN(name, point, fd, type, params, args) \
     type name params { \
@@ -332,7 +332,7 @@ DIR *opendir(const char *path) {
     return REAL(opendir)(path);
 }
 
-/* These return the error. */
+/* These return the error instead of setting errno. */
 
 int pthread_sigmask(int how, const sigset_t *mask, sigset_t *old) {
     if (strike(P_pthread_sigmask, CALLER, -1))
@@ -356,7 +356,7 @@ int getaddrinfo(const char *host, const char *service, const struct addrinfo *hi
     return REAL(getaddrinfo)(host, service, hints, found_ones);
 }
 
-/* These have more arguments than they name. */
+/* These have a variable number of arguments. */
 
 static int do_fcntl(int fd, int command, void *argument, uintptr_t caller) {
     switch (strike(command == F_SETPIPE_SZ ? P_fcntl_setpipe : P_fcntl, caller, fd)) {
@@ -456,13 +456,13 @@ int epoll_ctl(int epoll, int operation, int fd, struct epoll_event *event) {
     return result;
 }
 
-int epoll_wait(int epoll, struct epoll_event *events, int most, int timeout) {
-    /* A thread that sleeps would not see that its clock was put forward. */
+int epoll_wait(int epoll, struct epoll_event *events, int max_events, int timeout) {
+    /* A sleeping thread would not notice that the clock was put forward. */
     if (control != NULL && control->nap_ms > 0 && (timeout < 0 || timeout > control->nap_ms)
             && from_relay(CALLER))
         timeout = control->nap_ms;
     switch (strike(P_epoll_wait, CALLER, -1)) {
-    case NOTHING: return REAL(epoll_wait)(epoll, events, most, timeout);
+    case NOTHING: return REAL(epoll_wait)(epoll, events, max_events, timeout);
     case SHORTEN: return REAL(epoll_wait)(epoll, events, 1, timeout);
     default: return -1;
     }
@@ -486,7 +486,7 @@ ssize_t write(int fd, const void *buffer, size_t size) {
     }
 }
 
-/* Half of what was asked for would often be all that is there: one byte never is, if there are two. */
+/* Short means one byte: half of what was asked for is often all that there is. */
 
 ssize_t recv(int fd, void *buffer, size_t size, int flags) {
     ssize_t got;

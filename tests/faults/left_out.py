@@ -1,4 +1,4 @@
-"""Which system calls of the program, as strace sees them, are made to fail, and which are not."""
+"""Which system calls of the program, as seen by strace, are made to fail, and which are not."""
 
 import os
 import re
@@ -17,16 +17,16 @@ from kit.waiting import wait_until
 CALL = re.compile(r"\d+ +(\w+)\(")
 
 FIRST_LINE = "rt_sigaction(SIGINT, {sa_handler=SIG_DFL"
-"""What the program begins with; the interpreter's start comes before."""
+"""The first call of the program itself; the interpreter has started before it."""
 
 BYTES = 4 << 20
-"""Enough to be spliced."""
+"""Enough for the stream to be spliced."""
 
 
 def main(executable):
-    """1 if there is a system call that the tables do not know."""
+    """Compare the system calls of a run with the tables; 1 if any is not in them."""
     with tempfile.NamedTemporaryFile(prefix="faults-") as trace:
-        live(executable, trace.name)
+        run_traced(executable, trace.name)
         lines = Path(trace.name).read_text(errors="replace").splitlines()
     begin = next(n for n, line in enumerate(lines) if FIRST_LINE in line)
     seen = Counter(found[1] for line in lines[begin + 1 :] if (found := CALL.match(line)))
@@ -35,24 +35,24 @@ def main(executable):
     return 1 if unknown else 0
 
 
-def live(executable, trace):
-    """One life under strace: short and long connections, two threads, a name, SIGUSR1, SIGTERM."""
+def run_traced(executable, trace):
+    """Run it under strace: short and long connections, two threads, a name, SIGUSR1, SIGTERM."""
     stage = Stage(executable, "ours")
     try:
         target = stage.echo().replace("127.0.0.1", "localhost")
-        door = stage.path("door")
+        path = stage.path("socket")
         proxy = stage.launch(
             "--threads=2",
             "--hand-over=always",
             "--proxy-protocol=v1",
-            f"--listen={door}",
+            f"--listen={path}",
             target,
             prefix=["strace", "-f", "-qq", "-o", trace],
             wait=False,
         )
         wait_until(lambda: "READY=1" in proxy.notify.lines(), "READY=1")
         for size in (100, BYTES):
-            talk(stage.connect_to(door, socket.AF_UNIX), size)
+            talk(stage.connect_to(path, socket.AF_UNIX), size)
         tracee = Path(f"/proc/{proxy.pid}/task/{proxy.pid}/children").read_text().split()[0]
         os.kill(int(tracee), signal.SIGUSR1)
         proxy.wait_for_log("accepted")
@@ -63,7 +63,7 @@ def live(executable, trace):
 
 
 def talk(client, size):
-    """Send so many bytes, and read all of them back."""
+    """Send `size` bytes, and read all of them back."""
     heard = in_background(lambda: read_to_end(client))
     for block in Payload(size).blocks():
         client.sendall(block)
@@ -72,7 +72,7 @@ def talk(client, size):
 
 
 def show(call, count):
-    """Say what is done about a system call; False if nothing is known of it."""
+    """Print what is done about a system call; False if it is not in the tables."""
     if call in SYSTEM_CALLS:
         kinds = SYSTEM_CALLS[call].split()
         assert all(any(kind in rows for rows in FAILURES.values()) for kind in kinds), call

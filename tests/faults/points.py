@@ -1,4 +1,4 @@
-"""Points of the walk: which call of a scenario fails, and how; and their names on paper."""
+"""Points of the walk: which call of a scenario fails, and how; and how they are written."""
 
 import re
 from typing import NamedTuple
@@ -8,7 +8,7 @@ from faults.table import AT_START, FAILURES, strike_of
 
 
 class Point(NamedTuple):
-    """A Strike in a scenario, by names."""
+    """A scenario and its Strike, by names."""
 
     scenario: str
     scope: str
@@ -29,7 +29,7 @@ def text(point):
 
 
 def parse(scenario, call):
-    """The opposite. Raises ValueError."""
+    """The Point that text() has written so. Raises ValueError."""
     found = NOTATION.fullmatch(call)
     if found is None:
         raise ValueError(f"not SCOPE.CALL=FAILURE@START[xCOUNT|-]: {call}")
@@ -44,24 +44,24 @@ def strike(point):
     return Strike(point.scope, point.call, action, error, point.start, point.count)
 
 
-def sampled(count, most):
-    """Numbers from 1 to `count`, all of them or `most`: the first ones, the last, and a stride."""
-    if count <= most:
+def sampled(count, limit):
+    """All numbers from 1 to `count`, or `limit` of them: the first, the last, and some between."""
+    if count <= limit:
         return range(1, count + 1)
-    first, last = most // 2, max(most // 8, 1)
-    between = most - first - last
+    first, last = limit // 2, max(limit // 8, 1)
+    between = limit - first - last
     stride = (count - last - first) / max(between, 1)
     chosen = {*range(1, first + 1), *range(count - last + 1, count + 1)}
     return sorted(chosen | {first + 1 + int(i * stride) for i in range(between)})
 
 
-def points_of(scenario, calls, most):
-    """All points of a scenario that makes `calls`, {(scope, call): how many}."""
+def points_of(scenario, calls, limit):
+    """All points of a scenario; `calls` is {(scope, call): the number of these calls}."""
     for (scope, call), count in sorted(calls.items()):
         if (scope, call) == AT_START and not scenario.startswith("start-"):
             continue
         for failure, counts in FAILURES[scope].get(call, {}).items():
             for in_a_row in counts:
-                numbers = sampled(count, most if in_a_row == 1 else max(most // 2, 1))
+                numbers = sampled(count, limit if in_a_row == 1 else max(limit // 2, 1))
                 for number in numbers:
                     yield Point(scenario, scope, call, failure, number, in_a_row)

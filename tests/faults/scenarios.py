@@ -1,6 +1,6 @@
-"""The lives of the program through which the walk goes.
+"""The scenarios of the walk.
 
-A scenario is a generator: what it does, and a `yield` wherever the program is to have a turn.
+The script of a scenario is a generator that yields whenever the program is to have a turn.
 """
 
 import os
@@ -10,7 +10,7 @@ import socket
 from faults.world import CUT, REFUSED, half_close, reset_client, reset_far
 
 BULK = 1536 * 1024
-"""Bytes: more than the sockets and a pipe hold."""
+"""More bytes than the sockets and a pipe hold."""
 
 SO_RCVBUFFORCE = 33
 """As SO_RCVBUF, beyond net.core.rmem_max; socket(7)."""
@@ -19,7 +19,7 @@ SCENARIOS = {}
 
 
 class Scenario:
-    """One life: how the program is started, and what happens to it."""
+    """How the program is started, and what happens to it."""
 
     def __init__(self, script, *, client="tcp4", target="tcp4", options=(), **more):
         self.name = script.__name__.replace("_", "-") + more.pop("suffix", "")
@@ -29,7 +29,7 @@ class Scenario:
         self.target = target
         self.options = list(options)
         self.copies = more.pop("copies", False)
-        """The relay may not splice."""
+        """The relay copies: splice is not allowed."""
         self.listens = more.pop("listens", True)
         """The backend listens from the start."""
         self.early = more.pop("early", False)
@@ -41,7 +41,7 @@ class Scenario:
         self.by_name = more.pop("by_name", False)
         """The target is a name."""
         self.has_threads = self.by_name or any("--threads" in option for option in options)
-        """Not all that the program does happens in its turns."""
+        """Threads of the program work outside its turns."""
         self.opens = more.pop("opens", False)
         """The program opens its listener itself (--listen=)."""
         self.environment = more.pop("environment", {})
@@ -51,8 +51,8 @@ class Scenario:
 
 
 def scenario(**options):
-    """Enter a script as a scenario, or as several where `pairs` names families; the first
-    `quick_pairs` of them are part of the quick walk."""
+    """Register a script as a scenario, or as one for each of `pairs`, which are families; the
+    first `quick_pairs` of these are part of the quick walk."""
     pairs = options.pop("pairs", None)
     quick = options.pop("quick", True)
     quick_pairs = options.pop("quick_pairs", 1)
@@ -74,13 +74,13 @@ ALL_KINDS = [("tcp4", "tcp4"), ("tcp4", "unix"), ("unix", "tcp4"), ("unix", "uni
 
 @scenario(pairs=[("tcp4", "tcp4"), ("unix", "unix"), ("tcp6", "unix")], quick_pairs=2, early=True)
 def short(world):
-    """A short exchange, the client being there before the program."""
+    """A short exchange; the client is there before the program starts."""
     yield from world.exchange()
 
 
 @scenario(pairs=[("tcp4", "tcp4"), ("unix", "tcp4")])
 def reply(world):
-    """The client half-closes, and only then is answered."""
+    """The client half-closes, and is answered only then."""
     yield from world.exchange(up=100_000, down=100_000, answers_at_end=True)
 
 
@@ -100,7 +100,7 @@ def copied(world):
 
 
 def until_stuck(world, conn):
-    """Until the backend knows the client, reads nothing more, and all is full."""
+    """Run until the backend has recognised the client and stopped reading, and all is full."""
     world.backend_reads = False
     yield from world.until(lambda: conn.far is not None or conn.hearing.end or conn.sending.error)
     yield from world.until_still()
@@ -118,7 +118,7 @@ def stuck_target(world):
 @scenario(client="tcp4", target="tcp4", quick=False)
 def full_pipe(world):
     """As stuck_target, with more in the pipe than one read takes out."""
-    world.door.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 2 * BULK)
+    world.listen_socket.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 2 * BULK)
     yield from stuck_target(world)
 
 
@@ -147,7 +147,7 @@ def target_reset(world):
 
 @scenario()
 def several(world):
-    """Connections one beside the other, short ones and streams."""
+    """Simultaneous connections, short ones and streams."""
     for size in (300, 200_000, 300, 50_000):
         world.connect(size, size)
     yield from world.turns(3)
@@ -181,7 +181,7 @@ def hold(world):
 
 @scenario(listens=False, options=["--connect-timeout=1s"], quick=False)
 def given_up(world):
-    """The backend never listens: the client is given up."""
+    """The backend never listens: the client is refused."""
     yield from world.exchange(expect=REFUSED)
     world.backend.listen(64)
 
@@ -206,7 +206,7 @@ def limit(world):
 
 @scenario(options=["--drain-timeout=60s"], ends=True)
 def drain(world):
-    """SIGTERM in the middle of a stream, which may finish."""
+    """SIGTERM in the middle of a stream, which is allowed to finish."""
     conn = world.connect(BULK, BULK)
     conn.reads = False
     yield from world.until_still()
@@ -239,20 +239,20 @@ def idle(world):
 
 @scenario(pairs=[("tcp4", "tcp4"), ("unix", "unix")], accepted=True, early=True, ends=True)
 def passed_in(world):
-    """A connection that was accepted by the service manager (Accept=yes)."""
+    """A connection accepted by the service manager (Accept=yes)."""
     world.connect(300, 500)
     yield from world.until_all_over()
 
 
 @scenario(options=["--exit-idle-time=0"], early=True, ends=True)
 def exit_idle(world):
-    """The program ends as soon as nobody is there."""
+    """The program ends as soon as there is no connection."""
     yield from world.exchange()
 
 
 @scenario(environment={"SYSTEMD_LOG_LEVEL": "debug"})
 def logged(world):
-    """Every connection is logged, and the counters with SIGUSR1."""
+    """Every connection is logged, and the counters on SIGUSR1."""
     yield from world.exchange()
     os.kill(os.getpid(), signal.SIGUSR1)
     yield from world.exchange()
@@ -266,13 +266,13 @@ def opened(world):
 
 @scenario(options=["--threads=3", "--hand-over=always"])
 def threads(world):
-    """As several, in three relay threads."""
+    """As several, with three relay threads."""
     yield from several(world)
 
 
 @scenario(options=["--threads=2", "--hand-over=always"], listens=False, early=True, quick=False)
 def threads_hold(world):
-    """Clients that are held, with two relay threads."""
+    """As hold, with two relay threads."""
     yield from hold(world)
 
 
@@ -281,7 +281,7 @@ def threads_hold(world):
     ends=True,
 )
 def threads_drain(world):
-    """SIGTERM in the middle of two streams in two threads, which may finish."""
+    """SIGTERM in the middle of two streams in two threads, which are allowed to finish."""
     conns = [world.connect(BULK, BULK) for _ in range(2)]
     for conn in conns:
         conn.reads = False

@@ -1,6 +1,6 @@
-"""Which failure of which call is tried: those that the manual page of the call has, or the kernel.
+"""Which failures of which calls are tried: those in the call's manual page or in the kernel.
 
-A call of the extension that is not here is named in LEFT_OUT, with the reason.
+Calls of the extension that are not tried are in LEFT_OUT, with the reason.
 """
 
 import errno
@@ -10,7 +10,8 @@ from faults.control import FAIL, FOR_EVER, SHORTEN, ZERO
 
 
 def _row(text):
-    """{failure: how many calls in a row}: once, with +3 three times too, with +all for good too."""
+    """{failure: lengths of series}: one call; with +3 three in a row too; with +all every later one
+    too."""
     row = {}
     for word in text.split():
         name, _, more = word.partition("+")
@@ -19,7 +20,7 @@ def _row(text):
 
 
 def strike_of(failure):
-    """(action, number) of a failure by its name: an errno, an EAI_, `short`, or `0` for 0 bytes."""
+    """(action, error) of a failure: an errno or EAI_ error by name, `short`, or `0` bytes."""
     if failure == "short":
         return SHORTEN, 0
     if failure == "0":
@@ -101,10 +102,10 @@ FAILURES = {
     "relay": {point: _row(text) for point, text in RELAY.items()},
     "python": {point: _row(text) for point, text in PYTHON.items()},
 }
-"""{whose call: {point: {failure: how many in a row}}}"""
+"""{scope: {point: {failure: lengths of series}}}"""
 
 AT_START = ("python", "close")
-"""Of files alone, which are read at start: the close of a socket cannot fail."""
+"""This concerns files, which are read at the start: the close of a socket cannot fail."""
 
 LEFT_OUT = {
     "clock_gettime": "cannot fail with a clock that exists (and is no system call: vDSO)",
@@ -115,7 +116,7 @@ LEFT_OUT = {
     "setitimer": "fails only for a bad argument",
     "sigaction": "fails only for a bad argument",
     "pthread_sigmask": "fails only for a bad argument",
-    "eventfd_read": "of a bell that is rung; a counter that is not 0 is always there to be read",
+    "eventfd_read": "only after an event: a counter that is not 0 can always be read",
     "eventfd_write": "the counter is far from full",
     "pthread_join": "fails only for a bad argument",
     "pthread_mutex_lock": "of a plain mutex that exists cannot fail",
@@ -190,4 +191,4 @@ SYSTEM_CALLS_LEFT_OUT = {
     "sendmmsg": "getaddrinfo's own, which is made to fail as a whole",
     "uname": "cannot fail",
 }
-"""Those that are not, and why."""
+"""System calls that are not made to fail, and why."""

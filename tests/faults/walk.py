@@ -26,18 +26,18 @@ import time
 from collections import Counter
 
 from faults import left_out, points
-from faults.birth import KINDS, QUICK, Births
-from faults.life import ONE_WAS_HIT, REFUSED_TO_START, SERVED_ON
+from faults.program_run import ONE_WAS_HIT, REFUSED_TO_START, SERVED_ON
 from faults.scenarios import SCENARIOS
+from faults.startup import KINDS, QUICK, StartupRuns
 from faults.table import LEFT_OUT
 from faults.workers import Worker, for_each
 
-MOST, MOST_QUICK = 40, 3
-"""Of the calls of one kind in one scenario, so many are made to fail in each way."""
+POINTS_MAX, POINTS_MAX_QUICK = 40, 3
+"""The number of calls of one kind in one scenario that are made to fail in each way."""
 
 
 class Summary:
-    """What has come of all points so far."""
+    """The results of all points so far."""
 
     def __init__(self):
         self.rows = {}
@@ -69,28 +69,28 @@ class Summary:
 
 
 class Both:
-    """A worker for lives in a process that stays, and one that starts the program each time."""
+    """A worker whose runs share a process, and one that starts the program for each run."""
 
     def __init__(self, options):
-        self._lives = Worker(options.library)
-        self._births = Births(options.library, options.executable)
+        self._runs = Worker(options.library)
+        self._startups = StartupRuns(options.library, options.executable)
 
     def record(self, name):
         return self._for(name).record(name)
 
-    def live(self, point):
-        return self._for(point.scenario).live(point)
+    def run(self, point):
+        return self._for(point.scenario).run(point)
 
     def _for(self, name):
-        return self._births if name in KINDS else self._lives
+        return self._startups if name in KINDS else self._runs
 
     def end(self):
-        self._lives.end()
-        self._births.end()
+        self._runs.end()
+        self._startups.end()
 
 
 def show_fault(point, outcome):
-    """What is wrong, and the command that shows it again."""
+    """Print what is wrong, and the command that repeats it."""
     print(f"FAULT {points.text(point)}")
     for fault in outcome.faults:
         print(f"      {fault}")
@@ -141,9 +141,9 @@ def parse_arguments():
 
 
 def replay(worker, what):
-    """Live one point again; 1 if there is a fault."""
+    """Run one point again; 1 if there is a fault."""
     point = points.parse(*what.split(maxsplit=1))
-    outcome = worker.live(point)
+    outcome = worker.run(point)
     print(f"{points.text(point)}: {outcome.kind}, {outcome.hits} calls failed")
     for line in outcome.log.splitlines():
         print(f"  stderr: {line}")
@@ -153,7 +153,7 @@ def replay(worker, what):
 
 
 def walk(workers, options):
-    """Record how many calls each scenario makes, then let each of them fail; 1 for faults."""
+    """Count the calls of each scenario, then let each of them fail; 1 if there are faults."""
     start = time.monotonic()
     chosen = options.scenarios or [
         *(one.name for one in SCENARIOS.values() if one.quick or not options.quick),
@@ -161,17 +161,17 @@ def walk(workers, options):
     ]
     summary = Summary()
     todo, left_out, broken = [], set(), 0
-    most = MOST_QUICK if options.quick else MOST
+    limit = POINTS_MAX_QUICK if options.quick else POINTS_MAX
     for name, outcome in for_each(chosen, workers, lambda worker, name: worker.record(name)):
         for fault in outcome.faults:
             print(f"FAULT {name}, with no failure at all: {fault}", flush=True)
             broken = 1
-        todo += points.points_of(name, outcome.calls, most)
+        todo += points.points_of(name, outcome.calls, limit)
         left_out |= {call for scope, call in outcome.calls if scope == "relay"} & set(LEFT_OUT)
     todo = [p for p in todo if f"{p.scope}.{p.call}={p.failure}".startswith(options.only)]
     todo.sort()
     print(f"{len(chosen)} scenarios, {len(todo)} points, {len(workers)} at a time", flush=True)
-    for point, outcome in for_each(todo, workers, lambda worker, point: worker.live(point)):
+    for point, outcome in for_each(todo, workers, lambda worker, point: worker.run(point)):
         summary.add(point, outcome)
     summary.show()
     for call in sorted(left_out):

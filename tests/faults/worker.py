@@ -1,6 +1,7 @@
-"""Runs lives of the program in this process, under the interposer: a job and an outcome a line.
+"""Runs the program in this process, again and again, for jobs on stdin.
 
-Started by the walk with the interposer preloaded. A job is {"scenario": …, "strike": …} on stdin.
+Started by the walk with the interposer preloaded. A job is {"scenario": …, "strike": …}; its
+outcome is written to stdout. Each of them is one line of JSON.
 """
 
 import gc
@@ -13,15 +14,14 @@ import traceback
 from pathlib import Path
 
 PASSED_ON = 3
-"""The fd at which a service manager puts a socket; kept free of anything else."""
-
+"""The fd at which a service manager passes a socket; nothing else may use it."""
 
 SMALL_BUFFERS = "4096 65536 131072"
-"""net.ipv4.tcp_rmem and tcp_wmem: with 4 MiB a stream would have to be long to get stuck."""
+"""net.ipv4.tcp_rmem and tcp_wmem. With the usual 4 MiB, only a long stream would get stuck."""
 
 
 def own_network():
-    """A network namespace with nothing in it but loopback, and small buffers for TCP."""
+    """Enter a network namespace with nothing but loopback and with small TCP buffers."""
     from kit.namespaces import enter_own_network
 
     enter_own_network()
@@ -36,24 +36,24 @@ def main():
     results = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(placeholder, 1)
     jobs = os.fdopen(os.dup(0))
-    told = os.fdopen(os.dup(2), "w")
+    real_stderr = os.fdopen(os.dup(2), "w")
     log = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - it lives as long as the process
     os.dup2(log.fileno(), 2)
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1))
 
     from faults.control import NO_STRIKE, Control, Strike
-    from faults.life import Life
+    from faults.program_run import ProgramRun
     from faults.scenarios import SCENARIOS
 
     control = Control(os.environ["FAULTS_LIBRARY"], os.environ["FAULTS_FILE"])
     gc.collect()
     gc.freeze()
-    sys.excepthook = lambda *error: traceback.print_exception(*error, file=told)
+    sys.excepthook = lambda *error: traceback.print_exception(*error, file=real_stderr)
     for line in jobs:
         os.dup2(1, PASSED_ON)
         job = json.loads(line)
         strike = Strike(*job["strike"]) if job["strike"] else NO_STRIKE
-        outcome = Life(SCENARIOS[job["scenario"]], control, log).run(strike)
+        outcome = ProgramRun(SCENARIOS[job["scenario"]], control, log).run(strike)
         answer = outcome._asdict()
         answer["calls"] = [[*key, count] for key, count in outcome.calls.items()]
         results.write(json.dumps(answer) + "\n")

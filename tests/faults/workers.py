@@ -1,4 +1,4 @@
-"""Processes that live lives: one may crash or hang, and the walk goes on with another."""
+"""Processes in which the program runs: if one crashes or hangs, the walk starts another."""
 
 import contextlib
 import json
@@ -12,19 +12,19 @@ import threading
 from pathlib import Path
 
 from faults import points
-from faults.life import Outcome
+from faults.program_run import Outcome
 
 TESTS = Path(__file__).resolve().parent.parent
 
 LONGEST_S = 60.0
-"""An answer that takes longer does not come: the extension itself is caught in a loop."""
+"""The longest wait for an answer; after that, the extension itself is in an endless loop."""
 
 LAST_S = 20.0
-"""What a process may still do at its end: an instrumented one writes down what it has seen."""
+"""The time that a process may take to end: an instrumented one writes its report then."""
 
 
 class Worker:
-    """One process under the interposer, started when it is needed, and again after a crash."""
+    """One process under the interposer, started on demand, and again after a crash."""
 
     def __init__(self, library):
         self._library = library
@@ -34,11 +34,11 @@ class Worker:
         self._is_busy = False
 
     def record(self, scenario):
-        """Let a scenario live undisturbed; its Outcome."""
+        """Run a scenario without a failure; its Outcome."""
         return self._do({"scenario": scenario, "strike": None})
 
-    def live(self, point):
-        """Let a scenario live with a failure in it; its Outcome."""
+    def run(self, point):
+        """Run a scenario with a failure in it; its Outcome."""
         return self._do({"scenario": point.scenario, "strike": points.strike(point)})
 
     def _do(self, job):
@@ -66,7 +66,7 @@ class Worker:
         return b""
 
     def _epitaph(self):
-        """How the process ended, or that it did not."""
+        """How the process ended, or that it hangs."""
         try:
             status = self._process.wait(1.0)
         except subprocess.TimeoutExpired:
@@ -94,7 +94,7 @@ class Worker:
         )
 
     def end(self):
-        """Be gone, in the middle of a life if need be. Nothing is done afterwards."""
+        """End the process, in the middle of a run if need be. No further job is done."""
         self._ended = True
         if self._process is not None and not self._is_busy:
             self._process.stdin.close()
@@ -113,9 +113,9 @@ class Worker:
 
 
 def for_each(things, makers, do):
-    """Have `do(worker, thing)` done for each, by as many workers; yields (thing, result).
+    """Call `do(worker, thing)` for each thing, in one thread a worker; yields (thing, result).
 
-    What `do` raises is raised here in the end, once what is done by then was yielded.
+    An exception of `do` is raised in the end, after all results have been yielded.
     """
     rest = iter(list(things))
     results, errors = [], []

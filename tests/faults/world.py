@@ -1,4 +1,4 @@
-"""Clients and a backend around the program, all stepped by the walk, and what they must see."""
+"""Clients and a backend around the program, stepped by the walk, and what they must observe."""
 
 import contextlib
 import select
@@ -10,31 +10,31 @@ from kit.stepped import Incoming, Outgoing, open_client
 from kit.traffic import payload
 
 NAME_SIZE = 8
-"""Every client begins with its name, so that the backend knows whom it has before it."""
+"""Every client sends its name first, so that the backend recognises it."""
 
 RECEIVE_BUFFER = 64 * 1024
-"""Of the listeners, and so of what they accept: a reader that stalls is soon felt."""
+"""Of the listeners, and so of accepted connections: it is soon full if the reader stalls."""
 
 SEND_BUFFER = 128 * 1024
 """Of the clients' listener, and so of the program's sockets towards them."""
 
 COMPLETE, REFUSED, CUT = "complete", "refused", "cut"
-"""What is to become of a connection: all bytes and clean ends, none at all, an end by force."""
+"""The expected result of a connection: all bytes and clean ends, nothing, or an early end."""
 
 
 def half_close(connection):
-    """End the stream, unless it has been ended already."""
+    """End the stream, unless the connection has ended already."""
     with contextlib.suppress(OSError):
         connection.shutdown(socket.SHUT_WR)
 
 
 def tcp_ports(own, peer):
-    """(own, peer's) ports of a socket of the program's with these names; None for a UNIX socket."""
+    """(own, peer's) port of a socket of the program with these names; None for a UNIX socket."""
     return (own[1], peer[1]) if isinstance(own, tuple) else None
 
 
 class Conn:
-    """One client, what it says and hears, and the backend's end once that is known."""
+    """One client, what it sends and receives, and the backend's end once that is known."""
 
     def __init__(self, client, number, up, down, *, then, answers_at_end, expect):
         self.name = b"conn%04d" % number
@@ -47,11 +47,11 @@ class Conn:
         self.reads = True
         """Whether the client reads."""
         self.answers_at_end = answers_at_end
-        """Whether the backend waits for the client's end before it says a word."""
+        """Whether the backend waits for the client's end before it answers."""
         self.far = None
         self.expect = expect
         self.gone = False
-        """The client has left by itself: it hears nothing more."""
+        """The client has left by itself, and receives nothing more."""
 
     def __str__(self):
         return self.name.decode()
@@ -68,14 +68,14 @@ class Conn:
     def has(self, ports):
         """Whether these are the TCP ports (own, peer's) of one of the program's two sockets for it.
 
-        Of both: the kernel may give one port to a client and to a socket of the program's, for
-        they connect to different ones.
+        Both ports must match: the kernel may give the same local port to a client and to a socket
+        of the program, since they connect to different ports.
         """
         return ports in (self.ports, self.far.ports if self.far else None)
 
     @property
     def over(self):
-        """Both ends have seen how it ended."""
+        """Whether both ends have seen its end."""
         return (self.gone or self.hearing.end is not None) and (
             self.far is None or self.far.over or self.far.lost
         )
@@ -101,7 +101,7 @@ class Far:
         return self.hearing.end is not None
 
     def said(self):
-        """What the client has said, as it arrived: the PROXY header is cut off."""
+        """The client's bytes as they arrived, without the PROXY header."""
         return bytes(memoryview(self.hearing.data)[self._header_size or 0 :])
 
     def step(self):
@@ -127,7 +127,7 @@ class Far:
         name = bytes(self.hearing.data[size : size + NAME_SIZE])
         self.conn = next((c for c in self._world.conns if c.name == name), None)
         if self.conn is None:
-            self._world.faults.append(f"the backend was sent {name!r}, which nobody said")
+            self._world.faults.append(f"the backend was sent {name!r}, which no client sent")
         elif self.conn.far is not None and not self.conn.far.lost:
             self._world.faults.append(f"{self.conn} has reached the backend twice")
         else:
@@ -146,13 +146,13 @@ class World:
         self.sockets = []
         self.log_size = lambda: 0
         self.backend_reads = True
-        """Whether the backend reads on once it knows whom it has before it."""
+        """Whether the backend continues to read once it has recognised the client."""
         self.left_on_unix = False
-        """The program was told that a UNIX peer has closed: it must pass that on as a clean end."""
-        self.door = self._keep(
+        """The program was told that a UNIX peer has closed: it must pass this on as a clean end."""
+        self.listen_socket = self._keep(
             open_listener(client, directory, receive_buffer=RECEIVE_BUFFER, backlog=64)
         )
-        self.door.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+        self.listen_socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
         self.backend = self._keep(self._open_backend(target))
         if listens:
             self.backend.listen(64)
@@ -170,19 +170,19 @@ class World:
 
     @property
     def target(self):
-        """TARGET as the command line has it."""
+        """The program's TARGET argument."""
         name = self.backend.getsockname()
         if self.backend.family == socket.AF_UNIX:
             return name
         return f"[{name[0]}]:{name[1]}" if ":" in name[0] else f"{name[0]}:{name[1]}"
 
-    def door_port(self):
+    def listen_port(self):
         """The TCP port of the listener, or -1."""
-        name = self.door.getsockname() if self.door.fileno() >= 0 else ""
+        name = self.listen_socket.getsockname() if self.listen_socket.fileno() >= 0 else ""
         return name[1] if isinstance(name, tuple) else -1
 
     def fds(self):
-        """All that is the world's own."""
+        """The fds of all sockets of the world."""
         mine = [
             *self.sockets,
             *(conn.client for conn in self.conns),
@@ -191,7 +191,7 @@ class World:
         return {str(one.fileno()) for one in mine}
 
     def leave(self):
-        """All clients and the backend's connections are gone."""
+        """Close all clients and the backend's connections."""
         for conn in self.conns:
             conn.client.close()
         for far in self.fars:
@@ -202,11 +202,11 @@ class World:
         for connection in self.sockets:
             connection.close()
 
-    # ── what scenarios do ────────────────────────────────────────────────────────────────────
+    # ── for scenarios ────────────────────────────────────────────────────────────────────────
 
     def connect(self, up, down, *, then=half_close, answers_at_end=False, expect=COMPLETE):
         """A client that sends `up` bytes, and is answered with `down` bytes."""
-        client = self._keep(open_client(self.door, receive_buffer=RECEIVE_BUFFER))
+        client = self._keep(open_client(self.listen_socket, receive_buffer=RECEIVE_BUFFER))
         number = len(self.conns)
         self.conns.append(
             Conn(
@@ -222,22 +222,22 @@ class World:
         return self.conns[-1]
 
     def exchange(self, up=300, down=500, **options):
-        """A whole conversation, from connect to both ends."""
+        """A whole conversation, from the connect until both ends have seen its end."""
         conn = self.connect(up, down, **options)
         yield from self.until(lambda: conn.over)
 
     def until(self, condition):
-        """Let the program have its turns until it holds."""
+        """Let the program have turns until `condition()` holds."""
         while not condition():
             yield
 
     def turns(self, count):
-        """Let the program have so many turns."""
+        """Let the program have `count` turns."""
         for _ in range(count):
             yield
 
     def until_still(self):
-        """Until nothing moves any more."""
+        """Let the program have turns until nothing moves any more."""
         still, before = 0, None
         while still < 4:
             now = self.signature()
@@ -251,7 +251,7 @@ class World:
     # ── the world's turns ────────────────────────────────────────────────────────────────────
 
     def step(self):
-        """Whether anything has moved."""
+        """Let every socket of the world send and receive what it can; True if anything moved."""
         before = self.signature()
         while select.select([self.backend], [], [], 0)[0]:
             try:
@@ -265,7 +265,7 @@ class World:
         return self.signature() != before
 
     def signature(self):
-        """Changes with everything that moves."""
+        """A value that changes whenever anything moves."""
         return (
             len(self.fars),
             self.log_size(),
@@ -276,7 +276,7 @@ class World:
         )
 
     def header_size(self, data):
-        """The length of the PROXY header at the head of `data`; None if it is not all there."""
+        """The length of the PROXY header at the start of `data`; None if it is incomplete."""
         if not self.proxy_protocol:
             return 0
         if self.proxy_protocol == "v1":
@@ -284,20 +284,20 @@ class World:
             return at + 2 if at >= 0 else None
         return 16 + int.from_bytes(data[14:16], "big") if len(data) >= 16 else None
 
-    # ── what must have come of it ────────────────────────────────────────────────────────────
+    # ── the verdict ──────────────────────────────────────────────────────────────────────────
 
     def judge(self):
-        """Look at every connection; those that are not as they would be without a failure."""
+        """Check every connection; returns those that ended otherwise than without a failure."""
         return [conn for conn in self.conns if not self._judge(conn)]
 
     def _judge(self, conn):
-        """Whether it came out as it would have without a failure; what must never be is noted."""
+        """Whether it ended as it would have without a failure; records what must never happen."""
         heard = bytes(conn.hearing.data)
         if not conn.down.startswith(heard):
-            self.faults.append(f"{conn}: the client has heard what was never said")
+            self.faults.append(f"{conn}: the client received bytes that were never sent")
         said = conn.far.said() if conn.far else b""
         if not conn.up.startswith(said):
-            self.faults.append(f"{conn}: the backend has heard what was never said")
+            self.faults.append(f"{conn}: the backend received bytes that were never sent")
         if not conn.over:
             self.faults.append(f"{conn}: not all have seen an end: {self.state(conn)}")
             return False
@@ -314,12 +314,12 @@ class World:
         return True
 
     def _end(self, end):
-        """How it ended; an error that a write has met is not told again by a read."""
+        """How it ended. After a failed write, a read does not report the error again."""
         return "reset" if end.sending is not None and end.sending.error else end.hearing.end
 
     def _clean(self, end):
-        """Whether it takes its end for a clean one. A UNIX socket has no reset: there it is that
-        nothing can be written any more which tells."""
+        """Whether the end looks like a clean one to this peer. A UNIX socket has no reset: there,
+        it is a failed write that tells."""
         if self._end(end) != "eof" or self.left_on_unix:
             return False
         connection = end.client if isinstance(end, Conn) else end.connection
@@ -328,7 +328,7 @@ class World:
         return not (is_unix(connection) and write_error(connection))
 
     def state(self, conn):
-        """One connection in a few words."""
+        """A connection in a few words."""
         far = conn.far
         there = "never at the backend"
         if far is not None:
@@ -337,7 +337,7 @@ class World:
 
 
 def reset_client(conn):
-    """The client crashes. A UNIX socket has no reset: what it has said by then is all it says."""
+    """The client crashes. A UNIX socket has no reset: its stream ends with what it has sent."""
     conn.gone = True
     if is_unix(conn.client):
         conn.up = conn.up[: len(conn.up) - len(conn.sending.rest)]

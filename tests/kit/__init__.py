@@ -1,6 +1,6 @@
-"""What tests are made of, each idea once: the program under test, its neighbours, traffic.
+"""What the tests share: the program under test, its peers and its surroundings, traffic.
 
-What makes sense in one suite only lies beside it, and is imported by that folder's name: `from
-cases.pairs import …`. Both are found because this folder's parent is in the path: for pytest by
-`pythonpath` in pyproject.toml, for all else by `python tests MODULE`, which is tests/__main__.py.
+Code for a single suite is in that suite's folder, and is imported by the folder's name: `from
+cases.pairs import …`. Both work because tests/ is in the path: in pytest by `pythonpath` in
+pyproject.toml, otherwise by `python tests MODULE`, which runs tests/__main__.py.
 """

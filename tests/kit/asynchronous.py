@@ -1,6 +1,6 @@
-"""Non-blocking stream sockets for load processes, which have asyncio do the waiting.
+"""Non-blocking stream sockets for load processes, in which asyncio does the waiting.
 
-Families are `tcp`, `tcp6` and `unix`; an address is one of getsockname(2), and may come from JSON.
+Families are `tcp`, `tcp6` and `unix`; an address has the form of getsockname(), or that from JSON.
 """
 
 import asyncio
@@ -14,7 +14,7 @@ GONE = (ConnectionResetError, BrokenPipeError, ConnectionAbortedError)
 BACKLOG = 1024
 
 FULL_BACKLOG_S = 0.005
-"""Seconds until a client whose connect(2) met a full backlog of a UNIX listener tries again."""
+"""Seconds until a client tries again whose connect(2) found the backlog of a UNIX listener full."""
 
 
 def open_socket(family):
@@ -23,7 +23,7 @@ def open_socket(family):
 
 
 def listen(family, address):
-    """A listening socket; a UNIX address is replaced, and a TCP address may be in TIME_WAIT."""
+    """A listening socket. An existing socket file is replaced; a TCP port may be in TIME_WAIT."""
     listener = open_socket(family)
     if family == "unix":
         if os.path.exists(address):
@@ -37,7 +37,7 @@ def listen(family, address):
 
 
 async def connect(connection, address):
-    """Connect a socket; closes it, and raises OSError, where it is refused."""
+    """Connect a socket. If that fails, close it and raise OSError."""
     address = address if connection.family == socket.AF_UNIX else tuple(address)
     try:
         while True:
@@ -51,7 +51,7 @@ async def connect(connection, address):
 
 
 async def read_exactly(connection, count):
-    """`count` bytes. Raises EOFError at the end, and OSError."""
+    """Read `count` bytes. Raises EOFError if the stream ends before that, or OSError."""
     loop = asyncio.get_running_loop()
     data = bytearray()
     while len(data) < count:

@@ -1,4 +1,4 @@
-"""Run a piece of a test in a process of its own: it may crash, hang, or be short of something."""
+"""Run part of a test in a process of its own, where it may crash, hang, or run out of resources."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ SKIPPED = 77
 
 
 def in_child(function, patience=10.0):
-    """Run `function` in a forked child, and fail unless it returns in time."""
+    """Run `function` in a forked child; fails unless it returns in time."""
     sys.stdout.flush()
     sys.stderr.flush()
     child = os.fork()
@@ -38,7 +38,7 @@ def in_child(function, patience=10.0):
 
 
 def wait_for(child, patience):
-    """The wait status of a child; AssertionError if it hangs, and it is killed."""
+    """The wait status of a child. One that hangs is killed, with an AssertionError."""
     found = []
 
     def has_ended():

@@ -1,17 +1,17 @@
-"""Intended differences between the program and the C originals, written beside each test.
+"""Intended differences between the program and the C originals, written next to each test.
 
     @differs("original", reason="the reply is dropped after a half-close")
 
 The test must then fail on that contender (strict xfail). With `run=False` it is not run there,
-because it would hang or burn; with `when={"target": ("tcp4", "tcp6")}` only the parameter sets
-that match are meant; with `always=False` the contender may pass by luck of timing.
+because it would hang or spin. `when={"target": ("tcp4", "tcp6")}` limits this to matching
+parameters. With `always=False` the contender may pass if the timing happens to be right.
 """
 
 import pytest
 
 
 def differs(contender, *, reason, run=True, when=None, always=True):
-    """Mark a test whose outcome is meant to be another one on `contender`.
+    """Mark a test whose outcome is meant to differ on `contender`.
 
     `contender` is a name such as `original-252`, or a family of them such as `original`.
     """
@@ -19,7 +19,7 @@ def differs(contender, *, reason, run=True, when=None, always=True):
 
 
 def apply_differences(item, contender):
-    """Turn the marks of one collected test that concern `contender` into xfail or skip."""
+    """Turn those marks of a collected test that apply to `contender` into xfail or skip."""
     for mark in item.iter_markers("differs"):
         if not _concerns(mark, item, contender):
             continue
@@ -44,7 +44,7 @@ def _tuple(value):
 
 
 def write_table(reporter, contender):
-    """Print which tests are meant to end differently on `contender`, and why."""
+    """Print which tests are meant to have another outcome on `contender`, and why."""
     rows = {}
     for outcome in ("xfailed", "skipped", "xpassed", "failed", "passed"):
         for report in reporter.stats.get(outcome, ()):

@@ -1,4 +1,4 @@
-"""A relay that does what a test says, on a clock that only the test moves."""
+"""A relay that does what the test says, with a clock that only the test advances."""
 
 import errno
 import os
@@ -10,17 +10,17 @@ UP = 0
 LATER = errno.EINPROGRESS
 
 STAY, GONE, NO_FDS = "stay", "gone", "no fds"
-"""What becomes of a client in the backlog: served; accepted, but it has left; not accepted."""
+"""The fate of a client in the backlog: served; accepted but already gone; not accepted."""
 
 FIRST_DIALLED = 100_000
-"""Sockets of dial() have numbers from here on, which are never reused."""
+"""The number of the first socket of dial(); numbers are never reused."""
 
 RUNS_MAX = 100
-"""How often run() may be called without any time passing."""
+"""The number of calls of run() after which time must have passed."""
 
 
 class SleepsForeverError(Exception):
-    """The policy waits, and nothing is going to happen any more."""
+    """The policy waits, but nothing will ever happen."""
 
 
 class Answers:
@@ -31,10 +31,10 @@ class Answers:
 
 
 class FakeListener:
-    """In place of a RelayListener: records what it is told."""
+    """Stands in for a RelayListener, and records what it is told."""
 
     start_error = 0
-    """With which start() fails."""
+    """The errno with which start() fails."""
 
     def __init__(self, relay, fd, family, check, index):
         self.check = check
@@ -60,11 +60,11 @@ class FakeListener:
 
 
 class FakeRelay:
-    """In place of a Relay.
+    """Stands in for a Relay.
 
-    `plan` says by address how a connect ends: UP, LATER, an errno with which it fails at once, or
-    Answers; or it is a function of the time since `start_ms` that says so. Without a plan,
-    everything is UP.
+    `plan` maps an address to the outcome of a connect: UP, LATER, the errno with which it fails at
+    once, or Answers; or to a function that is given the milliseconds since `start_ms` and returns
+    one of these. Without a plan, everything is UP.
     """
 
     def __init__(self, plan=None, start_ms=0):
@@ -72,7 +72,7 @@ class FakeRelay:
         self.start_ms = self.now_ms = self.last_end_ms = start_ms
         # connects
         self.attempts = []
-        """(ms since the start, address, timeout) of connect(); of dial() with the timeout None."""
+        """(ms since the start, address, timeout) of connect(); for dial() the timeout is None."""
         self.served = []
         """(client, preamble) of each connection."""
         self.watched = {}
@@ -88,7 +88,7 @@ class FakeRelay:
         self.cut, self.let_go = [], []  # clients
         # the loop
         self.script = []
-        """(ms, what to call then): it returns events, or None."""
+        """(ms, what to call then, which returns events or None)."""
         self.backlog = []
         self.listeners = []
         self.runs = 0
@@ -108,7 +108,7 @@ class FakeRelay:
         self.workers_answered = True
         self.pings = 0
 
-    # ── what tests say ───────────────────────────────────────────────────────────────────────
+    # ── for tests ────────────────────────────────────────────────────────────────────────────
 
     def at(self, ms, *actions):
         """Call each action `ms` after the start, within run()."""
@@ -142,7 +142,7 @@ class FakeRelay:
         return [at_ms for at_ms, one, _ in self.attempts if one == address]
 
     def pending(self, address):
-        """The sockets that dial() has made for an address, and that are still there."""
+        """The sockets for an address that dial() has made and that are still open."""
         return [fd for fd in self.fds.get(address, []) if fd in self.dialled]
 
     # ── connects ─────────────────────────────────────────────────────────────────────────────
@@ -189,11 +189,11 @@ class FakeRelay:
         self.watched.pop(fd, None)
 
     def connected(self, fd):
-        """In place of the module's function."""
+        """Stands in for the function of proxyd._relay."""
         return self.dialled[fd]
 
     def peek(self, fd):
-        """In place of the module's function."""
+        """Stands in for the function of proxyd._relay."""
         return self.received.get(fd, -errno.EAGAIN)
 
     def _outcome(self, address):

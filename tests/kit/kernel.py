@@ -1,4 +1,4 @@
-"""Duplicates of the program's own fds, to look into it from outside: pidfd_getfd(2)."""
+"""Duplicates of the program's own fds, to inspect them from outside: pidfd_getfd(2)."""
 
 import ctypes
 import errno
@@ -13,7 +13,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def duplicate(pidfd, fd):
-    """A fd of ours for another process's. Raises FileNotFoundError where it has been closed."""
+    """Duplicate an fd of another process. Raises FileNotFoundError if it has been closed."""
     copy = _libc.syscall(SYS_PIDFD_GETFD, pidfd, fd, 0)
     if copy < 0:
         error = ctypes.get_errno()
@@ -23,7 +23,7 @@ def duplicate(pidfd, fd):
 
 
 def borrowed_sockets(proxy):
-    """Duplicates of the program's TCP connections, to read their options; skips if forbidden."""
+    """Duplicates of the program's TCP connections. Skips the test if they are not permitted."""
     found = []
     for fd, what in proxy.fds().items():
         if not what.startswith("socket:"):

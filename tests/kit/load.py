@@ -1,7 +1,7 @@
 """Load processes: programs that act as clients or targets, and how they are told what to do.
 
-Such a process is a module, given its settings as JSON. Orders come in on its stdin, a word a line;
-on stdout it tells what happens: JSON, one object a line. It ends with the process that started it.
+Such a process runs a module, whose settings are JSON. It reads orders from stdin, one word a line,
+and reports events on stdout, one JSON object a line. It ends with the process that started it.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ PR_SET_PDEATHSIG = 1
 
 
 class Load:
-    """A load process: orders go in, reports come out (in `reports`, shared by all)."""
+    """A load process: it is sent orders, and its reports go into the queue `reports`."""
 
     def __init__(self, module, settings, reports):
         self.name = settings["name"]
@@ -57,7 +57,7 @@ class Load:
             self.process.stdin.write(word + "\n")
             self.process.stdin.flush()
         except (BrokenPipeError, ValueError):
-            pass  # it has ended, or was told to
+            pass  # it has ended, or was told to end
 
     def cpu_seconds(self):
         if self.process.returncode is not None:
@@ -79,20 +79,20 @@ class Load:
         try:
             self.process.stdin.close()
         except BrokenPipeError:
-            pass  # an order that was not read any more
+            pass  # it has not read an order
 
 
 # ── in the load process ──────────────────────────────────────────────────────────────────────────
 
 
 def run(main):
-    """Run the coroutine function `main`, and end with the parent, however that ends."""
+    """Run the coroutine function `main`; end with the parent, however the parent ends."""
     end_with_parent()
     asyncio.run(main())
 
 
 def end_with_parent():
-    """Be killed when the parent ends, however that happens, stopped by SIGSTOP or not."""
+    """Have this process killed when its parent ends in any way, even if it is stopped."""
     parent = os.getppid()
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
@@ -100,7 +100,7 @@ def end_with_parent():
 
 
 def read_settings():
-    """The settings this process was started with: JSON, its only argument."""
+    """The settings of this process: its only argument, which is JSON."""
     return json.loads(sys.argv[1])
 
 
@@ -114,7 +114,7 @@ async def orders(handle):
 
 
 async def cancelled(tasks):
-    """Cancel them all and wait until they have ended."""
+    """Cancel all tasks and wait until they have ended."""
     tasks = list(tasks)
     for task in tasks:
         task.cancel()
@@ -122,22 +122,22 @@ async def cancelled(tasks):
 
 
 async def cancelled_servers(accepting, serving):
-    """As cancelled(), of tasks that accept clients, and those that serve them."""
-    # A client that comes just now: asyncio gives it to an accept that is cancelled already.
+    """The same for tasks that accept clients and tasks that serve them."""
+    # asyncio may hand a client that comes just now to an accept that is already cancelled.
     asyncio.get_running_loop().set_exception_handler(lambda *_: None)
     await cancelled([*accepting, *serving])
 
 
 def tell(event, **facts):
-    """Report to the process that started this one."""
+    """Report an event to the process that started this one."""
     print(json.dumps({"event": event, **facts}), flush=True)
 
 
 class Tally:
-    """Counts of what was done, by name. `faults` go out at once: a process may be killed."""
+    """Counts by name. Faults are reported at once, since the process may be killed."""
 
-    def __init__(self, who):
-        self._who = who
+    def __init__(self, name):
+        self._name = name
         self.counts = {}
 
     def add(self, name, amount=1):
@@ -145,9 +145,9 @@ class Tally:
 
     def fault(self, what):
         self.add("faults")
-        tell("fault", who=self._who, what=str(what))
+        tell("fault", who=self._name, what=str(what))
 
     def send(self, event="counts", **facts):
-        """Tell what was counted since the last time."""
-        tell(event, who=self._who, counts=self.counts, **facts)
+        """Report what was counted since the last report."""
+        tell(event, who=self._name, counts=self.counts, **facts)
         self.counts = {}

@@ -1,4 +1,4 @@
-"""A name server that answers, fails or is silent as a test says."""
+"""A name server that answers, fails or stays silent, as the test says."""
 
 import os
 import socket
@@ -11,10 +11,10 @@ from kit.privileges import need_root
 from kit.waiting import wait_until
 
 A, AAAA = 1, 28
-"""Kinds of question."""
+"""Types of question."""
 
 NO_ERROR, SERVFAIL, NXDOMAIN = 0, 2, 3
-"""How an answer may be, RFC 1035 4.1.1."""
+"""Response codes, RFC 1035 section 4.1.1."""
 
 SILENCE = None
 
@@ -24,15 +24,15 @@ _FOR_S = 3600
 class NameServer:
     """Listens at port 53 of a loopback address of its own.
 
-    `zone` has what it says of each name: addresses, an RCODE, SILENCE, or one of these for each
-    kind of question. Other names do not exist.
+    `zone` maps a name to the answer: addresses, an RCODE, SILENCE, or a dictionary of these by the
+    type of the question. Other names do not exist.
     """
 
     def __init__(self):
         need_root("for a name server")
         self.zone = {}
         self.asked = []
-        """(name, kind) of every question."""
+        """(name, type) of every question."""
         self._socket, self.address = _bind()
         self._thread = threading.Thread(target=self._serve, daemon=True)
         self._thread.start()
@@ -42,7 +42,7 @@ class NameServer:
         wait_until(lambda: self.count(name) > more_than, f"a question; there: {self.asked}")
 
     def count(self, name):
-        """How many questions there have been about `name`."""
+        """The number of questions about `name` so far."""
         return sum(asked == name for asked, _ in self.asked)
 
     def close(self):
@@ -67,7 +67,7 @@ class NameServer:
 
 
 def _bind():
-    """A socket at port 53 of an address in 127/8 at which nobody else is."""
+    """A socket bound to port 53 of an unused address in 127.0.0.0/8."""
     while True:
         server = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         address = "127." + ".".join(str(byte % 254 + 1) for byte in os.urandom(3))
@@ -83,7 +83,7 @@ def _bind():
 
 
 def _question(query):
-    """(name, kind, the bytes of it) of a query with one question."""
+    """(name, type, bytes) of the only question of a query."""
     labels, at = [], 12
     while query[at]:
         labels.append(query[at + 1 : at + 1 + query[at]].decode())
@@ -93,7 +93,7 @@ def _question(query):
 
 
 def _answer(number, question, kind, said):
-    """A response: `said` is an RCODE, or addresses of which those of `kind` are told."""
+    """A response: `said` is an RCODE, or addresses, of which those of type `kind` are sent."""
     rcode, found = (said, []) if isinstance(said, int) else (NO_ERROR, said)
     family = socket.AF_INET if kind == A else socket.AF_INET6
     packed = [socket.inet_pton(family, one) for one in found if (":" in one) == (kind == AAAA)]

@@ -1,8 +1,8 @@
-"""Networks and files of a test's own: the kernel's namespaces, entered in each way there is.
+"""Namespaces: networks and files of a test's own, in each way that tests need them.
 
-This process enters a new network (enter_own_network), a thread enters another's for a moment
-(in_network_namespace_of), a process keeps one (Namespace), or the program under test is started in
-one: the functions that return a prefix of its command.
+This process enters a new network (enter_own_network), a thread enters that of another process for a
+moment (in_network_namespace_of), a process keeps one (Namespace), or the program under test is
+started in one: the functions that return a prefix for its command line.
 """
 
 import ctypes
@@ -29,7 +29,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def enter_own_network():
-    """Leave this process's network for a namespace with nothing in it but loopback. OSError."""
+    """Move this process to a network namespace with nothing but loopback. May raise OSError."""
     if _libc.unshare(CLONE_NEWNET) != 0:
         raise OSError(ctypes.get_errno(), "no network namespace")
     with socket.socket() as any_socket:
@@ -37,23 +37,23 @@ def enter_own_network():
 
 
 def enter_network_for(program):
-    """As enter_own_network(), for a program that loads it; False where it may not, and it says so.
+    """The same, for a load test called `program`; prints a line and returns False if it cannot.
 
-    A fresh one per run: no sockets in TIME_WAIT left from the run before, no packet filter of the
-    machine's, and nothing that others do on its loopback.
+    A new network for each run has no sockets in TIME_WAIT from the last one, no packet filter of
+    the machine, and no other traffic on loopback.
     """
     try:
         enter_own_network()
     except OSError:
         print(f"{program} CANNOT RUN HERE: no network of its own (not root?)", file=sys.stderr)
         return False
-    # Short connections wear out the default range of ports within two seconds.
+    # Short connections use up the default range of ports within two seconds.
     Path("/proc/sys/net/ipv4/ip_local_port_range").write_text("1024 65000")
     return True
 
 
 def in_own_network(function):
-    """Has `function` see a network namespace with nothing in it but loopback. For in_child()."""
+    """Wrap `function`, for in_child(), so that it runs in a network with nothing but loopback."""
 
     def run():
         try:
@@ -65,14 +65,14 @@ def in_own_network(function):
     return run
 
 
-# ── another process's ────────────────────────────────────────────────────────────────────────────
+# ── the network of another process ───────────────────────────────────────────────────────────────
 
 
 def in_network_namespace_of(pid, work):
     """Run `work()` in a thread that has entered the network namespace of `pid`.
 
-    A socket stays in the namespace in which it was made, so what `work` returns may be used from
-    every thread.
+    A socket stays in the namespace in which it was created, so every thread may use what `work`
+    returns.
     """
     result = []
 
@@ -128,7 +128,7 @@ class Namespace:
         return in_network_namespace_of(self._keeper.pid, work)
 
     def run(self, script):
-        """Run a shell script there, to its first command that fails; CalledProcessError then."""
+        """Run a shell script there; CalledProcessError at the first command that fails."""
         subprocess.run([*self.prefix, "sh", "-ec", script], check=True, capture_output=True)
 
     def close(self):
@@ -137,7 +137,7 @@ class Namespace:
         self._keeper.wait()
 
 
-# ── prefixes: the program is started in a new one ────────────────────────────────────────────────
+# ── prefixes that start the program in a new namespace ───────────────────────────────────────────
 
 
 def namespace_prefix(setup="ip link set lo up"):
@@ -147,7 +147,7 @@ def namespace_prefix(setup="ip link set lo up"):
 
 
 def mount_prefix(*mounts):
-    """A prefix that runs the program with private mounts: arguments of mount(8)."""
+    """A prefix that runs the program with private mounts, each given as arguments of mount(8)."""
     need_root("for private mounts")
     commands = [f"mount {mount}" for mount in mounts]
     script = " && ".join([*commands, 'exec "$@"'])
@@ -168,8 +168,8 @@ def with_hosts(directory, lines):
 def with_name_server(directory, address, hosts=(), timeout=30):
     """A prefix that runs the program with this name server, at port 53, and no other.
 
-    `hosts` are lines of /etc/hosts, which is looked at before. A look-up without an answer fails
-    after `timeout` seconds.
+    `hosts` are lines of /etc/hosts, which comes first. A look-up without an answer fails after
+    `timeout` seconds.
     """
     return _with_files(
         directory,
@@ -192,7 +192,7 @@ def _with_files(directory, files):
 
 
 def _probed(prefix, what):
-    """The prefix, once a command could be run with it."""
+    """The prefix, if it can run a command; otherwise skips the test."""
     probe = subprocess.run([*prefix, "true"], capture_output=True, check=False)
     if probe.returncode != 0:
         pytest.skip(f"no {what} here: {probe.stderr.decode().strip()}")

@@ -8,9 +8,9 @@ from kit.waiting import wait_until
 
 
 class NotifySocket:
-    """A datagram socket that keeps what it receives; a thread keeps its queue empty.
+    """A datagram socket that records what it receives; a thread empties its queue.
 
-    `path` None means an abstract name.
+    Without a `path` its name is abstract.
     """
 
     def __init__(self, path=None):
@@ -36,7 +36,7 @@ class NotifySocket:
         return list(self._lines)
 
     def values(self, key):
-        """The values that were sent for `key`, in order."""
+        """The values received for `key`, in order."""
         return [line[len(key) + 1 :] for line in self.lines() if line.startswith(key + "=")]
 
     def wait_for(self, line):
@@ -44,7 +44,7 @@ class NotifySocket:
         wait_until(lambda: line in self._lines, f"notification {line}; seen: {self._lines}")
 
     def close(self):
-        """Stop listening; what was received stays readable."""
+        """Stop receiving; what was received can still be read."""
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as last:
             last.connect(self._socket.getsockname())
             last.send(b"end of test")

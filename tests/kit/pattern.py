@@ -1,7 +1,7 @@
-"""Bytes that depend on where they stand, so that one lost, doubled or moved one shows.
+"""Bytes that depend on their position, so that a lost, repeated or moved byte is detected.
 
-A stream is cut into blocks; each is a window of one noise, and where the window begins follows
-from the stream's number and the block's. Both ends compute it, and compare by memcmp(3).
+A stream consists of blocks. Each block is a window of the same noise; where it begins follows from
+the numbers of the stream and the block. Both ends compute it, and compare with memcmp(3).
 """
 
 import random
@@ -13,7 +13,7 @@ _VIEW = memoryview(_NOISE)
 
 
 class Corrupt(Exception):
-    """What came is not what was sent."""
+    """The bytes received are not those that were sent."""
 
 
 class Stream:
@@ -26,13 +26,13 @@ class Stream:
         block, within = divmod(offset, BLOCK)
         return (self._first + block * 104_729) % _PERIOD + within, BLOCK - within
 
-    def piece(self, offset, most):
-        """At most `most` bytes from `offset` on, without a copy."""
+    def piece(self, offset, limit):
+        """At most `limit` bytes from `offset` on, without a copy."""
         place, left = self._place(offset)
-        return _VIEW[place : place + min(most, left)]
+        return _VIEW[place : place + min(limit, left)]
 
     def check(self, offset, view):
-        """Raise Corrupt unless `view` is what stands at `offset`."""
+        """Raise Corrupt unless `view` has the bytes that belong at `offset`."""
         at = 0
         while at < len(view):
             place, left = self._place(offset + at)

@@ -1,19 +1,19 @@
-"""Prefixes for the command under test that need or take away privileges; loud skips otherwise."""
+"""Command prefixes that need privileges or drop them. Where they cannot work, the test skips."""
 
 import os
 import subprocess
 
 import pytest
 
-NOBODY_ELSE = 61200 + os.getpid() % 1000
-"""A user id that nobody uses here, so that its processes can be counted."""
+UNUSED_UID = 61200 + os.getpid() % 1000
+"""A user id that is not used on this machine, so that its processes can be counted."""
 
 WITH_PARENT = ["setpriv", "--pdeathsig", "KILL"]
-"""A prefix that runs the program until its parent ends, however that happens."""
+"""A prefix that has the program killed when its parent ends in any way."""
 
 
 def need_root(what):
-    """Skip the test, saying what it would have needed root for."""
+    """Skip the test unless it runs as root; `what` says what root is needed for."""
     if os.geteuid() != 0:
         pytest.skip(f"needs root: {what}")
 
@@ -23,8 +23,8 @@ def as_unprivileged_user(executable):
     need_root("to become another user")
     prefix = [
         "setpriv",
-        f"--reuid={NOBODY_ELSE}",
-        f"--regid={NOBODY_ELSE}",
+        f"--reuid={UNUSED_UID}",
+        f"--regid={UNUSED_UID}",
         "--clear-groups",
         "--no-new-privs",
     ]

@@ -1,4 +1,4 @@
-"""The program under test, started as a service manager starts it, and looked at from outside."""
+"""The program under test, started as a service manager starts it, and observed from outside."""
 
 import contextlib
 import fcntl
@@ -14,14 +14,14 @@ from pathlib import Path
 from kit.waiting import wait_until
 
 PASSED_ON = re.compile(r"^(PATH|LANG|HOME|PYTHON\w+|LD_\w+|\w+SAN_OPTIONS|COVERAGE_\w+)$")
-"""Variables of the test run that the program gets too."""
+"""Variables that the program inherits from the test run."""
 
 AS_SERVICE_MANAGER = """
 LISTEN_PID=$$; export LISTEN_PID
 if [ "$WATCHDOG_PID" = own ]; then WATCHDOG_PID=$$; fi
 exec "$@"
 """
-"""LISTEN_PID must be the pid of the process that is executed, which only the child knows."""
+"""LISTEN_PID must be the pid of the program, which only the child process knows."""
 
 SIGNS_OF_A_CRASH = ("Traceback (most recent call last)", "Sanitizer", "runtime error:")
 
@@ -64,7 +64,7 @@ def base_environment():
 
 
 class Proxy:
-    """A running program under test. `end()` must be called; the `stage` fixture does it."""
+    """A running program under test. Call `end()` in the end; the `stage` fixture does."""
 
     def __init__(
         self,
@@ -80,9 +80,10 @@ class Proxy:
     ):
         """Start `command`, an argument vector that may begin with `prlimit` or `setpriv`.
 
-        `names` is LISTEN_FDNAMES; `environment` is added to the rest, None removes a variable, and
-        "own" for WATCHDOG_PID means its own pid; `listen_pid` "own" is the right one, None leaves
-        it out; `notify` is a NotifySocket; `journal` tells it that stderr is the journal.
+        `names` is LISTEN_FDNAMES. `environment` is added to the inherited variables: None removes
+        one, and "own" for WATCHDOG_PID is the program's pid. `listen_pid` is LISTEN_PID: "own" is
+        the program's pid, None leaves it out. `notify` is a NotifySocket. With `journal`, the
+        program is told that its stderr is the journal.
         """
         variables = base_environment()
         if inherit:
@@ -111,14 +112,14 @@ class Proxy:
         )
         self.pidfd = os.pidfd_open(self.pid)
 
-    # What it says
+    # Its output
 
     def output(self):
-        """What it has written to stdout so far."""
+        """Its stdout so far."""
         return _content(self._stdout)
 
     def log(self):
-        """What it has written to stderr so far."""
+        """Its stderr so far."""
         return _content(self._stderr)
 
     def log_lines(self, part=""):
@@ -129,10 +130,10 @@ class Proxy:
         """Wait for a line on stderr that contains `part`."""
         wait_until(lambda: self.log_lines(part), f"{part!r} on stderr; there: {self.log()!r}")
 
-    # How it ends
+    # Its state and its end
 
     def send_signal(self, number):
-        """Send a signal to it, if it still runs."""
+        """Send it a signal, if it still runs."""
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self.pidfd, number)
 
@@ -148,7 +149,7 @@ class Proxy:
         return self.status
 
     def wait_until_ready(self):
-        """Wait for READY=1, or fail with what it said before it ended."""
+        """Wait for READY=1; if it ends before, fail with what it wrote to stderr."""
         wait_until(
             lambda: self.has_ended() or "READY=1" in self.notify.lines(),
             f"READY=1; stderr: {self.log()!r}",
@@ -156,20 +157,20 @@ class Proxy:
         assert self.status is None, f"exit {self.status} before READY=1: {self.log()!r}"
 
     def waits_for_events(self):
-        """Whether it sleeps, and has what to wait for events with."""
+        """Whether it sleeps, with an epoll instance to wait for events."""
         with contextlib.suppress(OSError):
             state = Path(f"/proc/{self.worker}/stat").read_text().rpartition(")")[2].split()[0]
             return state == "S" and any("eventpoll" in what for what in self.fds().values())
         return False
 
     def kill(self):
-        """End it without asking."""
+        """End it by SIGKILL."""
         if not self.has_ended():
             self.send_signal(signal.SIGKILL)
             self.wait()
 
     def end(self):
-        """SIGTERM, then SIGKILL if that does nothing; True if SIGTERM was enough."""
+        """End it by SIGTERM, or by SIGKILL if that does nothing; True if SIGTERM was enough."""
         if self.has_ended():
             return True
         self.send_signal(signal.SIGTERM)
@@ -181,17 +182,17 @@ class Proxy:
             return False
 
     def release(self):
-        """Close what this object holds; nothing can be asked of it afterwards."""
+        """Kill the program and close what this object has open; it cannot be used afterwards."""
         self.kill()
         os.close(self.pidfd)
         self._stdout.close()
         self._stderr.close()
 
-    # What it costs
+    # Its resources
 
     @property
     def worker(self):
-        """The pid that forwards: the program itself, or the one child that it has (nginx)."""
+        """The pid of the process that forwards: the program, or its only child (nginx)."""
         try:
             children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
         except FileNotFoundError:  # a kernel that does not list children
@@ -199,7 +200,7 @@ class Proxy:
         return int(children[0]) if children else self.pid
 
     def _cpu_times(self):
-        """{task: (seconds for which it has run, seconds for which it had to wait for a CPU)}."""
+        """{thread: (seconds it has run, seconds it had to wait for a CPU)}."""
         times, tasks = {}, Path(f"/proc/{self.worker}/task")
         for task in os.listdir(tasks):
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):
@@ -208,22 +209,22 @@ class Proxy:
         return times
 
     def cpu_seconds(self):
-        """CPU time of all its threads so far."""
+        """The CPU time of all its threads so far."""
         return sum(ran for ran, _ in self._cpu_times().values())
 
     def cpu_share(self, seconds=0.6):
-        """The share of one CPU that it uses over the next `seconds`: 1.0 is a whole one."""
+        """The share of one CPU that it uses over the next `seconds`: 1.0 is a whole CPU."""
         before, start = self.cpu_seconds(), time.monotonic()
-        time.sleep(seconds)  # an interval that is measured, not a wait for something
+        time.sleep(seconds)  # the interval that is measured
         return (self.cpu_seconds() - before) / (time.monotonic() - start)
 
     def cpu_demand(self, seconds=0.6):
-        """The share of the time in which its busiest thread does not sleep, whoever has the CPU.
+        """The share of the time in which its busiest thread runs or waits for a CPU.
 
-        A busy loop has 1.0 on any machine, however loaded.
+        For a busy loop this is 1.0 on any machine, however loaded.
         """
         before, start = self._cpu_times(), time.monotonic()
-        time.sleep(seconds)  # an interval that is measured, not a wait for something
+        time.sleep(seconds)  # the interval that is measured
         span = time.monotonic() - start
         after = self._cpu_times()
         return max(sum(after[task]) - sum(before.get(task, (0, 0))) for task in after) / span
@@ -242,16 +243,16 @@ class Proxy:
         return found
 
     def socket_count(self):
-        """How many of its fds are sockets."""
+        """The number of its fds that are sockets."""
         return sum(link.startswith("socket:") for link in self.fds().values())
 
     def fd_flags(self, fd):
-        """The open flags of one of its fds, as fcntl(2) knows them, O_CLOEXEC included."""
+        """The open(2) flags of one of its fds, O_CLOEXEC included."""
         with open(f"/proc/{self.worker}/fdinfo/{fd}") as file:
             return int(re.search(r"flags:\s+(\d+)", file.read())[1], 8)
 
     def fd_limit(self):
-        """(soft, hard) limit of open files."""
+        """Its (soft, hard) limit of open files."""
         return resource.prlimit(self.worker, resource.RLIMIT_NOFILE)
 
     def set_fd_limit(self, soft, hard=None):
@@ -259,7 +260,7 @@ class Proxy:
         resource.prlimit(self.worker, resource.RLIMIT_NOFILE, (soft, hard or self.fd_limit()[1]))
 
     def leave_no_fd(self):
-        """Limit its open files so that not one more can be had; returns the former soft limit."""
+        """Lower its limit of open files so that it cannot open any; returns the former limit."""
         fds, former = self.fds(), self.fd_limit()[0]
         self.set_fd_limit(next(number for number in range(former) if number not in fds))
         return former

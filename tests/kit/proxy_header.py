@@ -1,4 +1,4 @@
-"""PROXY headers as HAProxy's proxy-protocol.txt has them, sections 2.1 (v1) and 2.2 (v2)."""
+"""PROXY headers, as specified in HAProxy's proxy-protocol.txt, sections 2.1 (v1) and 2.2 (v2)."""
 
 import ipaddress
 import struct
@@ -8,7 +8,7 @@ LOCAL = SIGNATURE + b"\x20\x00\x00\x00"
 
 
 def header_of(version, client, family):
-    """The header for a TCP client whose connection is `client`, seen from its own end."""
+    """The header for a TCP client; `client` is its own end of the connection."""
     source, destination = client.getsockname(), client.getpeername()
     addresses = [ipaddress.ip_address(end[0]) for end in (source, destination)]
     addresses = [getattr(address, "ipv4_mapped", None) or address for address in addresses]

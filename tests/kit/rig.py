@@ -1,7 +1,7 @@
-"""A relay between a listener and a backend of the test's own, stepped by the test.
+"""A relay between a listener and a backend, both of them the test's, stepped by the test.
 
-One thread does everything: a test acts for both peers and gives the relay its turns. So nothing
-depends on scheduling, and a test waits for a state by giving turns until it is there.
+One thread does everything: the test acts for both peers and runs the relay one turn at a time.
+Nothing depends on scheduling, and a test waits for a state by running turns until it is reached.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from proxyd._relay import (
 )
 
 PATIENCE_S = float(os.environ.get("RELAY_PATIENCE", "20"))
-"""How long a state may take that must come; less is convenient where much is known to fail."""
+"""The longest wait for a state that must come. Reduce it when many tests are known to fail."""
 
 MODES = {
     "splice": {},
@@ -35,18 +35,18 @@ MODES = {
     "small splice": {"stream_unit": 64 * 1024, "pipe_size": 64 * 1024},
     "small copy": {"stream_unit": 64 * 1024, "may_splice": False},
 }
-"""How a relay may move bytes; the small ones meet a full pipe or buffer much sooner."""
+"""How a relay may move bytes. With the small sizes, pipes and buffers fill up much sooner."""
 
 MAKING = threading.Lock()
-"""Held while a relay is made, to find out which fd is its epoll instance."""
+"""Held while a relay is created, to find out which fd is its epoll instance."""
 
 QUIET_TURNS = 3
-"""Turns without a pending event until nothing is left to do; a pump that had spent its budget goes
-on without an event."""
+"""Turns without a pending event after which nothing is left to do. One is not enough: a pump that
+spent its budget continues without an event."""
 
 
 def open_fds():
-    """The fds of this process; not that of the listing itself, which is closed by then."""
+    """The open fds of this process, except for that of the listing itself."""
     return {fd for fd in os.listdir("/proc/self/fd") if os.path.lexists(f"/proc/self/fd/{fd}")}
 
 
@@ -67,20 +67,20 @@ def values(record):
 
 
 class Link:
-    """One connection through the relay, seen from its two ends, which are the test's."""
+    """One connection through the relay: both of its ends, which the test plays."""
 
     def __init__(self, client, target, number, client_fd, target_fd=-1):
         self.client = client
         self.target = target
         self.id = number
         self.client_fd = client_fd
-        """The relay's end of the client's connection, to look at."""
+        """The relay's end of the client's connection, for inspection only."""
         self.target_fd = target_fd
-        """The relay's end of the target's connection, where the test has dialled it."""
+        """The relay's end of the target's connection, if the test dialled it; otherwise -1."""
 
 
 class Rig:
-    """A relay, a listener whose clients it serves, and a backend for its targets."""
+    """A relay, a listener whose clients it serves, and a backend as its target."""
 
     def __init__(
         self,
@@ -102,61 +102,62 @@ class Rig:
             (self.epoll,) = epoll_fds() - before
         self.relay.report_ends = True
         self.pace_ms = 1
-        """How long until() sleeps between two looks, at most."""
+        """How long until() sleeps between two checks, at most."""
         self.events = []
         self.sockets = []
-        self.door = self.keep(open_listener(client, directory, blocking=False))
-        tune_socket(self.door.fileno(), FAMILIES[client])
-        self.gate = RelayListener(self.relay, self.door.fileno(), FAMILIES[client], 0, 0)
-        self.gate.start()
+        self.listen_socket = self.keep(open_listener(client, directory))
+        self.listen_socket.setblocking(False)  # as the policy does
+        tune_socket(self.listen_socket.fileno(), FAMILIES[client])
+        self.listener = RelayListener(
+            self.relay, self.listen_socket.fileno(), FAMILIES[client], 0, 0
+        )
+        self.listener.start()
         self.backend = self.keep(
             open_listener(
-                target,
-                directory,
-                receive_buffer=self.target_buffers.get("receive_buffer"),
-                blocking=False,
+                target, directory, receive_buffer=self.target_buffers.get("receive_buffer")
             )
         )
+        self.backend.setblocking(False)
         self.address = socket_names(self.backend.fileno())[1]
 
     def keep(self, connection):
-        """Have a socket closed with the rig."""
+        """Close this socket together with the rig; returns it."""
         self.sockets.append(connection)
         return connection
 
     def close(self):
         """Close everything, the relay's connections included."""
-        self.gate.stop()
+        self.listener.stop()
         self.relay.close_all()
         self.turn()
         for event in self.events:
             if isinstance(event, ConnectFailed | Accepted):
                 with contextlib.suppress(OSError):
                     os.close(event.client)
-        del self.relay, self.gate
+        del self.relay, self.listener
         for connection in self.sockets:
             connection.close()
 
     # ── connections ──────────────────────────────────────────────────────────────────────────
 
-    def knock(self):
-        """A client's socket, and the fd with which it was accepted: the caller owns the fd."""
-        client = self.keep(open_client(self.door, **self.client_buffers))
+    def new_client(self):
+        """(a client's socket, the fd of its accepted connection): the caller owns the fd."""
+        client = self.keep(open_client(self.listen_socket, **self.client_buffers))
         return client, self.take_client()
 
     def take_client(self):
-        """Accept whoever waits at the door; the caller owns the fd."""
+        """Wait for the next accepted client; the caller owns the fd."""
         self.until(lambda: self.of_kind(Accepted), "a client")
         event = self.of_kind(Accepted)[0]
         self.events.remove(event)
         return event.client
 
     def connect(self, fd, **options):
-        """Hand an accepted client over; the connection's id, or the ConnectFailed."""
+        """Connect an accepted client to the target; the connection's id, or a ConnectFailed."""
         return self.relay.connect(fd, FAMILIES[self.client_family], self.address, **options)
 
-    def meet(self):
-        """The backend's end of the oldest connection that it has not accepted yet."""
+    def accept_at_backend(self):
+        """Accept the oldest connection in the backend's backlog; waits for one."""
         found = []
 
         def accepted():
@@ -170,18 +171,18 @@ class Rig:
         return self.keep(found[0])
 
     def link(self, **options):
-        """A connection through the relay, both ends there."""
-        client, fd = self.knock()
+        """A connection through the relay, with both ends established."""
+        client, fd = self.new_client()
         number = self.connect(fd, **options)
-        return Link(client, self.meet(), number, fd)
+        return Link(client, self.accept_at_backend(), number, fd)
 
-    def adopted(self, *, send_buffer=None, preamble=None):
-        """As link(), by dial() and adopt(); the relay's socket has that send buffer."""
-        client, fd = self.knock()
+    def adopted_link(self, *, send_buffer=None, preamble=None):
+        """Like link(), made by dial() and adopt(). The relay's target socket gets `send_buffer`."""
+        client, fd = self.new_client()
         target = self.relay.dial(self.address)
         if send_buffer:
             set_option(target, socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
-        far = self.meet()
+        far = self.accept_at_backend()
         number = self.relay.adopt(fd, FAMILIES[self.client_family], target, preamble)
         return Link(client, far, number, fd, target)
 
@@ -192,19 +193,19 @@ class Rig:
         self.events += self.relay.run(timeout_ms)
 
     def until(self, condition, what, patience=PATIENCE_S):
-        """Give turns until `condition()` holds."""
+        """Run turns until `condition()` holds."""
         deadline = time.monotonic() + patience
         while not condition():
             assert time.monotonic() < deadline, f"not after {patience:g} s: {what}"
             self.turn(self.pace_ms)
 
     def pass_time(self, seconds):
-        """Give turns for so long, whatever happens."""
+        """Run turns for that many seconds, whatever happens."""
         end = time.monotonic() + seconds
         self.until(lambda: time.monotonic() >= end, "the time to pass", patience=seconds + 1)
 
     def settle(self):
-        """Give turns until nothing is left to do now."""
+        """Run turns until nothing is left to do for now."""
         quiet = 0
         while quiet < QUIET_TURNS:
             pending = select.select([self.epoll], [], [], 0)[0]
@@ -212,7 +213,7 @@ class Rig:
             self.turn()
 
     def is_calm(self, ms=30):
-        """Whether the relay sleeps while nothing happens: CPU time, not how long it takes."""
+        """Whether the relay sleeps while nothing happens, measured by CPU time."""
         self.settle()
         before = time.thread_time()
         self.turn(ms)
@@ -231,26 +232,26 @@ class Rig:
         self.until(finished, what)
 
     def send(self, connection, data, then=None):
-        """Send all of it, whether or not anybody reads at the other end."""
+        """Send all of `data`, whether or not the other end reads it."""
         self.run(Outgoing(connection, data, then), what=f"{len(data)} bytes sent")
 
     def read(self, connection, size):
-        """Exactly `size` bytes."""
-        incoming = Incoming(connection, most=size)
+        """Read exactly `size` bytes."""
+        incoming = Incoming(connection, limit=size)
         self.run(incoming, what=f"{size} bytes")
         assert len(incoming.data) == size, f"{incoming.end} after {len(incoming.data)} bytes"
         return bytes(incoming.data)
 
     def read_to_end(self, connection):
-        """(all that still comes, "eof" or "reset")."""
+        """Read to the end: (bytes, "eof" or "reset")."""
         incoming = Incoming(connection)
         self.run(incoming, what="the end of the stream")
         return bytes(incoming.data), incoming.end
 
-    def stuff(self, connection, unit=b"\xa5" * 65536, most=1 << 30):
-        """Send `unit` again and again until nobody takes any more; the bytes taken, in all."""
+    def fill(self, connection, unit=b"\xa5" * 65536, limit=1 << 30):
+        """Send `unit` repeatedly until nothing more is taken; the number of bytes taken."""
         taken = 0
-        while taken < most:
+        while taken < limit:
             self.settle()
             outgoing = Outgoing(connection, unit)
             outgoing.step()
@@ -268,11 +269,11 @@ class Rig:
         return next((one for one in self.of_kind(Ended) if one.connection == number), None)
 
     def of_kind(self, kind):
-        """The events of a kind, in order."""
+        """The events of this class, in order."""
         return [event for event in self.events if isinstance(event, kind)]
 
     def ready(self):
-        """Every (fd, epoll events) that was announced, in order."""
+        """(fd, epoll events) of each Ready event, in order."""
         return [(event.fd, event.events) for event in self.of_kind(Ready)]
 
     def failures(self):
@@ -282,14 +283,14 @@ class Rig:
         return self.relay.totals()
 
     def until_ended(self, number):
-        """(ending, bytes up, bytes down) of a connection that must end."""
+        """Wait for the end of a connection: (ending, bytes up, bytes down)."""
         self.until(lambda: self.ended(number), "the end of the connection")
         event = self.ended(number)
         return event.ending, event.bytes_up, event.bytes_down
 
 
 class Rigs:
-    """Makes rigs, and afterwards proves that nothing of them is left."""
+    """Makes rigs, and checks afterwards that none of them leaves an fd open."""
 
     def __init__(self, directory):
         self.directory = directory
@@ -307,7 +308,7 @@ class Rigs:
         gc.collect()
 
     def forget(self, rig):
-        """A rig whose relay and gate are gone already: only its sockets are left."""
+        """Close the sockets of a rig whose relay and listener are gone already."""
         self.made.remove(rig)
         for each in rig.sockets:
             each.close()

@@ -1,4 +1,4 @@
-"""Sockets whose last close(2) waits, and peers that send them (SCM_RIGHTS)."""
+"""Sockets whose last close(2) waits, and how a peer sends them (SCM_RIGHTS)."""
 
 import array
 import contextlib
@@ -9,8 +9,8 @@ import struct
 LINGER_S = 600
 
 
-class Slow:
-    """A TCP socket whose close(2) waits LINGER_S, for its peer does not read; until release()."""
+class SlowSocket:
+    """A TCP socket whose close(2) waits for LINGER_S or release(): its peer does not read."""
 
     def __init__(self):
         with socket.create_server(("127.0.0.1", 0)) as server:
@@ -24,7 +24,7 @@ class Slow:
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
 
     def release(self):
-        """Have the close(2) that waits end. Again: nothing."""
+        """End the close(2) that waits. May be called again."""
         if self.peer.fileno() < 0:
             return
         self.peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -32,8 +32,11 @@ class Slow:
 
 
 def send_slow(connection, data, flags=0):
-    """Send bytes with a slow socket that nobody else holds; the Slow. OSError: refused."""
-    slow = Slow()
+    """Send bytes with a slow socket, whose only copy is then in the message; the SlowSocket.
+
+    Raises OSError if the kernel refuses descriptors.
+    """
+    slow = SlowSocket()
     fds = array.array("i", [slow.socket.fileno()])
     try:
         ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)]
@@ -56,6 +59,6 @@ def kernel_refuses():
     return True
 
 
-def tasks():
-    """The threads of this process."""
+def thread_ids():
+    """The ids of the threads of this process."""
     return set(os.listdir("/proc/self/task"))

@@ -1,4 +1,4 @@
-"""What a socket, or an fd that is one, is like now."""
+"""The present state of a socket, given as a socket object or an fd."""
 
 import fcntl
 import os
@@ -11,7 +11,7 @@ from kit.waiting import wait_until
 
 
 def state_of(connection):
-    """What poll(2) says now, the end and errors included."""
+    """The events that poll(2) reports now, the end of the stream and errors included."""
     poller = select.poll()
     poller.register(connection, select.POLLIN | select.POLLOUT | select.POLLRDHUP)
     return dict(poller.poll(0)).get(
@@ -20,27 +20,27 @@ def state_of(connection):
 
 
 def is_quiet(connection):
-    """Nothing has come: no byte, no end, no error."""
+    """True if nothing has arrived: no byte, no end, no error."""
     return not state_of(connection) & ~select.POLLOUT
 
 
 def is_writable(fd):
-    """Whether epoll would announce free space."""
+    """Whether epoll would report that it is writable."""
     return bool(state_of(fd) & select.POLLOUT)
 
 
 def was_reset(connection):
-    """TCP only: an RST has arrived, whether or not there are bytes left to read."""
+    """TCP only: whether an RST has arrived, even if there are bytes left to read."""
     return bool(state_of(connection) & select.POLLERR)
 
 
 def hung_up(connection):
-    """True once the peer's end is wholly gone (a reset, or on UNIX a full close)."""
+    """True once the peer has gone for good: by a reset, or on UNIX by a full close."""
     return bool(state_of(connection) & (select.POLLHUP | select.POLLERR))
 
 
 def write_error(connection):
-    """The errno with which a write fails, because nobody is there any more, or 0."""
+    """The errno with which a write fails because the peer has gone, or 0."""
     try:
         connection.send(b"?", socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
     except (BlockingIOError, TimeoutError):
@@ -51,22 +51,22 @@ def write_error(connection):
 
 
 def unread(connection):
-    """Bytes in the receive queue (SIOCINQ)."""
+    """The number of bytes in the receive queue (SIOCINQ)."""
     return struct.unpack("i", fcntl.ioctl(connection, termios.FIONREAD, b"\0" * 4))[0]
 
 
 def wait_unread(connection, count):
-    """Wait until `count` bytes lie in the receive queue of `connection`."""
+    """Wait until the receive queue of `connection` has `count` bytes."""
     wait_until(lambda: unread(connection) >= count, f"{count} bytes in the receive queue")
 
 
 def unacknowledged(fd):
-    """Bytes in the send queue (SIOCOUTQ)."""
+    """The number of bytes in the send queue (SIOCOUTQ)."""
     return struct.unpack("i", fcntl.ioctl(fd, termios.TIOCOUTQ, b"\0" * 4))[0]
 
 
 def option(fd, level, name):
-    """An integer option of a socket that belongs to somebody else."""
+    """An integer option of a socket of which the caller has only the fd."""
     borrowed = socket.socket(fileno=os.dup(fd))
     try:
         return borrowed.getsockopt(level, name)
@@ -75,7 +75,7 @@ def option(fd, level, name):
 
 
 def set_option(fd, level, name, value):
-    """Set an integer option of a socket that belongs to somebody else."""
+    """Set an integer option of a socket of which the caller has only the fd."""
     borrowed = socket.socket(fileno=os.dup(fd))
     try:
         borrowed.setsockopt(level, name, value)

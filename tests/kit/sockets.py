@@ -1,4 +1,4 @@
-"""Listeners, connections and their ends, for the four kinds of stream socket under test."""
+"""Listening sockets and connections of the four kinds under test, and how connections end."""
 
 import errno
 import os
@@ -21,7 +21,7 @@ TCP = ("tcp4", "tcp6")
 UNIX = ("unix", "abstract")
 
 RESETS = (errno.ECONNRESET, errno.EPIPE)
-"""How a reset looks to a reader or a writer, whichever call meets it first."""
+"""The errors by which a reset shows, depending on whether a read or a write finds it first."""
 
 every_pair = pytest.mark.parametrize(
     ("listen", "target"), [(a, b) for a in FAMILIES for b in FAMILIES]
@@ -35,12 +35,10 @@ main_pairs = pytest.mark.parametrize(
 """Runs a test for pairs that together use every family and every mix of TCP and UNIX."""
 
 
-def open_listener(
-    family, directory, *, backlog=512, receive_buffer=None, host=None, port=0, blocking=True
-):
-    """A listening socket of `family`; a path or a free port on loopback is chosen for it.
+def open_listener(family, directory, *, backlog=512, receive_buffer=None, host=None, port=0):
+    """A listening socket of `family`, at a new path or, by default, a free port on loopback.
 
-    What it accepts inherits its receive buffer. With `backlog=None` it is only bound.
+    Accepted connections inherit its receive buffer. With `backlog=None` it is only bound.
     """
     listener = socket.socket(FAMILIES[family], socket.SOCK_STREAM)
     set_buffers(listener, receive_buffer, None)
@@ -53,12 +51,11 @@ def open_listener(
         listener.bind("")  # the kernel chooses a free abstract name, see unix(7)
     if backlog is not None:
         listener.listen(backlog)
-    listener.setblocking(blocking)
     return listener
 
 
 def target_text(address, family):
-    """How `address` (from getsockname) is written as the program's TARGET argument."""
+    """The program's TARGET argument for an `address` from getsockname()."""
     if family == socket.AF_UNIX:
         if isinstance(address, bytes):
             return "@" + address[1:].decode()
@@ -67,7 +64,7 @@ def target_text(address, family):
 
 
 def open_connection(address, family, *, receive_buffer=None, send_buffer=None, timeout=None):
-    """A client's socket, connected, with its buffers set before the connection is made."""
+    """A connected socket for a client, whose buffers were set before it connected."""
     client = socket.socket(family, socket.SOCK_STREAM)
     set_buffers(client, receive_buffer, send_buffer)
     client.settimeout(timeout or patience())
@@ -89,7 +86,7 @@ def set_buffers(connection, receive_buffer, send_buffer):
 
 
 def send_at_once(connection):
-    """Let the kernel send small segments as they are written, as an interactive program would."""
+    """Send small segments as they are written (TCP_NODELAY), like an interactive program."""
     if not is_unix(connection):
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
@@ -99,13 +96,13 @@ def is_unix(connection):
 
 
 def reset(connection):
-    """Close so that the peer sees a reset: RST on TCP; a UNIX socket only knows the full close."""
+    """Close with an RST on TCP; on a UNIX socket, which has no reset, this is a full close."""
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     connection.close()
 
 
 def read_to_end(connection, timeout=None):
-    """(all bytes that still come, how they end): the end is "eof" or "reset"."""
+    """Read to the end: (bytes, "eof" or "reset")."""
     timeout = timeout or patience()
     connection.settimeout(timeout)
     received = bytearray()
@@ -124,7 +121,7 @@ def read_to_end(connection, timeout=None):
 
 
 def read_exactly(connection, count, timeout=None):
-    """`count` bytes, or AssertionError saying how many came before the end or the deadline."""
+    """Read `count` bytes; AssertionError if fewer come before the end or the deadline."""
     timeout = timeout or patience()
     connection.settimeout(timeout)
     received = bytearray()
@@ -139,17 +136,17 @@ def read_exactly(connection, count, timeout=None):
     return bytes(received)
 
 
-def send_until_stuck(connection, segment, *, most=1 << 30, still=0.3, timeout=6.0):
-    """Send `segment` again and again until none has been accepted for `still` seconds.
+def send_until_stuck(connection, segment, *, limit=1 << 30, still=0.3, timeout=6.0):
+    """Send `segment` repeatedly until no byte has been accepted for `still` seconds.
 
-    Returns the number of bytes accepted. Ends too after `most` bytes or `timeout` seconds.
+    Stops after `limit` bytes or `timeout` seconds too. Returns the number of bytes accepted.
     """
     connection.setblocking(False)
     sent = 0
     deadline = time.monotonic() + timeout
     view = memoryview(segment)
     offset = 0
-    while sent < most and time.monotonic() < deadline:
+    while sent < limit and time.monotonic() < deadline:
         try:
             count = connection.send(view[offset:])
             sent += count
@@ -162,20 +159,20 @@ def send_until_stuck(connection, segment, *, most=1 << 30, still=0.3, timeout=6.
 
 
 def stuck_bytes(segment, count):
-    """The first `count` bytes of `segment` sent again and again, as `send_until_stuck` does."""
+    """The `count` bytes that send_until_stuck() has sent."""
     return (segment * (count // len(segment) + 1))[:count]
 
 
-def fill_backlog(address, family, most=10):
-    """Connect to a listener that accepts nobody until it has no room; returns the connections."""
+def fill_backlog(address, family, limit=10):
+    """Fill the backlog of a listener that accepts no connection; returns the connections in it."""
     waiting = []
-    for _ in range(most):
-        visitor = socket.socket(family, socket.SOCK_STREAM)
-        visitor.settimeout(0.3)
+    for _ in range(limit):
+        client = socket.socket(family, socket.SOCK_STREAM)
+        client.settimeout(0.3)
         try:
-            visitor.connect(address)
+            client.connect(address)
         except (BlockingIOError, TimeoutError):
-            visitor.close()
+            client.close()
             return waiting
-        waiting.append(visitor)
-    raise AssertionError(f"a backlog took {most} connections")
+        waiting.append(client)
+    raise AssertionError(f"a backlog took {limit} connections")

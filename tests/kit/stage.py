@@ -1,4 +1,4 @@
-"""One test's cast: listeners, the program, targets behind it, and clients in front of it."""
+"""Everything that a test needs: listeners, the program, its targets and its clients."""
 
 import errno
 import os
@@ -20,7 +20,7 @@ from kit.waiting import patience, wait_until
 
 
 class Backend:
-    """A listening socket that the program forwards to; the test itself plays the server."""
+    """A target of the program, for which the test plays the server."""
 
     def __init__(self, listener):
         self.listener = listener
@@ -29,7 +29,7 @@ class Backend:
         listener.settimeout(patience())
 
     def accept(self, timeout=None):
-        """The next connection that the program opens to this target."""
+        """Accept the next connection that the program opens to this target."""
         timeout = timeout or patience()
         self.listener.settimeout(timeout)
         try:
@@ -42,7 +42,7 @@ class Backend:
         return connection
 
     def start_listening(self):
-        """Make a target listen that was `absent` until now."""
+        """Let a target that was made by `absent()` listen."""
         self.listener.listen(512)
 
     def port(self):
@@ -57,7 +57,7 @@ class Backend:
 
 
 class Outcome:
-    """How a run that ended by itself ended."""
+    """The result of a run that ended by itself."""
 
     def __init__(self, status, stdout, stderr):
         self.status = status
@@ -69,10 +69,10 @@ class Outcome:
 
 
 class Stage:
-    """Everything one test has started; `close()` ends it all and looks for what was left behind."""
+    """Everything that a test has started. `close()` ends it and checks that nothing is left."""
 
     def __init__(self, executable, contender, *, arguments=(), environment=None):
-        """`arguments` and `environment` are what every launch of the program gets."""
+        """`arguments` and `environment` are given to every launch of the program."""
         self.executable = executable
         self.arguments = list(arguments)
         self.environment = environment or {}
@@ -93,19 +93,19 @@ class Stage:
         return os.path.join(self.directory, name)
 
     def listener(self, family="tcp4", **options):
-        """A listening socket that the service manager would own."""
+        """A listening socket, as the service manager would open it."""
         listener = open_listener(family, self.directory, **options)
         self.listeners.append(listener)
         return listener
 
     def backend(self, family="tcp4", **options):
-        """A target that the test itself serves, one `accept()` at a time."""
+        """A target for which the test plays the server, one `accept()` at a time."""
         server = Backend(open_listener(family, self.directory, **options))
         self._servers.append(server)
         return server
 
     def echo(self, family="tcp4", **options):
-        """A target that answers every byte with itself; returns its TARGET text."""
+        """A target that echoes every byte; its TARGET argument."""
         listener = open_listener(family, self.directory, **options)
         text = target_text(listener.getsockname(), listener.family)
         self._servers.append(EchoServer(listener))
@@ -118,14 +118,14 @@ class Stage:
         return server
 
     def fill_backlog(self, backend):
-        """Let visitors take all the room before a target; returns them."""
-        visitors = fill_backlog(backend.listener.getsockname(), backend.listener.family)
-        self._clients += visitors
-        return visitors
+        """Fill the backlog of a target; returns the connections in it."""
+        waiting = fill_backlog(backend.listener.getsockname(), backend.listener.family)
+        self._clients += waiting
+        return waiting
 
     def on_one_port(self, make, other):
-        """The backend that `make()` makes, and what `other(port)` makes at another address: on a
-        port that is free on both."""
+        """(a backend from `make()`, what `other(port)` returns): both use the same port, at two
+        addresses; tries until it finds one that is free at both."""
         while True:
             backend = make()
             try:
@@ -136,7 +136,7 @@ class Stage:
                     raise
 
     def notify_socket(self, path=None):
-        """A NOTIFY_SOCKET, abstract without a `path`."""
+        """A NOTIFY_SOCKET; without a `path` its name is abstract."""
         notify = NotifySocket(path)
         self._notify_sockets.append(notify)
         return notify
@@ -144,9 +144,9 @@ class Stage:
     # The program
 
     def launch(self, *arguments, listeners=(), prefix=(), wait=True, **options):
-        """Start the program with `listeners` inherited, and wait until it serves.
+        """Start the program with the inherited `listeners`, and wait until it serves.
 
-        Ours says READY=1; of the others it is known when they wait for events.
+        Ours then sends READY=1; the others then wait for events.
         """
         notify = options.pop("notify", None) or self.notify_socket()
         options["environment"] = self.environment | options.get("environment", {})
@@ -172,18 +172,18 @@ class Stage:
 
     @property
     def one_attempt(self):
-        """Options with which ours gives up at the first refusal, as the originals do."""
+        """Options with which ours gives up at the first refusal, like the originals."""
         return ["--connect-timeout=0"] if self.is_ours else []
 
     @property
     def proxy(self):
-        """The program that was started last."""
+        """The program that was launched last."""
         return self.proxies[-1]
 
     # In front of the program
 
     def connect(self, listener=None, **options):
-        """A client's connection to `listener`, by default the last program's first."""
+        """A client's connection to `listener`, by default the first one of the last program."""
         listener = listener or self.proxy.listeners[0]
         return self.connect_to(listener.getsockname(), listener.family, **options)
 
@@ -196,9 +196,9 @@ class Stage:
     def forward(
         self, listen, target, *arguments, listen_buffer=None, target_buffer=None, **options
     ):
-        """A program between a listener and a target of the two families; returns the target.
+        """Launch the program between a listener and a target of these families; the target.
 
-        The buffers are the receive buffers that accepted connections inherit.
+        `listen_buffer` and `target_buffer` are receive buffers, which accepted connections inherit.
         """
         backend = self.backend(target, receive_buffer=target_buffer)
         listener = self.listener(listen, receive_buffer=listen_buffer)
@@ -214,7 +214,7 @@ class Stage:
     # Afterwards
 
     def close(self, *, checked=True):
-        """Close everything. `checked`: ours must have left nothing behind and end with 0."""
+        """Close everything. If `checked`, ours must have no socket left and exit with status 0."""
         troubles = []
         try:
             for client in self._clients:
@@ -237,7 +237,7 @@ class Stage:
 
 
 def _leftovers(proxy):
-    """Sockets it still has although every peer is gone (pooled pipes are its own affair)."""
+    """What is wrong if it still has sockets although every peer has gone (pipes may be pooled)."""
     if proxy.has_ended() or proxy.sockets_at_start is None:
         return []
     try:
@@ -250,11 +250,11 @@ def _leftovers(proxy):
 
 
 def _end_well(proxy):
-    """End it, if the test has not; what is wrong with its end and its stderr."""
+    """End it unless it has ended; what is wrong with its end and its stderr."""
     log = proxy.log()
     found = [f"{sign} on stderr:\n{log}" for sign in SIGNS_OF_A_CRASH if sign in log]
     if proxy.has_ended():
-        return found  # the test has seen its exit status
+        return found  # the test has checked its exit status
     if not proxy.end():
         return [*found, "SIGTERM did not end it within 5 s"]
     if proxy.status != 0:

@@ -1,15 +1,15 @@
-"""Connections that the test steps itself, on either side of the relay: all non-blocking."""
+"""Non-blocking connections on either side of the relay, which the test moves step by step."""
 
 import socket
 
 from kit.sockets import RESETS, send_at_once, set_buffers
 
-RELUCTANT = 4096
-"""A receive buffer so small that its owner soon takes nothing more."""
+TINY_BUFFER = 4096
+"""A receive buffer that is full after little data."""
 
 
 def open_client(listener, *, receive_buffer=None, send_buffer=None):
-    """A socket connected to `listener`, not yet accepted there."""
+    """A socket connected to `listener`, which has not accepted it yet."""
     client = socket.socket(listener.family, socket.SOCK_STREAM)
     set_buffers(client, receive_buffer, send_buffer)
     client.connect(listener.getsockname())
@@ -18,7 +18,7 @@ def open_client(listener, *, receive_buffer=None, send_buffer=None):
 
 
 def accept(listener, *, send_buffer=None):
-    """The next connection of a listener, or BlockingIOError."""
+    """Accept the next connection of a listener; BlockingIOError if there is none."""
     listener.setblocking(False)
     connection, _ = listener.accept()
     set_buffers(connection, None, send_buffer)
@@ -27,13 +27,13 @@ def accept(listener, *, send_buffer=None):
 
 
 def prepare(connection):
-    """Non-blocking, and small segments leave as they are written."""
+    """Make it non-blocking, and let small segments leave as they are written."""
     connection.setblocking(False)
     send_at_once(connection)
 
 
 def send_once(connection, data, flags=0):
-    """Bytes that one send took, 0 where the socket is full."""
+    """The number of bytes that one send took, 0 if the socket is full."""
     try:
         return connection.send(data, flags)
     except BlockingIOError:
@@ -41,7 +41,7 @@ def send_once(connection, data, flags=0):
 
 
 class Outgoing:
-    """Sends bytes as far as they go at each step(), then ends the stream if it is to."""
+    """Sends as many bytes as fit at each step(), and calls `then(connection)` after the last."""
 
     def __init__(self, connection, data, then=None):
         self.connection = connection
@@ -67,19 +67,19 @@ class Outgoing:
 
 
 class Incoming:
-    """Collects what comes, and how it ends: "eof" or "reset"."""
+    """Collects what arrives, up to `limit` bytes, and how the stream ends: "eof" or "reset"."""
 
-    def __init__(self, connection, most=1 << 40, unit=1 << 18):
+    def __init__(self, connection, limit=1 << 40, unit=1 << 18):
         self.connection = connection
         self.data = bytearray()
-        self.most = most
+        self.limit = limit
         self.unit = unit
         self.end = None
 
     def step(self):
-        while self.end is None and len(self.data) < self.most:
+        while self.end is None and len(self.data) < self.limit:
             try:
-                chunk = self.connection.recv(min(self.unit, self.most - len(self.data)))
+                chunk = self.connection.recv(min(self.unit, self.limit - len(self.data)))
             except BlockingIOError:
                 return
             except OSError as error:
@@ -93,7 +93,7 @@ class Incoming:
 
     @property
     def done(self):
-        return self.end is not None or len(self.data) >= self.most
+        return self.end is not None or len(self.data) >= self.limit
 
 
 def half_close(connection):

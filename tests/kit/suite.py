@@ -1,4 +1,4 @@
-"""The pytest plugin of the suites that see the program from outside: options, fixtures, tables."""
+"""The pytest plugin of the suites that test the program from outside: options, fixtures, tables."""
 
 import contextlib
 import os
@@ -12,24 +12,24 @@ from kit.differences import apply_differences, write_table
 from kit.stage import Stage
 from kit.waiting import set_patience
 
-BESIDE = str(Path(sys.executable).parent / "systemd-socket-proxyd")
-"""The command that was installed together with this interpreter."""
+INSTALLED = str(Path(sys.executable).parent / "systemd-socket-proxyd")
+"""The command that is installed next to this interpreter."""
 
 
 def pytest_addoption(parser):
     group = parser.getgroup("black-box suite")
-    group.addoption("--executable", default=BESIDE, help="program under test [%(default)s]")
+    group.addoption("--executable", default=INSTALLED, help="program under test [%(default)s]")
     group.addoption("--contender", default="ours", help="ours, original-252, original-262, ...")
     group.addoption("--arguments", default="", help="given to the program before all others")
     group.addoption("--big", action="store_true", default=False, help="also transfers of 1 GiB")
 
 
-# pytest knows the options only if a folder with this plugin is named on its command line; the
-# defaults serve for a run of all the tests.
+# pytest knows the options only if its command line names a folder that has this plugin; a run of
+# all the tests uses the defaults.
 
 
 def _executable(config):
-    return config.getoption("--executable", default=BESIDE)
+    return config.getoption("--executable", default=INSTALLED)
 
 
 def _contender(config):
@@ -40,7 +40,7 @@ def pytest_configure(config):
     for fd in map(int, os.listdir("/proc/self/fd")):
         if fd > 2:
             with contextlib.suppress(OSError):
-                os.set_inheritable(fd, False)  # whoever started this run may have left some open
+                os.set_inheritable(fd, False)  # the parent of this run may have left some open
     config.addinivalue_line("markers", "differs(contender, reason, ...): an intended difference")
     config.addinivalue_line("markers", "big: moves gigabytes, run with --big")
 
@@ -63,7 +63,7 @@ def pytest_terminal_summary(terminalreporter, config):
 
 
 def _write_skips(reporter):
-    """Every skipped test with its reason, without being asked: a skip is a hole in the proof."""
+    """Print every skipped test with its reason, even without -rs: what it tests is unproven."""
     reasons = {}
     for report in reporter.stats.get("skipped", ()):
         if any(key == "differs" for key, _ in report.user_properties):
@@ -100,19 +100,19 @@ def executable(request):
 
 @pytest.fixture(scope="session")
 def contender(request):
-    """`ours`, or which of the others is under test."""
+    """The name of the program under test: `ours`, or one of the others."""
     return _contender(request.config)
 
 
 @pytest.fixture
 def new_stage(request, executable, contender):
-    """Where the test takes place; `stage` sees to its end."""
+    """A new Stage; the `stage` fixture closes it."""
     arguments = shlex.split(request.config.getoption("--arguments", default=""))
     return Stage(executable, contender, arguments=arguments)
 
 
 @pytest.fixture
 def stage(request, new_stage):
-    """The program, its clients and its targets, all ended with the test."""
+    """The program, its clients and its targets; all of them end with the test."""
     yield new_stage
     new_stage.close(checked=not getattr(request.node, "failed_in_call", True))

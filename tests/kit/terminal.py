@@ -1,4 +1,4 @@
-"""Real shells in a terminal: keys go in through tmux, and what is seen is what its screen shows."""
+"""Real shells in a terminal: tmux types the keys, and its screen shows the result."""
 
 import re
 import shutil
@@ -9,14 +9,14 @@ from pathlib import Path
 from kit.waiting import wait_until
 
 PREFIX = Path(sys.prefix)
-"""Where the command, and its completions, were installed."""
+"""Where the command and its completions are installed."""
 
 UNITS = {
     "bash": PREFIX / "share/bash-completion/completions/systemd-socket-proxyd-units",
     "zsh": PREFIX / "share/zsh/site-functions/_systemd-socket-proxyd-units",
     "fish": PREFIX / "share/fish/vendor_completions.d/systemd-socket-proxyd-units.fish",
 }
-"""Those of the other command."""
+"""The completions of systemd-socket-proxyd-units."""
 
 INSTALLED = {
     "bash": PREFIX / "share/bash-completion/completions/systemd-socket-proxyd",
@@ -59,7 +59,7 @@ START = {
     "zsh": "exec zsh -o no_global_rcs -i",
     "fish": "exec fish -i",
 }
-"""Shells, by how they find the completion; bash also without the package that loads it."""
+"""The shells, by how they load completions: bash does so with and without bash-completion."""
 
 
 def program(kind):
@@ -68,7 +68,7 @@ def program(kind):
 
 
 def write_settings(home):
-    """Make settings for all shells: a short prompt, and nothing on the screen but what is asked."""
+    """Write settings for all shells: a short prompt, and an otherwise empty screen."""
     (home / ".inputrc").write_text(INPUTRC)
     (home / "bashrc").write_text(BASHRC + f". {INSTALLED['bash']}\n. {UNITS['bash']}\n")
     # The package finds the completion itself, when it is first asked for.
@@ -79,7 +79,7 @@ def write_settings(home):
 
 
 class Terminal:
-    """A tmux of our own, with one shell in it. `close()` ends both."""
+    """A separate tmux with one shell in it. `close()` ends both."""
 
     def __init__(self, folder, kind, environment, hosts):
         """Start the shell `kind`; `hosts` is what it finds in /etc/hosts."""
@@ -87,7 +87,7 @@ class Terminal:
         self._tmux = [shutil.which("tmux"), "-S", str(folder / f"tmux-{kind}"), "-f", "/dev/null"]
         variables = [f"{key}={value}" for key, value in environment.items()]
         new = ["new-session", "-d", "-x", "180", "-y", "120", "--", "env", "-i", *variables]
-        # A file system of its own, for the sake of one file.
+        # A mount namespace, for /etc/hosts.
         private = ["unshare", "--map-root-user", "--mount", "/bin/sh", "-c", PRIVATE, str(hosts)]
         subprocess.run(
             [*private, *self._tmux, *new, "/bin/sh", "-c", START[kind]],
@@ -96,7 +96,7 @@ class Terminal:
         )
         try:
             self._wait(self._is_empty, f"the prompt of {kind}")
-        except BaseException:  # Ctrl-C, too: no fixture closes it yet
+        except BaseException:  # Ctrl-C too: no fixture would close it
             self.close()
             raise
 
@@ -105,7 +105,7 @@ class Terminal:
         self._call("kill-server")
 
     def type(self, text):
-        """Type `text` behind what is there."""
+        """Type `text`."""
         self._call("send-keys", "-l", "--", text)
 
     def press(self, *keys):
@@ -117,9 +117,9 @@ class Terminal:
         return self._call("capture-pane", "-p", "-J").stdout.rstrip().split("\n")
 
     def clear(self):
-        """Throw away the command that is being typed, and everything else.
+        """Discard the command line, and clear the screen.
 
-        Not with C-c: a signal overtakes keys, or is overtaken by them.
+        Not with C-c: the signal may arrive before or after other keys.
         """
         self.press("C-u", "C-l")
         self._wait(self._is_empty, "an empty screen")
@@ -146,7 +146,7 @@ class Terminal:
             raise AssertionError(f"{error}; {self.kind} shows:\n{screen}") from None
 
     def _list_with(self, words):
-        """What is listed, as text, once every one of `words` is, and the cursor at the prompt."""
+        """The list as text, once it has all `words` and the cursor is at the prompt; else None."""
         lines = self.lines()
         text = "\n".join(line for line in lines if not line.startswith(PROMPT))
         at = int(self._call("display-message", "-p", "#{cursor_y}").stdout)
@@ -161,12 +161,12 @@ class Terminal:
 
 
 def bracketed(text, kind):
-    """`text` as it is written in the shell `kind`: to all but bash, brackets are patterns."""
+    """`text` as the shell `kind` needs it: except in bash, brackets must be escaped."""
     return text if program(kind) == "bash" else re.sub(r"([][])", r"\\\1", text)
 
 
 def is_listed(word, text):
-    """Tell whether `word` is one of a list: with or without what was typed before it, the = or :
-    that comes behind it, and quoting."""
+    """Whether `word` is in a list, with or without the text typed before it, a final = or :, and
+    quoting."""
     bare = re.escape(word.rstrip(":="))
     return re.search(rf"(^|[\s:=/])\\?{bare}(?=[\s:=]|$)", text, re.MULTILINE) is not None

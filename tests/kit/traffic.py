@@ -1,4 +1,4 @@
-"""Payloads that show every lost, doubled or moved byte, and the threads that carry them."""
+"""Payloads that reveal every lost, repeated or moved byte, and threads that transfer them."""
 
 import functools
 import hashlib
@@ -18,7 +18,7 @@ _NOISE = random.Random(20240501).randbytes(BLOCK)
 
 
 class Payload:
-    """`size` bytes that no shift, swap or repetition leaves the same; made as they are sent."""
+    """`size` bytes that any shift, swap or repetition changes; generated as they are sent."""
 
     def __init__(self, size, seed=0):
         self.size = size
@@ -49,7 +49,7 @@ def payload(size, seed=1):
 
 
 class _Carrier:
-    """A thread whose exception or result comes out of `result()`."""
+    """A thread; `result()` returns its result or raises its exception."""
 
     def __init__(self, work):
         self._value = None
@@ -64,7 +64,7 @@ class _Carrier:
             self._error = error
 
     def result(self, timeout=60.0):
-        """What the work returned; raises what it raised, or AssertionError if it goes on."""
+        """The result of the work, or its exception; AssertionError if it takes longer."""
         self._thread.join(timeout)
         if self._thread.is_alive():
             raise AssertionError(f"a transfer did not end within {timeout:g} s")
@@ -91,16 +91,16 @@ def send_payload(connection, payload, *, half_close=True):
     return _Carrier(work)
 
 
-def receive_digest(connection, most=None):
-    """Read in a thread, to the end or to `most` bytes; `.result()` is (bytes read, SHA-256)."""
+def receive_digest(connection, limit=None):
+    """Read in a thread, to the end or to `limit` bytes; `.result()` is (bytes read, SHA-256)."""
 
     def work():
         connection.settimeout(patience())
         state = hashlib.sha256()
         count = 0
         buffer = memoryview(bytearray(BLOCK))
-        while most is None or count < most:
-            got = connection.recv_into(buffer if most is None else buffer[: most - count])
+        while limit is None or count < limit:
+            got = connection.recv_into(buffer if limit is None else buffer[: limit - count])
             if not got:
                 break
             state.update(buffer[:got])
@@ -116,9 +116,9 @@ def receive_all(connection):
 
 
 def exchange(client, server, upward, downward, *, half_close):
-    """Send both payloads at the same time and check what arrives on the other side.
+    """Send both payloads at the same time, and check that they arrive.
 
-    With `half_close` each ends its direction after its payload, and the end must arrive too.
+    With `half_close` each side half-closes after its payload, and the end must arrive too.
     """
     transfers = [
         send_payload(client, upward, half_close=half_close),
@@ -133,15 +133,15 @@ def exchange(client, server, upward, downward, *, half_close):
 
 
 def expected(payload):
-    """What `receive_digest` must return for `payload`."""
+    """The result of receive_digest() for `payload`."""
     return payload.size, payload.digest()
 
 
 def send_in_segments(connection, segment, seconds=1.2):
-    """Send segments of that many bytes until everything up to the reader is full.
+    """Send segments of `segment` bytes until everything up to the reader is full.
 
-    A short pause after each segment lets the program take it by itself, as from a network; without
-    it the kernel joins them in one queue. Ends after `seconds` too. Returns what was sent.
+    A short pause after each segment lets the program take it separately, as from a network;
+    otherwise the kernel joins them in its queue. Stops after `seconds` too. Returns what was sent.
     """
     pattern = Payload(1 << 16).bytes()
     pieces = [pattern[i : i + segment] for i in range(0, len(pattern), segment)]
@@ -165,7 +165,7 @@ def send_in_segments(connection, segment, seconds=1.2):
 
 
 class EchoServer:
-    """Answers every byte with itself and every half-close with its own, from one thread."""
+    """Echoes every byte, and answers a half-close with a close; all in one thread."""
 
     def __init__(self, listener):
         self.listener = listener
@@ -223,7 +223,7 @@ class EchoServer:
 
 
 def talk(client, server):
-    """One word each way."""
+    """Send a word in each direction."""
     client.sendall(b"question")
     assert read_exactly(server, 8) == b"question"
     server.sendall(b"answer")
@@ -231,13 +231,13 @@ def talk(client, server):
 
 
 def greet(client):
-    """One round trip through an echo."""
+    """Send a word to an echo server, and read the answer."""
     client.sendall(b"hello")
     assert read_exactly(client, 5) == b"hello"
 
 
 def is_served(client):
-    """One round trip through an echo; False where the client is let go instead."""
+    """Whether an echo server answers; False if the client is disconnected instead."""
     try:
         greet(client)
         return True

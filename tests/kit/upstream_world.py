@@ -1,4 +1,4 @@
-"""An Upstream on a fake relay, with clients, name servers, and the main loop around it."""
+"""An Upstream on a fake relay, with its clients, its resolver, and the main loop around it."""
 
 import _socket
 import errno
@@ -44,7 +44,7 @@ def inet(last, port=80):
 
 
 def up_at(ms, error=errno.ECONNREFUSED):
-    """A plan for a target that starts within `ms`."""
+    """A plan for a target that is up from `ms` on."""
     return lambda now_ms: UP if now_ms >= ms else error
 
 
@@ -89,7 +89,7 @@ class Names:
         return self.answer[0] if self.is_fresh and self.answer and self.asked else []
 
     def say(self, choice):
-        """One of all the things that a resolver may say, at any time."""
+        """Answer as a resolver may at any time; `choice` selects one of the possible answers."""
         self.is_fresh = bool(choice % 2)
         self.stands_in = [inet(1, 0)] if choice % 3 == 0 else []
         gone = _socket.gaierror(_socket.EAI_NONAME, "no such thing")
@@ -130,7 +130,7 @@ class World:
 
     @property
     def held(self):
-        """The fds of the held clients, the oldest first."""
+        """The fds of the held clients, oldest first."""
         return [client.fd for client in self.upstream.held]
 
     @property
@@ -141,7 +141,7 @@ class World:
         """A client is accepted; its fd."""
         ours, peer = socket.socketpair()
         peer.setblocking(False)
-        with ours:  # a number that no later client is going to have
+        with ours:  # the number must not be reused for a later client
             fd = fcntl.fcntl(ours, fcntl.F_DUPFD_CLOEXEC, 200 + next(self.numbers))
         self.peers[fd] = peer
         self.come_total += 1
@@ -149,12 +149,12 @@ class World:
         return fd
 
     def tick(self):
-        """What the server does after every batch of events."""
+        """Do what the server does after each batch of events."""
         if self.held:
             self.upstream.step(self.relay.now_ms)
 
     def run(self, until_ms):
-        """Let time pass, as the main loop would: step() is called when it asks for it."""
+        """Let time pass: step() is called when it asks to be, as by the main loop."""
         self.tick()
         steps = 0
         while self.held:
@@ -173,7 +173,7 @@ class World:
         assert self.loop.run(0) == []
 
     def happen(self, fd, events=4):
-        """The same, and what the server does then."""
+        """An event for a watched fd, and then a tick()."""
         self.ready(fd, events)
         self.tick()
 
@@ -197,13 +197,13 @@ class World:
         self.upstream.take_back(failed, socket.AF_UNIX)
 
     def assert_counted(self):
-        """Every client is in one counter, and in one only."""
+        """Check that every client is in exactly one counter."""
         held = self.upstream.held
         ends = len(held) + held.failed + held.gone + held.cut
         assert self.come_total == self.upstream.served - self.upstream.returned + ends
 
     def gone(self, fd):
-        """Whether our end of a client is closed."""
+        """Whether the server's end of a client is closed."""
         try:
             return self.peers[fd].recv(1) == b""
         except BlockingIOError:
@@ -212,7 +212,7 @@ class World:
             return True  # with bytes unread
 
     def close(self):
-        """The end: nothing may be left over."""
+        """End it; nothing may be left."""
         self.assert_counted()
         self.upstream.drop_all()
         self.assert_counted()

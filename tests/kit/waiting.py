@@ -1,4 +1,4 @@
-"""Waiting for a state, by polling it with a deadline; nothing here sleeps and hopes."""
+"""Waiting for a state, by polling it with a deadline."""
 
 import time
 
@@ -6,18 +6,18 @@ _patience = 15.0
 
 
 def patience():
-    """Seconds after which something that should have happened has failed to."""
+    """Seconds to wait for something that must happen."""
     return _patience
 
 
 def set_patience(seconds):
-    """Less for a test that is meant to fail, which may do so without wasting time."""
+    """Change patience(): a test that is meant to fail need not wait for long."""
     global _patience
     _patience = seconds
 
 
 STEP = 0.005
-"""Seconds between two looks at a condition."""
+"""Seconds between two checks of a condition."""
 
 
 def wait_until(condition, what, timeout=None):
@@ -34,7 +34,7 @@ def wait_until(condition, what, timeout=None):
 
 
 def never_within(seconds, condition, what):
-    """AssertionError if `condition()` becomes true within `seconds`: for promises of silence."""
+    """AssertionError if `condition()` becomes true within `seconds`."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if condition():

@@ -1,4 +1,4 @@
-"""Tests of the extension module: a relay in this process, between sockets of the test's own."""
+"""Tests of the extension module: a relay in this process, with both peers played by the test."""
 
 import pytest
 from kit.rig import MODES, Rigs
@@ -6,7 +6,7 @@ from kit.rig import MODES, Rigs
 
 @pytest.fixture
 def rigs(tmp_path):
-    """Makes rigs; none of them may leave an fd behind."""
+    """Makes rigs; none of them may leave an fd open."""
     rigs = Rigs(str(tmp_path))
     yield rigs
     rigs.close()
@@ -15,7 +15,7 @@ def rigs(tmp_path):
 
 @pytest.fixture(params=list(MODES))
 def mode(request):
-    """How the relay may move bytes, and in which units."""
+    """How the relay may move bytes, and in units of which size."""
     return MODES[request.param]
 
 

@@ -1,8 +1,8 @@
-"""Which system calls the relay makes, where no scheduling can change them: the source is filled
-before the relay has its turn. So a step backwards is caught without a clock.
+"""Which system calls the relay makes. The source is filled before the relay has its turn, so that
+scheduling cannot change them: a regression shows without measuring time.
 
-Each scenario runs as a program of its own under strace; what it does in `watched()` turns is looked
-at.
+Each scenario runs under strace as a program of its own; the calls of its `watched()` turns are
+compared.
 """
 
 import functools
@@ -32,14 +32,14 @@ STREAM = 16 << 20
 
 
 def watched(rig):
-    """Give the relay a turn, between two marks in the trace."""
+    """Run one turn of the relay, between two marks in the trace."""
     os.access(BEGIN, os.F_OK)
     rig.turn()
     os.access(END, os.F_OK)
 
 
 def message(rigs, *pair):
-    """One message, waiting; and a turn more, in which nothing is left to do."""
+    """One message, which waits; and another turn, in which nothing is left to do."""
     link = warm(rigs(*pair))
     link.client.send(b"x" * 64)
     watched(link.rig)
@@ -48,7 +48,7 @@ def message(rigs, *pair):
 
 
 def many_messages(rigs, *pair):
-    """One message on each of 20 connections, waiting."""
+    """One message on each of 20 connections; all of them wait."""
     rig = rigs(*pair)
     for link in [warm(rig) for _ in range(20)]:
         link.client.send(b"x" * 64)
@@ -56,7 +56,7 @@ def many_messages(rigs, *pair):
 
 
 def stream(rigs, *pair):
-    """A stream, its buffers filled before each turn and emptied after it."""
+    """A stream whose source is filled before each turn and whose sink is emptied after it."""
     link = warm(rigs(*pair))
     left = STREAM
     while left:
@@ -66,7 +66,7 @@ def stream(rigs, *pair):
 
 
 def stalled(rigs, *pair):
-    """A stream whose reader stalls, and then reads on."""
+    """A stream whose reader stalls, and then continues."""
     link = warm(rigs(*pair))
     for _ in range(30):
         feed(link, payload(STREAM))
@@ -77,14 +77,15 @@ def stalled(rigs, *pair):
 
 
 def short_connection(rigs, *pair):
-    """Connect, a word each way, close: as a gate on express terms does it all."""
+    """Connect, a word in each direction, close; the listener connects automatically."""
     rig = rigs(*pair)
     rig.relay.report_ends = False
-    rig.gate.stop()
-    gate = RelayListener(rig.relay, rig.door.fileno(), rig.door.family, CHECK_TCP, 0)
-    gate.start()
-    gate.auto_connect(rig.address)
-    client = open_client(rig.door)
+    rig.listener.stop()
+    fd, family = rig.listen_socket.fileno(), rig.listen_socket.family
+    listener = RelayListener(rig.relay, fd, family, CHECK_TCP, 0)
+    listener.start()
+    listener.auto_connect(rig.address)
+    client = open_client(rig.listen_socket)
     client.send(b"ping")
     watched(rig)
     target = accept(rig.backend)
@@ -96,12 +97,12 @@ def short_connection(rigs, *pair):
     assert client.recv(10) == b"pong"
     close(client)
     watched(rig)
-    gate.stop()
+    listener.stop()
     assert rig.relay.connections == 0
 
 
 class Warm:
-    """A connection over which something has gone both ways."""
+    """A connection that has carried bytes in both directions."""
 
     def __init__(self, rig):
         self.rig = rig
@@ -169,7 +170,7 @@ class Call:
 
 @pytest.fixture
 def calls(tmp_path):
-    """Plays a scenario; a list of calls for each of its watched turns."""
+    """Runs a scenario; returns a list of calls for each of its watched turns."""
     if not shutil.which("strace"):
         pytest.skip("SKIPPED LOUDLY: no strace here")
     probe = subprocess.run(["strace", "-o", "/dev/null", "true"], capture_output=True, check=False)
@@ -202,13 +203,13 @@ PAIRS = pytest.mark.parametrize(
 
 
 def recv_of(pair):
-    """A UNIX socket is read by recvmsg, which tells whether fds have cut a read short."""
+    """A UNIX socket is read by recvmsg, which tells whether descriptors cut a read short."""
     return "recvmsg" if pair[0] == "unix" else "recvfrom"
 
 
 @PAIRS
 def test_three_calls_for_a_message_and_none_to_see_that_it_was_the_last(calls, pair):
-    """A short read says that nothing more is there."""
+    """A short read tells that the socket is empty."""
     first, second = calls("message", pair)
     assert names(first) == ["epoll_wait", recv_of(pair), "sendto"]
     assert names(second) == ["epoll_wait"]
@@ -216,9 +217,9 @@ def test_three_calls_for_a_message_and_none_to_see_that_it_was_the_last(calls, p
 
 
 @PAIRS
-def test_a_look_more_for_a_message_from_a_unix_socket_that_cannot_refuse_descriptors(calls, pair):
+def test_one_more_read_from_a_unix_socket_that_cannot_refuse_descriptors(calls, pair):
     first, second = calls("message", pair, "older")
-    assert names(first) == ["epoll_wait", *CARE[pair[0]], "sendto"]
+    assert names(first) == ["epoll_wait", *CAREFUL_READ[pair[0]], "sendto"]
     assert names(second) == ["epoll_wait"]
 
 
@@ -229,8 +230,8 @@ def test_one_wait_for_many_messages(calls, pair):
 
 
 @PAIRS
-def test_a_stream_needs_nothing_but_to_be_moved(calls, pair):
-    """Once it runs: no epoll_ctl, no pipe made or closed. Waits, and bytes."""
+def test_a_running_stream_is_only_moved(calls, pair):
+    """No epoll_ctl, no pipe made or closed: only calls that wait or move bytes."""
     turns = calls("stream", pair)
     runs = "splice" if pair != ("unix", "tcp4") else "recvmsg"
     begins = next(number for number, turn in enumerate(turns) if runs in names(turn))
@@ -244,7 +245,7 @@ def test_a_stream_needs_nothing_but_to_be_moved(calls, pair):
 @PAIRS
 @pytest.mark.parametrize("scenario", ["stream", "stalled"])
 def test_only_an_empty_pipe_is_filled(calls, pair, scenario):
-    """And emptied asking for exactly what is inside; never with SPLICE_F_MORE."""
+    """And it is emptied by asking for exactly what is inside; never with SPLICE_F_MORE."""
     filled = {}
     for call in itertools.chain(*calls(scenario, pair)):
         if call.name == "pipe2":
@@ -266,8 +267,8 @@ def test_only_an_empty_pipe_is_filled(calls, pair, scenario):
 
 
 @PAIRS
-def test_a_stalled_reader_costs_waits_alone(calls, pair):
-    """One epoll_ctl at most, when the socket is full for the first time, and one pipe."""
+def test_a_stalled_reader_costs_nothing_but_waits(calls, pair):
+    """At most one epoll_ctl, when the socket is full for the first time, and one pipe."""
     turns = calls("stalled", pair)
     found = names(itertools.chain(*turns))
     assert found.count("epoll_ctl") <= 1
@@ -275,18 +276,18 @@ def test_a_stalled_reader_costs_waits_alone(calls, pair):
     assert [names(turn) for turn in turns[20:30]] == [["epoll_wait"]] * 10
 
 
-# Is the listener still non-blocking? A TCP client must not have its SO_LINGER.
+# fcntl: is the listener still non-blocking? setsockopt: a TCP client inherits SO_LINGER from it.
 ACCEPT = {"tcp4": ["fcntl", "accept4", "setsockopt"], "unix": ["fcntl", "accept4"]}
 TO = {
-    # Urgent bytes inline, keepalive, no delay; and our own address, to recognise loops.
+    # SO_OOBINLINE, SO_KEEPALIVE, TCP_NODELAY; and the local address, to recognise loops.
     "tcp4": ["socket", *["setsockopt"] * 3, "connect", "getsockname"],
-    # Urgent bytes inline, no descriptors.
+    # SO_OOBINLINE, SO_PASSRIGHTS.
     "unix": ["socket", *["setsockopt"] * 2, "connect"],
 }
-FROM = {"tcp4": [], "unix": ["setsockopt"] * 2}  # what TCP inherits from its listener
+FROM = {"tcp4": [], "unix": ["setsockopt"] * 2}  # TCP inherits these options from its listener
 READ = {"tcp4": ["recvfrom"], "unix": ["recvmsg"]}
-CARE = {"tcp4": ["recvfrom"], "unix": ["recvmsg", "recvfrom"]}
-"""Of a client that may have sent descriptors before it was accepted: a look first."""
+CAREFUL_READ = {"tcp4": ["recvfrom"], "unix": ["recvmsg", "recvfrom"]}
+"""A client may have sent descriptors before it was accepted: its queue is inspected first."""
 
 
 @needs_refusal
@@ -295,18 +296,18 @@ def test_the_calls_of_a_short_connection(calls, pair):
     """All of them, in order."""
     client, target = pair
     opened, answered, ended, closed = calls("short_connection", pair)
-    begun = [*ACCEPT[client], *TO[target], *FROM[client], *CARE[client], "sendto"]
+    begun = [*ACCEPT[client], *TO[target], *FROM[client], *CAREFUL_READ[client], "sendto"]
     begun += ["epoll_ctl"] * 2
     assert names(opened) == ["epoll_wait", *begun]
     assert names(answered) == ["epoll_wait", *READ[target], "sendto"]
     gone = ["epoll_ctl", "close"]
-    if target == "tcp4":  # it may only have half-closed
+    if target == "tcp4":  # perhaps it has only half-closed
         assert names(ended) == ["epoll_wait", *READ[target], "shutdown"]
         assert names(closed) == ["epoll_wait", *READ[client], *gone, *gone]
-    elif client == "tcp4":  # its queue is looked at; it closes before that is empty
+    elif client == "tcp4":  # its send queue is checked; it closes before that is empty
         assert names(ended) == ["epoll_wait", *READ[target], "shutdown", *gone, "ioctl"]
         assert names(closed) == ["epoll_wait", *READ[client], *gone]
-    else:  # what is unread in it is read before it is closed
+    else:  # what is unread is read before the socket is closed
         assert names(ended) == ["epoll_wait", *READ[target], *gone, *READ[client], *gone]
         assert names(closed) == ["epoll_wait"]
 

@@ -1,4 +1,4 @@
-"""Reaching the target: who owns the client, and what becomes of the bytes it has already sent."""
+"""Connecting to the target: who owns the client's fd, and where the bytes already sent end up."""
 
 import errno
 import os
@@ -25,15 +25,15 @@ def family(request):
 
 
 def dead_address(family, directory):
-    """The address of a listener that is gone."""
-    listener = open_listener(family, directory, blocking=False)
+    """The address of a listener that has been closed."""
+    listener = open_listener(family, directory)
     address = socket_names(listener.fileno())[1]
     listener.close()
     return address
 
 
 def failure(rig):
-    """The ConnectFailed event that must come: (fd, errno, listener, pending)."""
+    """Wait for a ConnectFailed event: (fd, errno, listener, pending)."""
     rig.until(rig.failures, "a failed connect")
     failed = rig.failures()[0]
     assert 0 < failed.opened_ms <= rig.relay.now_ms
@@ -48,7 +48,7 @@ def failure(rig):
 def test_refused_connect_gives_the_client_back(rigs, client, target):
     rig = rigs(client, target)
     rig.address = dead_address(target, rigs.directory)
-    _, fd = rig.knock()
+    _, fd = rig.new_client()
     rig.connect(fd, listener=-5)
     assert failure(rig) == (fd, errno.ECONNREFUSED, -5, b"")
     assert rig.relay.connections == 0
@@ -56,10 +56,10 @@ def test_refused_connect_gives_the_client_back(rigs, client, target):
 
 
 def test_refused_connect_gives_back_what_the_client_has_sent(rigs):
-    """Preamble and bytes already taken are there for the next target, each of them once."""
+    """Bytes already taken are there for the next target, each of them once."""
     rig = rigs()
     good, rig.address = rig.address, dead_address("tcp4", rigs.directory)
-    client, fd = rig.knock()
+    client, fd = rig.new_client()
     data = payload(50_000)
     outgoing = Outgoing(client, data, half_close)
     outgoing.step()
@@ -69,16 +69,16 @@ def test_refused_connect_gives_back_what_the_client_has_sent(rigs):
     assert data.startswith(pending)
     rig.address = good
     rig.connect(fd, preamble=pending)
-    incoming = Incoming(rig.meet())
+    incoming = Incoming(rig.accept_at_backend())
     rig.run(outgoing, incoming)
     assert (incoming.data, incoming.end) == (data, "eof")
 
 
 def test_pending_bytes_are_not_lost_however_often_it_fails(rigs):
-    """Ten refusals in a row, while the client goes on sending: all of it reaches the eleventh."""
+    """Ten refusals in a row, while the client keeps sending: all of it reaches the next target."""
     rig = rigs()
     good, bad = rig.address, dead_address("tcp4", rigs.directory)
-    client, fd = rig.knock()
+    client, fd = rig.new_client()
     expected, pending = b"PROXY ", b"PROXY "
     for number in range(10):
         word = b"word %d, " % number
@@ -93,16 +93,16 @@ def test_pending_bytes_are_not_lost_however_often_it_fails(rigs):
         pending = event.pending
     rig.address = good
     rig.connect(fd, preamble=pending)
-    target = rig.meet()
+    target = rig.accept_at_backend()
     half_close(client)
     assert rig.read_to_end(target) == (expected, "eof")
 
 
 def test_connect_that_fails_at_once_leaves_the_client_alone(rigs):
-    """A UNIX target that is not there: connect() says so, the client is still the caller's."""
+    """A UNIX target that does not exist: the client still belongs to the caller."""
     rig = rigs("tcp4", "unix")
     rig.address = dead_address("unix", rigs.directory)
-    client, fd = rig.knock()
+    client, fd = rig.new_client()
     failed = rig.connect(fd, preamble=b"x" * 1000, listener=7)
     assert isinstance(failed, ConnectFailed)
     assert values(failed) == {
@@ -113,7 +113,7 @@ def test_connect_that_fails_at_once_leaves_the_client_alone(rigs):
         "opened_ms": rig.relay.now_ms,
         "connection": 0,
     }
-    assert (rig.relay.connections, rig.relay.held) == (0, 1)  # by the Accepted event
+    assert (rig.relay.connections, rig.relay.held) == (0, 1)  # counted by the Accepted event
     client.send(b"hello")
     rig.until(lambda: unread(client) == 0, "nothing")
     rig.settle()
@@ -123,22 +123,22 @@ def test_connect_that_fails_at_once_leaves_the_client_alone(rigs):
 
 
 def test_full_unix_backlog(rigs):
-    """EAGAIN, at once: it cannot be polled for, so the policy tries again by time."""
+    """EAGAIN, at once: no event announces room, so the policy retries by a timer."""
     rig = rigs("tcp4", "unix")
     rig.backend.listen(0)
     rig.keep(open_client(rig.backend))
-    client, fd = rig.knock()
+    client, fd = rig.new_client()
     assert rig.connect(fd).error == errno.EAGAIN
-    rig.meet()
+    rig.accept_at_backend()
     rig.connect(fd)
     client.send(b"now")
-    assert rig.read(rig.meet(), 3) == b"now"
+    assert rig.read(rig.accept_at_backend(), 3) == b"now"
 
 
 def test_bad_addresses_leave_nothing_behind(rigs):
-    """One too long, a family that does not exist, none at all: the client stays the caller's."""
+    """Too long, of an unknown family, or none at all: the client stays the caller's."""
     rig = rigs()
-    _, fd = rig.knock()
+    _, fd = rig.new_client()
     for address, kind in [
         (b"\x02\x00" * 200, ValueError),
         (None, TypeError),
@@ -158,11 +158,11 @@ def test_bad_addresses_leave_nothing_behind(rigs):
 @pytest.mark.parametrize("size", [1, 107, 16384, 200_000])
 def test_preamble_goes_first(rigs, pair, way, size):
     rig = rigs(*pair, **way)
-    client, fd = rig.knock()
+    client, fd = rig.new_client()
     client.send(b"from the client")
     preamble = payload(size)
     number = rig.connect(fd, preamble=preamble)
-    target = rig.meet()
+    target = rig.accept_at_backend()
     half_close(client)
     assert rig.read_to_end(target) == (preamble + b"from the client", "eof")
     close(target)
@@ -174,7 +174,7 @@ def test_preamble_in_pieces(rigs, pair, way):
     """The socket towards the target takes only a little at a time."""
     rig = rigs(*pair, **way, target_buffers={"receive_buffer": 2048})
     preamble = payload(300_000)
-    link = rig.adopted(send_buffer=2048, preamble=preamble)
+    link = rig.adopted_link(send_buffer=2048, preamble=preamble)
     data = payload(300_000, 2)
     incoming = Incoming(link.target, unit=1000)
     rig.run(Outgoing(link.client, data, half_close), incoming)
@@ -182,11 +182,11 @@ def test_preamble_in_pieces(rigs, pair, way):
 
 
 def test_preamble_alone(rigs, pair):
-    """A client that never says a word: the preamble is sent all the same, and so is the end."""
+    """A client that sends nothing: the preamble is sent all the same, and so is the end."""
     rig = rigs(*pair)
-    client, fd = rig.knock()
+    client, fd = rig.new_client()
     rig.connect(fd, preamble=b"PROXY UNKNOWN\r\n")
-    target = rig.meet()
+    target = rig.accept_at_backend()
     assert rig.read(target, 15) == b"PROXY UNKNOWN\r\n"
     half_close(client)
     assert rig.read_to_end(target) == (b"", "eof")
@@ -196,17 +196,17 @@ def test_preamble_alone(rigs, pair):
 
 
 def unreachable(rig):
-    """Have connects to the rig's backend hang: its backlog is full. To be kept as it is."""
+    """Fill the backend's backlog, so that connects to it hang; the connection that fills it."""
     rig.backend.listen(0)
     return rig.keep(open_client(rig.backend))
 
 
 def test_client_that_resets_while_connecting(rigs):
-    """It is dropped, whether or not it had said anything."""
+    """Its connection is dropped, whether or not it had sent anything."""
     rig = rigs("tcp4", "tcp4")
     unreachable(rig)
     for word in (b"", b"something"):
-        other, fd = rig.knock()
+        other, fd = rig.new_client()
         other.send(word)
         number = rig.connect(fd)
         rig.settle()
@@ -220,28 +220,28 @@ def test_client_that_resets_while_connecting(rigs):
 def test_client_that_has_reset_before_the_connect(rigs):
     rig = rigs()
     unreachable(rig)
-    client, fd = rig.knock()
+    client, fd = rig.new_client()
     reset(client)
     number = rig.connect(fd)
     assert rig.until_ended(number) == ("client gone", 0, 0)
 
 
-def test_target_hears_of_a_client_that_had_reset_before(rigs):
-    """The target may have accepted: what happened to the client is no clean end."""
+def test_target_is_reset_for_a_client_that_had_reset_before(rigs):
+    """The target may have accepted; it must not take the client's end for a clean one."""
     rig = rigs()
-    client, fd = rig.knock()
+    client, fd = rig.new_client()
     reset(client)
     number = rig.connect(fd)
-    assert rig.read_to_end(rig.meet()) == (b"", "reset")
+    assert rig.read_to_end(rig.accept_at_backend()) == (b"", "reset")
     assert rig.until_ended(number) == ("client gone", 0, 0)
 
 
 @pytest.mark.parametrize("word", [b"", b"something"])
-def test_target_hears_of_a_client_that_resets_while_connecting(rigs, word):
-    """The relay hears of the reset first, but the target has accepted by then."""
+def test_target_is_reset_for_a_client_that_resets_while_connecting(rigs, word):
+    """The relay sees the reset first, but the target has accepted by then."""
     rig = rigs()
     crowd = unreachable(rig)
-    client, fd = rig.knock()
+    client, fd = rig.new_client()
     client.send(word)
     number = rig.connect(fd)
     rig.settle()
@@ -249,28 +249,28 @@ def test_target_hears_of_a_client_that_resets_while_connecting(rigs, word):
     rig.backend.listen(8)
     rig.backend.accept()[0].close()
     close(crowd)
-    # No turn for the relay until the kernel has repeated its SYN, after a second.
+    # The relay gets no turn until the kernel has repeated the SYN, after a second.
     assert select.select([rig.backend], [], [], PATIENCE_S)[0]
     assert rig.relay.connections == 1
-    target = rig.meet()
+    target = rig.accept_at_backend()
     assert rig.read_to_end(target) == (b"", "reset")
     assert rig.until_ended(number)[0] == "client gone"
 
 
-def test_unix_client_that_leaves_without_a_word_is_a_clean_end(rigs):
-    """As close(2) is on a direct connection; a UNIX socket has no reset."""
+def test_unix_client_that_closes_without_a_word_is_a_clean_end(rigs):
+    """Like close(2) on a direct connection: a UNIX socket has no reset."""
     rig = rigs("unix", "tcp4")
-    client, fd = rig.knock()
+    client, fd = rig.new_client()
     close(client)
     rig.connect(fd)
-    assert rig.read_to_end(rig.meet()) == (b"", "eof")
+    assert rig.read_to_end(rig.accept_at_backend()) == (b"", "eof")
 
 
 def test_client_that_half_closes_while_connecting(rigs):
-    """close() and a half-close look the same on TCP: it is still served."""
+    """close(2) and a half-close look the same on TCP: the client is still served."""
     rig = rigs()
     crowd = unreachable(rig)
-    client, fd = rig.knock()
+    client, fd = rig.new_client()
     client.send(b"request")
     rig.connect(fd)
     half_close(client)
@@ -278,20 +278,20 @@ def test_client_that_half_closes_while_connecting(rigs):
     assert rig.relay.connections == 1
     close(crowd)
     rig.backend.listen(8)
-    rig.meet()
-    target = rig.meet()  # once the kernel has repeated its SYN, after a second
+    rig.accept_at_backend()
+    target = rig.accept_at_backend()  # once the kernel has repeated its SYN, after a second
     assert rig.read_to_end(target) == (b"request", "eof")
     rig.send(target, b"reply", close)
     assert rig.read_to_end(client) == (b"reply", "eof")
 
 
 @pytest.mark.parametrize("early", [True, False])
-def test_unix_client_that_says_its_word_and_leaves(rigs, early):
-    """Who is gone before the target has answered has still said something: it is delivered, and
-    the end after it. `early`: the word was there before the connect began."""
+def test_unix_client_that_sends_and_closes_while_connecting(rigs, early):
+    """Its bytes are delivered although it is gone before the target answers, and then the end.
+    `early`: they were there before the connect began."""
     rig = rigs("unix", "tcp4")
     crowd = unreachable(rig)
-    client, fd = rig.knock()
+    client, fd = rig.new_client()
     if early:
         client.send(b"notify")
     number = rig.connect(fd)
@@ -302,30 +302,30 @@ def test_unix_client_that_says_its_word_and_leaves(rigs, early):
     assert rig.relay.connections == 1
     close(crowd)
     rig.backend.listen(8)
-    rig.meet()
-    target = rig.meet()  # once the kernel has repeated its SYN, after a second
+    rig.accept_at_backend()
+    target = rig.accept_at_backend()  # once the kernel has repeated its SYN, after a second
     assert rig.read_to_end(target) == (b"notify", "eof")
     close(target)
     how, up, _ = rig.until_ended(number)
     assert (how, up) == ("ended", 6)
 
 
-def test_unix_client_that_leaves_without_a_word(rigs):
-    """There is nothing to deliver: its slot is free at once, even if the word is a preamble."""
+def test_unix_client_that_closes_without_a_word_while_connecting(rigs):
+    """There is nothing to deliver, a preamble aside: its slot is free at once."""
     for preamble in (None, b"PROXY UNKNOWN\r\n"):
         rig = rigs("unix", "tcp4")
         unreachable(rig)
-        client, fd = rig.knock()
+        client, fd = rig.new_client()
         number = rig.connect(fd, preamble=preamble)
         close(client)
         assert rig.until_ended(number)[0] == "client gone"
 
 
-def test_bytes_that_come_while_connecting_wait(rigs):
-    """They stay in the client's socket, and cost no CPU."""
+def test_bytes_that_arrive_while_connecting_wait(rigs):
+    """They stay in the client's socket and cost no CPU time."""
     rig = rigs()
     unreachable(rig)
-    client, fd = rig.knock()
+    client, fd = rig.new_client()
     rig.connect(fd)
     for _ in range(5):
         client.send(b"x" * 1000)
@@ -334,12 +334,12 @@ def test_bytes_that_come_while_connecting_wait(rigs):
 
 
 def test_target_that_accepts_and_resets(rigs, way):
-    """It has been reached: that is for the client to see, not for another target to make good."""
+    """The target was reached: the client sees the reset, and no other target is tried."""
     rig = rigs(**way)
-    client, fd = rig.knock()
+    client, fd = rig.new_client()
     client.send(b"request")
     number = rig.connect(fd)
-    reset(rig.meet())
+    reset(rig.accept_at_backend())
     assert rig.read_to_end(client) == (b"", "reset")
     assert rig.until_ended(number)[0] == "reset"
     assert not rig.failures()
@@ -348,7 +348,7 @@ def test_target_that_accepts_and_resets(rigs, way):
 def test_target_that_resets_before_the_relay_looks(rigs, way):
     """Connected and reset between two system calls of the relay."""
     rig = rigs(**way)
-    client, fd = rig.knock()
+    client, fd = rig.new_client()
     rig.connect(fd)
     target, _ = rig.backend.accept()
     reset(target)
@@ -356,32 +356,31 @@ def test_target_that_resets_before_the_relay_looks(rigs, way):
     assert not rig.failures()
 
 
-# ── itself ───────────────────────────────────────────────────────────────────────────────────────
+# ── errors and self-connects ─────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("family", ["tcp4", "tcp6"])
 @pytest.mark.parametrize("word", [b"", b"hello"])
 def test_connect_to_itself_is_refused(rigs, family, word):
-    """A connect to a dead port of the ephemeral range may be given that port for its own."""
+    """A connect to a dead port of the ephemeral range may get that very port as its own."""
 
     def scenario():
         rig = rigs("unix", family)
         rig.address = dead_address(family, rigs.directory)
-        client, fd = rig.knock()
+        client, fd = rig.new_client()
         client.send(word) if word else None
         choose_local_port(rig.address)
         rig.connect(fd, listener=3, preamble=b"PROXY UNKNOWN\r\n")
         assert failure(rig) == (fd, errno.ELOOP, 3, b"PROXY UNKNOWN\r\n")
-        # What the next target is to get is lost in no case, nor is the client's word.
+        # Neither the preamble for the next target is lost nor what the client has sent.
         assert not word or os.read(fd, 99) == word
 
     in_child(in_own_network(scenario))
 
 
 @pytest.mark.parametrize("family", ["tcp4", "unix"])
-def test_a_look_at_what_a_socket_has_to_say(rigs, family):
-    """Nothing is taken by it, nor does it wait."""
-    with open_listener(family, rigs.directory, blocking=False) as listener:
+def test_peek_takes_nothing_and_does_not_wait(rigs, family):
+    with open_listener(family, rigs.directory) as listener:
         client = open_client(listener)
         server, _ = listener.accept()
         with client, server:
@@ -395,7 +394,7 @@ def test_a_look_at_what_a_socket_has_to_say(rigs, family):
             assert socket_error(server.fileno()) == 0
 
 
-def test_why_a_socket_has_failed():
+def test_socket_error_is_told_once():
     with socket.create_server(("127.0.0.1", 0)) as listener:
         client = socket.create_connection(listener.getsockname())
         server, _ = listener.accept()
@@ -403,11 +402,11 @@ def test_why_a_socket_has_failed():
             client.sendall(b"unread")
             reset(client)
             assert socket_error(server.fileno()) == errno.ECONNRESET
-            assert socket_error(server.fileno()) == 0  # it was read
+            assert socket_error(server.fileno()) == 0
 
 
 @pytest.mark.parametrize("family", ["tcp4", "tcp6"])
-def test_dialled_socket_that_met_itself(rigs, family):
+def test_dialled_socket_that_connected_to_itself(rigs, family):
     def scenario():
         rig = rigs("unix", family)
         rig.address = dead_address(family, rigs.directory)
@@ -420,7 +419,7 @@ def test_dialled_socket_that_met_itself(rigs, family):
 
 
 def choose_local_port(address):
-    """Have the kernel give every connect of this network namespace the port of `address`."""
+    """Make the port of `address` the only local port of this network namespace."""
     port = int.from_bytes(address[2:4], "big")
     with open("/proc/sys/net/ipv4/ip_local_port_range", "w") as file:
         file.write(f"{port} {port}")
@@ -431,9 +430,9 @@ def choose_local_port(address):
 
 def test_dial_and_adopt(rigs, pair, way):
     rig = rigs(*pair, **way)
-    client, fd = rig.knock()
+    client, fd = rig.new_client()
     target = rig.relay.dial(rig.address)
-    far = rig.meet()
+    far = rig.accept_at_backend()
     rig.until(lambda: any(fd == target for fd, _ in rig.ready()), "writable")
     assert connected(target) == 0
     number = rig.relay.adopt(fd, FAMILIES[pair[0]], target, b"first, ")
@@ -462,11 +461,11 @@ def test_dial_that_fails_at_once(rigs):
         rig.relay.dial(dead_address("unix", rigs.directory))
 
 
-def test_sockets_have_what_they_need(rigs, family):
-    """Both legs: no delay, keepalive, urgent bytes in line, non-blocking, close-on-exec."""
+def test_sockets_have_their_options(rigs, family):
+    """On both sides: no delay, keepalive, urgent bytes in line, non-blocking, close-on-exec."""
     rig = rigs(family, family)
     target = rig.relay.dial(rig.address)
-    _, fd = rig.knock()
+    _, fd = rig.new_client()
     for each in (fd, target):
         assert not os.get_blocking(each)
         assert not os.get_inheritable(each)
@@ -479,10 +478,10 @@ def test_sockets_have_what_they_need(rigs, family):
 
 
 def test_keepalive_settings_of_a_listener_are_kept(rigs):
-    """tune_socket() of a listener turns keepalive on, and leaves its intervals as they are."""
+    """tune_socket() of a listener turns keepalive on and leaves its intervals alone."""
     rig = rigs()
-    set_option(rig.door.fileno(), socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 77)
-    tune_socket(rig.door.fileno(), FAMILIES["tcp4"])
-    _, fd = rig.knock()
+    set_option(rig.listen_socket.fileno(), socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 77)
+    tune_socket(rig.listen_socket.fileno(), FAMILIES["tcp4"])
+    _, fd = rig.new_client()
     assert option(fd, socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 77
     os.close(fd)

@@ -1,21 +1,21 @@
-"""Promise: when a side cannot be written any more, what it had already sent is still delivered."""
+"""Promise: when a side can no longer be written to, what it had already sent is still delivered."""
 
 import time
 
 import pytest
 from kit.socket_state import unacknowledged, unread, was_reset, write_error
 from kit.sockets import is_unix, reset
-from kit.stepped import RELUCTANT, Incoming, Outgoing, close, half_close, send_once
+from kit.stepped import TINY_BUFFER, Incoming, Outgoing, close, half_close, send_once
 from kit.traffic import payload
 
 VERDICT = b"HTTP/1.1 413 Content Too Large\r\n\r\n"
 
 
 def test_server_rejects_an_upload_and_closes(rigs, pair, way):
-    """The client is still sending; the answer to it was sent before the server closed."""
+    """The client is still sending; the server sent its answer before it closed."""
     rig = rigs(*pair, **way)
     link = rig.link()
-    rig.stuff(link.client)
+    rig.fill(link.client)
     link.target.send(VERDICT)
     close(link.target)
     received, _ = rig.read_to_end(link.client)
@@ -24,8 +24,8 @@ def test_server_rejects_an_upload_and_closes(rigs, pair, way):
     rig.until_ended(link.id)
 
 
-def test_server_rejects_before_the_relay_hears_of_it(rigs, pair, way):
-    """Answer and close lie there when the relay still has bytes to write."""
+def test_server_has_rejected_before_the_relay_looks(rigs, pair, way):
+    """Answer and close are waiting while the relay still has bytes to write."""
     rig = rigs(*pair, **way)
     link = rig.link()
     rig.send(link.client, b"POST / HTTP/1.1\r\n")
@@ -38,10 +38,10 @@ def test_server_rejects_before_the_relay_hears_of_it(rigs, pair, way):
 
 
 def test_long_last_words_for_a_slow_reader(rigs, way):
-    """A UNIX server's close loses nothing that it has sent, however slowly it is read."""
+    """The close of a UNIX server loses nothing that it has sent, however slowly it is read."""
     rig = rigs("tcp4", "unix", **way, client_buffers={"receive_buffer": 4096})
     link = rig.link()
-    sent = rig.stuff(link.target)
+    sent = rig.fill(link.target)
     close(link.target)
     assert rig.is_calm()
     received, _ = rig.read_to_end(link.client)
@@ -49,7 +49,7 @@ def test_long_last_words_for_a_slow_reader(rigs, way):
 
 
 def test_client_that_reads_after_the_server_is_gone(rigs, pair, way):
-    """A clean end in one direction, the peer wholly gone: the rest is still read in peace."""
+    """A clean end in one direction, then the server has closed: the rest can still be read."""
     rig = rigs(*pair, **way)
     link = rig.link()
     data = payload(150_000)
@@ -62,7 +62,7 @@ def test_client_that_reads_after_the_server_is_gone(rigs, pair, way):
 
 
 def test_reader_that_only_stops_reading(rigs, way):
-    """SHUT_RD of a UNIX server makes writes fail; what it goes on to say is still delivered."""
+    """SHUT_RD of a UNIX server makes writes fail; what it sends later is still delivered."""
     rig = rigs("unix", "unix", **way)
     link = rig.link()
     link.target.shutdown(0)
@@ -76,7 +76,7 @@ def test_reader_that_only_stops_reading(rigs, way):
 
 
 def test_last_words_both_ways(rigs, pair, way):
-    """Each side sends and closes without reading: each stream is its own affair."""
+    """Each side sends and half-closes without reading: the two streams are independent."""
     rig = rigs(*pair, **way)
     link = rig.link()
     rig.settle()
@@ -91,13 +91,13 @@ def test_last_words_both_ways(rigs, pair, way):
 
 @pytest.mark.parametrize("size", [50_000, 500_000])
 def test_client_that_reads_only_after_its_upload(rigs, way, size):
-    """The answer and the reset behind it wait for such a client; its upload is taken meanwhile."""
-    buffers = {"receive_buffer": RELUCTANT, "send_buffer": 16384}
+    """The answer and the reset behind it wait for the client, and its upload is taken meanwhile."""
+    buffers = {"receive_buffer": TINY_BUFFER, "send_buffer": 16384}
     rig = rigs("tcp4", "tcp4", **way, client_buffers=buffers)
     link = rig.link()
     answer = payload(size)
     rig.send(link.target, answer)
-    rig.until(lambda: not unacknowledged(link.target.fileno()), "all of it with the relay")
+    rig.until(lambda: not unacknowledged(link.target.fileno()), "the relay to have all of it")
     reset(link.target)
     rig.settle()
     rig.run(Outgoing(link.client, b"x" * 500_000), what="the upload")
@@ -106,12 +106,12 @@ def test_client_that_reads_only_after_its_upload(rigs, way, size):
 
 
 GONE_WITHIN = 20
-"""Sends, a millisecond apart, within which one must fail; on a direct connection the second does,
-and with a grace of a second hundreds are taken."""
+"""One of this many sends, a millisecond apart, must fail. On a direct connection the second one
+does; if the relay waited for a second, hundreds would succeed."""
 
 
 def sends_into_nothing(rig, side):
-    """How many sends `side` is let make until one fails."""
+    """The number of sends of `side` until one fails."""
     for count in range(GONE_WITHIN):
         if write_error(side):
             return count
@@ -123,8 +123,8 @@ def sends_into_nothing(rig, side):
 
 @pytest.mark.parametrize("leaver", ["client", "target"])
 @pytest.mark.parametrize("how", [close, reset])
-def test_nobody_sends_for_long_to_a_side_that_is_gone(rigs, pair, way, leaver, how):
-    """Sent its end before, or with it; what it had been sent stays readable."""
+def test_sends_to_a_side_that_is_gone_soon_fail(rigs, pair, way, leaver, how):
+    """It had half-closed before it left; what it had sent stays readable."""
     rig = rigs(*pair, **way)
     link = rig.link()
     gone, survivor = (
@@ -141,8 +141,8 @@ def test_nobody_sends_for_long_to_a_side_that_is_gone(rigs, pair, way, leaver, h
 
 
 @pytest.mark.parametrize("leaver", ["client", "target"])
-def test_reset_after_a_clean_end_needs_no_send_to_be_told(rigs, way, leaver):
-    """The survivor is reset as soon as it has everything, though it says nothing."""
+def test_reset_after_a_clean_end_is_passed_on_without_a_send(rigs, way, leaver):
+    """The survivor is reset as soon as it has everything, although it sends nothing."""
     rig = rigs("tcp4", "tcp4", **way)
     link = rig.link()
     broken, survivor = (
@@ -161,16 +161,16 @@ def test_reset_after_a_clean_end_needs_no_send_to_be_told(rigs, way, leaver):
 
 @pytest.mark.parametrize("size", [300_000, 3_000_000])
 @pytest.mark.parametrize("how", [close, reset])
-def test_slow_reader_has_everything_after_a_clean_end_and_worse(rigs, pair, way, size, how):
-    """Queues towards it are not cut by what happens to the side that has sent its end."""
-    rig = rigs(*pair, **way, target_buffers={"receive_buffer": RELUCTANT})
+def test_slow_reader_gets_everything_after_a_clean_end(rigs, pair, way, size, how):
+    """The queues towards it are kept, whatever happens to the side that has sent its end."""
+    rig = rigs(*pair, **way, target_buffers={"receive_buffer": TINY_BUFFER})
     link = rig.link()
     data = payload(size)
     words = Outgoing(link.client, data, half_close)
     heard = Incoming(link.target, unit=10_000)
     rig.until(lambda: (words.step(), heard.step(), words.done)[2], "the sending")
     rig.settle()
-    if how is reset:  # once all of it is with the relay: a reset takes the rest along
+    if how is reset:  # once the relay has all of it: a reset drops the rest
 
         def all_taken():
             heard.step()

@@ -1,4 +1,4 @@
-"""What the policy relies on: events, counters, limits of time, and that nothing is left behind."""
+"""What the policy relies on: events, counters, time limits, and that nothing is left behind."""
 
 import contextlib
 import errno
@@ -30,7 +30,7 @@ from proxyd._relay import (
 
 
 def exchange(rig, link, up, down):
-    """A whole connection: `up` bytes one way, `down` bytes the other way, and the end."""
+    """A whole conversation: `up` bytes to the target, `down` bytes to the client, and the end."""
     there, back = Incoming(link.target), Incoming(link.client)
     rig.run(
         Outgoing(link.client, payload(up), half_close),
@@ -44,7 +44,7 @@ def exchange(rig, link, up, down):
 # ── events ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_ended_tells_what_there_was(rigs, pair, way):
+def test_ended_tells_how_it_was(rigs, pair, way):
     rig = rigs(*pair, **way)
     link = rig.link()
     exchange(rig, link, 300_000, 200_000)
@@ -83,7 +83,7 @@ def test_ids_are_never_the_same(rigs):
 
 
 def test_run_returns_when_connections_have_ended(rigs):
-    """`wake_at_count`: run() comes back once so few are left, and not before."""
+    """`wake_at_count`: run() returns once no more than that many are left, and not before."""
     rig = rigs()
     rig.relay.report_ends = False
     links = [rig.link() for _ in range(3)]
@@ -99,17 +99,15 @@ def test_run_returns_when_connections_have_ended(rigs):
     assert rig.relay.connections == 1
 
 
-def test_run_returns_when_the_first_comes(rigs):
-    """`wake_on_first`: run() comes back when the first client has been connected automatically."""
+def test_run_returns_when_the_first_client_comes(rigs):
+    """`wake_on_first`: run() returns when the first client has been connected automatically."""
     rig = rigs()
-    rig.gate.auto_connect(rig.address)
+    rig.listener.auto_connect(rig.address)
     rig.relay.wake_on_first = True
-    from kit.stepped import open_client
-
-    rig.keep(open_client(rig.door))
+    rig.keep(open_client(rig.listen_socket))
     assert rig.relay.run(20_000) == []
     assert rig.relay.connections == 1
-    rig.keep(open_client(rig.door))
+    rig.keep(open_client(rig.listen_socket))
     start = time.monotonic()
     assert rig.relay.run(50) == []
     assert time.monotonic() - start > 0.045
@@ -125,7 +123,7 @@ def test_run_returns_in_time(rigs):
 
 
 def test_watched_fds(rigs):
-    """Level-triggered unless told otherwise; forgotten when unwatched, which may be done twice."""
+    """Level-triggered by default; unwatch() forgets them, and may be called twice."""
     rig = rigs()
     rd, wr = os.pipe()
     rig.relay.watch(rd)
@@ -149,7 +147,7 @@ def test_watched_fds(rigs):
 
 
 def test_many_watched_fds_at_once(rigs):
-    """More than fit into one batch of events: each is told."""
+    """More than fit into one batch of events: each of them is reported."""
     rig = rigs()
     pipes = [os.pipe() for _ in range(300)]
     for rd, wr in pipes:
@@ -165,8 +163,7 @@ def test_many_watched_fds_at_once(rigs):
         os.close(wr)
 
 
-def test_quiet_since(rigs):
-    """last_end_ms is when the last connection ended."""
+def test_last_end_ms_is_when_the_last_connection_ended(rigs):
     rig = rigs()
     assert rig.relay.last_end_ms <= rig.relay.now_ms
     link = rig.link()
@@ -199,23 +196,23 @@ def test_counters_add_up(rigs, pair, way):
 
 
 def test_bytes_that_were_not_delivered_are_not_counted(rigs, way):
-    """What the relay had taken when the reader went is in the Ended event, not in the totals."""
+    """Bytes taken from the sender are in the Ended event, but in the totals only once delivered."""
     rig = rigs("tcp4", "tcp4", **way, target_buffers={"receive_buffer": 4096})
     link = rig.link()
-    sent = rig.stuff(link.client)
+    sent = rig.fill(link.client)
     reset(link.target)
     _, up, _ = rig.until_ended(link.id)
     assert rig.totals().bytes_to_targets <= up <= sent
 
 
-# ── the end of all ───────────────────────────────────────────────────────────────────────────────
+# ── close_all() and what is left behind ──────────────────────────────────────────────────────────
 
 
 def test_close_all_cuts_every_connection(rigs, pair, way):
-    """In whatever state: idle, stuck, half-closed, connecting."""
+    """In every state: idle, stuck, half-closed, connecting."""
     rig = rigs(*pair, **way, target_buffers={"receive_buffer": 4096})
     idle, stuck, half = rig.link(), rig.link(), rig.link()
-    rig.stuff(stuck.client)
+    rig.fill(stuck.client)
     half_close(half.client)
     rig.settle()
     assert rig.relay.close_all() == 3
@@ -230,30 +227,30 @@ def test_close_all_cuts_every_connection(rigs, pair, way):
 def test_close_all_before_any_turn(rigs, pair):
     rig = rigs(*pair)
     for _ in range(3):
-        _, fd = rig.knock()
+        _, fd = rig.new_client()
         rig.connect(fd)
     assert rig.relay.close_all() == 3
     assert rig.totals().endings["cut"] == 3
 
 
-def test_relay_that_goes_with_live_connections(rigs, pair, way, tmp_path):
-    """Its fds are closed; the peers see that they were cut. Also the pipes of a stuck stream,
-    clients of failed connects that nobody fetched, and watched fds that stay the caller's."""
+def test_relay_that_is_dropped_with_live_connections(rigs, pair, way, tmp_path):
+    """All its fds are closed, those of a stuck stream's pipe and of clients whose failed connects
+    were not reported included; the peers see that they were cut. Watched fds stay the caller's."""
     rig = Rig(rigs.directory, *pair, **way, target_buffers={"receive_buffer": 4096})
     rigs.made.append(rig)
     links = [rig.link() for _ in range(5)]
-    rig.stuff(links[0].client)
+    rig.fill(links[0].client)
     half_close(links[1].client)
     rig.settle()
     rd, wr = os.pipe()
     rig.relay.watch(rd)
     dead = rig.keep(rig.backend.__class__(FAMILIES["tcp4"]))
     dead.bind(("127.0.0.1", 0))
-    _, fd = rig.knock()
+    _, fd = rig.new_client()
     rig.relay.connect(fd, FAMILIES[pair[0]], socket_names(dead.fileno())[1])
-    rig.gate.stop()
+    rig.listener.stop()
     before = open_fds()
-    del rig.gate, rig.relay
+    del rig.listener, rig.relay
     gc.collect()
     closed = {int(each) for each in before - open_fds()}
     assert {link.client_fd for link in links} | {fd, rig.epoll} <= closed
@@ -276,9 +273,9 @@ def test_many_short_connections_leave_nothing(rigs, pair):
     link = rig.link()
     before = open_fds()
     for number in range(100):
-        client, fd = rig.knock()
+        client, fd = rig.new_client()
         rig.connect(fd)
-        target = rig.meet()
+        target = rig.accept_at_backend()
         client.send(b"x")
         if number % 3 == 0:
             reset(client)
@@ -298,7 +295,7 @@ def test_many_short_connections_leave_nothing(rigs, pair):
 
 
 def registered(rig, copies):
-    """Those of `copies` whose socket the relay's epoll instance still knows, by whatever fd."""
+    """The inodes of those `copies` whose socket is still in the relay's epoll instance."""
     inodes = {os.fstat(copy).st_ino for copy in copies}
     with open(f"/proc/self/fdinfo/{rig.epoll}") as info:
         known = re.findall(r"^tfd:.* ino:([0-9a-f]+)", info.read(), re.MULTILINE)
@@ -326,22 +323,22 @@ def idle(rig, link):
 
 
 @pytest.mark.parametrize("end", [closed_by_both, reset_by_one, cut, idle])
-def test_sockets_that_another_process_has_too(rigs, pair, end):
-    """Then close(2) does not take them out of epoll, which would go on pointing to what was freed
-    long ago. Others get them by pidfd_getfd(2), a fork, or Accept=yes."""
+def test_sockets_that_another_process_holds_too(rigs, pair, end):
+    """close(2) does not take such a socket out of epoll, whose events would then point to freed
+    memory. Other processes get them by pidfd_getfd(2), a fork, or Accept=yes."""
     rig = rigs(*pair)
-    client, fd = rig.knock()
+    client, fd = rig.new_client()
     before = open_fds()
     link = Link(client, None, rig.connect(fd), fd)
     (target_fd,) = map(int, open_fds() - before)
     copies = [os.dup(fd), os.dup(target_fd)]
     try:
-        link.target = rig.meet()
+        link.target = rig.accept_at_backend()
         rig.settle()
         assert len(registered(rig, copies)) == 2
         end(rig, link)
         assert not registered(rig, copies)
-        for copy in copies:  # what the others do with it is heard of no more
+        for copy in copies:  # no event tells what the other process does with it
             with socket.socket(fileno=os.dup(copy)) as other, contextlib.suppress(OSError):
                 other.shutdown(socket.SHUT_RDWR)
         rig.settle()
@@ -351,9 +348,9 @@ def test_sockets_that_another_process_has_too(rigs, pair, end):
 
 
 @pytest.mark.parametrize("word", [b"", b"something"])
-def test_failed_connect_of_sockets_that_another_process_has_too(rigs, word):
+def test_failed_connect_of_sockets_that_another_process_holds_too(rigs, word):
     rig = rigs()
-    client, fd = rig.knock()
+    client, fd = rig.new_client()
     client.send(word)
     rig.backend.close()
     before = open_fds()
@@ -367,72 +364,75 @@ def test_failed_connect_of_sockets_that_another_process_has_too(rigs, word):
             os.close(copy)
 
 
-def test_watched_fds_that_another_process_has_too(rigs):
-    """A held client, a socket that was dialled, and a listener whose gate is gone."""
+def test_watched_fds_that_another_process_holds_too(rigs):
+    """A held client, a dialled socket, and the socket of a RelayListener that is gone."""
     rig = rigs()
-    _, fd = rig.knock()
+    _, fd = rig.new_client()
     rig.relay.watch(fd, 0)
     target = rig.relay.dial(rig.address)
-    door = open_listener("tcp4", rigs.directory, blocking=False)
-    gate = RelayListener(rig.relay, door.fileno(), FAMILIES["tcp4"], 0, 1)
-    gate.start()
-    copies = [os.dup(fd), os.dup(target), os.dup(door.fileno())]
+    listen_socket = open_listener("tcp4", rigs.directory)
+    listener = RelayListener(rig.relay, listen_socket.fileno(), FAMILIES["tcp4"], 0, 1)
+    listener.start()
+    copies = [os.dup(fd), os.dup(target), os.dup(listen_socket.fileno())]
     try:
         assert len(registered(rig, copies)) == 3
         rig.relay.hang_up(fd)
         rig.relay.hang_up(target)
-        del gate
+        del listener
         gc.collect()
         assert not registered(rig, copies)
     finally:
-        for copy in [*copies, door.detach()]:
+        for copy in [*copies, listen_socket.detach()]:
             os.close(copy)
 
 
 def test_client_that_is_still_watched_is_taken_over(rigs):
-    """connect() and adopt() leave nothing behind of a watch of the client."""
+    """connect() and adopt() end the watch of the client."""
     rig = rigs()
-    for way in ("connect", "adopt"):
-        client, fd = rig.knock()
+    for how in ("connect", "adopt"):
+        client, fd = rig.new_client()
         rig.relay.watch(fd, 0)
-        if way == "connect":
+        if how == "connect":
             number = rig.connect(fd)
         else:
             target = rig.relay.dial(rig.address)
             number = rig.relay.adopt(fd, FAMILIES["tcp4"], target)
-        link = Link(client, rig.meet(), number, fd)
+        link = Link(client, rig.accept_at_backend(), number, fd)
         link.client.send(b"hello")
         assert rig.read(link.target, 5) == b"hello"
 
 
-def test_more_notes_than_there_is_room_for(rigs):
-    """Hundreds of listeners that break while they are full, and a thread that could help: each of
-    them is told, in as many turns as it takes."""
+def test_more_events_than_there_is_room_for(rigs):
+    """Hundreds of listeners that break while they wait for room, and a worker that could help: all
+    of it is reported, in as many turns as it takes."""
     rig = rigs()
     rig.relay.offload_when_busy(-1, 0)
     rig.relay.connections_max = 0
-    rig.gate.stop()
-    copies = [os.dup(rig.door.fileno()) for _ in range(600)]
-    gates = [
+    rig.listener.stop()
+    copies = [os.dup(rig.listen_socket.fileno()) for _ in range(600)]
+    listeners = [
         RelayListener(rig.relay, copy, FAMILIES["tcp4"], 0, index)
         for index, copy in enumerate(copies)
     ]
-    for gate in gates:
-        gate.start()
-    while True:  # until all have heard of a client, and wait for room: then none is watched
-        if not select.select([rig.door], [], [], 0)[0]:
-            rig.keep(open_client(rig.door))
+    for listener in listeners:
+        listener.start()
+    while True:  # until each has seen a client and waits for room: none of them is watched then
+        if not select.select([rig.listen_socket], [], [], 0)[0]:
+            rig.keep(open_client(rig.listen_socket))
         for _ in range(4):
             rig.turn()
-        if select.select([rig.door], [], [], 0)[0] and not select.select([rig.epoll], [], [], 0)[0]:
+        if (
+            select.select([rig.listen_socket], [], [], 0)[0]
+            and not select.select([rig.epoll], [], [], 0)[0]
+        ):
             break
     for copy in copies:
         os.close(copy)
     rig.until(lambda: len(rig.of_kind(AcceptFailed)) == 600, "all of them")
     assert {event.listener for event in rig.of_kind(AcceptFailed)} == set(range(600))
     assert len(rig.of_kind(WorkersWanted)) == 1
-    for gate in gates:
-        gate.stop()
+    for listener in listeners:
+        listener.stop()
 
 
 def test_as_many_ready_fds_as_a_batch_holds(rigs):
@@ -440,9 +440,9 @@ def test_as_many_ready_fds_as_a_batch_holds(rigs):
     pipes = [os.pipe() for _ in range(300)]
     try:
         for reading, writing in pipes:
-            rig.relay.watch(reading, 1 | 1 << 31)  # EPOLLIN | EPOLLET: told once
+            rig.relay.watch(reading, 1 | 1 << 31)  # EPOLLIN | EPOLLET: reported once
             os.write(writing, b"x")
-        clients = [rig.keep(open_client(rig.door)) for _ in range(40)]
+        clients = [rig.keep(open_client(rig.listen_socket)) for _ in range(40)]
         rig.until(lambda: len(rig.of_kind(Accepted)) == len(clients), "all clients")
         assert {fd for fd, _ in rig.ready()} == {reading for reading, _ in pipes}
     finally:
@@ -457,7 +457,7 @@ def test_as_many_ready_fds_as_a_batch_holds(rigs):
 
 @pytest.mark.parametrize("arguments", [("many",), (-1,), (0,), (1, 2, 3, 4, 5)])
 def test_bad_arguments_are_errors(arguments):
-    """A relay that could not be made is taken apart without harm; fd 0 is not its own."""
+    """Taking apart a relay that could not be made does no harm; fd 0 does not belong to it."""
 
     def scenario():
         with pytest.raises((TypeError, ValueError, OverflowError)):
@@ -478,7 +478,7 @@ def test_more_memory_than_there_is():
 
 @pytest.mark.parametrize("stream_unit", [1, 100, 4096, 65535, 65537, 1 << 24])
 def test_any_stream_unit(rigs, way, stream_unit):
-    """Small ones as well: every read fits into the buffer that was made for it."""
+    """Even with a small one, every read fits into the buffer."""
 
     def scenario():
         rig = rigs("unix", "tcp4", stream_unit=stream_unit, **way)
@@ -488,7 +488,7 @@ def test_any_stream_unit(rigs, way, stream_unit):
             incoming = Incoming(listener)
             rig.run(Outgoing(speaker, data, half_close), incoming)
             assert incoming.data == data
-        blocks = [bytes(100_000) for _ in range(100)]  # a spoilt heap shows here at the latest
+        blocks = [bytes(100_000) for _ in range(100)]  # a corrupt heap shows here at the latest
         assert len(blocks) == 100
 
     in_child(scenario)

@@ -1,11 +1,11 @@
-"""One property of everything at once: whatever happens to several connections in whatever order,
-each stream arrives as a direct connection would have delivered it.
+"""A property of the whole relay: whatever happens to several connections in whatever order, each
+stream arrives as a direct connection would have delivered it.
 
-The relay is stepped by the machine itself, not by a thread, so that a failure shrinks to a list of
-steps that can be played again: copy them into a test, or let hypothesis do it from its database.
+The state machine steps the relay itself, without a thread, so that a failure shrinks to a list of
+steps that can be replayed: copy them into a test, or let hypothesis replay them from its database.
 
-RELAY_EXAMPLES=20000 looks harder than CI does, and elsewhere each time. RELAY_SHRINK=0 tells only
-that there is a failure.
+RELAY_EXAMPLES=20000 searches harder than CI does, and with other examples each time.
+RELAY_SHRINK=0 reports a failure without shrinking it.
 """
 
 import array
@@ -28,25 +28,25 @@ from kit.traffic import payload
 from proxyd._relay import ENDINGS, ConnectFailed, Ended, connected, socket_names
 
 HANG_S = 120
-"""An example that takes longer hangs: the run ends with the stack of every thread."""
+"""An example that takes longer is taken to hang: the run ends with the stack of every thread."""
 
 STUCK_TURNS = 150
-"""Of so many turns, of up to STUCK_MS each, none has moved anything, though something must."""
+"""The relay is stuck if nothing has moved in this many turns of up to STUCK_MS, though it must."""
 
 STUCK_MS = 8
 
 EXAMPLES = int(os.environ.get("RELAY_EXAMPLES", "2000"))
-"""In all, a quarter for each way to move bytes."""
+"""In total: a quarter of them for each of the MODES."""
 
 STEPS = 30
 SHRINK = os.environ.get("RELAY_SHRINK", "1") != "0"
 
-SWALLOWED = 900_000
-"""Bytes sent to a side that is gone that the relay surely takes: less than DRAIN_BYTES."""
+DISCARDED_MAX = 900_000
+"""Bytes for a side that is gone that the relay is sure to take: less than DRAIN_BYTES."""
 
-MOST_CONNECTIONS = 4
+CONNECTIONS_MAX = 4
 TEXT = payload(1 << 20) * 2
-"""What all streams are cut from, each from a place of its own."""
+"""All streams are parts of this, each beginning at a different place."""
 
 families = st.sampled_from(["tcp4", "unix", "tcp6"])
 buffers = st.sampled_from([None, None, 2048, 16384])
@@ -58,34 +58,34 @@ sizes = st.one_of(
 )
 uploads = st.integers(100_000, 700_000)
 some_turns = st.integers(0, 2)
-which = st.integers(0, MOST_CONNECTIONS - 1)
+which = st.integers(0, CONNECTIONS_MAX - 1)
 side_names = st.sampled_from(["client", "target"])
 
 
 class Side:
-    """One end of a connection, and what it has sent and received so far."""
+    """One end of a connection, and how much it has sent and received so far."""
 
     def __init__(self, connection, start, preamble=b""):
         self.socket = connection
         self.start = start
         """Where in TEXT its stream begins."""
         self.preamble = preamble
-        """What the relay says in its name first."""
+        """What the relay sends first, on its behalf."""
         self.sent = 0
-        """Bytes that its stream has, the preamble included."""
+        """Bytes of its stream so far, the preamble included."""
         self.surely = 0
         """Bytes that had reached the relay's socket when this side reset."""
         self.received = 0
-        self.owes = 0
-        """Bytes that it insists on sending before it reads on."""
+        self.must_send = 0
+        """Bytes that it must send before it reads again."""
         self.state = "open"
-        """open, half-closed, closed or reset: by its own doing."""
+        """open, half-closed, closed or reset: what it did itself."""
         self.half_closed = False
-        """Its stream has ended cleanly, whatever came after."""
+        """It has ended its stream cleanly, whatever it did later."""
         self.heard_of_reset = False
-        """By a failed write; the kernel tells only once, so that a read now meets a plain end."""
+        """A write failed. The kernel reports the error only once: a read now finds a plain end."""
         self.end = None
-        """How the other side's stream has ended here: eof or reset."""
+        """How the other side's stream ended here: eof or reset."""
 
     @property
     def alive(self):
@@ -98,7 +98,7 @@ class Side:
         return piece + TEXT[start : start + size - len(piece)]
 
     def send(self, size, flags=0, fds=()):
-        """Send what fits; the error, or 0."""
+        """Send as much as fits; the errno, or 0."""
         data = self.text(self.sent, size)
         ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
         try:
@@ -106,7 +106,7 @@ class Side:
         except BlockingIOError:
             pass
         except PermissionError:
-            assert fds  # the relay refuses them, where the kernel can (SO_PASSRIGHTS)
+            assert fds  # the relay refuses them if the kernel can (SO_PASSRIGHTS)
         except (ConnectionResetError, BrokenPipeError) as error:
             self.heard_of_reset = True
             return error.errno
@@ -114,7 +114,7 @@ class Side:
 
 
 class Conversation:
-    """A connection with its two sides; the target's is None until it has been accepted."""
+    """A connection and its two sides; the target's socket is None until it has been accepted."""
 
     def __init__(self, number, client, start, preamble):
         self.number = number
@@ -122,9 +122,9 @@ class Conversation:
         self.client.sent = len(preamble)
         self.target = Side(None, start + (1 << 19))
         self.established = False
-        """Whether the relay is sure to know that the target is there."""
+        """Whether the relay is certain to know that the target is connected."""
         self.dropped = False
-        """The client went before that: the relay may drop it."""
+        """The client left before that: the relay may drop the connection."""
         self.preamble = len(preamble)
         """Bytes that the relay was given for the target, not taken from the client."""
 
@@ -166,28 +166,28 @@ class Conversations(RuleBasedStateMachine):
         listener.close()
         self.open("connect", 0, 0, None)
 
-    # ── connections come ─────────────────────────────────────────────────────────────────────
+    # ── new connections ──────────────────────────────────────────────────────────────────────
 
-    @precondition(lambda self: len(self.talks) < MOST_CONNECTIONS)
+    @precondition(lambda self: len(self.talks) < CONNECTIONS_MAX)
     @rule(
-        how=st.sampled_from(["connect", "connect", "refused", "adopt", "express"]),
+        how=st.sampled_from(["connect", "connect", "refused", "adopt", "auto_connect"]),
         words=st.sampled_from([0, 0, 5, 70_000]),
         preamble=st.sampled_from([0, 0, 20, 50_000]),
         send_buffer=buffers,
     )
     def open(self, how, words, preamble, send_buffer):
-        """A client comes, with some words already sent, and is on its way to the target."""
+        """A client comes, which may have sent bytes already, and is connected to the target."""
         rig, start = self.rig, 100_000 * len(self.talks)
-        rig.gate.auto_connect(rig.address if how == "express" else None)
-        client = rig.keep(open_client(rig.door, **rig.client_buffers))
-        preamble = b"" if how == "express" else payload(preamble, 3)
+        rig.listener.auto_connect(rig.address if how == "auto_connect" else None)
+        client = rig.keep(open_client(rig.listen_socket, **rig.client_buffers))
+        preamble = b"" if how == "auto_connect" else payload(preamble, 3)
         talk = Conversation(None, client, start, preamble)
         if words:
             talk.client.send(words)
         self.talks.append(talk)
-        if how == "express":
-            before = rig.gate.connected_count
-            rig.until(lambda: rig.gate.connected_count > before, "the express client")
+        if how == "auto_connect":
+            before = rig.listener.connected_count
+            rig.until(lambda: rig.listener.connected_count > before, "the client")
             talk.number = self.last_id() + 1
             return
         fd = rig.take_client()
@@ -208,7 +208,7 @@ class Conversations(RuleBasedStateMachine):
         return max((talk.number or 0 for talk in self.talks), default=0)
 
     def connect_again(self, talk):
-        """Do as the policy does: the next attempt gets what the failed one gives back."""
+        """Do what the policy does: the next attempt gets what the failed one gives back."""
         rig = self.rig
         rig.until(rig.failures, "the refusal")
         (event,) = rig.failures()
@@ -219,7 +219,7 @@ class Conversations(RuleBasedStateMachine):
     @precondition(lambda self: any(talk.target.socket is None for talk in self.talks))
     @rule()
     def accept(self):
-        """The backend takes the oldest connection that waits."""
+        """The backend accepts the oldest connection of its backlog."""
         self.accept_one()
 
     def accept_one(self):
@@ -232,10 +232,10 @@ class Conversations(RuleBasedStateMachine):
         talk = next(talk for talk in self.talks if talk.target.socket is None)
         talk.target.socket = connection
 
-    # ── what peers do ────────────────────────────────────────────────────────────────────────
+    # ── what the peers do ────────────────────────────────────────────────────────────────────
 
     def side(self, number, name, *states):
-        """(conversation, side) if that side is there and in one of these states."""
+        """(conversation, side) if that side is connected and in one of these states."""
         talk = self.talks[number % len(self.talks)]
         side = getattr(talk, name)
         if side.socket is None or side.state not in states:
@@ -250,9 +250,9 @@ class Conversations(RuleBasedStateMachine):
         turns=some_turns,
     )
     def write(self, number, name, size, kind, turns):
-        """Send what fits, and give the relay some turns or none."""
+        """Send as much as fits, and run some turns of the relay, or none."""
         talk, side = self.side(number, name, "open")
-        if not side or side.owes:
+        if not side or side.must_send:
             return
         if kind == "oob":
             error = side.send(1, socket.MSG_OOB)
@@ -261,28 +261,28 @@ class Conversations(RuleBasedStateMachine):
         else:
             error = side.send(size)
         assert not error or not talk.other(side).alive, (
-            "a write failed, and the other side is there"
+            "a write failed, although the other side is there"
         )
         self.turn(turns)
 
     @rule(number=which, name=side_names, size=uploads)
     def insist(self, number, name, size):
-        """Read no more before so much has been sent, as a client that uploads, and only then looks.
+        """Stop reading until that much has been sent, like a client that first finishes its upload.
 
-        Not both sides: they would wait for each other. And not more than the relay takes in the
-        name of a side that is gone.
+        Not both sides at once: they would wait for each other. And not more than the relay takes
+        for a side that is gone.
         """
         talk, side = self.side(number, name, "open")
-        if side and not talk.other(side).owes:
+        if side and not talk.other(side).must_send:
             untaken = side.sent - talk.other(side).received
-            side.owes = max(0, min(size, SWALLOWED - untaken))
+            side.must_send = max(0, min(size, DISCARDED_MAX - untaken))
 
     def pay(self, side):
-        """Send what it insists on, as far as it goes now; True if anything has moved."""
+        """Send what it must send, as much as fits now; True if anything has moved."""
         before = side.sent
-        error = side.state != "open" or side.send(side.owes)
+        error = side.state != "open" or side.send(side.must_send)
         all_said = not side.text(side.sent, 1)
-        side.owes = 0 if error or all_said else side.owes - (side.sent - before)
+        side.must_send = 0 if error or all_said else side.must_send - (side.sent - before)
         return bool(error) or all_said or side.sent > before
 
     @rule(number=which, name=side_names, size=sizes, turns=some_turns)
@@ -293,8 +293,8 @@ class Conversations(RuleBasedStateMachine):
         self.turn(turns)
 
     def receive(self, talk, side, size):
-        """Read up to `size` bytes, and compare; True if there was anything."""
-        if side.end or side.owes:
+        """Read up to `size` bytes, and compare them; True if there was anything."""
+        if side.end or side.must_send:
             return False
         other = talk.other(side)
         try:
@@ -324,7 +324,7 @@ class Conversations(RuleBasedStateMachine):
         upload=st.one_of(st.just(0), uploads),
     )
     def last_words(self, number, name, size, turns, end, upload):
-        """Speak and go: the words may be anywhere on their way, and not wanted yet."""
+        """Send and leave: the bytes may be anywhere in transit, and the reader may be slow."""
         if upload:
             self.insist(number, "client" if name == "target" else "target", upload)
         self.write(number, name, size, "", turns)
@@ -365,21 +365,21 @@ class Conversations(RuleBasedStateMachine):
 
     @rule(turns=st.integers(1, 4))
     def turn(self, turns):
-        """The relay works on a few batches of events."""
+        """Run a few turns of the relay."""
         for _ in range(turns):
             self.rig.turn()
 
     @rule()
     def settle(self):
-        """The relay does all it can do now."""
+        """Let the relay do all that it can do now."""
         self.rig.settle()
         for talk in self.talks:
             talk.established = True
 
-    # ── what must be ─────────────────────────────────────────────────────────────────────────
+    # ── what must hold ───────────────────────────────────────────────────────────────────────
 
     def judge(self, talk, sender, receiver):
-        """`receiver`, still alive, has met the end of what `sender` has sent."""
+        """`receiver`, still alive, has read the end of `sender`'s stream: was it the right one?"""
         state, everything = sender.state, receiver.received == sender.sent
         if talk.dropped:
             return
@@ -401,7 +401,7 @@ class Conversations(RuleBasedStateMachine):
         return all(self.arrived(talk) for talk in self.talks)
 
     def arrived(self, talk):
-        """Whether all has arrived that must arrive at sides that still listen."""
+        """Whether everything has arrived that must arrive at sides that are still alive."""
         for receiver in talk.sides():
             sender = talk.other(receiver)
             if receiver.socket is None:
@@ -413,7 +413,7 @@ class Conversations(RuleBasedStateMachine):
         return True
 
     def land(self):
-        """Read everything that still comes, and wait for what must come."""
+        """Read everything that still arrives, and wait for what must arrive."""
         in_vain = 0
         while not self.landed():
             in_vain = 0 if self.read_all() else in_vain + 1
@@ -422,19 +422,19 @@ class Conversations(RuleBasedStateMachine):
         assert not self.rig.of_kind(ConnectFailed)
 
     def read_all(self):
-        """Accept who waits, and read what there is; True if there was anything."""
+        """Accept the connections that wait, and read what there is; True if there was anything."""
         for _ in self.talks:
             self.accept_one()
         found = False
         for talk in self.talks:
             for side in talk.sides():
                 if side.socket is not None and side.alive:
-                    found |= side.owes > 0 and self.pay(side)
+                    found |= side.must_send > 0 and self.pay(side)
                     found |= self.receive(talk, side, 1 << 20)
         return found
 
     def part(self):
-        """Close everything: the relay must let go of it, and have counted it."""
+        """Close everything: the relay must close its sockets too, and have counted everything."""
         rig = self.rig
         for talk in self.talks:
             for side in talk.sides():
@@ -445,7 +445,7 @@ class Conversations(RuleBasedStateMachine):
         self.count(rig.totals(), rig.of_kind(Ended))
 
     def count(self, totals, ended):
-        """What the relay has counted is what was seen."""
+        """Compare the relay's counters with what was seen."""
         ends = {event.connection: event for event in ended}
         assert sorted(event.connection for event in ended) == sorted(
             talk.number for talk in self.talks
@@ -462,7 +462,7 @@ class Conversations(RuleBasedStateMachine):
             self.count_one(talk, ends[talk.number])
 
     def count_one(self, talk, event):
-        """What is told of one connection: how it ended, and the bytes taken from either side."""
+        """Compare an Ended event with what was seen: the ending, and the bytes from either side."""
         client, target = talk.sides()
         assert target.received <= talk.preamble + event.bytes_up <= client.sent
         assert client.received <= event.bytes_down <= target.sent
@@ -485,7 +485,7 @@ class Conversations(RuleBasedStateMachine):
 
 @pytest.fixture(autouse=True)
 def _no_hang(request):
-    """Instead of the one for all tests: each example has its own time."""
+    """Instead of the watchdog of all tests: each example has a time limit of its own."""
     capture = request.config.pluginmanager.getplugin("capturemanager")
     with capture.global_and_fixture_disabled():
         Conversations.stderr = os.dup(2)
@@ -495,7 +495,7 @@ def _no_hang(request):
 
 
 def conversations(name):
-    """The test of one way to move bytes."""
+    """The test for one of the MODES."""
     machine = type("".join(map(str.capitalize, name.split())), (Conversations,), {"mode": name})
     machine.TestCase.settings = settings(
         max_examples=EXAMPLES // len(MODES),

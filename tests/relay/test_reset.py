@@ -10,17 +10,17 @@ from kit.stepped import Incoming, Outgoing, close, half_close
 from kit.traffic import payload
 
 SMALL = 60_000
-"""Bytes that the sockets on the way hold without anybody's reading."""
+"""Bytes that the sockets between sender and reader hold while nothing is read."""
 
 
 def sides(link, which):
-    """(the side that is named, the other one)."""
+    """(the side named `which`, the other side)."""
     return (link.client, link.target) if which == "client" else (link.target, link.client)
 
 
 def end_after_reset(broken, survivor):
-    """How a reset of `broken` ends the stream of `survivor`: UNIX sockets have only the full close,
-    which is a clean end on TCP."""
+    """How a reset of `broken` ends the stream to `survivor`. A UNIX socket knows only the full
+    close, which arrives as a clean end."""
     return "eof" if is_unix(broken) or is_unix(survivor) else "reset"
 
 
@@ -58,7 +58,7 @@ def test_reset_after_bytes_already_delivered(rigs, pair, way, breaker):
 
 
 def test_reset_right_after_bytes(rigs, pair, way, breaker):
-    """The relay hears of bytes and reset at once: the bytes go first."""
+    """The relay sees bytes and reset in one event: the bytes go first."""
     rig = rigs(*pair, **way)
     link = rig.link()
     broken, survivor = sides(link, breaker)
@@ -72,7 +72,7 @@ def test_reset_right_after_bytes(rigs, pair, way, breaker):
 
 
 def test_reset_waits_until_a_slow_reader_has_everything(rigs, pair, way, breaker):
-    """No RST while bytes are queued towards the reader: it would throw them away (SIOCOUTQ)."""
+    """No RST while bytes are queued towards the reader (SIOCOUTQ): it would discard them."""
     small = {"receive_buffer": 4096}
     rig = rigs(*pair, **way, client_buffers=small, target_buffers=small)
     link = rig.link()
@@ -91,16 +91,16 @@ def test_reset_waits_until_a_slow_reader_has_everything(rigs, pair, way, breaker
 
 
 def test_reset_in_mid_stream(rigs, pair, way, breaker):
-    """What had been sent is cut off somewhere, but nothing is changed or left out before that."""
+    """The stream is cut off somewhere, but nothing before that is changed or left out."""
     rig = rigs(*pair, **way)
     link = rig.link()
     broken, survivor = sides(link, breaker)
     data = payload(3 * 1024 * 1024)
-    there = Incoming(survivor, most=1_000_000)
+    there = Incoming(survivor, limit=1_000_000)
     stream = Outgoing(broken, data)
     rig.until(lambda: (stream.step(), there.step(), there.done)[2], "a million bytes")
     reset(broken)
-    there.most = 1 << 40
+    there.limit = 1 << 40
     rig.run(there)
     assert data.startswith(bytes(there.data))
     assert there.end == end_after_reset(broken, survivor)
@@ -109,7 +109,7 @@ def test_reset_in_mid_stream(rigs, pair, way, breaker):
 
 
 def test_end_and_reset_at_once(rigs, pair, way, breaker):
-    """FIN and RST, both there before the relay looks: the bytes first."""
+    """FIN and RST have both arrived before the relay looks: the bytes go first."""
     rig = rigs(*pair, **way)
     link = rig.link()
     broken, survivor = sides(link, breaker)
@@ -126,7 +126,7 @@ def test_end_and_reset_at_once(rigs, pair, way, breaker):
 
 
 def test_close_with_unread_input(rigs, pair, way, breaker):
-    """A program that closes with input unread resets: on UNIX as well, as ECONNRESET."""
+    """Closing with unread input resets the connection; on UNIX it is ECONNRESET as well."""
     rig = rigs(*pair, **way)
     link = rig.link()
     broken, survivor = sides(link, breaker)
@@ -141,7 +141,7 @@ def test_close_with_unread_input(rigs, pair, way, breaker):
 
 
 def test_reset_of_one_disturbs_no_other(rigs, pair, way, breaker):
-    """Half of the connections are reset in the same batch of events; the others go on."""
+    """Half of the connections are reset in one batch of events; the others continue."""
     rig = rigs(*pair, **way)
     links = [rig.link() for _ in range(20)]
     rig.settle()
@@ -174,11 +174,11 @@ def test_both_sides_reset(rigs, pair, way):
 
 
 def test_paused_side_that_resets(rigs, pair, way):
-    """The side that the relay does not read, since its peer is stuck, resets: no busy loop."""
+    """A side that the relay does not read, since its peer is stuck, resets: no busy loop."""
     small = {"receive_buffer": 4096}
     rig = rigs(*pair, **way, target_buffers=small)
     link = rig.link()
-    sent = rig.stuff(link.client)
+    sent = rig.fill(link.client)
     reset(link.client)
     assert rig.is_calm()
     received, end = rig.read_to_end(link.target)
@@ -188,12 +188,11 @@ def test_paused_side_that_resets(rigs, pair, way):
     rig.until_ended(link.id)
 
 
-def test_reset_reaches_a_writer(rigs, pair, way, breaker):
-    """Who is stuck in writing hears of the reset too."""
+def test_reset_reaches_a_stuck_writer(rigs, pair, way, breaker):
     rig = rigs(*pair, **way)
     link = rig.link()
     broken, survivor = sides(link, breaker)
-    rig.stuff(survivor)
+    rig.fill(survivor)
     reset(broken)
     rig.until(lambda: state_of(survivor) & (select.POLLERR | select.POLLHUP), "the reset")
     assert write_error(survivor) in (errno.ECONNRESET, errno.EPIPE)

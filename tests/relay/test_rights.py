@@ -1,7 +1,7 @@
 """File descriptors that a peer sends over a UNIX socket, and whose last close(2) waits for as long
-as the peer likes: no thread that others wait for may be the one to close them.
+as the peer likes. A thread that other connections wait for must not be the one to close them.
 
-Each runs in a process of its own, which hangs where a relay's thread does.
+Most tests run in a process of their own, which hangs if a thread of the relay does.
 """
 
 import errno
@@ -12,28 +12,28 @@ import tempfile
 
 import pytest
 from kit.child import in_child
-from kit.crew import Crewed
 from kit.rig import PATIENCE_S, Rigs
-from kit.rights import kernel_refuses, send_slow, tasks
+from kit.rights import kernel_refuses, send_slow, thread_ids
 from kit.socket_state import write_error
 from kit.sockets import reset
 from kit.stepped import Incoming, Outgoing, half_close, open_client
 from kit.traffic import payload
+from kit.workers import Workers
 
 from proxyd._relay import Refused
 
-STRAYS_MOST = 4
-"""So many sockets that wait to be closed are kept beside those of connections."""
+ORPHAN_SOCKETS_MAX = 4
+"""As in relay/quarantine.pxd: sockets without a connection that may wait to be closed."""
 
 
 class Scene:
-    """A rig with a UNIX listener, another connection that has to go on, and slow sockets."""
+    """A rig with a UNIX listener, another connection that must continue, and slow sockets."""
 
-    def __init__(self, rigs, target, threads, options):
+    def __init__(self, rigs, target, workers, options):
         self.rig = rigs("unix", target, **options)
-        self.threads_before = tasks()
-        if threads:
-            self.crew = Crewed(self.rig, threads)
+        self.threads_before = thread_ids()
+        if workers:
+            self.workers = Workers(self.rig, workers)
         self.other = self.rig.link()
         self.slow = []
 
@@ -41,7 +41,7 @@ class Scene:
         self.slow.append(send_slow(connection, data, flags))
 
     def others_go_on(self):
-        """Both ways, over a connection that was there before and over a new one."""
+        """Check an existing connection and a new one, in both directions."""
         for link in (self.other, self.rig.link()):
             link.client.send(b"ping")
             assert self.rig.read(link.target, 4) == b"ping"
@@ -53,31 +53,32 @@ class Scene:
             slow.release()
 
     def until_blocked(self):
-        """Until a thread has begun to wait; the rest of the program goes on."""
+        """Wait until a thread of the relay blocks in close(2)."""
         before = self.threads_before
 
         def blocked():
-            return any(waits_in_close(task) for task in tasks() - before)
+            return any(waits_in_close(thread) for thread in thread_ids() - before)
 
         self.rig.until(blocked, "a close that waits")
 
 
-def waits_in_close(task):
+def waits_in_close(thread):
+    """Whether the kernel has it wait elsewhere than in epoll_wait(2)."""
     try:
-        with open(f"/proc/self/task/{task}/wchan") as wchan:
+        with open(f"/proc/self/task/{thread}/wchan") as wchan:
             place = wchan.read()
     except OSError:
         return False
     return place not in ("0", "") and "epoll" not in place and "ep_poll" not in place
 
 
-def play(act, target="tcp4", threads=0, **options):
-    """`act(scene)` in a process of its own, in which nothing is left in the end."""
+def play(act, target="tcp4", workers=0, **options):
+    """Run `act(scene)` in a process of its own, and check that no fd is left open."""
 
     def run():
         with tempfile.TemporaryDirectory() as folder:
             rigs = Rigs(folder)
-            scene = Scene(rigs, target, threads, options)
+            scene = Scene(rigs, target, workers, options)
             act(scene)
             scene.release()
             del scene
@@ -88,26 +89,26 @@ def play(act, target="tcp4", threads=0, **options):
 
 
 targets = pytest.mark.parametrize("target", ["tcp4", "unix"])
-threads = pytest.mark.parametrize("threads", [0, 2])
+worker_counts = pytest.mark.parametrize("workers", [0, 2])
 forms = pytest.mark.parametrize("may_refuse", [True, False], ids=["refused", "taken"])
 
 
-# ── what comes with bytes ────────────────────────────────────────────────────────────────────────
+# ── descriptors that arrive with bytes ───────────────────────────────────────────────────────────
 
 
-@threads
+@worker_counts
 @targets
 @forms
-def test_descriptors_that_were_queued_before(way, target, threads, may_refuse):
-    """What a client has sent before it was accepted arrives, all of it and in order."""
+def test_descriptors_that_were_queued_before(way, target, workers, may_refuse):
+    """Everything that a client sent before it was accepted arrives, in order."""
 
     def act(scene):
-        client, fd = scene.rig.knock()
+        client, fd = scene.rig.new_client()
         client.send(b"one ")
         scene.send_slow(client, b"two ")
         client.send(b"three")
         scene.rig.connect(fd)
-        target = scene.rig.meet()
+        target = scene.rig.accept_at_backend()
         assert scene.rig.read(target, 8) == b"one two "
         scene.until_blocked()
         scene.others_go_on()
@@ -116,18 +117,18 @@ def test_descriptors_that_were_queued_before(way, target, threads, may_refuse):
         half_close(client)
         assert scene.rig.read_to_end(target) == (b"", "eof")
 
-    play(act, target, threads, may_refuse=may_refuse, **way)
+    play(act, target, workers, may_refuse=may_refuse, **way)
 
 
 @targets
 def test_descriptors_between_bytes(way, target):
-    """Where the kernel cannot refuse them, at any time. Nobody reads before the test's copy is
-    closed: otherwise that would wait."""
+    """They may come at any time if the kernel cannot refuse them. Nothing is read before the test
+    has closed its copy, whose close would wait otherwise."""
 
     def act(scene):
         link = scene.rig.link()
         block = payload(700_000)
-        incoming = Incoming(link.target, most=len(block) + 1)
+        incoming = Incoming(link.target, limit=len(block) + 1)
         scene.rig.run(Outgoing(link.client, block), what="a stream")
         scene.send_slow(link.client, b"!")
         link.client.send(b"?")
@@ -158,7 +159,7 @@ def test_descriptors_from_the_target(way):
 @pytest.mark.skipif(not kernel_refuses(), reason="SO_PASSRIGHTS: Linux 6.16")
 @pytest.mark.parametrize("side", ["client", "target"])
 def test_descriptors_are_refused(rigs, way, side):
-    """Where the kernel can. The connection goes on, and is spliced."""
+    """If the kernel can refuse them. The connection continues, and is spliced."""
     rig = rigs("unix", "unix", **way)
     link = rig.link()
     sender, receiver = link.client, link.target
@@ -184,40 +185,40 @@ def test_nothing_is_spliced_that_may_have_descriptors(rigs):
 
 
 def test_credentials_are_no_descriptors(rigs):
-    """A listener's SO_PASSCRED is inherited, and they are told in the same way."""
+    """A listener's SO_PASSCRED is inherited; credentials arrive as descriptors do."""
     rig = rigs("unix", "unix", may_refuse=False)
-    before = tasks()
-    client, fd = rig.knock()
+    before = thread_ids()
+    client, fd = rig.new_client()
     borrowed = socket.socket(fileno=os.dup(fd))
     borrowed.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
     borrowed.close()
     client.send(b"one")
     rig.connect(fd)
-    target = rig.meet()
+    target = rig.accept_at_backend()
     assert rig.read(target, 3) == b"one"
     client.send(b"two")
     assert rig.read(target, 3) == b"two"
-    assert tasks() == before, "nothing was in quarantine"
+    assert thread_ids() == before, "nothing was in quarantine"
 
 
-# ── what is closed with it unread ────────────────────────────────────────────────────────────────
+# ── descriptors that are unread when the socket is closed ────────────────────────────────────────
 
 
 @forms
 def test_refused_clients(may_refuse):
-    """Those over the limit, in whatever number: no more are accepted than can be closed."""
+    """Clients over the limit, however many: no more are accepted than can be closed."""
 
     def act(scene):
         rig = scene.rig
         rig.relay.connections_max = 0
-        rig.gate.auto_connect(rig.address)
-        clients = [open_client(rig.door) for _ in range(2 * STRAYS_MOST)]
+        rig.listener.auto_connect(rig.address)
+        clients = [open_client(rig.listen_socket) for _ in range(2 * ORPHAN_SOCKETS_MAX)]
         for client in clients:
             scene.send_slow(client, b"!")
-        rig.until(lambda: len(rig.of_kind(Refused)) == STRAYS_MOST, "as many as may wait")
+        rig.until(lambda: len(rig.of_kind(Refused)) == ORPHAN_SOCKETS_MAX, "as many as may wait")
         scene.until_blocked()
         assert scene.rig.is_calm(100)
-        assert len(rig.of_kind(Refused)) == STRAYS_MOST
+        assert len(rig.of_kind(Refused)) == ORPHAN_SOCKETS_MAX
         scene.other.client.send(b"ping")
         assert rig.read(scene.other.target, 4) == b"ping"
         scene.release()
@@ -225,33 +226,33 @@ def test_refused_clients(may_refuse):
         for client in clients:
             assert rig.read_to_end(client)[0] == b""
             client.close()
-        rig.gate.auto_connect(None)
+        rig.listener.auto_connect(None)
 
     play(act, may_refuse=may_refuse)
 
 
-@threads
-def test_a_client_that_python_hangs_up(threads):
+@worker_counts
+def test_a_client_that_the_policy_hangs_up(workers):
     def act(scene):
-        client, fd = scene.rig.knock()
+        client, fd = scene.rig.new_client()
         scene.send_slow(client, b"!")
         scene.rig.relay.hang_up(fd)
         assert scene.rig.read_to_end(client)[0] == b""
         scene.until_blocked()
         scene.others_go_on()
-        assert scene.rig.relay.in_quarantine == 1, "it keeps its place"
-        assert scene.rig.relay.connections == 2, "no longer a connection"
+        assert scene.rig.relay.in_quarantine == 1, "it counts towards the limit"
+        assert scene.rig.relay.connections == 2, "it is no longer a connection"
         scene.release()
         scene.rig.until(lambda: scene.rig.relay.in_quarantine == 0, "its close")
 
-    play(act, threads=threads)
+    play(act, workers=workers)
 
 
 @pytest.mark.parametrize("data", [b"", b"unread"])
 def test_what_a_client_sees_of_a_close(rigs, data):
-    """The same as of close(2) alone: with unread data it is ECONNRESET."""
+    """What close(2) alone would show: ECONNRESET if there was unread data."""
     rig = rigs("unix", "tcp4")
-    client, fd = rig.knock()
+    client, fd = rig.new_client()
     if data:
         client.send(data)
     rig.relay.hang_up(fd)
@@ -266,10 +267,10 @@ def test_what_a_client_sees_of_a_close(rigs, data):
 @pytest.mark.parametrize("before", [b"", b"unread "])
 @pytest.mark.parametrize("after", [b"", b" more"])
 def test_an_urgent_byte_is_no_descriptor(rigs, before, after):
-    """It ends a look at the queue, and has to be looked behind."""
+    """It ends a peek at the queue; what is behind it must be examined too."""
     rig = rigs("unix", "tcp4")
-    client, fd = rig.knock()
-    threads = tasks()
+    client, fd = rig.new_client()
+    threads = thread_ids()
     for data, flags in [(before, 0), (b"!", socket.MSG_OOB), (after, 0)]:
         if data:
             client.send(data, flags)
@@ -277,13 +278,13 @@ def test_an_urgent_byte_is_no_descriptor(rigs, before, after):
     assert rig.relay.in_quarantine == 0
     with pytest.raises(ConnectionResetError):
         client.recv(1)
-    assert tasks() == threads
+    assert thread_ids() == threads
 
 
 @pytest.mark.parametrize("place", ["before", "with", "behind"])
 def test_descriptors_and_an_urgent_byte(place):
     def act(scene):
-        client, fd = scene.rig.knock()
+        client, fd = scene.rig.new_client()
         client.send(b"plain ")
         if place == "before":
             scene.send_slow(client, b"with one ")
@@ -302,74 +303,74 @@ def test_descriptors_and_an_urgent_byte(place):
 
 
 def test_a_long_queue_without_descriptors(rigs):
-    """Longer than one look."""
+    """Longer than one peek can show."""
     rig = rigs("unix", "tcp4", client_buffers={"send_buffer": 4 << 20})
-    client, fd = rig.knock()
+    client, fd = rig.new_client()
     outgoing = Outgoing(client, payload(1_500_000))
     outgoing.step()
-    assert len(outgoing.rest) < 1_000_000, "more than a look shows is queued"
+    assert len(outgoing.rest) < 1_000_000, "the queue is longer than one peek can show"
     rig.relay.hang_up(fd)
     assert rig.relay.in_quarantine == 0
     with pytest.raises(ConnectionResetError):
         client.recv(1)
 
 
-@threads
+@worker_counts
 @forms
-def test_a_connection_that_ends_before_they_are_read(threads, may_refuse):
-    """Its target resets while the client's stream stalls, with descriptors at its end."""
+def test_a_connection_that_ends_before_they_are_read(workers, may_refuse):
+    """The target resets while the client's stream stalls, with descriptors at its end."""
 
     def act(scene):
-        client, fd = scene.rig.knock()
+        client, fd = scene.rig.new_client()
         incoming = Outgoing(client, payload(100_000))
         incoming.step()
         scene.send_slow(client, b"!")
         number = scene.rig.connect(fd)
-        target = scene.rig.meet()
+        target = scene.rig.accept_at_backend()
         reset(target)
         scene.rig.until(lambda: scene.rig.ended(number), "the end")
         scene.until_blocked()
         scene.others_go_on()
 
-    play(act, threads=threads, may_refuse=may_refuse)
+    play(act, workers=workers, may_refuse=may_refuse)
 
 
-@threads
+@worker_counts
 @forms
-def test_the_end_of_the_program(threads, may_refuse):
-    """close_all() with descriptors queued and a thread that waits already; and then the exit."""
+def test_the_end_of_the_program(workers, may_refuse):
+    """close_all() with descriptors queued and a thread that blocks already; then the exit."""
 
     def run():
         with tempfile.TemporaryDirectory() as folder:
-            scene = Scene(Rigs(folder), "tcp4", threads, {"may_refuse": may_refuse})
+            scene = Scene(Rigs(folder), "tcp4", workers, {"may_refuse": may_refuse})
             for _ in range(3):
-                client, fd = scene.rig.knock()
+                client, fd = scene.rig.new_client()
                 scene.send_slow(client, b"!")
                 scene.rig.connect(fd)
             scene.until_blocked()
-            client, fd = scene.rig.knock()
+            client, fd = scene.rig.new_client()
             scene.send_slow(client, b"!")
             assert scene.rig.relay.close_all() >= 3
             scene.rig.relay.hang_up(fd)
             scene.rig.relay.close_all()
-            del scene.rig.relay, scene.rig.gate
+            del scene.rig.relay, scene.rig.listener
 
     in_child(run, patience=2 * PATIENCE_S)
 
 
-# ── no thread to be had ──────────────────────────────────────────────────────────────────────────
+# ── the quarantine's thread cannot be started ────────────────────────────────────────────────────
 
 
 @forms
 def test_no_descriptors_left_for_the_thread(may_refuse):
-    """Then the client waits, calmly, and others go on; until there are some."""
+    """The client waits until there are some, at no CPU time, while other connections continue."""
 
     def act(scene):
-        client, fd = scene.rig.knock()
+        client, fd = scene.rig.new_client()
         scene.send_slow(client, b"at last")
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         scene.rig.connect(fd)
-        target = scene.rig.meet()
+        target = scene.rig.accept_at_backend()
         resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
         for _ in range(20):
             scene.rig.turn()
@@ -385,25 +386,25 @@ def test_no_descriptors_left_for_the_thread(may_refuse):
 
 
 def test_no_thread():
-    """TasksMax=: the same, also for a socket that is only to be closed."""
+    """TasksMax=: the same, and for a socket that is only to be closed."""
 
     def act(scene):
         user = os.geteuid()
-        client, fd = scene.rig.knock()
+        client, fd = scene.rig.new_client()
         scene.send_slow(client, b"!")
-        refused, refused_fd = scene.rig.knock()
+        refused, refused_fd = scene.rig.new_client()
         scene.send_slow(refused, b"!")
-        before = tasks()
+        before = thread_ids()
         new = scene.rig.link()
         soft, hard = resource.getrlimit(resource.RLIMIT_NPROC)
         resource.setrlimit(resource.RLIMIT_NPROC, (0, hard))
-        if user == 0:  # whom no such limit concerns
+        if user == 0:  # the limit does not apply to root
             os.setresuid(65534, 65534, 0)
         scene.rig.connect(fd)
         scene.rig.relay.hang_up(refused_fd)
-        scene.rig.meet()
+        scene.rig.accept_at_backend()
         assert scene.rig.is_calm(50)
-        assert tasks() == before
+        assert thread_ids() == before
         assert scene.rig.read_to_end(refused)[0] == b"", "it sees its end"
         client.close()
         for _ in range(20):
@@ -413,7 +414,7 @@ def test_no_thread():
             assert scene.rig.read(link.target, 4) == b"ping"
         assert scene.rig.is_calm(50)
         assert (scene.rig.relay.connections, scene.rig.relay.in_quarantine) == (3, 1), (
-            "both keep their places"
+            "both count towards the limit"
         )
         os.setresuid(user, user, user)
         resource.setrlimit(resource.RLIMIT_NPROC, (soft, hard))

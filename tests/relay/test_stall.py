@@ -1,4 +1,4 @@
-"""Promise: a slow or stuck reader costs bounded memory and no CPU; pipes are optional."""
+"""Promise: a slow or stuck reader costs bounded memory and no CPU time; pipes are optional."""
 
 import contextlib
 import os
@@ -10,13 +10,13 @@ from kit.stepped import Incoming, Outgoing, close, half_close
 from kit.traffic import payload
 
 SMALL = {"receive_buffer": 4096}
-MOST_HELD = 32 * 1024 * 1024
-"""What one direction may swallow before it is stuck: socket buffers of the kernel, and one pipe."""
+BUFFERED_MAX = 32 * 1024 * 1024
+"""What one direction may take before it is stuck: the kernel's socket buffers and one pipe."""
 
 
 @pytest.fixture
 def pipes():
-    """Tells how many pipes the relay has open."""
+    """A function that counts the pipes that the relay has open."""
 
     def ends():
         count = 0
@@ -31,7 +31,7 @@ def pipes():
 
 @contextlib.contextmanager
 def no_more_fds():
-    """Nothing can be opened within, as long as nothing is closed."""
+    """Within, nothing can be opened unless something is closed first."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     highest = max(int(fd) for fd in os.listdir("/proc/self/fd"))
     fillers = []
@@ -50,11 +50,11 @@ def no_more_fds():
 @pytest.mark.parametrize("segment", [1, 100, 1000, 1448, 65536])
 def test_stuck_reader(rigs, pair, way, segment):
     """Segments of any size are taken until there is no room, and then the relay sleeps. Small ones
-    fill the slots of a pipe long before its bytes."""
+    use up the slots of a pipe long before its bytes."""
     rig = rigs(*pair, **way, target_buffers=SMALL, client_buffers={"send_buffer": 65536})
     link = rig.link()
     warm_up = payload(300_000)  # so that the relay takes it for a stream
-    rig.run(Outgoing(link.client, warm_up), Incoming(link.target, most=len(warm_up)))
+    rig.run(Outgoing(link.client, warm_up), Incoming(link.target, limit=len(warm_up)))
     unit = payload(segment)
     sent = 0
     for _ in range(3000):
@@ -64,7 +64,7 @@ def test_stuck_reader(rigs, pair, way, segment):
         if outgoing.rest:
             break
         rig.turn()
-    assert sent < MOST_HELD
+    assert sent < BUFFERED_MAX
     assert rig.is_calm()
     half_close(link.client)
     assert rig.is_calm()
@@ -74,10 +74,10 @@ def test_stuck_reader(rigs, pair, way, segment):
 
 
 def test_stuck_reader_while_segments_keep_coming(rigs, pair, way):
-    """Each segment wakes the relay, which has nothing to do: it must not be kept awake by it."""
+    """Each segment wakes the relay, which has nothing to do and must go back to sleep."""
     rig = rigs(*pair, **way, target_buffers=SMALL)
     link = rig.link()
-    rig.stuff(link.client)
+    rig.fill(link.client)
     for _ in range(3):
         with contextlib.suppress(BlockingIOError):
             link.client.send(b"x")
@@ -85,7 +85,7 @@ def test_stuck_reader_while_segments_keep_coming(rigs, pair, way):
 
 
 def test_slow_reader_gets_everything(rigs, pair, mode):
-    """A reader that takes a few bytes at a time, while the writer is always ahead."""
+    """The reader takes a few bytes at a time, while the writer is always ahead."""
     rig = rigs(*pair, **mode, target_buffers=SMALL)
     link = rig.link()
     data = payload(400_000)
@@ -95,10 +95,10 @@ def test_slow_reader_gets_everything(rigs, pair, mode):
 
 
 def test_both_readers_stuck(rigs, pair, way):
-    """Both directions are full; each goes on as soon as its own reader does."""
+    """Both directions are full; each continues as soon as its own reader does."""
     rig = rigs(*pair, **way, client_buffers=SMALL, target_buffers=SMALL)
     link = rig.link()
-    up, down = rig.stuff(link.client), rig.stuff(link.target)
+    up, down = rig.fill(link.client), rig.fill(link.target)
     assert rig.is_calm()
     assert len(rig.read(link.target, up)) == up
     assert rig.is_calm()
@@ -108,7 +108,7 @@ def test_both_readers_stuck(rigs, pair, way):
 def test_stuck_reader_does_not_stop_the_other_direction(rigs, pair, way):
     rig = rigs(*pair, **way, target_buffers=SMALL)
     link = rig.link()
-    rig.stuff(link.client)
+    rig.fill(link.client)
     data = payload(500_000)
     incoming = Incoming(link.client)
     rig.run(Outgoing(link.target, data, half_close), incoming)
@@ -116,10 +116,10 @@ def test_stuck_reader_does_not_stop_the_other_direction(rigs, pair, way):
 
 
 def test_stuck_reader_that_resets(rigs, pair, way, pipes):
-    """What the relay holds for it is dropped, the writer hears of it, and nothing is left."""
+    """The bytes buffered for it are dropped, the writer sees the end, and no pipe is left open."""
     rig = rigs(*pair, **way, target_buffers=SMALL)
     link = rig.link()
-    rig.stuff(link.client)
+    rig.fill(link.client)
     reset(link.target)
     _, end = rig.read_to_end(link.client)
     assert end in ("eof", "reset")
@@ -132,29 +132,29 @@ def test_stuck_reader_that_resets(rigs, pair, way, pipes):
 
 
 def test_pipes_are_held_only_while_bytes_are_inside(rigs, pipes):
-    """Twenty idle streams share one pipe; with the last connection it is closed."""
+    """Twenty idle streams share one pipe, which is closed with the last connection."""
     rig = rigs("tcp4", "tcp4")
     links = [rig.link() for _ in range(20)]
     for link in links:
-        rig.run(Outgoing(link.client, payload(400_000)), Incoming(link.target, most=400_000))
+        rig.run(Outgoing(link.client, payload(400_000)), Incoming(link.target, limit=400_000))
     assert pipes() == 1
     assert rig.totals().spliced > 0
     rig.relay.trim_pipes()
     assert pipes() == 0
-    rig.run(Outgoing(links[0].client, payload(400_000)), Incoming(links[0].target, most=400_000))
+    rig.run(Outgoing(links[0].client, payload(400_000)), Incoming(links[0].target, limit=400_000))
     assert pipes() > 0
     rig.relay.close_all()
     assert pipes() == 0
 
 
-def test_no_pipe_to_be_had(rigs, pair):
-    """pipe2 fails in the middle of a stream: it goes on by copying, and by splice again later."""
+def test_pipe2_failing_in_mid_stream(rigs, pair):
+    """The stream continues by copying, and by splice again later."""
     rig = rigs(*pair)
     link = rig.link()
     data = payload(2_000_000)
     incoming = Incoming(link.target)
     with no_more_fds():
-        rig.run(Outgoing(link.client, data), first := Incoming(link.target, most=len(data)))
+        rig.run(Outgoing(link.client, data), first := Incoming(link.target, limit=len(data)))
     assert first.data == data
     assert rig.totals().spliced == 0
     rig.run(Outgoing(link.client, data, half_close), incoming)
@@ -162,12 +162,12 @@ def test_no_pipe_to_be_had(rigs, pair):
 
 
 def test_pipe_of_a_stuck_stream_is_its_own(rigs):
-    """Ten streams stuck with bytes in their pipes: none gets another's bytes."""
+    """Ten streams are stuck with bytes in their pipes: none gets the bytes of another."""
     rig = rigs("tcp4", "tcp4", target_buffers=SMALL)
     links = [rig.link() for _ in range(10)]
     sent = []
     for number, link in enumerate(links):
-        sent.append(rig.stuff(link.client, bytes([number]) * 65536, most=3_000_000))
+        sent.append(rig.fill(link.client, bytes([number]) * 65536, limit=3_000_000))
     for number, link in enumerate(links):
         received = rig.read(link.target, sent[number])
         assert received == bytes([number]) * sent[number]
@@ -178,8 +178,8 @@ def test_pipe_of_a_connection_that_dies_is_not_used_again(rigs):
     rig = rigs("tcp4", "tcp4", target_buffers=SMALL)
     for _ in range(10):
         link = rig.link()
-        rig.run(Outgoing(link.client, b"old" * 100_000), Incoming(link.target, most=300_000))
-        rig.stuff(link.client, b"old" * 20_000, most=1_000_000)
+        rig.run(Outgoing(link.client, b"old" * 100_000), Incoming(link.target, limit=300_000))
+        rig.fill(link.client, b"old" * 20_000, limit=1_000_000)
         reset(link.target)
         reset(link.client)
         rig.until_ended(link.id)
@@ -192,7 +192,7 @@ def test_pipe_of_a_connection_that_dies_is_not_used_again(rigs):
 
 @pytest.mark.parametrize("pipe_size", [0, 1, 4096, 65536, 1 << 31, 1 << 40])
 def test_any_pipe_size(rigs, pipe_size):
-    """Too small a pipe is not used; too large a one is as large as may be."""
+    """A pipe that is too small is not used; if too large a size is asked for, less is granted."""
     rig = rigs("tcp4", "tcp4", pipe_size=pipe_size)
     link = rig.link()
     data = payload(2_000_000)

@@ -5,7 +5,7 @@ from kit.stepped import Incoming, Outgoing, close, half_close
 from kit.traffic import payload
 
 MEGABYTES = 3 * 1024 * 1024 + 17
-"""More than a pipe and the socket buffers hold, so that it is under way when the end is sent."""
+"""More than a pipe and the socket buffers hold: part of it is in transit when the end is sent."""
 
 
 def test_nothing_at_all(rigs, pair, way):
@@ -20,7 +20,7 @@ def test_nothing_at_all(rigs, pair, way):
 
 
 def test_sizes_around_the_units_of_the_relay(rigs, pair, mode):
-    """A read that is exactly full must not be taken for one that emptied the socket."""
+    """A read that exactly fills the buffer may not have emptied the socket."""
     rig = rigs(*pair, **mode)
     for size in (1, 16383, 16384, 16385, 65536, 131072, 131073):
         link = rig.link()
@@ -34,7 +34,7 @@ def test_sizes_around_the_units_of_the_relay(rigs, pair, mode):
 
 
 def test_ping_pong(rigs, pair, way):
-    """Short messages to and fro, none of which waits for more to come."""
+    """Short messages back and forth; none of them waits for more bytes."""
     rig = rigs(*pair, **way)
     link = rig.link()
     for turn in range(50):
@@ -60,7 +60,7 @@ def test_both_ways_at_once(rigs, pair, mode):
 
 
 def test_half_close_of_the_client(rigs, pair, mode):
-    """The end follows megabytes still in flight, and the answer still comes."""
+    """The end follows megabytes still in transit, and the answer still arrives."""
     rig = rigs(*pair, **mode)
     link = rig.link()
     request, answer = payload(MEGABYTES, 1), payload(MEGABYTES, 2)
@@ -75,7 +75,7 @@ def test_half_close_of_the_client(rigs, pair, mode):
 
 
 def test_half_close_of_the_target(rigs, pair, mode):
-    """The same the other way round: the target ends first and goes on reading."""
+    """The same in the other direction: the target ends its stream first and continues to read."""
     rig = rigs(*pair, **mode)
     link = rig.link()
     greeting, request = payload(MEGABYTES, 1), payload(MEGABYTES, 2)
@@ -89,11 +89,11 @@ def test_half_close_of_the_target(rigs, pair, mode):
     assert rig.until_ended(link.id) == ("ended", MEGABYTES, MEGABYTES)
 
 
-def test_end_before_anybody_reads(rigs, pair, mode):
-    """Data and end are sent while the reader sleeps; it finds both, and the relay is calm."""
+def test_end_before_the_reader_reads(rigs, pair, mode):
+    """Bytes and end are sent while the reader sleeps; it finds both, and the relay is calm."""
     rig = rigs(*pair, **mode, target_buffers={"receive_buffer": 4096})
     link = rig.link()
-    sent = rig.stuff(link.client)
+    sent = rig.fill(link.client)
     half_close(link.client)
     assert rig.is_calm()
     received, end = rig.read_to_end(link.target)
@@ -103,7 +103,7 @@ def test_end_before_anybody_reads(rigs, pair, mode):
 
 
 def test_half_closed_peer_that_never_finishes(rigs, pair, way):
-    """A half-closed connection stays as long as the other side wants, and costs no CPU."""
+    """A half-closed connection stays for as long as the other side wants, and costs no CPU time."""
     rig = rigs(*pair, **way)
     link = rig.link()
     half_close(link.client)
@@ -116,7 +116,7 @@ def test_half_closed_peer_that_never_finishes(rigs, pair, way):
 
 
 def test_client_that_closes_at_once(rigs, pair, way):
-    """Send and close, with nothing to read: all of it arrives, then a clean end."""
+    """It sends and closes, with nothing to read: every byte arrives, then a clean end."""
     rig = rigs(*pair, **way)
     link = rig.link()
     data = payload(MEGABYTES)
@@ -128,12 +128,12 @@ def test_client_that_closes_at_once(rigs, pair, way):
 
 
 def test_a_stream_becomes_a_dialogue_and_a_stream_again(rigs, pair, mode):
-    """The relay changes its way of moving bytes with the traffic, and loses none by it."""
+    """The relay adapts its way of moving bytes to the traffic, and loses none of them."""
     rig = rigs(*pair, **mode)
     link = rig.link()
     for turn in range(4):
         bulk = payload(1024 * 1024, turn)
-        there = Incoming(link.target, most=len(bulk))
+        there = Incoming(link.target, limit=len(bulk))
         rig.run(Outgoing(link.client, bulk), there)
         assert there.data == bulk
         for word in range(8):
@@ -142,11 +142,11 @@ def test_a_stream_becomes_a_dialogue_and_a_stream_again(rigs, pair, mode):
 
 
 @pytest.mark.parametrize("how", ["connect", "adopt"])
-def test_client_speaks_before_the_target_is_there(rigs, pair, way, how):
-    """What the client has sent, and its end, wait for the target."""
+def test_client_speaks_before_the_target_is_connected(rigs, pair, way, how):
+    """The bytes that it has sent, and its end, wait for the target."""
     rig = rigs(*pair, **way)
     data = payload(100_000)
-    client, fd = rig.knock()
+    client, fd = rig.new_client()
     outgoing = Outgoing(client, data, half_close)
     outgoing.step()
     if how == "connect":
@@ -155,13 +155,13 @@ def test_client_speaks_before_the_target_is_there(rigs, pair, way, how):
         target = rig.relay.dial(rig.address)
         rig.until(lambda: any(fd == target for fd, _ in rig.ready()), "the connection")
         rig.relay.adopt(fd, client.family, target)
-    there = Incoming(rig.meet())
+    there = Incoming(rig.accept_at_backend())
     rig.run(outgoing, there)
     assert (there.data, there.end) == (data, "eof")
 
 
 def test_target_speaks_first(rigs, pair, way):
-    """A greeting that the target has sent at once is not missed."""
+    """A greeting that the target sends at once is not missed."""
     rig = rigs(*pair, **way)
     link = rig.link()
     rig.send(link.target, b"220 ready\r\n")
@@ -169,7 +169,7 @@ def test_target_speaks_first(rigs, pair, way):
 
 
 def test_many_connections_do_not_mix(rigs, pair, way):
-    """Streams of thirty connections at once, each with its own bytes."""
+    """Thirty streams at once, each with its own bytes."""
     rig = rigs(*pair, **way)
     links = [rig.link() for _ in range(30)]
     data = [payload(200_000, number) for number in range(30)]
@@ -181,7 +181,7 @@ def test_many_connections_do_not_mix(rigs, pair, way):
 
 
 def test_a_bulk_stream_leaves_the_others_their_turn(rigs, pair, way):
-    """One pump moves a bounded amount: a ping comes back within few turns beside a bulk stream."""
+    """A pump moves a limited amount per turn: alongside a bulk stream, a ping arrives soon."""
     rig = rigs(*pair, **way)
     bulk, small = rig.link(), rig.link()
     flood = Outgoing(bulk.client, payload(16 * 1024 * 1024))

@@ -1,9 +1,9 @@
-"""Stress of a relay with several threads: connections handed over by the hundred, new ones and
-those in the middle of a stream, ended from both sides in every way, while the policy counts, asks,
-trims, cuts and tears down.
+"""Stress tests of a relay with several workers. Hundreds of connections are handed over, new ones
+and those in the middle of a stream; both sides end them in every way, while the policy reads the
+counters, pings the workers, trims pipes, cuts connections and drops the relay.
 
-What is asserted is what must hold in every interleaving; what else may go wrong between threads a
-thread sanitizer sees (`ci/test thread`). RELAY_CONNECTIONS= makes it longer.
+The assertions hold in every interleaving; the thread sanitizer (`ci/test thread`) sees what else
+goes wrong between threads. RELAY_CONNECTIONS= makes the tests longer.
 """
 
 import contextlib
@@ -23,23 +23,23 @@ from kit.traffic import payload
 from proxyd._relay import CHECK_TCP, ConnectFailed, Relay, RelayListener, socket_names
 
 CONNECTIONS = int(os.environ.get("RELAY_CONNECTIONS", "400"))
-"""How many clients come in one test."""
+"""The number of clients in one test."""
 
 AT_ONCE = 48
-"""How many of them are there at the same time."""
+"""How many of them are connected at the same time."""
 
-THREADS = 3
-"""Beside the boss: more than a small machine has CPUs, so that they interrupt each other."""
+WORKERS = 3
+"""Besides the main one: more than a small machine has CPUs, so that they preempt each other."""
 
 LARGE = 300_000
-"""Bytes of the longest visit: enough to become a stream, and to be spliced."""
+"""The most bytes that a client sends: enough to become a stream, and to be spliced."""
 
 ECHO, CLOSE, RESET = b"E", b"C", b"R"
-"""The first byte tells the server what to do: answer all and close, or to leave at once."""
+"""A client's first byte tells the server to echo everything and then close, or to leave at once."""
 
 
 class Peer:
-    """A socket that is stepped; `end` tells how it ended."""
+    """One end of a connection, moved step by step; `end` tells how it ended."""
 
     def __init__(self, connection):
         self.socket = connection
@@ -47,14 +47,14 @@ class Peer:
         self.end = None
 
     def step(self):
-        """Go as far as it goes."""
+        """Go on until the socket would block."""
         try:
             while self.end is None:
                 self.act()
         except BlockingIOError:
             pass
         except OSError as error:
-            if error.errno not in (*RESETS, errno.ENOTCONN):  # what shutdown(2) calls a reset
+            if error.errno not in (*RESETS, errno.ENOTCONN):  # shutdown(2) after a reset
                 raise
             self.leave("reset", close)
 
@@ -66,12 +66,12 @@ class Peer:
         how(self.socket)
 
 
-class Visit(Peer):
-    """A client. A polite one says all, ends, and hears all of it; others leave when they like, or
-    the server does."""
+class StressClient(Peer):
+    """A client. A polite one sends everything, half-closes, and reads the whole echo. Any other one
+    leaves at a random step, unless the server leaves first."""
 
-    def __init__(self, door, dice):
-        super().__init__(open_client(door))
+    def __init__(self, listen_socket, dice):
+        super().__init__(open_client(listen_socket))
         server = dice.choice((ECHO, ECHO, ECHO, CLOSE, RESET))
         self.polite = server == ECHO and dice.random() < 0.6
         self.said = server + payload(LARGE)[: dice.choice((0, 99, 5_000, 70_000, LARGE))]
@@ -81,7 +81,7 @@ class Visit(Peer):
         self.end_with = dice.choice((close, reset))
 
     def step(self):
-        """One that is not polite leaves after some steps, whatever it has sent and heard."""
+        """Move on; one that is not polite leaves after some steps, whatever it has sent or read."""
         if not self.polite and self.steps == 0:
             self.leave("left", self.end_with)
         self.steps -= 1
@@ -104,7 +104,7 @@ class Visit(Peer):
 
 
 class Server(Peer):
-    """The other end of a visit."""
+    """The server's end of a connection."""
 
     def __init__(self, connection):
         connection.setblocking(False)
@@ -123,34 +123,38 @@ class Server(Peer):
         self.first = False
 
 
-class Fair:
-    """A relay with threads of its own, between a door and a backend, and many visits."""
+class Stress:
+    """A relay with several workers, its listener, a backend, and many clients."""
 
-    def __init__(self, directory, pair, *, shares=False, idle_ms=0, is_open=True, **options):
+    def __init__(self, directory, pair, *, offloads=False, idle_ms=0, listens=True, **options):
         client, target = pair
         self.relay = Relay(**options)
         self.relay.report_ends = True
         self.relay.idle_ms = idle_ms
-        if shares:
-            self.relay.offload_when_busy(-1, 0)  # whenever one does not sleep, and another does
-        for _ in range(THREADS):
+        if offloads:
+            self.relay.offload_when_busy(-1, 0)  # whenever one worker is busy and another is not
+        for _ in range(WORKERS):
             self.relay.start_worker()
-        self.door = open_listener(client, directory, backlog=512, blocking=False)
-        self.backend = open_listener(target, directory, backlog=512, blocking=False)
+        self.listen_socket = open_listener(client, directory, backlog=512)
+        self.listen_socket.setblocking(False)  # as the policy does
+        self.backend = open_listener(target, directory, backlog=512)
+        self.backend.setblocking(False)
         address = socket_names(self.backend.fileno())[1]
-        if not is_open:
+        if not listens:
             self.backend.close()
-        check = 0 if client == "unix" else CHECK_TCP  # asks the table that all threads share
-        self.gate = RelayListener(self.relay, self.door.fileno(), FAMILIES[client], check, 0)
-        self.gate.auto_connect(address)
-        self.gate.start()
+        check = 0 if client == "unix" else CHECK_TCP  # reads the table that all workers share
+        self.listener = RelayListener(
+            self.relay, self.listen_socket.fileno(), FAMILIES[client], check, 0
+        )
+        self.listener.auto_connect(address)
+        self.listener.start()
         self.dice = random.Random(1)
-        self.visits, self.gone, self.servers = [], [], []
+        self.clients, self.done, self.servers = [], [], []
         self.failed = 0
         self.turns = 0
 
     def turn(self):
-        """A little of everything, and what the policy may do at any time."""
+        """One step of everything, and what the policy may do at any time."""
         self.take_a_step()
         self.relay.ping_workers()
         self.relay.totals()
@@ -169,20 +173,20 @@ class Fair:
                 self.failed += 1
 
     def step_all(self):
-        with contextlib.suppress(OSError):  # nobody more, or nobody serves
+        with contextlib.suppress(OSError):  # the backlog is empty, or the backend does not listen
             while True:
                 self.servers.append(Server(self.backend.accept()[0]))
-        for peer in [*self.visits, *self.servers]:
+        for peer in [*self.clients, *self.servers]:
             peer.step()
-        self.gone += [visit for visit in self.visits if visit.end]
-        self.visits = [visit for visit in self.visits if not visit.end]
+        self.done += [client for client in self.clients if client.end]
+        self.clients = [client for client in self.clients if not client.end]
         self.servers = [server for server in self.servers if not server.end]
 
     def receive(self, count):
-        """Give turns until `count` clients have come; the last ones are still there."""
-        while len(self.gone) + len(self.visits) < count:
-            while len(self.visits) < AT_ONCE:
-                self.visits.append(Visit(self.door, self.dice))
+        """Run turns until `count` clients have come; the last ones are still connected."""
+        while len(self.done) + len(self.clients) < count:
+            while len(self.clients) < AT_ONCE:
+                self.clients.append(StressClient(self.listen_socket, self.dice))
             self.turn()
 
     def until(self, condition, what, turn=None):
@@ -192,8 +196,8 @@ class Fair:
             (turn or self.turn)()
 
     def until_over(self):
-        """Everybody has gone, and the relay knows it."""
-        self.until(lambda: not self.visits, "visits without an end")
+        """Run turns until all clients have left, and the relay knows it."""
+        self.until(lambda: not self.clients, "clients without an end")
         self.until(lambda: self.relay.connections == 0, "connections without an end")
 
     def assert_all_counted(self):
@@ -201,102 +205,100 @@ class Fair:
         assert totals.accepted == sum(totals.endings.values()) + self.failed
 
     def close(self):
-        """Whoever is still there sees the end, for nobody is there to keep it from them."""
-        self.door.close()
-        self.until(lambda: not self.visits, "visits without an end", self.step_all)
+        """Close the sockets. The relay is gone, so every remaining client sees its end."""
+        self.listen_socket.close()
+        self.until(lambda: not self.clients, "clients without an end", self.step_all)
         self.backend.close()
         for server in self.servers:
             server.socket.close()
 
 
 @pytest.fixture(params=["always", "busy"])
-def fair(request, tmp_path, rigs):
-    """Makes fairs, and closes them; `rigs` looks for fds that are left."""
-    fairs = []
+def stress(request, tmp_path, rigs):
+    """Makes Stress objects, and closes them; `rigs` checks that no fd is left open."""
+    made = []
 
     def make(*args, **options):
-        fairs.append(Fair(str(tmp_path), *args, shares=request.param == "busy", **options))
-        return fairs[-1]
+        made.append(Stress(str(tmp_path), *args, offloads=request.param == "busy", **options))
+        return made[-1]
 
     yield make
-    for one in fairs:
+    for one in made:
         if hasattr(one, "relay"):
-            one.gate.stop()
+            one.listener.stop()
             one.relay.close_all()
             one.take_events()
-            del one.gate, one.relay
+            del one.listener, one.relay
         one.close()
-    fairs.clear()
+    made.clear()
     gc.collect()
 
 
-def test_all_are_served_and_counted(fair, pair, way):
-    here = fair(pair, **way)
-    here.receive(CONNECTIONS)
-    here.until_over()
-    assert sum(visit.polite for visit in here.gone) > CONNECTIONS / 6
-    assert all(visit.is_well for visit in here.gone)
-    assert here.relay.totals().accepted == len(here.gone)
-    assert here.relay.handed_over > 0
-    here.assert_all_counted()
+def test_all_are_served_and_counted(stress, pair, way):
+    run = stress(pair, **way)
+    run.receive(CONNECTIONS)
+    run.until_over()
+    assert sum(client.polite for client in run.done) > CONNECTIONS / 6
+    assert all(client.is_well for client in run.done)
+    assert run.relay.totals().accepted == len(run.done)
+    assert run.relay.handed_over > 0
+    run.assert_all_counted()
 
 
-def test_every_thread_answers_while_it_forwards(fair, pair):
-    here = fair(pair)
+def test_every_worker_answers_while_it_forwards(stress, pair):
+    run = stress(pair)
     for _ in range(8):
-        here.receive(len(here.gone) + AT_ONCE)  # asks at every turn
-        here.until(
-            lambda: here.relay.workers_answered, "an answer of every thread", here.take_a_step
-        )
+        run.receive(len(run.done) + AT_ONCE)  # pings at every turn
+        run.until(lambda: run.relay.workers_answered, "an answer of every worker", run.take_a_step)
 
 
 @pytest.mark.parametrize("moment", range(5))
-def test_all_are_cut_in_the_middle(fair, pair, moment):
-    here = fair(pair)
-    here.receive(AT_ONCE + 1 + 71 * moment)
-    here.gate.stop()
-    here.relay.close_all()
-    here.take_events()
-    assert here.relay.connections == 0
-    here.assert_all_counted()
+def test_all_are_cut_in_the_middle(stress, pair, moment):
+    run = stress(pair)
+    run.receive(AT_ONCE + 1 + 71 * moment)
+    run.listener.stop()
+    run.relay.close_all()
+    run.take_events()
+    assert run.relay.connections == 0
+    run.assert_all_counted()
 
 
 @pytest.mark.parametrize("moment", range(3))
-def test_a_relay_is_dropped_in_the_middle(fair, pair, moment):
-    here = fair(pair)
-    here.receive(AT_ONCE + 1 + 97 * moment)
-    here.gate.stop()
-    del here.gate, here.relay
+def test_a_relay_is_dropped_in_the_middle(stress, pair, moment):
+    run = stress(pair)
+    run.receive(AT_ONCE + 1 + 97 * moment)
+    run.listener.stop()
+    del run.listener, run.relay
 
 
-def test_a_drain_ends_with_nobody_there(fair, pair):
-    """As at SIGTERM with --drain-timeout=: nobody is let in any more, those inside may finish."""
-    here = fair(pair)
-    here.receive(CONNECTIONS // 2)
-    here.gate.stop()
-    here.door.close()
-    here.until_over()
-    here.assert_all_counted()
-    assert here.relay.close_all() == 0
+def test_a_drain_ends_when_the_last_client_has_left(stress, pair):
+    """SIGTERM with --drain-timeout=: no new client is accepted, the others may finish."""
+    run = stress(pair)
+    run.receive(CONNECTIONS // 2)
+    run.listener.stop()
+    run.listen_socket.close()
+    run.until_over()
+    run.assert_all_counted()
+    assert run.relay.close_all() == 0
 
 
 @pytest.mark.parametrize("way_out", ["wait", "cut"])
-def test_clients_of_a_target_that_refuses_come_back(fair, way_out):
-    """Each connect fails in the thread that it was handed to."""
-    here = fair(("tcp4", "tcp4"), is_open=False)
-    here.receive(CONNECTIONS)
+def test_clients_of_a_target_that_refuses_come_back(stress, way_out):
+    """Each connect fails in the worker that it was handed to."""
+    run = stress(("tcp4", "tcp4"), listens=False)
+    run.receive(CONNECTIONS)
     if way_out == "wait":
-        here.until_over()
-        assert here.failed > CONNECTIONS / 3  # others had left before
-    here.gate.stop()
-    here.relay.close_all()
-    here.take_events()
-    assert here.relay.connections == 0
-    here.assert_all_counted()
+        run.until_over()
+        assert run.failed > CONNECTIONS / 3  # the others had left before
+    run.listener.stop()
+    run.relay.close_all()
+    run.take_events()
+    assert run.relay.connections == 0
+    run.assert_all_counted()
 
 
-def test_idle_ones_are_closed_while_others_come(fair, pair):
-    here = fair(pair, idle_ms=1)
-    here.receive(CONNECTIONS)
-    here.until_over()
-    here.assert_all_counted()
+def test_idle_connections_are_closed_while_clients_come(stress, pair):
+    run = stress(pair, idle_ms=1)
+    run.receive(CONNECTIONS)
+    run.until_over()
+    run.assert_all_counted()

@@ -1,4 +1,4 @@
-"""Promises with a time in them. All scenarios run at once, each in a thread of its own."""
+"""Promises that involve time. All scenarios run at once, each in a thread of its own."""
 
 import errno
 import time
@@ -10,19 +10,19 @@ from kit.sockets import is_unix, reset
 from kit.stepped import Outgoing, close, half_close, open_client
 
 STUCK_S = 5.0
-"""A queue that has not moved for so long is given up."""
+"""A connection is given up once its queue has not moved for this long."""
 
 LATE_S = 4.0
-"""How much later than promised is still in time, on a machine that has other things to do."""
+"""The delay that is still accepted, on a machine that is busy with other things."""
 
 SMALL = {"receive_buffer": 4096}
 
 SCENARIOS = {}
-"""By name: (function, arguments). The function gets `rigs` first."""
+"""{name: (function, arguments)}. The first argument of each function is `rigs`."""
 
 
 def scenario(*arguments):
-    """Run a function as a scenario, once with each tuple of arguments."""
+    """Register a function as a scenario, once for each tuple of arguments."""
 
     def register(function):
         for each in arguments or [()]:
@@ -33,7 +33,7 @@ def scenario(*arguments):
 
 
 class Clock:
-    """Seconds since it was made."""
+    """Tells the seconds since it was created."""
 
     def __init__(self):
         self.start = time.monotonic()
@@ -43,7 +43,7 @@ class Clock:
 
 
 def patient(rigs, *args, **options):
-    """A rig that looks rarely, since many run at the same time."""
+    """A rig that checks less often, since many of them run at the same time."""
     rig = rigs(*args, **options)
     rig.pace_ms = 20
     return rig
@@ -60,11 +60,11 @@ PAIRS = [("tcp4", "tcp4"), ("tcp4", "unix"), ("unix", "tcp4"), ("unix", "unix")]
     *[("tcp4", "tcp4", way, side) for way in ("splice", "copy") for side in ("client", "target")]
 )
 def stuck_reader_is_given_up_after_a_reset(rigs, client, target, way, breaker):
-    """Nobody reads what the side that reset had sent: the reader is reset in the end."""
+    """What the resetting side had sent is never read: in the end, the reader is reset."""
     rig = patient(rigs, client, target, **MODES[way], client_buffers=SMALL, target_buffers=SMALL)
     link = rig.link()
     broken, survivor = sides(link, breaker)
-    rig.stuff(broken)
+    rig.fill(broken)
     reset(broken)
     clock = Clock()
     rig.until(lambda: rig.ended(link.id), "the end", patience=STUCK_S + LATE_S)
@@ -75,10 +75,10 @@ def stuck_reader_is_given_up_after_a_reset(rigs, client, target, way, breaker):
 
 @scenario(*[(*pair, way) for pair in PAIRS for way in ("splice", "copy") if pair[1] != "unix"])
 def slow_reader_is_not_given_up(rigs, client, target, way):
-    """A reader that takes a little now and then gets everything, long after the reset."""
+    """A reader that takes a few bytes now and then gets everything, long after the reset."""
     rig = patient(rigs, client, target, **MODES[way], target_buffers=SMALL)
     link = rig.link()
-    rig.stuff(link.client)
+    rig.fill(link.client)
     reset(link.client)
     clock = Clock()
     taken = 0
@@ -92,10 +92,10 @@ def slow_reader_is_not_given_up(rigs, client, target, way):
 
 @scenario(("tcp4", "unix"), ("unix", "unix"))
 def paused_reader_is_not_given_up_after_a_clean_end(rigs, client, target):
-    """A UNIX server that answers and closes: there is no hurry to read the answer."""
+    """A UNIX server answers and closes: the answer may be read much later."""
     rig = patient(rigs, client, target, client_buffers=SMALL)
     link = rig.link()
-    sent = rig.stuff(link.target)
+    sent = rig.fill(link.target)
     close(link.target)
     rig.pass_time(STUCK_S + 1.5)
     received, end = rig.read_to_end(link.client)
@@ -103,26 +103,26 @@ def paused_reader_is_not_given_up_after_a_clean_end(rigs, client, target):
 
 
 @scenario(*[(*pair, side) for pair in PAIRS for side in ("client", "target")])
-def writer_hears_that_its_reader_is_gone(rigs, client, target, leaver):
-    """Both sides write until they are stuck, and one closes with input unread. Directly connected,
-    the other one's next write would fail at once; through the relay it must fail some time."""
+def writer_notices_that_its_reader_is_gone(rigs, client, target, leaver):
+    """Both sides write until they are stuck, and one closes with unread input. On a direct
+    connection the other's next write would fail at once; through the relay, one must soon fail."""
     rig = patient(rigs, client, target)
     link = rig.link()
     gone, stayer = sides(link, leaver)
-    rig.stuff(gone)
-    rig.stuff(stayer)
+    rig.fill(gone)
+    rig.fill(stayer)
     close(gone)
     rig.until(lambda: write_error(stayer), "a write that fails", patience=STUCK_S + LATE_S)
 
 
 @scenario(*[(*pair, side) for pair in PAIRS for side in ("client", "target")])
-def writer_hears_that_a_polite_reader_is_gone(rigs, client, target, leaver):
-    """The same, but the leaver has read all that had reached it: on UNIX no error tells of it."""
+def writer_notices_that_a_polite_reader_is_gone(rigs, client, target, leaver):
+    """The same, but the leaver has read everything that had reached it: no error tells, on UNIX."""
     rig = patient(rigs, client, target)
     link = rig.link()
     gone, stayer = sides(link, leaver)
-    rig.stuff(gone)
-    rig.stuff(stayer)
+    rig.fill(gone)
+    rig.fill(stayer)
     while True:
         try:
             gone.recv(1 << 20)
@@ -132,14 +132,14 @@ def writer_hears_that_a_polite_reader_is_gone(rigs, client, target, leaver):
     upload = Outgoing(stayer, bytes(8 * 1024 * 1024))
     rig.until(
         lambda: (upload.step(), upload.done)[1],
-        "an upload that fails, or is swallowed",
+        "an upload that fails or is discarded",
         patience=STUCK_S + LATE_S,
     )
 
 
 @scenario(("tcp4", "tcp4"), ("unix", "unix"))
 def idle_connection_is_closed(rigs, client, target):
-    """idle_ms counts from the last byte in either direction; an idle one ends cleanly."""
+    """idle_ms counts from the last byte in either direction; an idle connection ends cleanly."""
     rig = patient(rigs, client, target)
     rig.relay.idle_ms = 2000
     assert rig.relay.idle_ms == 2000
@@ -158,10 +158,10 @@ def idle_connection_is_closed(rigs, client, target):
 
 @scenario(("tcp4", "tcp4"), ("tcp4", "unix"))
 def stalled_connection_counts_as_idle(rigs, client, target):
-    """Bytes wait, none moves: closed as well, but as a reset, since bytes are lost."""
+    """Bytes wait and none moves: closed as well, but by a reset, since bytes are lost."""
     rig = patient(rigs, client, target, target_buffers=SMALL)
     link = rig.link()
-    rig.stuff(link.client)
+    rig.fill(link.client)
     rig.relay.idle_ms = 400
     rig.until(lambda: rig.ended(link.id), "the end")
     assert rig.ended(link.id).ending == "idle"
@@ -183,11 +183,11 @@ def half_closed_connection_may_be_idle_for_long(rigs):
 
 @scenario()
 def connect_that_takes_too_long_gives_the_client_back(rigs):
-    """A TCP target that does not answer: its backlog is full, so the kernel drops the SYN."""
+    """A TCP target does not answer: its backlog is full, so the kernel drops the SYN."""
     rig = patient(rigs)
     rig.backend.listen(0)
     crowd = [rig.keep(open_client(rig.backend))]
-    client, fd = rig.knock()
+    client, fd = rig.new_client()
     client.send(b"hello")
     clock = Clock()
     rig.connect(fd, timeout_ms=300, listener=7, preamble=b"PROXY ")
@@ -200,7 +200,7 @@ def connect_that_takes_too_long_gives_the_client_back(rigs):
 
 
 def test_scenarios(rigs):
-    """All of them at once; each that fails is named in the group of errors."""
+    """All of them at once; the group of errors names each that fails."""
     failures = []
     with ThreadPoolExecutor(len(SCENARIOS)) as pool:
         running = {

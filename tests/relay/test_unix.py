@@ -1,6 +1,6 @@
-"""What only UNIX sockets do: messages with fds or credentials attached cut a read short.
+"""What only UNIX sockets do: a message with fds or credentials attached cuts a read short.
 
-The fds are taken here, as by a kernel that cannot refuse them; test_rights.py has the rest.
+The relay takes the fds here, as if the kernel could not refuse them; test_rights.py has the rest.
 """
 
 import os
@@ -27,7 +27,7 @@ def send_with_fd(connection, data):
 
 @targets
 def test_bytes_after_a_message_with_an_fd(rigs, way, target):
-    """recv ends after a message that carries an fd, though there are more bytes: a short read does
+    """recv ends after a message that carries an fd, even if there are more bytes: a short read does
     not mean that the socket is empty."""
     rig = rigs("unix", target, may_refuse=False, **way)
     link = rig.link()
@@ -38,14 +38,14 @@ def test_bytes_after_a_message_with_an_fd(rigs, way, target):
 
 
 @targets
-def test_bytes_after_a_message_with_an_fd_before_the_target_is_there(rigs, way, target):
+def test_bytes_after_a_message_with_an_fd_before_the_target_is_connected(rigs, way, target):
     """The same for the relay's very first read."""
     rig = rigs("unix", target, may_refuse=False, **way)
-    client, fd = rig.knock()
+    client, fd = rig.new_client()
     send_with_fd(client, b"with an fd, ")
     client.send(b"and without")
     rig.connect(fd)
-    assert rig.read(rig.meet(), 23) == b"with an fd, and without"
+    assert rig.read(rig.accept_at_backend(), 23) == b"with an fd, and without"
 
 
 def test_messages_with_fds_from_the_target(rigs, way):
@@ -60,7 +60,7 @@ def test_messages_with_fds_from_the_target(rigs, way):
 
 @targets
 def test_messages_with_fds_within_a_stream(rigs, way, target):
-    """Many of them, between large ones."""
+    """Many of them, between large messages without fds."""
     rig = rigs("unix", target, may_refuse=False, **way)
     link = rig.link()
     incoming = Incoming(link.target)
@@ -78,13 +78,13 @@ def test_messages_with_fds_within_a_stream(rigs, way, target):
 
 
 def test_writers_with_different_credentials(rigs, way):
-    """With SO_PASSCRED (PassCredentials= in the socket unit) recv never joins two writers' bytes:
-    it ends where the writer changes."""
+    """With SO_PASSCRED (PassCredentials= in the socket unit) recv never joins the bytes of two
+    writers: it ends where the writer changes."""
     rig = rigs("unix", "tcp4", **way)
-    client, fd = rig.knock()
+    client, fd = rig.new_client()
     set_option(fd, socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
     number = rig.relay.connect(fd, FAMILIES["unix"], rig.address)
-    target = rig.meet()
+    target = rig.accept_at_backend()
     rig.settle()
     client.send(b"from one, ")
     child = os.fork()
@@ -100,9 +100,9 @@ SO_SNDBUFFORCE = 32  # asm-generic/socket.h; CAP_NET_ADMIN
 
 
 def test_a_send_buffer_is_never_reduced(rigs, way):
-    """A stream asks for a larger one, but net.core.wmem_default may have given more than that."""
+    """A stream asks for a larger one, but net.core.wmem_default may be larger still."""
     rig = rigs("unix", "unix", **way)
-    link = rig.adopted()
+    link = rig.adopted_link()
     before = option(link.target_fd, socket.SOL_SOCKET, socket.SO_SNDBUF)
     words = payload(1_000_000)
     heard = Incoming(link.target)
@@ -110,7 +110,7 @@ def test_a_send_buffer_is_never_reduced(rigs, way):
     assert heard.data == words
     ordinary = option(link.target_fd, socket.SOL_SOCKET, socket.SO_SNDBUF)
     assert ordinary > before
-    link = rig.adopted()
+    link = rig.adopted_link()
     try:
         set_option(link.target_fd, socket.SOL_SOCKET, SO_SNDBUFFORCE, 4 << 20)
     except PermissionError:

@@ -18,7 +18,7 @@ def speaker(request):
 
 @pytest.fixture
 def ends(rigs, pair, way, speaker):
-    """(rig, the side that speaks, the side that listens) of a connection that has settled."""
+    """(rig, the sending side, the receiving side) of a connection that has settled."""
     rig = rigs(*pair, **way)
     link = rig.link()
     rig.settle()
@@ -59,7 +59,7 @@ def test_urgent_byte_last(ends):
 
 
 def test_urgent_byte_alone(ends):
-    """Nothing follows it, and the relay is calm while nothing does."""
+    """Nothing follows it, and the relay is calm meanwhile."""
     rig, speaker, listener = ends
     urgently(speaker)
     assert rig.read(listener, 1) == b"!"
@@ -69,7 +69,7 @@ def test_urgent_byte_alone(ends):
 
 
 def test_urgent_bytes_step_by_step(ends):
-    """Several, each noticed by the relay on its own."""
+    """Several of them, each noticed by the relay separately."""
     rig, speaker, listener = ends
     for number in range(6):
         speaker.send(b"word")
@@ -95,7 +95,7 @@ def test_urgent_byte_within_a_stream(ends):
     rig, speaker, listener = ends
     data = payload(BIG)
     incoming = Incoming(listener)
-    rig.run(Outgoing(speaker, data), incoming_part := Incoming(listener, most=BIG))
+    rig.run(Outgoing(speaker, data), incoming_part := Incoming(listener, limit=BIG))
     assert incoming_part.data == data
     urgently(speaker)
     rig.run(Outgoing(speaker, data, half_close), incoming)
@@ -104,23 +104,23 @@ def test_urgent_byte_within_a_stream(ends):
 
 
 def stuck_stream(rigs, pair, way):
-    """(rig, link, bytes sent): a stream by large units that is stuck, since nobody reads it."""
+    """(rig, link, bytes sent): a stream in large units that is stuck, since it is not read."""
     rig = rigs(*pair, **way, target_buffers={"receive_buffer": 65536})
     link = rig.link()
-    flowing = Incoming(link.target, most=BIG)
+    flowing = Incoming(link.target, limit=BIG)
     rig.run(Outgoing(link.client, payload(BIG)), flowing)
-    return rig, link, rig.stuff(link.client, most=8 * BIG)
+    return rig, link, rig.fill(link.client, limit=8 * BIG)
 
 
 def read_without_the_relay(connection):
-    """Read what is there, so that the relay may write again; the number of bytes."""
+    """Read what is there, so that the relay can write again; the number of bytes."""
     incoming = Incoming(connection)
     incoming.step()
     return len(incoming.data)
 
 
 def urgently_if_there_is_room(rig, link):
-    """Have the client send an urgent byte into its full stream; bytes read to make room for it."""
+    """Send an urgent byte into the client's full stream; the bytes read to make room for it."""
     taken = 0
     while not send_once(link.client, b"!", socket.MSG_OOB):
         taken += read_without_the_relay(link.target)
@@ -129,7 +129,7 @@ def urgently_if_there_is_room(rig, link):
 
 
 def test_urgent_byte_into_a_stuck_stream(rigs, pair, way):
-    """The relay holds bytes that nobody takes when the urgent one comes."""
+    """The relay holds bytes that it cannot write when the urgent one arrives."""
     rig, link, sent = stuck_stream(rigs, pair, way)
     taken = urgently_if_there_is_room(rig, link)
     assert rig.is_calm()
@@ -141,18 +141,18 @@ def test_urgent_byte_into_a_stuck_stream(rigs, pair, way):
 
 @pytest.mark.parametrize("speaker", ["client", "target"])
 def test_urgent_byte_and_end_behind_a_stuck_stream(rigs, way, speaker):
-    """The relay hears first that it may write again, and only then of the urgent byte and the end
-    behind it. Splice answers 0 at the urgent mark once the end is there: not the end of the bytes.
+    """The relay first learns that it can write again, and only then of the urgent byte and the end
+    behind it. With the end queued, splice returns 0 at the urgent mark, before the last byte.
     """
     small = {"receive_buffer": 65536}
     rig = rigs("tcp4", "tcp4", **way, client_buffers=small, target_buffers=small)
-    link = rig.adopted()
+    link = rig.adopted_link()
     speaker, from_fd, listener, to_fd = (
         (link.client, link.client_fd, link.target, link.target_fd)
         if speaker == "client"
         else (link.target, link.target_fd, link.client, link.client_fd)
     )
-    rig.run(Outgoing(speaker, payload(BIG)), Incoming(listener, most=BIG))
+    rig.run(Outgoing(speaker, payload(BIG)), Incoming(listener, limit=BIG))
     sent = 0
     while not unread(from_fd):  # the relay takes it, until it is stuck with what it holds
         sent += speaker.send(b"x" * 16384)

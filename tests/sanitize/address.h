@@ -5,7 +5,7 @@
 #include <dlfcn.h>
 #include <string.h>
 
-/* gcc's libubsan has no ear for log_path where libasan is there too: it is told by hand. */
+/* gcc's libubsan ignores log_path if libasan is loaded too: set the path explicitly. */
 static void tell_log_path(void)
 {
     void *library = dlopen("libubsan.so.1", RTLD_LAZY | RTLD_NOLOAD);
@@ -30,8 +30,8 @@ int __lsan_do_recoverable_leak_check(void);
 void __lsan_register_root_region(const void *start, size_t size);
 void __lsan_unregister_root_region(const void *start, size_t size);
 
-/* Local variables of running functions lie in memory from mmap(2), which is not searched unless it
-   is told of. */
+/* Local variables of running Python functions are in memory from mmap(2), which LeakSanitizer does
+   not search unless it is registered. */
 static void tell_frames(void (*tell)(const void *, size_t))
 {
     PyThreadState *thread = PyInterpreterState_ThreadHead(PyInterpreterState_Get());
@@ -42,7 +42,7 @@ static void tell_frames(void (*tell)(const void *, size_t))
     }
 }
 
-/* Whether memory was lost so far; the report is written. Called with the interpreter's lock. */
+/* Look for leaks now and write the report; true if there are any. Called with the GIL held. */
 __attribute__((visibility("default"))) int proxyd_leaks(void);
 int proxyd_leaks(void)
 {
@@ -60,14 +60,15 @@ static PyObject *look_for_leaks(PyObject *self, PyObject *arguments)
     (void)arguments;
     PyGC_Collect();
     tell_frames(__lsan_register_root_region);
-    __lsan_do_leak_check(); /* and not once more when the process ends */
+    __lsan_do_leak_check(); /* there is no further check when the process ends */
     Py_RETURN_NONE;
 }
 
 static PyMethodDef leak_check = {"look_for_leaks", look_for_leaks, METH_NOARGS, NULL};
 
-/* When main() has returned and the interpreter is still whole. Later, what threads that never end
-   point to (look-ups, for one) would be lost: the interpreter drops their frames as they are. */
+/* Check when main() has returned and the interpreter is still complete. Later, memory that belongs to
+   threads that never end (such as look-ups) would count as leaked, since the interpreter drops their
+   frames. */
 static void look_for_leaks_before_the_end(void)
 {
     PyObject *atexit = PyImport_ImportModule("atexit");
@@ -80,7 +81,7 @@ static void look_for_leaks_before_the_end(void)
     Py_DECREF(atexit);
 }
 
-/* The interpreter loads the extension, and holds its lock meanwhile. */
+/* Runs when the interpreter loads the extension, with the GIL held. */
 __attribute__((constructor)) static void at_load(void)
 {
     tell_log_path();

@@ -1,5 +1,5 @@
-/* Included first in the build for coverage: a forked child that ends with os._exit() writes down
-   through it which lines it has run. */
+/* Included first in the build for coverage: a forked child that ends with os._exit() calls this to
+   record which lines it has run. */
 
 void __gcov_dump(void);
 void proxyd_coverage_dump(void);

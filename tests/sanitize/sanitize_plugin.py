@@ -1,16 +1,16 @@
 """For pytest in an instrumented build (`-p sanitize_plugin`).
 
-A report of a sanitizer fails the test during which it was written, whoever wrote it and whatever
-became of its exit status.
+A report of a sanitizer fails the test during which it was written, whichever process wrote it and
+whatever its exit status was.
 
-Reports go to files (log_path): a program whose stderr nobody reads, or whose end nobody waits for,
-hides nothing. Each worker of pytest-xdist has a folder of its own, which the programs that its
-tests start inherit; a program with a bare environment writes to the common one, where
-`ci/parts/sanitize.sh` looks after the run.
+Reports go to files (log_path), so that they are found even if a program's stderr is not read or its
+end is not waited for. Each worker of pytest-xdist has a folder of its own, which the programs that
+its tests start inherit. A program with an empty environment writes to the common folder, which
+`ci/parts/sanitize.sh` checks after the run.
 
-Lost memory is looked for when a program of the tests ends, and here at the end of the session,
-while the interpreter is still whole. Not in forked children that end with os._exit():
-LeakSanitizer looks for their threads by the numbers that those have in the mother.
+Leaks are searched for when a program of the tests ends, and here at the end of the session, while
+the interpreter is still complete. Forked children that end with os._exit() are not searched:
+LeakSanitizer looks for their threads by the ids that these have in the parent.
 """
 
 import ctypes
@@ -21,23 +21,23 @@ from pathlib import Path
 import pytest
 
 VARIABLES = ("ASAN_OPTIONS", "UBSAN_OPTIONS", "TSAN_OPTIONS")
-"""Each runtime reads one of them."""
+"""The options of the runtimes; each of them reads one."""
 
 REPORTS = Path(os.environ["SANITIZE_REPORTS"])
 
 NO_LEAK_CHECK = {
     "test_calls": "its programs run under strace, and LeakSanitizer needs ptrace(2) for itself",
     "test_exit_does_not_wait_for_a_look_up": (
-        "its program does without the extension, and so without the look in address.h that knows"
-        " the frames of threads"
+        "its program does not load the extension, and so not the check in address.h either, which"
+        " knows the frames of threads"
     ),
     "test_no_fd_is_left_to_write_with": (
-        "its program may open no file: LeakSanitizer cannot open its report then, and hangs"
+        "its program cannot open files: LeakSanitizer cannot open its report, and hangs"
     ),
-    "test_few_tasks": "its program may have no task more, and LeakSanitizer needs one",
+    "test_few_tasks": "its program cannot start a task, and LeakSanitizer needs one",
     "test_threads_that_may_not_start": "likewise",
 }
-"""Modules of tests, and tests, whose programs are not searched for leaks, and why."""
+"""Tests, and modules of tests, whose programs are not searched for leaks, and why."""
 
 NO_QUARANTINE = {
     "test_load_leaves_nothing_behind": "it measures memory, and freed memory would be kept",
@@ -45,18 +45,18 @@ NO_QUARANTINE = {
 """Tests whose programs reuse freed memory at once, as they do without AddressSanitizer, and why."""
 
 NO_REPORT = re.compile(r"(==\d+==WARNING: AddressSanitizer failed to allocate .*\n)*")
-"""A malloc of too much has returned NULL, as `ci/parts/sanitize.sh` has asked."""
+"""The warning that a malloc of too much has returned NULL, which `ci/parts/sanitize.sh` allows."""
 
 
-def of_the_build(name):
-    """A C function that the build has added to the extension, or None."""
+def build_function(name):
+    """A C function that this build has added to the extension, or None."""
     import proxyd._relay as relay
 
     return getattr(ctypes.PyDLL(relay.__file__), name, None)
 
 
 def new_reports(folder):
-    """The text of each report, which is then moved away: it fails one test."""
+    """The texts of the new reports, which are renamed, so that each of them fails only one test."""
     texts = []
     for file in sorted(folder.glob("report.*")):
         text = file.read_text(errors="replace")
@@ -67,13 +67,13 @@ def new_reports(folder):
 
 
 class Reports:
-    """Fails what has a report."""
+    """Fails a test that has a report."""
 
     def __init__(self, folder):
         self.folder = folder
 
-    def tell(self, extra):
-        """The sanitizer's options for programs that are started from now on."""
+    def set_options(self, extra):
+        """Set the sanitizer's options for programs that are started from now on."""
         for name in VARIABLES:
             os.environ[name] = f"log_path={self.folder}/report{extra}"
 
@@ -85,7 +85,7 @@ class Reports:
             extra += ":detect_leaks=0"
         if not names.isdisjoint(NO_QUARANTINE):
             extra += ":quarantine_size_mb=0:thread_local_quarantine_size_kb=0"
-        self.tell(extra)
+        self.set_options(extra)
         return (yield)
 
     @pytest.hookimpl(wrapper=True)
@@ -99,25 +99,25 @@ class Reports:
     @pytest.hookimpl(wrapper=True)
     def pytest_sessionfinish(self, session):
         result = yield
-        look = of_the_build("proxyd_leaks")
-        if look is not None:
-            look()  # ci/parts/sanitize.sh finds the report
+        find_leaks = build_function("proxyd_leaks")
+        if find_leaks is not None:
+            find_leaks()  # ci/parts/sanitize.sh finds the report
         return result
 
 
 def children_write_their_coverage():
-    """os._exit() in a forked child skips what a program does at its end, gcov's part included."""
-    dump = of_the_build("proxyd_coverage_dump")
+    """Let os._exit() in a forked child write gcov's counts, as a normal exit does."""
+    dump = build_function("proxyd_coverage_dump")
     if dump is None:
         return
-    mother, leave = os.getpid(), os._exit
+    parent, real_exit = os.getpid(), os._exit
 
-    def dump_and_leave(status):
-        if os.getpid() != mother:
+    def dump_and_exit(status):
+        if os.getpid() != parent:
             dump()
-        leave(status)
+        real_exit(status)
 
-    os._exit = dump_and_leave
+    os._exit = dump_and_exit
 
 
 def pytest_configure(config):

@@ -1,7 +1,7 @@
-"""The whole program in a process of its own, with one failure from its first line on.
+"""The whole program in a process of its own, with one failure, counted from its first line on.
 
-What the interpreter does before that, it does by its own rules. The program must then either refuse
-in a line or two, with status 1, or serve on: two clients, the counters on SIGUSR1, and an end with
+Failures during the interpreter's own start do not count. The program must either refuse to start,
+with a line or two and status 1, or serve: two clients, the counters on SIGUSR1, and an end with
 status 0 on SIGTERM.
 """
 
@@ -11,8 +11,8 @@ import socket
 import tempfile
 
 from faults.control import NO_STRIKE, Control
-from faults.life import LINES_MOST, ONE_WAS_HIT, REFUSED_TO_START, SERVED_ON, Outcome
 from faults.points import strike
+from faults.program_run import LINES_MAX, ONE_WAS_HIT, REFUSED_TO_START, SERVED_ON, Outcome
 from faults.world import half_close
 from kit.socket_state import is_quiet
 from kit.sockets import read_to_end
@@ -20,7 +20,7 @@ from kit.stage import Stage
 from kit.waiting import patience, set_patience, wait_until
 
 PATIENCE_S = 20.0
-"""So long may a state take that must come."""
+"""The longest wait for a state that must come."""
 
 KINDS = {
     "start-tcp": ("tcp4", "tcp4", ()),
@@ -36,11 +36,11 @@ KINDS = {
 """Ways to start the program: family of the listener, of the target, options."""
 
 QUICK = ("start-options", "start-listen")
-"""Those of the quick walk."""
+"""The kinds that are part of the quick walk."""
 
 
-class Births:
-    """Starts the program again and again; a worker of the walk, as Worker is."""
+class StartupRuns:
+    """Starts the program for each point; a worker of the walk, like Worker."""
 
     def __init__(self, library, executable):
         self._library = library
@@ -54,15 +54,15 @@ class Births:
     def record(self, kind):
         return self._start(kind, NO_STRIKE)
 
-    def live(self, point):
+    def run(self, point):
         return self._start(point.scenario, strike(point))
 
     def end(self):
-        """Be gone, with whatever runs. Nothing is done afterwards."""
+        """End it, together with a program that runs. No further point is run."""
         self._ended = True
         for proxy in self._stage.proxies if self._stage is not None else ():
             proxy.send_signal(signal.SIGKILL)
-        wait_until(lambda: self._stage is None, "the end of a life")
+        wait_until(lambda: self._stage is None, "the end of a run")
         self._file.close()
 
     def _start(self, kind, what):
@@ -98,17 +98,17 @@ class Births:
             text = text.replace("127.0.0.1", "localhost")
         listeners = [stage.listener(listen)] if listen else []
         if listen is None:
-            self._door = stage.path("door"), socket.AF_UNIX
-            options = (*options, f"--listen={self._door[0]}")
+            self._listen_address = stage.path("socket"), socket.AF_UNIX
+            options = (*options, f"--listen={self._listen_address[0]}")
         else:
-            self._door = listeners[0].getsockname(), listeners[0].family
+            self._listen_address = listeners[0].getsockname(), listeners[0].family
         environment = {"LD_PRELOAD": self._library, "FAULTS_FILE": self._file.name}
         return stage.launch(
             *options, text, listeners=listeners, environment=environment, wait=False
         )
 
     def _use(self, stage, proxy):
-        """Two clients, SIGUSR1 and SIGTERM. Whether the program refused to start instead."""
+        """Two clients, SIGUSR1 and SIGTERM; True if the program refused to start instead."""
         if not self._serve(stage, proxy) or not self._serve_freshly(stage, proxy):
             assert "READY=1" not in proxy.notify.lines(), f"it has ended by itself: {proxy.log()!r}"
             return True
@@ -120,19 +120,19 @@ class Births:
         return False
 
     def _serve_freshly(self, stage, proxy):
-        """One client when nothing fails any more."""
+        """Serve another client, now that no call fails any more."""
         self._calls = self._control.calls()
         self._control.lift()
-        if self._look_up_failed():  # it serves as an answer for a second
+        if self._look_up_failed():  # the failure is used as an answer for a second
             self._control.struct.clock_ms += 1100
         return self._serve(stage, proxy)
 
     def _serve(self, stage, proxy):
-        """One client, who is served in full or sees an error; False if the program has ended."""
+        """One client, which is served in full or sees an error; False if the program has ended."""
         wait_until(lambda: self._kind != "start-listen" or self._listens(proxy), "the listener")
         if proxy.has_ended():
             return False
-        client = stage.connect_to(*self._door)
+        client = stage.connect_to(*self._listen_address)
         with contextlib.suppress(ConnectionError):  # refused already
             client.sendall(b"x" * 1000)
             half_close(client)
@@ -146,11 +146,11 @@ class Births:
         return True
 
     def _listens(self, proxy):
-        """Whether the program's own listener is there, or never will be."""
+        """Whether the program listens on its socket file, or never will."""
         if proxy.has_ended():
             return True
         with socket.socket(socket.AF_UNIX) as probe:
-            return probe.connect_ex(self._door[0]) == 0
+            return probe.connect_ex(self._listen_address[0]) == 0
 
     def _judge(self, proxy, refused):
         log = proxy.log()
@@ -166,6 +166,6 @@ class Births:
             faults.append(f"exit {proxy.status} at start with {len(lines)} lines: {log!r}")
         elif not refused and proxy.status != 0:
             faults.append(f"exit {proxy.status} while it served: {log!r}")
-        if len(lines) > LINES_MOST:
+        if len(lines) > LINES_MAX:
             faults.append(f"{len(lines)} lines on stderr")
         return faults

@@ -1,11 +1,11 @@
-"""One life of the program inside this process, with one failure in it.
+"""One run of the program inside this process, with one failure in it.
 
-The program runs as it is, cli.main() and all, on the main thread. Only EventLoop.run(), where it
+The whole program runs on the main thread, from cli.main() on. Only EventLoop.run(), in which it
 waits for events, is wrapped: there the world around it (clients, backend) has its turn. So nothing
-depends on scheduling, and call number n is the same call every time.
+depends on scheduling, and call number n is the same call in every run.
 
-The world's patience costs no time: when nothing moves any more, the extension's clock is put
-forward, until what had to time out has.
+Timeouts cost no time: when nothing moves any more, the extension's clock is put forward until they
+have expired.
 """
 
 import errno
@@ -27,38 +27,38 @@ from kit.rig import open_fds
 from proxyd import cli, event_loop
 
 PASSED_ON = 3
-"""The fd at which the service manager puts a socket."""
+"""The fd at which the service manager passes a socket."""
 
-FOR_LIFE = ("anon_inode:[eventfd]",)
-"""What the program opens once and leaves to the end of its process."""
+NEVER_CLOSED = ("anon_inode:[eventfd]",)
+"""What the program opens once and keeps open until its process ends."""
 
-LATE = ("stats", "timespan", "proxy_protocol", "resolver", "lookup", "ports")
-"""Modules that the program imports when it needs them: each life does it again."""
+IMPORTED_LATE = ("stats", "timespan", "proxy_protocol", "resolver", "lookup", "ports")
+"""Modules that the program imports only when it needs them: each run imports them again."""
 
 STILL_TURNS = 25
-"""Turns in which nothing moves until the clock is put forward."""
+"""Turns in which nothing moves before the clock is put forward."""
 
-THREADS_TURNS = 8
-"""So many times more where other threads work too, which may have to wait for a processor."""
+THREADS_FACTOR = 8
+"""This many times as many turns if other threads work too, which may have to wait for a CPU."""
 
 STEPS_MS = (50, 250, 1000, 1000, 6000, 6000, 12000, 30000)
-"""By so much, one after the other."""
+"""The steps by which the clock is put forward."""
 
 PATIENCE_S = 0.5
-"""Nothing has moved for so long, and the clock is as far as it goes: it hangs."""
+"""The program hangs if nothing has moved for this long after the last step."""
 
 NAP_MS = 2
-"""A further relay thread looks at the clock again after so long."""
+"""The longest sleep of the other relay threads, which then look at the clock again."""
 
 LONGEST_S = 15.0
-"""No life takes longer, whatever moves."""
+"""The longest run, whatever still moves."""
 
-LINES_MOST = 12
+LINES_MAX = 12
 """More lines on stderr are a flood."""
 
 
 def is_unix_listener(fd):
-    """Whether the program leaves it open until its process ends: see close_listener()."""
+    """Whether it is a socket that the program keeps open until its process ends."""
     sock = socket.socket(fileno=fd)
     try:
         listens = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
@@ -68,24 +68,24 @@ def is_unix_listener(fd):
 
 
 class Outcome(NamedTuple):
-    """What came of one life."""
+    """The result of one run."""
 
     kind: str
-    """How the failure showed."""
+    """The effect of the failure."""
     faults: list
-    """What must not be, in words."""
+    """What is wrong, in words."""
     hits: int
-    """Calls that failed."""
+    """The number of calls that failed."""
     log: str
     calls: dict
-    """{(whose, kind of call): how many}"""
+    """{(scope, kind of call): the number of calls}"""
 
 
 SERVED_ON, ONE_WAS_HIT, REFUSED_TO_START = "served on", "one was hit", "refused to start"
 
 
-class Door:
-    """A listener of the program's own, as far as a client is concerned."""
+class OwnListener:
+    """A socket file on which the program itself listens, with the methods that clients need."""
 
     family = socket.AF_UNIX
 
@@ -96,19 +96,19 @@ class Door:
         return self._path
 
     def close(self):
-        """It is the program's."""
+        """Nothing: the program closes it."""
 
 
 class Hang(BaseException):
-    """Nothing moves any more. No Exception, for the program catches those."""
+    """Nothing moves any more. Not an Exception, which the program would catch."""
 
 
 class WalkError(BaseException):
     """The walk itself has a fault."""
 
 
-class Life:
-    """Runs one scenario once. `control` is the interposer's, this process being under it."""
+class ProgramRun:
+    """Runs one scenario once. `control` is that of the interposer loaded into this process."""
 
     def __init__(self, scenario, control, log):
         self.scenario = scenario
@@ -121,16 +121,16 @@ class Life:
         self.ready = False
         self.fresh = None
         self.wanted = lambda: "; ".join(f"{c}: {self.world.state(c)}" for c in self.world.conns)
-        """What the life waits for, in words."""
+        """What the run waits for, in words."""
         self.keeps = None
         self.calls = None
-        self.judged = self.judged_in_life = False
+        self.judged = self.judged_in_run = False
         self.troubled = []
         self.satisfied = False
-        """The script is done, a fresh client was served and everything given back."""
+        """The script is done, a fresh client was served, and everything was released."""
 
     def run(self, strike=NO_STRIKE):
-        """Live it; the Outcome."""
+        """Run it; the Outcome."""
         self.strike = strike
         self.control.pause(1)
         self.before = open_fds()
@@ -138,7 +138,7 @@ class Life:
         self.log_file.truncate()
         self.world = self._make_world()
         try:
-            status = self._live(strike)
+            status = self._run_program(strike)
             log = self._log()
             self._afterwards(status, log)
         finally:
@@ -146,14 +146,14 @@ class Life:
             self.world.close()
             shutil.rmtree(self.directory, ignore_errors=True)
         left = self._left()
-        if left and self.judged_in_life:
+        if left and self.judged_in_run:
             self.faults.append(f"open at the end: {', '.join(left)}")
         hits = self.control.struct.hits
         return Outcome(
             self._kind(status), self.faults, hits, log, self.calls or self.control.calls()
         )
 
-    # ── before ───────────────────────────────────────────────────────────────────────────────
+    # ── before the run ───────────────────────────────────────────────────────────────────────
 
     def _make_world(self):
         one = self.scenario
@@ -171,7 +171,7 @@ class Life:
         return ["systemd-socket-proxyd", *self.scenario.options, target]
 
     def _pass_on(self):
-        """Give the program what the service manager would: fd 3, and the environment."""
+        """Give the program what the service manager would give it: fd 3 and the environment."""
         for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "SYSTEMD_LOG_LEVEL"):
             os.environ.pop(name, None)
         os.environ.update(self.scenario.environment)
@@ -180,18 +180,18 @@ class Life:
             return
         os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="1")
         if self.scenario.accepted:
-            connection, _ = self.world.door.accept()
+            connection, _ = self.world.listen_socket.accept()
             self.world.sockets.append(connection)
-            self.keeps = connection  # the service manager keeps it, to the end of the service
+            self.keeps = connection  # as the service manager does, until the service ends
             os.dup2(connection.fileno(), PASSED_ON)
         else:
-            os.dup2(self.world.door.fileno(), PASSED_ON)
+            os.dup2(self.world.listen_socket.fileno(), PASSED_ON)
 
-    # ── the life ─────────────────────────────────────────────────────────────────────────────
+    # ── the run ──────────────────────────────────────────────────────────────────────────────
 
-    def _live(self, strike):
+    def _run_program(self, strike):
         """Run the program; its exit status."""
-        for name in LATE:
+        for name in IMPORTED_LATE:
             sys.modules.pop(f"proxyd.{name}", None)
             if hasattr(sys.modules["proxyd"], name):
                 delattr(sys.modules["proxyd"], name)
@@ -202,9 +202,9 @@ class Life:
         self.world.sockets.append(self.notify)
         arguments = self._arguments()
         if self.scenario.opens:
-            path = os.path.join(self.directory, "door")
+            path = os.path.join(self.directory, "socket")
             arguments.insert(1, f"--listen={path}")
-            self.world.door = Door(path)
+            self.world.listen_socket = OwnListener(path)
         self.play = self._play()
         if self.scenario.early:
             next(self.script)
@@ -217,7 +217,7 @@ class Life:
         status = None
         self.control.reset(strike, begun=True)
         self.control.struct.nap_ms = NAP_MS
-        self.control.struct.pid = os.getpid() + 1  # clients are not of this process, it believes
+        self.control.struct.pid = os.getpid() + 1  # or UNIX clients would be taken for itself
         self.control.pause(0)
         try:
             status = cli.main(arguments)
@@ -239,7 +239,7 @@ class Life:
             self.control.pause(1)
             try:
                 moved = self._turn()
-            except Exception as error:  # the walk's own: the program is not to take it for its
+            except Exception as error:  # the walk's: the program must not catch it
                 raise WalkError from error
             finally:
                 self.control.pause(0)
@@ -260,7 +260,7 @@ class Life:
             self.still, self.steps, self.moved = 0, 0, now
             return True
         self.still += 1
-        if self.still >= STILL_TURNS * (THREADS_TURNS if self.scenario.has_threads else 1):
+        if self.still >= STILL_TURNS * (THREADS_FACTOR if self.scenario.has_threads else 1):
             self.still = 0
             self._put_forward(now)
         return False
@@ -273,7 +273,7 @@ class Life:
             raise Hang(self.wanted())
 
     def _play(self):
-        """All that happens in this life, a yield for every turn of the program."""
+        """Everything that happens in this run, with a yield for every turn of the program."""
         world = self.world
         first = open_fds()
         live = self.control.struct.live
@@ -287,7 +287,7 @@ class Life:
             self.fresh = world.connect(300, 300)
             yield from world.until(lambda: self.fresh.over)
             self._judge()
-            self.judged_in_life = True
+            self.judged_in_run = True
             world.leave()
             self.wanted = lambda: (
                 f"open still: {open_fds() - first}, "
@@ -301,10 +301,10 @@ class Life:
         while True:
             yield
 
-    # ── afterwards ───────────────────────────────────────────────────────────────────────────
+    # ── after the run ────────────────────────────────────────────────────────────────────────
 
     def _let_answers_age(self):
-        """A look-up that failed serves as an answer for a second, for everybody who asks."""
+        """A failed look-up is an answer too, which is used for a second."""
         if self._look_up_failed():
             self.control.struct.clock_ms += 1100
 
@@ -326,7 +326,7 @@ class Life:
             self.faults.append(f"a fresh client is not served: {self.world.state(self.fresh)}")
 
     def _afterwards(self, status, log):
-        """Look at everything once the program has ended."""
+        """Check everything once the program has ended."""
         if not self.judged:
             self._end_of_process(status)
             self._judge()
@@ -338,7 +338,7 @@ class Life:
             )
 
     def _end_of_process(self, status):
-        """What the end of the process does: everything that the program has open is closed."""
+        """Do what the end of the process would: close everything that the program has open."""
         os.dup2(1, PASSED_ON)
         left = self._left()
         if left and status == 0:
@@ -350,12 +350,12 @@ class Life:
         self._step_world()
         for conn in self.world.conns:
             if conn.far is None and not conn.over and (self.scenario.ends or not self.ready):
-                conn.expect = CUT  # waits in the backlog, which is the service manager's
-        self.world.door.close()
+                conn.expect = CUT  # it is still in the backlog, which is the service manager's
+        self.world.listen_socket.close()
         self._step_world()
 
     def _step_world(self):
-        """Until all have seen an end, or nothing comes any more."""
+        """Step the world until every connection has ended, or nothing arrives any more."""
         for _ in range(50):
             self.world.step()
             if all(conn.over for conn in self.world.conns):
@@ -363,14 +363,14 @@ class Life:
             time.sleep(0.001)
 
     def _judge_hits(self):
-        """As many connections may be in trouble as calls failed, and none but those."""
+        """No more connections may be affected than calls failed, and no others than theirs."""
         hits = self.control.struct.hits
         troubled = [conn for conn in self.troubled if conn is not self.fresh]
         if not self.ready or self._look_up_failed():
             return
         if len(troubled) > hits:
             told = "; ".join(f"{conn}: {self.world.state(conn)}" for conn in troubled)
-            self.faults.append(f"{hits} calls failed, but in trouble are: {told}")
+            self.faults.append(f"{hits} calls failed, but these are in trouble: {told}")
         ports = self.control.hit_ports()
         hit = [conn for conn in self.world.conns if conn.has(ports)]
         if hits == 1 and hit and set(troubled) - set(hit):
@@ -381,7 +381,7 @@ class Life:
         for sign in ("Traceback", "Internal error", "Exception ignored"):
             if sign in log:
                 self.faults.append(f"{sign} on stderr")
-        if len(lines) > LINES_MOST * (4 if self.scenario.environment else 1):
+        if len(lines) > LINES_MAX * (4 if self.scenario.environment else 1):
             self.faults.append(f"{len(lines)} lines on stderr")
         if status == 1 and not self.ready:
             if not 1 <= len(lines) <= 2:
@@ -389,7 +389,7 @@ class Life:
         elif status != 0 and status is not None:
             self.faults.append(f"exit {status} while it served")
         elif not self.satisfied and not self.scenario.ends and not self.faults:
-            self.faults.append(f"exit {status}, and nobody had asked for that")
+            self.faults.append(f"exit {status}, without being asked to end")
 
     def _kind(self, status):
         if status == 1 and not self.ready:
@@ -397,13 +397,13 @@ class Life:
         return ONE_WAS_HIT if self.troubled else SERVED_ON
 
     def _left(self):
-        """Close what the program has left open; of this, what should not have been."""
+        """Close what the program has left open; returns what it should have closed."""
         left = []
         for fd in open_fds() - self.before - self.world.fds() - {str(PASSED_ON)}:
             what = os.readlink(f"/proc/self/fd/{fd}")
             kept = what.startswith("socket:") and is_unix_listener(int(fd))
             os.close(int(fd))
-            if what not in FOR_LIFE and not kept:
+            if what not in NEVER_CLOSED and not kept:
                 left.append(f"{fd} ({what})")
         return left
 
