@@ -80,7 +80,7 @@ def check(arguments: list[str], scope: Scope) -> tuple[list[Finding], int]:
             else:
                 proxies += _check_files(folder, [unit], scope, findings)
         else:
-            units.append(argument)
+            units.append(names.mangle(argument))
     if units or not arguments:
         proxies += _check_machine(units, scope, findings)
     return _sorted(findings), proxies

@@ -22,7 +22,7 @@ def read_request(options: argparse.Namespace) -> Request:
     request.user, request.namespace = options.user, options.namespace
     request.accept, request.systemd = options.accept, _version(options.systemd)
     request.idle = _span("--idle=", options.idle) if options.on_demand else ""
-    published = _read_backend(request, options.backend or "")
+    published = _read_backend(request, options.backend or "", bool(options.target))
     request.start = _span("--start-time=", options.start_time or _start(published))
     request.container = published is not None
     request.name = _name(request, options.name or "")
@@ -50,32 +50,36 @@ def next_commands(request: Request) -> list[str]:
     return [f"{systemctl} daemon-reload", f"{systemctl} enable --now {' '.join(shown)}"]
 
 
-def _read_backend(request: Request, backend: str) -> str | None:
+def _read_backend(request: Request, backend: str, has_target: bool) -> str | None:
     """Note what the backend is; return the target that a container publishes, maybe empty.
 
     None if it is no container.
     """
     stem, kind = os.path.splitext(os.path.basename(backend))
     if kind in _QUADLET:
-        return _read_quadlet(request, backend)
+        return _read_quadlet(request, backend, has_target)
     if kind in _COMPOSE:
         folder = os.path.basename(os.path.dirname(os.path.abspath(backend)))
         base = folder if stem in ("compose", "docker-compose") and folder else stem
         request.compose = os.path.abspath(backend).replace("%", "%%")
         request.backend = f"{names.escape(base)}-compose.service"
         return ""
-    if backend and (not names.is_unit(backend) or not backend.endswith(".service")):
+    unit = names.mangle(os.path.basename(backend))
+    if backend and (not names.is_unit(unit) or not unit.endswith(".service")):
         raise UsageError(
             f"--backend={backend}: is no service, .container, .pod, .kube or .yaml file"
         )
-    request.backend = backend
+    request.backend = unit if backend else ""
     return None
 
 
-def _read_quadlet(request: Request, path: str) -> str:
-    """Note the service that Quadlet makes of a file; return the one target that it publishes."""
+def _read_quadlet(request: Request, path: str, has_target: bool) -> str:
+    """Note the service that Quadlet makes of a file; return the one target that it publishes.
+
+    With a target of its own, a file that is elsewhere need not be read.
+    """
     file = unitfile.read(path)
-    if file.problems and "/" in path:
+    if file.problems and ("/" in path or not has_target):
         raise UsageError(f"{path}: {file.problems[0].message}")
     source = quadlet.source(path)
     if source is None:

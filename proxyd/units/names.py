@@ -70,6 +70,11 @@ def is_unit(text: str) -> bool:
     return True
 
 
+def mangle(text: str) -> str:
+    """Return the unit that people mean: as for systemctl(1), a name without a type is a service."""
+    return text if is_unit(text) or not is_unit(f"{text}.service") else f"{text}.service"
+
+
 def with_instance(template: str, instance: str) -> str:
     """Return the name of the instance of a template."""
     name = parse(template)

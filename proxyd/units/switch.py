@@ -77,7 +77,7 @@ def _find(argument: str, scope: check.Scope) -> Set:
         folder, unit = check.of_file(argument)
         library = scope.library(folder)
     else:
-        unit, library = argument, scope.library()
+        unit, library = names.mangle(argument), scope.library()
     if not names.is_unit(unit):
         raise UsageError(f"{argument}: is not a unit")
     if not library.path(unit) and not names.parse(unit).instance:

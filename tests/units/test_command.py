@@ -130,6 +130,7 @@ def test_what_cannot_be_read_is_status_2(arguments):
         (["check", "--root=/nowhere"], "/nowhere: no such folder"),
         (["switch", "nowhere.service"], "no such unit"),
         (["switch", "a b"], "is not a unit"),
+        (["switch", "nowhere"], "nowhere: no such unit"),
     ],
 )
 def test_a_mistake_is_one_line_and_status_1(arguments, message):

@@ -105,6 +105,12 @@ def test_a_compose_file(tmp_path, on_demand):
         assert "--settle-time=" in (tmp_path / "set/web-proxy.service").read_text()
 
 
+@pytest.mark.parametrize("backend", ["app", "/etc/systemd/system/app.service", "./app.service"])
+def test_a_backend_by_its_short_name_or_its_path(backend):
+    done = create(*BASIC, f"--backend={backend}")
+    assert "---app.service.d/50-socket-proxyd.conf---" in done.stdout
+
+
 def test_files_go_to_stdout_and_what_to_do_to_stderr():
     done = create(*WITH, "--on-demand")
     heads = [line for line in done.stdout.splitlines() if line.startswith("---")]
@@ -135,6 +141,7 @@ def test_nothing_is_overwritten(tmp_path):
         (["--listen=80", "--target=a b:1"], "not a host name"),
         ([*BASIC, "--backend=app.timer"], "--backend=app.timer"),
         ([*BASIC, "--backend=/nowhere/x.container"], "No such file"),
+        (["--listen=80", "--backend=nowhere.container"], "nowhere.container: cannot be read"),
         ([*BASIC, "--name=a/b"], "--name=a/b"),
         ([*BASIC, "--on-demand", "--idle=soon"], "--idle=soon"),
         ([*WITH, "--start-time=infinity"], "--start-time="),
