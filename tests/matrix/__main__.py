@@ -172,7 +172,7 @@ def split(words: list[str], at: int) -> tuple[list[str], list[str]]:
 
 
 def check_machine() -> None:
-    """Install debootstrap if possible; raise Unavailable if it cannot run here, or mount(8) not."""
+    """Install debootstrap if possible; raise Unavailable if it or mounts do not work here."""
     if os.geteuid() != 0:
         raise root.Unavailable("not root")
     if not shutil.which("debootstrap") and shutil.which("apt-get"):
