@@ -56,7 +56,7 @@ def where_to(data):
 def where_from(data):
     try:
         made = bind.parse_listen(text_of(data))
-    except ValueError:
+    except (ValueError, UsageError):
         return
     assert target.valid_name(made.name)
     address.to_socket_name(made.address)
