@@ -204,8 +204,8 @@ RULES = (
         "Wants= and After= the unit that is joined",
         "A namespace is joined by the unit that starts second; a proxy that starts first, and that "
         "the other does not join, gets one of its own. After= alone orders two starts, but makes "
-        "none: Wants= (or Requires=) does. In systemd 257 JoinsNamespaceOf= of one unit counts for "
-        "both, so that this happens no longer.",
+        "none: Wants= (or Requires=) does. From systemd 257 on, JoinsNamespaceOf= of one unit "
+        "counts for both, so that this happens no longer.",
         _without_requirement,
     ),
     Rule(
@@ -214,7 +214,7 @@ RULES = (
         "JoinsNamespaceOf= the proxy in the backend, too",
         "Up to systemd 252, a backend whose start has failed gets a new network at its next "
         "start, while the proxy is still in the old one. With JoinsNamespaceOf= in both units "
-        "it joins the proxy's. In systemd 257 that of one unit counts for both.",
+        "it joins the proxy's. From systemd 257 on, that of one unit counts for both.",
         _one_sided,
     ),
     Rule(

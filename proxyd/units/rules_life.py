@@ -270,7 +270,8 @@ RULES = (
         "no StopWhenUnneeded= in the proxy; it belongs into the backend",
         "A socket starts its service but does not need it. A proxy with StopWhenUnneeded=yes is "
         "stopped at once, started again by the client that waits, and so on until the start "
-        "limit is hit and the socket fails.",
+        "limit is hit and the socket fails. Only systemd 262 gives up stopping it after some "
+        "times.",
         _unneeded_proxy,
     ),
     Rule(

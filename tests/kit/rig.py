@@ -105,14 +105,16 @@ class Rig:
         """How long until() sleeps between two looks, at most."""
         self.events = []
         self.sockets = []
-        self.door = self.keep(open_listener(client, directory))
-        self.door.setblocking(False)  # the policy has made it so
+        self.door = self.keep(open_listener(client, directory, blocking=False))
         tune_socket(self.door.fileno(), FAMILIES[client])
         self.gate = RelayListener(self.relay, self.door.fileno(), FAMILIES[client], 0, 0)
         self.gate.start()
         self.backend = self.keep(
             open_listener(
-                target, directory, receive_buffer=self.target_buffers.get("receive_buffer")
+                target,
+                directory,
+                receive_buffer=self.target_buffers.get("receive_buffer"),
+                blocking=False,
             )
         )
         self.address = socket_names(self.backend.fileno())[1]

@@ -35,7 +35,9 @@ main_pairs = pytest.mark.parametrize(
 """Runs a test for pairs that together use every family and every mix of TCP and UNIX."""
 
 
-def open_listener(family, directory, *, backlog=512, receive_buffer=None, host=None, port=0):
+def open_listener(
+    family, directory, *, backlog=512, receive_buffer=None, host=None, port=0, blocking=True
+):
     """A listening socket of `family`; a path or a free port on loopback is chosen for it.
 
     What it accepts inherits its receive buffer. With `backlog=None` it is only bound.
@@ -51,6 +53,7 @@ def open_listener(family, directory, *, backlog=512, receive_buffer=None, host=N
         listener.bind("")  # the kernel chooses a free abstract name, see unix(7)
     if backlog is not None:
         listener.listen(backlog)
+    listener.setblocking(blocking)
     return listener
 
 

@@ -26,7 +26,7 @@ def family(request):
 
 def dead_address(family, directory):
     """The address of a listener that is gone."""
-    listener = open_listener(family, directory)
+    listener = open_listener(family, directory, blocking=False)
     address = socket_names(listener.fileno())[1]
     listener.close()
     return address
@@ -381,7 +381,7 @@ def test_connect_to_itself_is_refused(rigs, family, word):
 @pytest.mark.parametrize("family", ["tcp4", "unix"])
 def test_a_look_at_what_a_socket_has_to_say(rigs, family):
     """Nothing is taken by it, nor does it wait."""
-    with open_listener(family, rigs.directory) as listener:
+    with open_listener(family, rigs.directory, blocking=False) as listener:
         client = open_client(listener)
         server, _ = listener.accept()
         with client, server:

@@ -72,7 +72,9 @@ def test_express_connects_without_the_policy(rigs, pair, way):
 def test_a_client_of_another_port_comes_to_the_policy(rigs, gates):
     """As TPROXY brings them; here another listener takes the place of the gate's."""
     rig = rigs()
-    first, second = (rig.keep(open_listener("tcp4", rigs.directory)) for _ in range(2))
+    first, second = (
+        rig.keep(open_listener("tcp4", rigs.directory, blocking=False)) for _ in range(2)
+    )
     gate = gates(rig, first, CHECK_PORT)
     gate.auto_connect(rig.address)
     client = rig.keep(open_client(first))
@@ -116,7 +118,7 @@ def test_nobody_overtakes_one_that_fails_at_once(rigs):
 def test_express_that_is_refused_later(rigs):
     """The kernel's answer comes after connect(): bytes already taken come back with the client."""
     rig = rigs()
-    dead = open_listener("tcp4", rigs.directory)
+    dead = open_listener("tcp4", rigs.directory, blocking=False)
     address = socket_names(dead.fileno())[1]
     dead.close()
     rig.gate.auto_connect(address)
@@ -419,7 +421,7 @@ def test_addresses_are_forgotten_with_their_sockets(rigs, gates):
 def test_own_unix_connection_is_recognised(rigs, gates):
     """By the process at the other end."""
     rig = rigs("unix", "unix")
-    door = rig.keep(open_listener("unix", rigs.directory))
+    door = rig.keep(open_listener("unix", rigs.directory, blocking=False))
     gates(rig, door, CHECK_UNIX)
     rig.keep(open_client(door))
     rig.until(lambda: rig.of_kind(AcceptFailed), "the proof")
@@ -439,7 +441,7 @@ def test_own_unix_connection_is_recognised(rigs, gates):
 def test_one_gate_does_not_starve_another(rigs, gates):
     """Two crowded listeners: both are served in every turn."""
     rig = rigs()
-    other = rig.keep(open_listener("tcp4", rigs.directory))
+    other = rig.keep(open_listener("tcp4", rigs.directory, blocking=False))
     gates(rig, other)
     for _ in range(30):
         rig.keep(open_client(rig.door))

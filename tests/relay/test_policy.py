@@ -373,7 +373,7 @@ def test_watched_fds_that_another_process_has_too(rigs):
     _, fd = rig.knock()
     rig.relay.watch(fd, 0)
     target = rig.relay.dial(rig.address)
-    door = open_listener("tcp4", rigs.directory)
+    door = open_listener("tcp4", rigs.directory, blocking=False)
     gate = RelayListener(rig.relay, door.fileno(), FAMILIES["tcp4"], 0, 1)
     gate.start()
     copies = [os.dup(fd), os.dup(target), os.dup(door.fileno())]

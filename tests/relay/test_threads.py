@@ -135,8 +135,8 @@ class Fair:
             self.relay.offload_when_busy(-1, 0)  # whenever one does not sleep, and another does
         for _ in range(THREADS):
             self.relay.start_worker()
-        self.door = open_listener(client, directory, backlog=512)
-        self.backend = open_listener(target, directory, backlog=512)
+        self.door = open_listener(client, directory, backlog=512, blocking=False)
+        self.backend = open_listener(target, directory, backlog=512, blocking=False)
         address = socket_names(self.backend.fileno())[1]
         if not is_open:
             self.backend.close()

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from e2e.harness import CannotRun, scenario
 from e2e.machine import Machine, check, same
-from podman import Client, NoPodman, PublishedPort, accepts, free_port
+from e2e.podman import Client, NoPodman, PublishedPort, accepts, free_port
 
 UNITS = {
     "web-proxy.socket": "[Socket]\nListenStream=8080\n",
