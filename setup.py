@@ -1,7 +1,7 @@
-"""What pyproject.toml cannot say to every setuptools we support.
+"""What pyproject.toml cannot express for every supported version of setuptools.
 
-That is the extension module, and how sdist and wheel come out the same to the byte whenever sources
-and SOURCE_DATE_EPOCH are the same.
+That is the extension module, and what makes sdist and wheel reproducible to the byte from the same
+sources and SOURCE_DATE_EPOCH.
 """
 
 import gzip
@@ -12,19 +12,19 @@ from glob import glob
 from setuptools import Extension, setup
 from setuptools.command.sdist import sdist
 
-# CI compiles with PROXYD_WERROR=1. Distributions pass their own CFLAGS, so nothing about
-# optimisation or debugging stands here.
+# CI compiles with PROXYD_WERROR=1. Optimisation and debugging are left to CFLAGS, which
+# distributions set.
 WARNINGS = ["-Wall", "-Wextra", "-Werror"] if os.environ.get("PROXYD_WERROR") == "1" else []
 
 # Debugging information names the folder of the build, and the build id is a hash of it.
 NO_FOLDER = [f"-ffile-prefix-map={os.getcwd()}=."]
 
-# A wheel records the modes that its files had when it was made.
+# A wheel records the modes of its files.
 os.umask(0o022)
 
 
 class Sdist(sdist):
-    """An sdist without a trace of who made it, when, and with which umask."""
+    """An sdist that does not depend on the user, the time or the umask of its build."""
 
     def make_archive(  # noqa: D102
         self,
@@ -48,7 +48,7 @@ class Sdist(sdist):
 
 
 def anonymous(member: tarfile.TarInfo) -> tarfile.TarInfo:
-    """What an archive may tell of a file: its name, whether it is executable, the source date."""
+    """Reduce what an archive records of a file to its name, executable bit and source date."""
     executable = member.isdir() or member.mode & 0o100
     member.mode = 0o755 if executable else 0o644
     member.uid = member.gid = 0
@@ -59,14 +59,14 @@ def anonymous(member: tarfile.TarInfo) -> tarfile.TarInfo:
 
 
 def source_date() -> int | None:
-    """Seconds since 1970 (reproducible-builds.org), or None: the time that it is."""
+    """Return SOURCE_DATE_EPOCH (reproducible-builds.org) in seconds; None if it is not set."""
     date = os.environ.get("SOURCE_DATE_EPOCH")
     return int(date) if date else None
 
 
 setup(
-    # Here because the two spellings of pyproject.toml exclude each other: setuptools before 77
-    # rejects the SPDX string, and later ones are going to reject the table.
+    # Here because the two spellings in pyproject.toml exclude each other: setuptools before 77
+    # rejects the SPDX string, and later versions will reject the table.
     license="MIT",
     cmdclass={"sdist": Sdist},
     ext_modules=[

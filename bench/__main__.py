@@ -37,7 +37,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--short", action="store_true", help="fewer works and contenders (default)")
     form.add_argument("--long", action="store_true", help="every work and contender")
-    parser.add_argument("--only", metavar="WORK,...", default="", help="those that begin so")
+    parser.add_argument("--only", metavar="WORK,...", default="", help="those whose names begin so")
     parser.add_argument("--contenders", metavar="NAME,...", default="", help="the reference first")
     parser.add_argument("--rounds", type=int, metavar="N", help="runs of each (3 short, 5 long)")
     parser.add_argument("--seconds", type=float, metavar="S", help="length of one run")
@@ -68,7 +68,7 @@ def settings_of(options: argparse.Namespace) -> Settings:
 
 
 def note(text: str) -> None:
-    """Tell something that must not be overlooked."""
+    """Print something that must not be overlooked."""
     progress("")
     print(f"*** {text}", file=sys.stderr)
 
@@ -104,14 +104,14 @@ def schedule(
 
 
 def applies(work: Work, contender: Contender, number: int) -> bool:
-    """Whether this run tells anything. A direct connection is only the scale: once is enough."""
+    """Whether to make this run. A direct connection is only a reference: one round is enough."""
     if contender.name == "direct" and number > 0:
         return False
     return work.kind != "start" or start.applies(contender)
 
 
 def run_one(work: Work, contender: Contender, number: int, settings: Settings) -> Run:
-    """Run once; a failure is a result too."""
+    """Run once; a failure is recorded as a result too."""
     try:
         sample: Sample | None = KINDS[work.kind](work, contender, settings)
     except (Failed, OSError, subprocess.TimeoutExpired) as error:
@@ -123,7 +123,7 @@ def run_one(work: Work, contender: Contender, number: int, settings: Settings) -
 def run_all(
     chosen: Sequence[Contender], selected: Sequence[Work], rounds: int, settings: Settings
 ) -> list[Run]:
-    """Every run, with a line on stderr that tells how far it is."""
+    """Make every run, with a progress line on stderr."""
     plan = list(schedule(chosen, selected, rounds))
     began = time.monotonic()
     runs: list[Run] = []
@@ -142,7 +142,7 @@ def run_all(
 
 
 def progress(text: str, *, keep: bool = False) -> None:
-    """Replace the progress line; in a log there is none to replace, and only some are kept."""
+    """Replace the progress line; in a log, which cannot replace it, print only those to keep."""
     if sys.stderr.isatty():
         print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
     elif keep:
@@ -152,9 +152,8 @@ def progress(text: str, *, keep: bool = False) -> None:
 def main() -> int:
     """Measure what the command line asks for and report it."""
     options = parse()
-    signal.signal(
-        signal.SIGTERM, signal.default_int_handler
-    )  # unwinds, and so ends what it started
+    # An exception unwinds the stack, and so ends the processes that were started.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     patterns = [part for part in options.only.split(",") if part]
     if options.two_cpus and not patterns:
         patterns = [*works.TWO_CPUS]
@@ -185,7 +184,7 @@ def publish(
     runs: Sequence[Run],
     about: dict[str, object],
 ) -> None:
-    """The table on stdout, and everything in the file that was asked for."""
+    """Print the table, and write everything to the file of --json."""
     print(machine.text(about))
     print(report.table(rows))
     if options.json:

@@ -32,7 +32,7 @@ WORKS = {
     "bulk-up-1-256K/unix-unix": "bulk, UNIX to UNIX",
 }
 SHARE_MAX = 2.0
-"""Longer bars are cut; their number says how long they are."""
+"""Longer bars are cut off; the number at their end is their true length."""
 
 PROXIES = ("main", "header", "idle", "few", "shaky")
 MB = 1 << 20
@@ -98,7 +98,7 @@ def draw_bench(figure: Figure, source: Path) -> None:
 
 
 def shares_of(runs: list) -> tuple[list[str], list[str], list[list[float]]]:
-    """Contenders, works, and for each of the first the share in each of the second; 0 for none."""
+    """Return contenders, works, and each contender's share in each work; 0 if it has none."""
     cpu: dict[tuple[str, str], dict[int, float]] = {}
     for run in runs:
         if run["sample"] and run["contender"] != "direct":
@@ -111,7 +111,7 @@ def shares_of(runs: list) -> tuple[list[str], list[str], list[list[float]]]:
 
 
 def share(cpu: dict, name: str, work: str, reference: str) -> float:
-    """The median over the rounds of the quotients in each."""
+    """Return the median over the rounds of the quotient in each."""
     own, base = cpu.get((name, work), {}), cpu[reference, work]
     return report.ratio([(own[n], base[n]) for n in own if n in base]) or 0.0
 

@@ -1,8 +1,8 @@
-"""Whether a forwarder does a thing or not: the facts of the README's table, each tried out.
+"""Try out what each forwarder does and does not do: the facts of the README's table.
 
-Every contender forwards one listener to one target, with its defaults, and what a client sees is
-what is written down. The answers are words and not times, and the numbers
-are counts: so the load of the machine does not matter.
+Every contender forwards one listener to one target, with its defaults, and the table records what a
+client sees. The answers are words and counts, not times, so other load on the machine does not
+matter.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from pathlib import Path
 from bench import contenders, memory, sockets
 
 PATIENCE = 15.0
-"""Seconds after which nothing will come any more."""
+"""Seconds after which something that has not come counts as missing."""
 
 ACTIVATED = """LISTEN_PID=$$; LISTEN_FDS=1; export LISTEN_PID LISTEN_FDS; exec "$@" """
 RESET = struct.pack("ii", 1, 0)
@@ -31,8 +31,8 @@ AT_REST = 20
 
 
 @dataclass(frozen=True)
-class Way:
-    """What is to be forwarded where, and what is asked beyond that.
+class Route:
+    """What a forwarder is asked for: where from, where to, and further features.
 
     ``front`` is the port to listen on, 0 for an inherited listener (fd 3). ``target`` is
     ``tcp:PORT`` or ``abstract:NAME``.
@@ -44,23 +44,23 @@ class Way:
     drain: bool = False
 
 
-Argv = Callable[[Way, Path], list[str]]
+Argv = Callable[[Route, Path], list[str]]
 
 
 @dataclass(frozen=True)
 class Peer:
-    """A program, and the command line for a Way; None where it has no means for it."""
+    """A program, and its command line for a Route; None if it cannot do what is asked."""
 
     name: str
     version: str
-    argv: Callable[[Way, Path], list[str] | None]
+    argv: Callable[[Route, Path], list[str] | None]
 
 
 # --- the programs -------------------------------------------------------------------------------
 
 
 def peers(executable: Path) -> list[Peer]:
-    """All that are here."""
+    """Return all that are installed here."""
     found = contenders.find(executable)
     ours_or_original = [
         Peer(name, contender.version, like_the_original(contender.argv, name == "ours"))
@@ -80,28 +80,28 @@ def peers(executable: Path) -> list[Peer]:
     return ours_or_original + known
 
 
-def like_the_original(argv: Argv, ours: bool) -> Callable[[Way, Path], list[str] | None]:
-    """systemd-socket-proxyd, this one and those in C, which are given their listener."""
+def like_the_original(argv: Argv, ours: bool) -> Callable[[Route, Path], list[str] | None]:
+    """Return the command line of systemd-socket-proxyd: of this one, or of an original in C."""
 
-    def command(way: Way, folder: Path) -> list[str] | None:
+    def command(route: Route, folder: Path) -> list[str] | None:
         program = [word for word in argv("", "tcp:1", folder)[:-1] if not word.startswith("--conn")]
-        listen = [f"--listen=127.0.0.1:{way.front}"] if way.front else []
-        proxy = [f"--proxy-protocol={way.proxy}"] if way.proxy else []
-        drain = ["--drain-timeout=10s"] if way.drain else []
+        listen = [f"--listen=127.0.0.1:{route.front}"] if route.front else []
+        proxy = [f"--proxy-protocol={route.proxy}"] if route.proxy else []
+        drain = ["--drain-timeout=10s"] if route.drain else []
         if not ours and (listen or drain):
             return None
-        kind, _, rest = way.target.partition(":")
+        kind, _, rest = route.target.partition(":")
         target = f"@{rest}" if kind == "abstract" else f"127.0.0.1:{rest}"
         return [*program, *listen, *proxy, *drain, target]
 
     return command
 
 
-def haproxy(way: Way, folder: Path) -> list[str]:
-    kind, _, rest = way.target.partition(":")
+def haproxy(route: Route, folder: Path) -> list[str]:
+    kind, _, rest = route.target.partition(":")
     target = f"abns@{rest}" if kind == "abstract" else f"127.0.0.1:{rest}"
-    bind = f"127.0.0.1:{way.front}" if way.front else "fd@3"
-    send = {"": "", "v1": "send-proxy", "v2": "send-proxy-v2"}[way.proxy]
+    bind = f"127.0.0.1:{route.front}" if route.front else "fd@3"
+    send = {"": "", "v1": "send-proxy", "v2": "send-proxy-v2"}[route.proxy]
     settings = folder / "haproxy.cfg"
     settings.write_text(
         "global\n  nbthread 1\ndefaults\n  mode tcp\n"
@@ -112,41 +112,42 @@ def haproxy(way: Way, folder: Path) -> list[str]:
     return [shutil.which("haproxy") or "/usr/sbin/haproxy", "-db", "-f", str(settings)]
 
 
-def nginx(way: Way, folder: Path) -> list[str] | None:
-    kind, _, rest = way.target.partition(":")
-    if not way.front or way.proxy == "v2":
+def nginx(route: Route, folder: Path) -> list[str] | None:
+    kind, _, rest = route.target.partition(":")
+    if not route.front or route.proxy == "v2":
         return None
     target = f"unix:@{rest}" if kind == "abstract" else f"127.0.0.1:{rest}"
     settings = folder / "nginx.conf"
     settings.write_text(
         f"load_module {contenders.NGINX_STREAM};\nuser root;\ndaemon off;\nworker_processes 1;\n"
         f"pid {folder}/nginx.pid;\nerror_log stderr crit;\nevents {{ }}\n"
-        f"stream {{ server {{ listen 127.0.0.1:{way.front}; proxy_pass {target};\n"
-        f"{'proxy_protocol on;' if way.proxy else ''} }} }}\n"
+        f"stream {{ server {{ listen 127.0.0.1:{route.front}; proxy_pass {target};\n"
+        f"{'proxy_protocol on;' if route.proxy else ''} }} }}\n"
     )
     program = shutil.which("nginx") or "/usr/sbin/nginx"
     return [program, "-p", str(folder), "-c", str(settings), "-e", "stderr"]
 
 
-def socat_argv(way: Way, _folder: Path) -> list[str] | None:
-    kind, _, rest = way.target.partition(":")
-    if way.proxy:
+def socat_argv(route: Route, _folder: Path) -> list[str] | None:
+    kind, _, rest = route.target.partition(":")
+    if route.proxy:
         return None
     listen = (
-        f"TCP-LISTEN:{way.front},bind=127.0.0.1,reuseaddr,fork" if way.front else "ACCEPT-FD:3,fork"
+        f"TCP-LISTEN:{route.front},bind=127.0.0.1,reuseaddr,fork"
+        if route.front
+        else "ACCEPT-FD:3,fork"
     )
     target = f"ABSTRACT-CONNECT:{rest}" if kind == "abstract" else f"TCP:127.0.0.1:{rest}"
     return ["socat", listen, target]
 
 
-def nc_loop(way: Way, folder: Path) -> list[str] | None:
-    kind, _, rest = way.target.partition(":")
-    if not way.front or way.proxy:
+def nc_loop(route: Route, folder: Path) -> list[str] | None:
+    kind, _, rest = route.target.partition(":")
+    if not route.front or route.proxy:
         return None
     target = f"-U @{rest}" if kind == "abstract" else f"127.0.0.1 {rest}"
-    loop = (
-        f"while nc -l 127.0.0.1 {way.front} <{folder}/back | nc {target} >{folder}/back; do :; done"
-    )
+    listen = f"nc -l 127.0.0.1 {route.front}"
+    loop = f"while {listen} <{folder}/back | nc {target} >{folder}/back; do :; done"
     return ["sh", "-c", f"mkfifo {folder}/back && {loop}"]
 
 
@@ -189,19 +190,19 @@ class Running:
 def running(
     peer: Peer, target: str, *, activated: bool = False, **asked: object
 ) -> Iterator[Running]:
-    """Start ``peer``, and end it; LookupError if it has no means for it.
+    """Start ``peer``, and end it afterwards. Raises LookupError if it cannot do what is asked.
 
-    Its listener is its own where it can open one, or inherited.
+    It opens its own listener if it can, and inherits one otherwise.
     """
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="cmp-")))
         listener = stack.enter_context(closing(socket.create_server(("127.0.0.1", 0), backlog=64)))
         port = listener.getsockname()[1]
         front = 0 if activated else port
-        argv = peer.argv(Way(front, target, **asked), folder)  # type: ignore[arg-type]
+        argv = peer.argv(Route(front, target, **asked), folder)  # type: ignore[arg-type]
         inherits = activated or argv is None
-        if argv is None and not activated:  # an original: it takes its listener from us
-            argv = peer.argv(Way(0, target, **asked), folder)  # type: ignore[arg-type]
+        if argv is None and not activated:  # an original: it can only inherit its listener
+            argv = peer.argv(Route(0, target, **asked), folder)  # type: ignore[arg-type]
         if argv is None:
             raise LookupError(peer.name)
         if not inherits:
@@ -245,7 +246,7 @@ def target_of(listener: socket.socket) -> str:
 
 
 def read_all(sock: socket.socket) -> tuple[bytes, str]:
-    """Everything that comes, and how it ended: `end`, `reset` or `nothing`."""
+    """Return everything that came, and how it ended: `end`, `reset` or `nothing`."""
     got = b""
     try:
         while data := sock.recv(1 << 16):
@@ -419,7 +420,7 @@ OTHER_STOPS = {"haproxy": signal.SIGUSR1, "nginx": signal.SIGQUIT}
 
 def outlives(peer: Peer, number: signal.Signals) -> bool:
     with connected(peer, drain=peer.name == "ours") as (program, client, server):
-        for pid in program.pids():  # as a service manager does it
+        for pid in program.pids():  # as a service manager does
             os.kill(pid, number)
         time.sleep(1)
         server.settimeout(3)
@@ -470,7 +471,7 @@ CHECKS = (
 
 
 def answer(check: Callable[[Peer], str], peer: Peer) -> str:
-    """What a check finds; a program without the means, or that does nothing, does not do it."""
+    """Return what a check finds; "no" if the program lacks the feature, or does not respond."""
     try:
         return check(peer)
     except LookupError:
@@ -486,7 +487,7 @@ def main() -> int:
     parser.add_argument("--peers", default="", help="programs by name, with commas between")
     options = parser.parse_args()
     if not sockets.enter_network():
-        print("without root: on the machine's own loopback", file=sys.stderr)
+        print("not root: using the machine's own loopback", file=sys.stderr)
     here = [
         p
         for p in peers(options.executable.resolve())

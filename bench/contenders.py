@@ -46,7 +46,7 @@ class Proxy:
     log: Path | None = None
 
     def stop(self) -> None:
-        """End it, gently first. Raises Failed if it had ended by itself."""
+        """End it with SIGTERM, then SIGKILL. Raises Failed if it had exited before."""
         if self.process is None:
             return
         ended = self.process.poll()
@@ -61,7 +61,7 @@ class Proxy:
             raise Failed(f"ended by itself with {ended}: {self.last_words()}")
 
     def last_words(self) -> str:
-        """The end of what it wrote to stderr."""
+        """Return the end of what it wrote to stderr."""
         text = self.log.read_text(errors="replace") if self.log else ""
         return text.strip()[-300:]
 
@@ -98,7 +98,7 @@ def start(contender: Contender, front: str, target: str, folder: Path, cpu: int)
 
 
 def await_service(proxy: Proxy) -> None:
-    """Wait until a connection has gone through: everything that is done once is done then."""
+    """Wait until a connection has been accepted, so that the work of a start is done."""
     assert proxy.process is not None
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline and proxy.process.poll() is None:
@@ -113,7 +113,7 @@ def await_service(proxy: Proxy) -> None:
 
 
 def children(pid: int) -> list[int]:
-    """The child processes of ``pid`` (nginx has its worker there)."""
+    """Return the child processes of ``pid`` (the worker of nginx is one)."""
     found = []
     for status in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -166,7 +166,7 @@ def earlier(executable: Path | None, options: Sequence[str]) -> Contender | None
 
 
 def two_threads(executable: Path, options: Sequence[str]) -> Contender | None:
-    """The program of this repository with two relay threads."""
+    """The program of this repository with two threads."""
     one = ours(executable, ["--threads=2", *options])
     return one and replace(one, name="ours-2")
 
@@ -181,15 +181,15 @@ def forwarder(program: list[str]) -> Callable[[str, str, Path], list[str]]:
 
 
 def distro_original() -> Contender | None:
-    """The original as this distribution has it."""
+    """The original that this distribution ships."""
     program = Path("/") / ORIGINAL
     return original([str(program)]) if program.exists() else None
 
 
 def newest_original() -> Contender | None:
-    """The original of Debian unstable, in the folder that newest-original has made.
+    """The original of Debian unstable, in the folder that bench/newest-original made.
 
-    Started through the dynamic loader of that folder, since libc there is newer than here.
+    It is started by the dynamic loader of that folder, because libc there is newer than here.
     """
     root = CACHE / "unstable" / "usr"
     if not (root / ORIGINAL).exists():
@@ -208,13 +208,13 @@ def original(program: list[str]) -> Contender:
 
 
 def first_line(command: list[str]) -> str:
-    """What ``command`` says first."""
+    """Return the first line that ``command`` prints."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return (done.stdout or done.stderr).strip().partition("\n")[0]
 
 
 def haproxy() -> Contender | None:
-    """HAProxy, in mode tcp with splicing where it thinks it worth while, one thread."""
+    """HAProxy, in TCP mode with `splice-auto`, one thread."""
     program = shutil.which("haproxy", path="/usr/sbin:/usr/local/sbin:/usr/bin")
     if not program:
         return None
@@ -294,6 +294,6 @@ def nginx_form(address: str) -> str:
 
 
 def version_of(command: list[str]) -> str:
-    """The first word with a dotted number in what ``command`` says."""
+    """Return the first dotted number in the first line that ``command`` prints."""
     found = re.search(r"\d+\.\d+[\w.+-]*", first_line(command))
     return found.group() if found else "unknown"

@@ -1,8 +1,8 @@
-"""Connections at rest: what each costs in descriptors and memory, and whether the others notice.
+"""Idle connections: what each costs in descriptors and memory, and whether the others slow down.
 
-64 connections exchange messages, alongside first 100 and then many connections at rest. Everything
-is given per resting connection, as the slope between the two, and the kernel memory without that of
-a direct connection.
+64 connections exchange messages, alongside first 100 and then many idle connections. Each cost is
+given per idle connection, as the slope between these two levels; that of a direct connection is
+subtracted from the kernel memory.
 """
 
 import json
@@ -19,12 +19,12 @@ from bench.works import Work
 
 FEW, PINGS = 100, 64
 SPARE = 200  # descriptors for everything else
-SETTLE = 0.3  # seconds for what the kernel frees late
+SETTLE = 0.3  # seconds, because the kernel frees some memory late
 
 
 @dataclass(frozen=True)
 class Level:
-    """What is in use with ``count`` resting connections; bytes and numbers of descriptors."""
+    """What is in use with ``count`` idle connections: bytes, and numbers of descriptors."""
 
     count: int
     slab: int
@@ -59,18 +59,18 @@ def run(work: Work, contender: Contender, settings: Settings) -> Sample:
 
 @cache
 def sockets_alone(work: Work, settings: Settings) -> float:
-    """KB of kernel memory per direct connection, which is there without a proxy too."""
+    """KB of kernel memory per direct connection, which does not count as the proxy's."""
     return run(work, contenders.direct(), settings).extra["kernel KB"]
 
 
 def affordable(wanted: int, each: float) -> int:
-    """As many as the limit allows: ``each`` descriptors of the proxy, two of the load."""
+    """As many as the limit of open files allows: ``each`` in the proxy, two in the load."""
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - SPARE
     return min(wanted, int(limit / max(each, 2)) - PINGS)
 
 
 def level(load: "subprocess.Popen[str]", count: int, work: Work, proxy: Proxy) -> Level:
-    """Have ``count`` connections at rest and look."""
+    """Measure with ``count`` idle connections."""
     assert load.stdin
     assert load.stdout
     load.stdin.write(f"{count}\n")
@@ -89,16 +89,16 @@ def level(load: "subprocess.Popen[str]", count: int, work: Work, proxy: Proxy) -
 
 
 def summed_up(few: Level, many: Level, sockets_alone: float) -> Sample:
-    """The slopes, and the cost of a round trip with many as a multiple of that with few."""
+    """Return the slopes, and the cost of a round trip with many relative to that with few."""
     between = many.count - few.count
-    beside_few = few.round_trip.cpu
+    with_few = few.round_trip.cpu
     extra = {
         "connections": float(many.count),
         "fds": (many.descriptors - few.descriptors) / between,
         "kernel KB": (many.slab - few.slab) / between / 1e3 - sockets_alone,
         "RSS KB": (many.resident - few.resident) / between / 1e3,
     }
-    if beside_few:
-        extra[f"CPU ×(at {FEW})"] = many.round_trip.cpu / beside_few
+    if with_few:
+        extra[f"CPU ×(at {FEW})"] = many.round_trip.cpu / with_few
     trip = many.round_trip
     return Sample(trip.cpu, trip.rate, trip.p50, trip.p99, trip.load, extra)

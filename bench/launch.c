@@ -2,17 +2,18 @@
  * Starts a program the way a service manager does: pinned, SIGPIPE ignored, the listening socket as
  * fd 3, LISTEN_FDS=1 and LISTEN_PID its own pid.
  *
- *   launch CPU LISTENER PROGRAM [ARGUMENT...]         becomes the program; LISTENER -1: none
+ *   launch CPU LISTENER PROGRAM [ARGUMENT...]         executes the program; LISTENER -1: none
  *   launch time CPU LISTENER BACKEND ADDRESS PROGRAM...
  *       The stopwatch. A client connects to ADDRESS (tcp:PORT, unix:PATH), sends 64 bytes and waits
- *       in the backlog of LISTENER. The program is started; an echo behind BACKEND answers. Prints
- *       as JSON the seconds from just before execve to the first byte back at the client, the CPU
- *       seconds of the program by then, and its pid; after a line on stdin it ends the program.
+ *       in the backlog of LISTENER. The program is started; the listener BACKEND is served by an
+ *       echo. Prints as JSON the seconds from just before execve to the first byte back at the
+ *       client, the CPU seconds of the program by then, and its pid; after a line on stdin it ends
+ *       the program.
  *   launch time CPU -1 -1 - PROGRAM...
  *       Prints the seconds from just before execve to the program's end.
  *
- * C, because a fork of the Python harness would add the copying and dropping of its memory map to
- * what is measured.
+ * Written in C, because a fork of the Python harness would add the copying and dropping of its
+ * memory map to what is measured.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>

@@ -1,19 +1,19 @@
 /*
  * The load: clients and backend of a proxy under test, in one thread around one epoll.
  *
- * A client says with the first byte that it sends what the backend shall be to it:
+ * A client's first byte chooses what the backend does:
  *   'e'  echo: answers every message of `size` bytes with as many
  *   'u'  sink: reads and throws away (the client uploads)
  *   'd'  source: sends without end (the client downloads)
- * Kinds of clients, any number of each, side by side:
- *   pings      persistent connections, each with one message of `size` bytes under way
+ * Kinds of clients, any number of each at the same time:
+ *   pings      persistent connections, each with one message of `size` bytes in flight
  *   dials      connect, one message of `size` bytes each way, close, and again
  *   uploads, downloads   streams in writes of `write` bytes
- *   idle       connections that exchanged one message and then rest: with idle=1, each line on
- *              stdin is a number of them to have, and is answered with a measurement
+ *   idle       connections that have exchanged one message and are then silent: with idle=1, each
+ *              line on stdin sets their number, and is answered with a measurement
  *
- * Measured from `warmup` after every persistent connection works until `seconds` later. One line of
- * JSON on stdout per measurement. The CPU time of the proxy is its processes' CPU clocks, read at
+ * A measurement begins `warmup` after every persistent connection works, lasts `seconds`, and prints
+ * one line of JSON on stdout. The CPU time of the proxy is its processes' CPU clocks, read at
  * both ends of the interval: the nanoseconds of /proc/PID/task/?/schedstat, but up to date while a
  * thread runs on the other CPU (schedstat lags by up to a tick) and with threads that have ended.
  *
@@ -123,8 +123,8 @@ static bool is_stream(const struct peer *p) {
 }
 
 /* In a mixed load the streams have an epoll of their own inside the main one, and each batch ends
-   with one event of theirs: pings then wait for at most one stream's turn, and their latency is
-   the proxy's and not the load's. */
+   with one of their events: so pings wait for one stream at most, and their latency is that of the
+   proxy and not of the load. */
 static int streams_epoll(const struct peer *p) { return is_stream(p) ? streams : everything; }
 
 static void peer_watch(struct peer *p, int operation) {
@@ -178,8 +178,8 @@ static void no_delay(int fd) {
 
 /* ---- messages ---- */
 
-/* Sends what is left of the current message. Returns 1 when it is all gone, 0 when the socket is
-   full, -1 when the connection is lost. */
+/* Sends what is left of the current message. Returns 1 when all is sent, 0 when the socket is full,
+   -1 when the connection is lost. */
 static int message_send(struct peer *p) {
     while (p->moved < option.size) {
         size_t left = option.size - p->moved;
@@ -220,7 +220,7 @@ static void stream_counts(struct peer *p) {
     receiving[receiving_count++] = p;
 }
 
-/* Bytes that the proxy has delivered and that are not read yet: its work, in this interval. */
+/* Bytes that the proxy has delivered but that have not been read: its work in this interval. */
 static uint64_t streams_unread(void) {
     uint64_t sum = 0;
     for (int i = 0; i < receiving_count; i++) {
@@ -242,7 +242,7 @@ static void client_lost(struct peer *p) {
     client_open(DIAL);
 }
 
-/* Begins a message, or goes on with it. */
+/* Begins a message or continues it. */
 static void client_send(struct peer *p) {
     int sent = message_send(p);
     if (sent < 0)
@@ -296,9 +296,9 @@ static void stream_send(struct peer *p, const char *from) {
     }
 }
 
-/* Reads as any receiver does. Discarding without a copy (light=1, MSG_TRUNC) makes every proxy a fifth
-   cheaper: nobody then fetches from its cache what it wrote, as somebody does in real life. It is for
-   those runs alone in which the load must not be the bottleneck. */
+/* Reads as any receiver does. Discarding without a copy (light=1, MSG_TRUNC) makes every proxy a
+   fifth cheaper, because the data are then not fetched from its cache, as a real receiver would do.
+   It is only for runs in which the load must not be the bottleneck. */
 static void stream_receive(struct peer *p) {
     ssize_t n = recv(p->fd, incoming, BUFFER, option.light ? MSG_TRUNC : 0);
     if (n < 0 && errno == EAGAIN)
@@ -497,8 +497,8 @@ static void idle_open(int count) {
         turn();
 }
 
-/* Between two measurements everything rests, so that somebody can look at the memory: no socket has
-   more in it than one message. */
+/* Between two measurements nothing moves, so that memory can be measured: no socket holds more than
+   one message. */
 static void steps_measure(void) {
     char line[16];
     while (fgets(line, sizeof line, stdin)) {

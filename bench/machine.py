@@ -28,13 +28,13 @@ def describe(contenders: Iterable[Contender]) -> dict[str, object]:
 
 
 def cpu_model() -> str:
-    """The processor's name as the kernel has it."""
+    """The processor's name, as the kernel reports it."""
     found = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     return found.group(1) if found else platform.machine()
 
 
 def raise_limits() -> int:
-    """Allow as many descriptors as the largest work needs; return what is allowed now."""
+    """Allow as many descriptors as the largest work needs; return the new limit."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(hard, DESCRIPTORS), max(hard, DESCRIPTORS)))
@@ -44,7 +44,7 @@ def raise_limits() -> int:
 
 
 def cpus() -> tuple[int, int]:
-    """The CPU of the proxy and the CPU of the load; the same one where there is only one."""
+    """The CPU of the proxy and the CPU of the load; the same if there is only one."""
     allowed = sorted(os.sched_getaffinity(0))
     return allowed[-1], allowed[0]
 

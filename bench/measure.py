@@ -19,7 +19,7 @@ PATIENCE = 30  # seconds past the run's own length
 
 @dataclass(frozen=True)
 class Settings:
-    """How long and where: seconds, CPUs (-1: any); the most idle connections, how many starts."""
+    """Durations in seconds, CPUs (-1: any), maximum of idle connections, number of starts."""
 
     seconds: float
     warmup: float
@@ -35,9 +35,9 @@ class Sample:
 
     ``cpu``      seconds of CPU in the proxy per unit of the work
     ``rate``     units per second
-    ``p50``, ``p99``   microseconds, 0 without
+    ``p50``, ``p99``   microseconds; 0 if the work has no latency
     ``load``     share of its CPU that the load generator used
-    ``extra``    what only some works have, by name
+    ``extra``    values that only some works have, by name
     """
 
     cpu: float
@@ -58,7 +58,7 @@ class Scene:
 
 @contextmanager
 def scene(contender: Contender, pair: str, settings: Settings) -> Iterator[Scene]:
-    """Start ``contender`` between the families of ``pair``; end it and remove its files after."""
+    """Start ``contender`` between the families of ``pair``; then end it and remove its files."""
     front, back = pair.split("-")
     sockets.enter_network()
     folder = Path(tempfile.mkdtemp(prefix="bench-"))

@@ -7,12 +7,12 @@ from pathlib import Path
 
 
 def kernel_slab() -> int:
-    """Bytes of kernel objects in the whole machine."""
+    """Bytes of kernel objects on the whole machine."""
     return kib(Path("/proc/meminfo"), "Slab")
 
 
 def resident(pids: Iterable[int]) -> int:
-    """Bytes of memory that the processes have."""
+    """Bytes of memory that are resident in the processes."""
     return sum(kib(Path(f"/proc/{pid}/smaps_rollup"), "Rss") for pid in pids)
 
 
@@ -31,7 +31,7 @@ def descriptors(pids: Iterable[int]) -> int:
 
 
 def kib(file: Path, field: str) -> int:
-    """A ``Field:  N kB`` line in bytes."""
+    """Read the line ``FIELD:  N kB``; return bytes."""
     found = re.search(rf"^{field}:\s+(\d+) kB", file.read_text(), re.MULTILINE)
     assert found
     return int(found.group(1)) * 1024

@@ -21,11 +21,11 @@ class Run:
 
 @dataclass(frozen=True)
 class Spread:
-    """Median, least and greatest over the rounds."""
+    """Median, minimum and maximum over the rounds."""
 
     median: float
-    least: float
-    greatest: float
+    minimum: float
+    maximum: float
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Spread":
@@ -149,11 +149,11 @@ def line(one: Row, *, first: bool) -> str:
 
 def costs(one: Row) -> tuple[str, str]:
     """The median and the bounds of the CPU per unit; nothing where there is no proxy."""
-    if not one.cpu.greatest:
+    if not one.cpu.maximum:
         return "–", ""
     scale, unit = scale_of(one.work)
-    least, greatest = number(one.cpu.least * scale), number(one.cpu.greatest * scale)
-    return number(one.cpu.median * scale) + unit, f"[{least} – {greatest}]"
+    minimum, maximum = number(one.cpu.minimum * scale), number(one.cpu.maximum * scale)
+    return number(one.cpu.median * scale) + unit, f"[{minimum} – {maximum}]"
 
 
 def scale_of(work: Work) -> tuple[float, str]:

@@ -15,8 +15,8 @@ BACKLOG = 4096
 def enter_network() -> bool:
     """Move this process to a network of its own with only a loopback; False if not allowed.
 
-    A fresh one per run: no sockets in TIME_WAIT left from the run before, no packet filter of the
-    machine's, and nothing that others do on its loopback.
+    Each run gets a new one: without sockets in TIME_WAIT from the previous run, without the
+    machine's packet filter, and without other traffic on its loopback.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.unshare(CLONE_NEWNET) != 0:
@@ -25,7 +25,7 @@ def enter_network() -> bool:
         request = struct.pack("16sh14x", b"lo", 0)
         flags = struct.unpack("16sh14x", fcntl.ioctl(any_socket, SIOCGIFFLAGS, request))[1]
         fcntl.ioctl(any_socket, SIOCSIFFLAGS, struct.pack("16sh14x", b"lo", flags | IFF_UP))
-    # Short connections wear out the default range of ports within two seconds.
+    # Short connections exhaust the default range of ports within two seconds.
     Path("/proc/sys/net/ipv4/ip_local_port_range").write_text("1024 65000")
     return True
 
@@ -66,6 +66,6 @@ def connect(address: str) -> socket.socket:
 
 
 def host_form(address: str) -> str:
-    """``127.0.0.1:PORT`` or ``/PATH``, as the command lines of most programs have it."""
+    """Return ``127.0.0.1:PORT`` or ``/PATH``, as most programs take it on the command line."""
     kind, _, rest = address.partition(":")
     return rest if kind == "unix" else f"127.0.0.1:{rest}"

@@ -1,4 +1,4 @@
-"""Start-up: from exec to the first byte for a client that waits in the backlog already."""
+"""Start-up: from exec to the first byte for a client that already waits in the backlog."""
 
 import json
 import re
@@ -16,7 +16,7 @@ from bench.works import Work
 
 Runs = list[dict[str, float]]
 
-SETTLE = 0.1  # seconds after the first byte, for what a program does once it has served
+SETTLE = 0.1  # seconds after the first byte, for work that a program has put off until then
 DISTRO_PYTHON = "/usr/bin/python3"
 
 
@@ -26,7 +26,7 @@ def applies(contender: Contender) -> bool:
 
 
 def run(work: Work, contender: Contender, settings: Settings) -> Sample:
-    """The median of several starts, each after one of a bare interpreter. Raises Failed."""
+    """Return the median of several starts, each after one of a bare interpreter. Raises Failed."""
     each, nothing = [], []
     for _ in range(settings.starts):
         nothing.append(bare(contender, settings))
@@ -47,7 +47,7 @@ def run(work: Work, contender: Contender, settings: Settings) -> Sample:
 
 
 def start_once(work: Work, contender: Contender, settings: Settings) -> dict[str, float]:
-    """One start: wall and CPU seconds to the first byte, then resident and private bytes."""
+    """Start once; return wall and CPU seconds to the first byte, resident and private bytes."""
     assert contender.argv
     front, back = work.pair.split("-")
     sockets.enter_network()
@@ -88,7 +88,7 @@ def first_byte(arguments: list[str], passed: list[int]) -> dict[str, float]:
 
 
 def bare(contender: Contender, settings: Settings) -> dict[str, float]:
-    """One start and end of an interpreter: the contender's own, if it has one."""
+    """Start an interpreter that does nothing: the contender's own, if it has one."""
     command = [interpreter(contender), "-I", "-c", "pass"]
     arguments = [contenders.LAUNCH, "time", str(settings.proxy_cpu), "-1", "-1", "-", *command]
     result: dict[str, float] = json.loads(
@@ -98,7 +98,7 @@ def bare(contender: Contender, settings: Settings) -> dict[str, float]:
 
 
 def times(each: Runs, nothing: Runs, what: str) -> float:
-    """How many times as much as the bare interpreter's the program's median is."""
+    """Return the program's median as a multiple of the bare interpreter's."""
     return median(one[what] for one in each) / median(one[what] for one in nothing)
 
 

@@ -1,7 +1,7 @@
-"""System calls per unit of work, counted by strace in runs of their own.
+"""System calls per unit of work, counted by strace in separate runs.
 
-Being traced slows a program down, so that more may be waiting for it at each call than otherwise:
-the counts of bulk works are a little low, those per message and per connection are right.
+Tracing slows a program down, so each of its calls may find more data than otherwise: the counts of
+bulk works are a little low, those per message and per connection are right.
 """
 
 import json
@@ -26,10 +26,10 @@ SHOWN = 0.005  # calls per unit below which a call is left out
 
 
 def count(work: Work, contender: Contender, settings: Settings) -> dict[str, tuple[float, float]]:
-    """Calls, and those of them that failed, per unit (per MiB of a bulk work), by name."""
+    """Return calls and failed calls per unit (per MiB of a bulk work), by name."""
     at_once = replace(settings, warmup=0)
     with measure.scene(contender, work.pair, settings) as place:
-        # A first measurement warms up; between two of them everything rests, and strace attaches.
+        # The first measurement warms up. Between the two nothing moves, and strace attaches.
         command = measure.load_command((*work.load, "idle=1"), place, at_once)
         with subprocess.Popen(
             command,
@@ -52,7 +52,7 @@ def count(work: Work, contender: Contender, settings: Settings) -> dict[str, tup
 
 
 def answer(load: "subprocess.Popen[str]") -> dict[str, float]:
-    """Let the load measure once without resting connections."""
+    """Let the load measure once, without idle connections."""
     assert load.stdin
     assert load.stdout
     load.stdin.write("0\n")
@@ -66,7 +66,7 @@ def answer(load: "subprocess.Popen[str]") -> dict[str, float]:
 
 @contextmanager
 def traced(place: Scene) -> Iterator[Path]:
-    """Count the calls of all threads meanwhile; yields the file that has them afterwards."""
+    """Count the calls of all threads during the block; yields the file that then has them."""
     summary = Path(place.proxy.log.parent if place.proxy.log else "/tmp", "strace")
     processes = [word for pid in place.proxy.pids for word in ("-p", str(pid))]
     with subprocess.Popen(
@@ -113,5 +113,5 @@ def described(calls: dict[str, tuple[float, float]]) -> str:
 
 
 def failures(failed: float) -> str:
-    """How many of the calls failed (nearly always EAGAIN), if any."""
+    """Return how many of the calls failed (nearly always with EAGAIN), if any did."""
     return f" ({number(failed)} failed)" if failed >= SHOWN else ""

@@ -14,7 +14,7 @@ TWO_CPUS = (
     "bulk-down-8-256K/tcp-tcp",
     "mixed",
 )
-"""What is run with one thread and with two, where both CPUs are anybody's."""
+"""Works that compare one thread with two, while proxy and load may use both CPUs."""
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,9 @@ class Work:
     ``kind``    load (one run of load.c), idle or start, which have modules of their own
     ``pair``    the families of client and target
     ``load``    arguments of load.c
-    ``counter`` the field of load.c's answer that counts the units, ``per`` of them making one
-    ``unit``    what the CPU time is given for
-    ``short``   also part of the short form
+    ``counter`` the field of load.c's answer that is divided by ``per`` to count the units
+    ``unit``    name of the unit that CPU time is reported for
+    ``short``   whether it is also part of the short form
     """
 
     name: str
@@ -45,12 +45,12 @@ class Work:
 
     @property
     def latency_of(self) -> str:
-        """What the percentiles are of; empty if there are none."""
+        """The unit that percentiles are reported for; empty if there are none."""
         return self.unit if self.counter != "bytes" else ""
 
 
 def pingpong(size: int, connections: int, label: str, pair: str, *, short: bool = False) -> Work:
-    """One message of ``size`` bytes under way on each connection."""
+    """One message of ``size`` bytes in flight on each connection."""
     load = (f"pings={connections}", f"size={size}")
     return Work(f"pingpong-{label}x{connections}", pair, load=load, short=short)
 
@@ -119,6 +119,9 @@ def select(patterns: list[str], *, short: bool) -> list[Work]:
 
 
 def matches(work: Work, pattern: str) -> bool:
-    """``bulk`` is every bulk work, ``bulk-up-1/unix-tcp`` those with such a beginning and pair."""
+    """Whether a pattern selects a work.
+
+    ``bulk`` selects every bulk work, ``bulk-up-1/unix-tcp`` those of this pair that begin so.
+    """
     name, slash, pair = pattern.partition("/")
     return work.name.startswith(name) and (not slash or work.pair.startswith(pair))

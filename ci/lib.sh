@@ -1,12 +1,12 @@
 # shellcheck shell=bash
-# Sourced by the other scripts here. Makes, in ignored folders, what they run in:
+# Sourced by the other scripts here. Makes what they need, in folders that git ignores:
 #
 #   .cache/tools   venv with pip, build, setuptools, Cython and the linters
 #   dist/          the sdist of this working tree, and the wheel built from that sdist
 #   .venv/         venv with the installed wheel, without pip and setuptools, whose .pth file would
 #                  slow every start down; for the tests also pytest
 #
-# Each is remade when what it is made from has changed. Set PYTHON= to choose the interpreter.
+# Each is made again when its sources have changed. Set PYTHON= to choose the interpreter.
 
 set -euo pipefail
 
@@ -17,7 +17,7 @@ TOOLS=$CACHE/tools
 LOGS=$CACHE/logs
 COMMAND=$VENV/bin/systemd-socket-proxyd
 
-# Whatever the caller's shell has set, nothing but the venv is to be imported.
+# Only the venv may be imported from, whatever the caller's shell has set.
 unset PYTHONPATH PYTHONHOME PYTHONSAFEPATH PYTHONSTARTUP VIRTUAL_ENV
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 PIP_ROOT_USER_ACTION=ignore
 
@@ -30,7 +30,7 @@ have() { command -v "$1" >/dev/null 2>&1; }
 
 apt_updated=
 
-# apt_install PACKAGE... : 1 if this machine or this user cannot install them.
+# apt_install PACKAGE... : return 1 if they cannot be installed on this machine or by this user.
 apt_install() {
     have apt-get && [ "$(id -u)" = 0 ] || return 1
     say "installing with apt-get: $*"
@@ -42,7 +42,7 @@ apt_install() {
         >>"$LOGS/apt" 2>&1 </dev/null
 }
 
-# want COMMAND PACKAGE : 0 if the command is there, or is there now.
+# want COMMAND PACKAGE : install the package unless the command exists; return 0 if it exists now.
 want() {
     have "$1" || { apt_install "$2" && have "$1"; }
 }
@@ -53,7 +53,7 @@ python_is_new_enough() {
     have "$1" && "$1" -I -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
 }
 
-# What the interpreter $1 lacks for a build, as Debian's package names, one a line.
+# What the interpreter $1 lacks for a build, as names of Debian packages, one per line.
 python_lacks() {
     "$1" -I - <<'END'
 import importlib.util, os, shutil, sysconfig
@@ -79,7 +79,7 @@ choose_python() {
     for candidate in "${candidates[@]}"; do
         python_is_new_enough "$candidate" || continue
         lacks=$(python_lacks "$candidate")
-        # The packages are the distribution's: they complete its own interpreter, and bring gcc.
+        # These packages complete the distribution's own interpreter, and include gcc.
         # shellcheck disable=SC2086
         [ -z "$lacks" ] || { apt_install $lacks && lacks=$(python_lacks "$candidate"); } || true
         if [ -z "$lacks" ]; then
@@ -96,7 +96,7 @@ python_identity() { "$PYTHON" -I -c 'import sys; print(sys.executable, sys.versi
 
 # --- sources and stamps ---------------------------------------------------------------------------
 
-# The project's files, relative to ROOT, NUL-separated: what is in a clone, changed or not.
+# The project's files, relative to ROOT, NUL-separated: those of a clone, changed or not, and new ones.
 source_files() (
     cd "$ROOT"
     if git rev-parse --is-inside-work-tree >/dev/null 2>&1; then
@@ -105,12 +105,12 @@ source_files() (
         find . \( -path ./.git -o -path ./.venv -o -path ./.cache -o -path ./build -o -path ./dist \
             -o -name __pycache__ -o -name '*.egg-info' -o -name '.*_cache' -o -name .hypothesis \) \
             -prune -o -type f -printf '%P\0'
-    fi | while IFS= read -r -d '' file; do # git still lists what was only just deleted
+    fi | while IFS= read -r -d '' file; do # git still lists files whose deletion is not committed
         [ ! -e "$file" ] || printf '%s\0' "$file"
     done
 )
 
-# Those of them that decide what gets installed.
+# Those of them that the installed package depends on.
 built_files() {
     source_files |
         grep -zE '^((proxyd|scripts|man|examples|completions|doc)/|(setup|pyproject|MANIFEST|README|CHANGELOG)\.)' |
@@ -119,11 +119,11 @@ built_files() {
 
 hash_of() { sha256sum | cut -d' ' -f1; }
 
-# is_current NAME KEY ; set_current NAME KEY : what was NAME made from?
+# is_current NAME KEY ; set_current NAME KEY : compare or record what NAME was made from.
 is_current() { [ -f "$CACHE/$1.made-from" ] && [ "$(<"$CACHE/$1.made-from")" = "$2" ]; }
 set_current() { printf '%s\n' "$2" >"$CACHE/$1.made-from"; }
 
-# logged NAME COMMAND... : output goes to a log, whose end is shown if the command fails.
+# logged NAME COMMAND... : run it with its output in a log, whose end is shown if it fails.
 logged() {
     local log=$LOGS/$1
     shift
@@ -147,7 +147,7 @@ make_tools() {
     local key wanted
     wanted=$(build_requirements; [ $# = 0 ] || cat "$@")
     key=$({ python_identity; printf '%s\n' "$wanted"; } | hash_of)
-    # A venv with more than is asked for now will do.
+    # A venv that has more than is needed now is kept.
     if [ -x "$TOOLS/bin/python" ] && grep -qsx "$key" "$CACHE/tools.made-from"; then return; fi
     say "preparing build tools in ${TOOLS#"$ROOT/"}"
     if ! [ -x "$TOOLS/bin/python" ] || ! grep -qsxF "$(python_identity)" "$CACHE/tools.python"; then
@@ -160,8 +160,8 @@ make_tools() {
     printf '%s\n' "$key" >>"$CACHE/tools.made-from"
 }
 
-# Copies the sources to an empty folder first, as a clone would be: setuptools walks the whole tree
-# it is started in, and a stray file must neither help nor spoil the build.
+# Copies the sources to an empty folder first, like a clone: setuptools walks the whole tree that it
+# is started in, and a stray file must neither help nor break the build.
 make_wheel() {
     local copy=$CACHE/source
     rm -rf "$copy"
@@ -182,7 +182,7 @@ make_venv() {
 
 pip_into_venv() { "$TOOLS/bin/python" -m pip --python "$VENV/bin/python" install "$@"; }
 
-# Build and install, unless this very source has been. PROXYD_WERROR=1 is another build.
+# Build and install, unless these sources are installed. PROXYD_WERROR=1 counts as another build.
 install_project() {
     local key
     key=$({ python_identity; cd "$ROOT"; built_files | xargs -0 sha256sum; } | hash_of)
@@ -196,7 +196,7 @@ install_project() {
     set_current installed "$key$werror"
 }
 
-# Two runs in one tree wait for each other. Not `flock COMMAND`: the command is a function here.
+# Runs in one tree wait for each other. `flock COMMAND` could not run a function of this shell.
 with_lock() {
     local lock
     mkdir -p "$LOGS"
@@ -206,7 +206,7 @@ with_lock() {
     exec {lock}>&-
 }
 
-# make_folder NAME REQUIREMENTS-FILE : .cache/NAME with packages that not every test needs.
+# make_folder NAME REQUIREMENTS-FILE : make .cache/NAME with packages that not every test needs.
 make_folder() {
     local key
     key=$({ python_identity; cat "$2"; } | hash_of)

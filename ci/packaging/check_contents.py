@@ -2,7 +2,7 @@
 
 Usage: check_contents.py [--repaired] ROOT DIST <NUL-separated project files
 
---repaired: the wheels went through auditwheel, so that their tags name a C library.
+--repaired: the wheels have been repaired by auditwheel, so their tags name a C library.
 """
 
 import argparse
@@ -53,7 +53,7 @@ WHEEL_MAY_HAVE = (
 )
 SOURCES = ("*.c", "*.h", "*.pxd", "*.pyx")
 
-# Where a file of the project that is installed lies in the wheel.
+# The place in the wheel of each installed file of the project.
 INSTALLED = {
     "proxyd/*.py": "{path}",
     "man/*.1": f"{DATA}/man/man1/{{name}}",
@@ -63,10 +63,10 @@ INSTALLED = {
     "completions/zsh/*": f"{DATA}/zsh/site-functions/{{name}}",
 }
 
-# A link of a document to another file: no URL, and not within the document.
+# A link in a document to another file: not a URL, and not within the document.
 LINK = re.compile(r"\]\(([^)#:]+)[)#]")
 
-# (Python tag, ABI tag) of a wheel, from what the interpreter puts into the name of an extension.
+# An interpreter's suffix for extensions, from which a wheel's tags for Python and ABI follow.
 SUFFIX = re.compile(r"proxyd/_relay\.cpython-3(\d+)(t?)-(\w+)-linux-(gnu|musl)\.so")
 PLATFORMS = {"gnu": "manylinux", "musl": "musllinux"}
 
@@ -120,7 +120,7 @@ def file_faults(files: set[str], project: set[str]) -> list[str]:
 
 
 def has(files: set[str], source: str) -> bool:
-    """Whether the wheel has `source`, if that is one of the files that are installed."""
+    """Return False if `source` should be installed but is not in the wheel."""
     for pattern, place in INSTALLED.items():
         if fnmatch(source, pattern):
             wanted = place.format(path=source, name=source.rpartition("/")[2])
@@ -129,7 +129,7 @@ def has(files: set[str], source: str) -> bool:
 
 
 def mode_faults(archive: zipfile.ZipFile) -> list[str]:
-    """Files are 644, or 755 where they are executed or loaded; RECORD is setuptools' own 664."""
+    """Files must be 644, or 755 if they are executed or loaded; setuptools makes RECORD 664."""
     allowed = {0o644, 0o755}
     return [
         f"the mode of {info.filename} is {(info.external_attr >> 16) & 0o7777:o}"
@@ -140,7 +140,7 @@ def mode_faults(archive: zipfile.ZipFile) -> list[str]:
 
 
 def link_faults(archive: zipfile.ZipFile, files: set[str]) -> list[str]:
-    """What an installed document links to is installed as well."""
+    """The targets of links in installed documents must be installed as well."""
     return [
         f"{page} links to {link}"
         for page in sorted(files)
@@ -163,7 +163,7 @@ def text_faults(archive: zipfile.ZipFile, files: set[str]) -> list[str]:
 
 
 def tag_faults(wheel: Path, metadata: str, files: set[str], repaired: bool) -> list[str]:
-    """Name, metadata and extension module name one interpreter, one ABI and one platform."""
+    """Name, metadata and extension must agree on the interpreter, the ABI and the platform."""
     modules = sorted(name for name in files if name.endswith(".so"))
     suffix = SUFFIX.fullmatch(modules[0])
     if len(modules) != 1 or not suffix:
@@ -187,7 +187,7 @@ def tag_faults(wheel: Path, metadata: str, files: set[str], repaired: bool) -> l
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="See the head of this file.")
+    parser = argparse.ArgumentParser(description="See the beginning of this file.")
     parser.add_argument("--repaired", action="store_true")
     parser.add_argument("root", type=Path)
     parser.add_argument("dist", type=Path)

@@ -1,8 +1,8 @@
 """The Debian package: built, checked, installed, upgraded, removed and tested, in one suite.
 
 dist/packages/SUITE/systemd-socket-proxyd_VERSION_ARCH.deb    the package, alone
-dist/packages/SUITE/upload/                                   all of an upload, and build.log
-dist/packages/SUITE/log                                       what every step has said
+dist/packages/SUITE/upload/                                   the files to upload, and build.log
+dist/packages/SUITE/log                                       the output of every step
 """
 
 import re
@@ -14,7 +14,7 @@ from room import REPO, Room, StepError, made, open_room
 
 DEBIAN = Path(__file__).resolve().parent / "debian"
 
-# A suite's package is older than the next suite's: they differ, and an upgrade must replace it.
+# A suite's package must have a lower version than the next suite's, so that an upgrade replaces it.
 SUFFIX = {"bookworm": "~deb12", "trixie": "~deb13", "unstable": ""}
 
 CHECK_TOOLS = "systemd man-db bash-completion zsh fish lintian devscripts blhc autopkgtest"
@@ -34,7 +34,7 @@ def make(suite: str, folder: Path) -> Path:
 def build(
     suite: str, folder: Path, log: Path, *, tested: bool = True
 ) -> tuple[Path, list[Path], Path]:
-    """Return the .deb, it and all that is uploaded with it, and an older version's .deb."""
+    """Return the .deb, all files to upload, and the .deb of an older version."""
     version, revision = upstream_version(), changelog_revision()
     with open_room("build", suite, build_packages(), log) as room:
         room.add_sources()
@@ -48,7 +48,7 @@ def build(
 
 
 def check(suite: str, log: Path, deb: Path, upload: list[Path], older: Path) -> None:
-    """Run each check in a room of its own, where nothing of ours was before."""
+    """Run each check in a room of its own, without traces of other checks."""
     with test_room(suite, log) as room:
         room.add(*upload)
         room.run("check-deb", deb.name)
@@ -64,13 +64,13 @@ def check(suite: str, log: Path, deb: Path, upload: list[Path], older: Path) -> 
 
 
 def test_room(suite: str, log: Path) -> AbstractContextManager[Room]:
-    """A room with what the package depends on, the tests' own needs, and the tools of Debian."""
+    """A room with the dependencies of the package and of its tests, and with Debian's tools."""
     tests = fields((DEBIAN / "tests/control").read_text(), "Depends")
     return open_room("test", suite, f"python3 {CHECK_TOOLS} {names(tests)}", log)
 
 
 def build_packages() -> str:
-    """What Debian's builders have, and Build-Depends."""
+    """The packages that Debian's builders have, and Build-Depends."""
     return f"build-essential {names(fields((DEBIAN / 'control').read_text(), 'Build-Depends'))}"
 
 
@@ -81,7 +81,7 @@ def fields(control: str, name: str) -> str:
 
 
 def names(relations: str) -> str:
-    """The packages of a dependency field: no versions, no profiles, not the package itself."""
+    """The packages in a dependency field, without versions, profiles and the package itself."""
     words = (relation.split() for relation in relations.split(","))
     return " ".join(sorted({word[0] for word in words if word and word[0] != "@"}))
 
@@ -93,7 +93,7 @@ def upstream_version() -> str:
 
 
 def changelog_revision() -> str:
-    """The Debian revision; the changelog's newest entry must be of the project's version."""
+    """The Debian revision in the newest entry, which must be for the project's version."""
     first = (DEBIAN / "changelog").read_text().partition("\n")[0]
     match = re.search(rf"\({re.escape(upstream_version())}-(\d+)\)", first)
     if not match:

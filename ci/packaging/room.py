@@ -1,7 +1,7 @@
-"""A room to build or test packages in: a throw-away overlay of a cached Debian root, no network.
+"""A room to build or test packages in: a temporary overlay of a cached Debian root, no network.
 
-The scripts in inside/ run there. Each line of theirs that begins with "ok" or "note" is printed;
-everything else goes to the log of the room.
+The scripts in inside/ run there. Their lines that begin with "ok" or "note" are printed; everything
+goes to the log of the room.
 """
 
 import os
@@ -22,11 +22,11 @@ Unavailable = root.Unavailable
 
 
 class StepError(Exception):
-    """A step did not do what it should; str() says which, with the end of its log."""
+    """A step failed; str() says which, with the end of its log."""
 
 
 class Room:
-    """`path` is its root folder; /room in it has the scripts, and what goes in and comes out."""
+    """`path` is its root folder; /room in it has the scripts, the inputs and the results."""
 
     def __init__(self, path: Path, log: Path):
         self.path = path
@@ -35,7 +35,7 @@ class Room:
         shutil.copytree(INSIDE, self.folder / "inside")
         (self.folder / "out").mkdir()
         for name in ("etc/dpkg/dpkg.cfg.d/e2e", "usr/sbin/policy-rc.d"):
-            (path / name).unlink()  # packages are installed whole here, as they are anywhere
+            (path / name).unlink()  # packages are installed in full here, as on any machine
 
     def add_sources(self) -> None:
         """Copy the project to /room/source, as git sees it."""
@@ -47,16 +47,16 @@ class Room:
             shutil.copy2(file, self.folder)
 
     def results(self, folder: Path) -> list[Path]:
-        """Move what is in /room/out to `folder`; return where it is now, sorted."""
+        """Move the files in /room/out to `folder`; return their new paths, sorted."""
         return [
             Path(shutil.move(file, folder / file.name))
             for file in sorted((self.folder / "out").iterdir())
         ]
 
     def run(self, script: str, *arguments: str) -> None:
-        """Run inside/SCRIPT in /room, and print what it found out. StepError if it fails."""
+        """Run inside/SCRIPT in /room, and print its results. Raises StepError if it fails."""
         groups = container.container_groups()
-        # --pdeathsig: the room is emptied even if this process is killed.
+        # --pdeathsig ends the processes in the room even if this process is killed.
         argv = ["sh", "-c", container.IN_GROUPS, "in-groups", *map(str, groups), "--"]
         argv += ["setpriv", "--pdeathsig", "TERM", "--", *self._nspawn()]
         argv += ["/bin/bash", f"/room/inside/{script}", *arguments]
@@ -93,7 +93,7 @@ class Room:
         ]
 
     def _shown(self, argv: list[str], log: int) -> int:
-        """Run a command, its output to `log` and the lines for people to stdout, too."""
+        """Run a command with its output to `log`, and lines that begin with SHOWN to stdout too."""
         with subprocess.Popen(
             argv,
             stdin=subprocess.DEVNULL,
@@ -115,7 +115,7 @@ class Room:
 
 @contextmanager
 def open_room(kind: str, suite: str, packages: str, log: Path) -> Iterator[Room]:
-    """A room of `suite` with `packages`, gone after the block. Unavailable if none can be made."""
+    """Yield a room of `suite` with `packages`. Raises Unavailable if none can be made."""
     cache = cache_folder()
     lower = root.ensure_root(made(cache / kind), suite, packages)
     overlay = container.Overlay(lower, cache)
@@ -126,7 +126,7 @@ def open_room(kind: str, suite: str, packages: str, log: Path) -> Iterator[Room]
 
 
 def cache_folder() -> Path:
-    """Where root folders and overlays live: PACKAGE_CACHE, or a folder that git ignores."""
+    """The folder of root folders and overlays: PACKAGE_CACHE, or one that git ignores."""
     return made(Path(os.environ.get("PACKAGE_CACHE", REPO / ".cache" / "package")))
 
 
@@ -136,13 +136,13 @@ def made(folder: Path) -> Path:
 
 
 def remove_leftovers() -> None:
-    """Remove the overlays of runs that were killed (no other run is alive: we hold the lock)."""
+    """Remove the overlays of killed runs (the lock excludes a run that is still going on)."""
     for folder in cache_folder().glob("run-*"):
         root.remove_tree(folder)
 
 
 def check_machine() -> None:
-    """Unavailable unless this machine can make rooms; installs the tools for it if it may."""
+    """Install the tools for rooms if possible; raise Unavailable if rooms do not work here."""
     if os.geteuid() != 0:
         raise Unavailable("not root")
     if container.missing_tools() and shutil.which("apt-get"):

@@ -1,7 +1,7 @@
 """The RPM package: built from the spec by Debian's rpm, checked, compared with the DEB, installed.
 
 dist/packages/rpm/systemd-socket-proxyd-VERSION.ARCH.rpm      and the source RPM
-dist/packages/rpm/log                                         what every step has said
+dist/packages/rpm/log                                         the output of every step
 """
 
 from pathlib import Path
@@ -18,7 +18,7 @@ PACKAGES = """
 
 
 def make(folder: Path, compared: Path | None) -> list[Path]:
-    """Build the RPM in the empty `folder`, check it, against the .deb `compared` or a new one."""
+    """Build the RPM in the empty `folder`, and compare it with the .deb `compared` or a new one."""
     log = folder / "log"
     version = deb.upstream_version()
     spec = (REPO / "ci/packaging/systemd-socket-proxyd.spec").read_text()

@@ -1,7 +1,7 @@
 # shellcheck shell=bash disable=SC2034,SC2153,SC2154,SC2164 # variables, and set -e, are those of ci/test
-# Sourced by ci/test: the cases that every relay must survive (tests/cases), and which programs do.
+# Sourced by ci/test: the cases that every relay must survive (tests/cases), run on several programs.
 #
-# Arguments: names of contenders, as in the head of doc/reports/cases.md, then `--` and arguments of
+# Arguments: names of contenders, as at the top of doc/reports/cases.md, then `--` and arguments of
 # pytest. Without a name: all of them, and the report is written. With --quick: this program only.
 
 OURS=(ours ours-copy ours-2-threads ours-2-threads-copy)
@@ -12,8 +12,8 @@ CONTENDERS=$ROOT/tests/cases/contenders
 
 # --- the contenders -------------------------------------------------------------------------------
 
-# Each contender_NAME sets `command`, `is` (what the tests call it), `version` and `arguments`; 1 if
-# the program is not available here.
+# Each contender_NAME sets `command`, `is` (its name in the tests), `version` and `arguments`; it
+# returns 1 if the program is not available here.
 
 contender_ours() {
     command=$COMMAND is=ours
@@ -49,7 +49,7 @@ contender_original() {
     arguments=()
 }
 
-# The newest original runs through the dynamic loader of its own folder: libc is newer there.
+# The newest original is started by the dynamic loader of its own folder, because libc is newer there.
 contender_newest-original() {
     local folder libraries loader
     folder=$("$ROOT/bench/newest-original" "$CACHE/bench/unstable") || return 1
@@ -89,7 +89,7 @@ contender_direct() {
 
 # --- running them ---------------------------------------------------------------------------------
 
-# run_cases NAME : 0 if all cases were survived, 1 if some were not. Another end is an error.
+# run_cases NAME : return 0 if it survived all cases, 1 if not. Any other status of pytest is an error.
 run_cases() {
     local name=$1 status=0 command is version arguments
     if ! "contender_$name"; then
@@ -109,7 +109,7 @@ run_cases() {
 
 is_contender() { [[ " ${OURS[*]} ${OTHERS[*]} " == *" $1 "* ]]; }
 
-# The report, as Markdown; its argument --summary makes it a line for each contender.
+# Print the report as Markdown; with --summary, one line per contender.
 cases_table() { "$VENV/bin/python" -I "$ROOT/tests/cases/table.py" "$@"; }
 
 write_cases_report() {
@@ -133,7 +133,7 @@ part_cases() {
     want ip iproute2 || warn "not there: ip"
     mkdir -p "$SEEN" "$CACHE/empty"
     for name in "${wanted[@]}"; do
-        # Of this program every failure is shown; of the others the report shows them.
+        # Failures of this program are printed; those of the others are only in the report.
         if [[ $name == ours* ]]; then report=fEs; else report=E; fi
         run_cases "$name" || [[ $name != ours* ]] || failed+=("$name")
     done

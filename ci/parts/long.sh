@@ -1,6 +1,6 @@
 # shellcheck shell=bash disable=SC2034,SC2153,SC2154,SC2164 # variables, and set -e, are those of ci/test
-# Sourced by ci/test: suites that take minutes. Each is a program of its own that reads the arguments;
-# `ci/test PART -- --help` describes them.
+# Sourced by ci/test: suites that take minutes. Each is a program of its own with arguments of its own,
+# which `ci/test PART -- --help` describes.
 
 ABOUT[e2e]='real systemd and real clients in a container'
 part_e2e() {
@@ -12,7 +12,7 @@ part_e2e() {
 }
 
 ABOUT[matrix]='the package built and tested with the interpreters and tools of other Debian suites'
-# Other compilers know other warnings.
+# Other compilers have other warnings.
 part_matrix() { env -u PROXYD_WERROR "$PYTHON" -B "$ROOT/tests" matrix "${ARGS[@]}"; }
 
 ABOUT[soak]='mixed traffic for minutes or hours: every byte is compared, nothing grows'
@@ -26,7 +26,7 @@ part_hostile() { "$VENV/bin/python" -B "$ROOT/tests" hostile --executable="$COMM
 
 ABOUT[fuzz]='thousands of bad command lines, environments and passed fds'
 part_fuzz() {
-    # Not in .venv, where nothing may slow a start down.
+    # Not in .venv, where its packages might slow every start down.
     with_lock make_folder fuzz "$ROOT/ci/requirements-fuzz.txt"
     "$VENV/bin/python" -B "$ROOT/tests" fuzz --executable="$COMMAND" --packages="$CACHE/fuzz" "${ARGS[@]}"
 }
@@ -38,7 +38,7 @@ part_faults() {
     walk "$VENV/bin/python" "$CACHE/faults/interpose.so" "$COMMAND" "${ARGS[@]}"
 }
 
-# walk PYTHON LIBRARY EXECUTABLE ARGS... : tests/faults, with the library that makes calls fail.
+# walk PYTHON LIBRARY EXECUTABLE ARGS... : run tests/faults with the library that makes calls fail.
 walk() {
     must_walk
     build_interposer "$2"

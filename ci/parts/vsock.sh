@@ -3,14 +3,14 @@
 # kernel. Arguments are pytest's.
 #
 # qemu and the kernel are downloaded with apt-get and unpacked in .cache/vsock; nothing is installed.
-# The machine has this one's Python, the virtual environment and the tests in its initial RAM disk,
-# and needs neither root nor hardware support: it takes a minute or two.
+# The machine's initial RAM disk holds this machine's Python, the virtual environment and the tests. It
+# needs neither root nor hardware support, and takes a minute or two.
 
 VSOCK=$CACHE/vsock
 MACHINE=$VSOCK/machine
 MACHINE_SECONDS_MAX=600
 
-# unpack_machine : qemu, a kernel and busybox, in $MACHINE.
+# unpack_machine : download qemu, a kernel and busybox, and unpack them in $MACHINE.
 unpack_machine() {
     local kernel packages
     if ! have apt-get || ! have dpkg; then skip "no apt-get: qemu and a kernel are Debian's"; fi
@@ -30,14 +30,14 @@ unpack_machine() {
     touch "$MACHINE/complete"
 }
 
-# with_libraries PROGRAM... : copies what they are linked with into $RAM.
+# with_libraries PROGRAM... : copy the libraries they are linked with into $RAM.
 with_libraries() {
     ldd "$@" 2>/dev/null | grep -o '/[^ :)]*' | sort -u | while read -r file; do
         [ ! -f "$file" ] || cp -Ln --parents "$file" "$RAM"
     done
 }
 
-# fill_machine PYTEST_ARGS... : what the machine needs, at the same paths as here, in $RAM.
+# fill_machine PYTEST_ARGS... : copy what the machine needs into $RAM, at the same paths as here.
 fill_machine() {
     local base modules link
     base=$("$VENV/bin/python" -c 'import os; print(os.path.dirname(os.__file__))')

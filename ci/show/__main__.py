@@ -260,7 +260,7 @@ def stay_up(port: int) -> None:
 
 def main() -> int:
     """Run the show; return the exit status."""
-    # SIGTERM takes the same way out as Ctrl-C, past everything that is to be ended.
+    # SIGTERM, like Ctrl-C, unwinds the stack, and so ends everything that was started.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         show(sys.argv[1], stay="--stay" in sys.argv[2:])

@@ -13,12 +13,12 @@ function __fish_systemd_socket_proxyd_hosts
             if (host ~ /:/) host = "[" host "]"
             if (host ~ /^[][A-Za-z0-9_.:-]+$/) print host ":"
         }
-        FILENAME == "/etc/hosts" { # 0.0.0.0 is for names to be kept from, ff.. and fe00 for groups
+        FILENAME == "/etc/hosts" { # 0.0.0.0 blocks names, ff.. and fe00 are groups
             sub(/#.*/, "")
             if ($1 !~ /^(0\.0\.0\.0$|255\.|fe00:|ff0)/) for (i = 1; i <= NF; i++) show($i)
             next
         }
-        /^[^@|#]/ { # neither with a marker nor hashed
+        /^[^@|#]/ { # without a marker, and not hashed
             count = split($1, names, ",")
             for (i = 1; i <= count; i++) {
                 sub(/^\[/, "", names[i])
@@ -35,14 +35,14 @@ function __fish_systemd_socket_proxyd_services
         $2 ~ /\/tcp$/ { print $1; for (i = 3; i <= NF; i++) print $i }' /etc/services 2>/dev/null
 end
 
-# Prints the abstract UNIX sockets that somebody listens on.
+# Prints the abstract UNIX sockets that are listening.
 function __fish_systemd_socket_proxyd_abstract
     command awk '
         $4 == "00010000" && $5 == "0001" && $8 ~ /^@[A-Za-z0-9_.\/:=@+-]+$/ { print $8 }
     ' /proc/net/unix 2>/dev/null
 end
 
-# Prints the folders of units as systemd.unit(5) has them, those of users and of the system.
+# Prints the folders of units that systemd.unit(5) lists, those of users and of the system.
 function __fish_systemd_socket_proxyd_unit_path
     set -l config ~/.config
     set -q XDG_CONFIG_HOME
@@ -54,7 +54,7 @@ function __fish_systemd_socket_proxyd_unit_path
     string split -n : -- $path
 end
 
-# Prints what the listeners of socket units are called: by FileDescriptorName=, or as their unit.
+# Prints the names of the listeners of socket units: FileDescriptorName=, or the name of the unit.
 # The first file of a unit counts, and drop-ins before it.
 function __fish_systemd_socket_proxyd_listeners
     set -l drop_ins
@@ -99,15 +99,15 @@ function __fish_systemd_socket_proxyd_paths
     end
 end
 
-# Prints what it reads, with $argv[1] before each line.
+# Prints its input, with $argv[1] before each line.
 function __fish_systemd_socket_proxyd_behind
     while read -l line
         printf '%s%s\n' $argv[1] $line
     end
 end
 
-# Prints what may be the address $argv[1] when it is whole: a TARGET, or with a second argument what
-# --listen= takes.
+# Prints completions of the address $argv[1]: a TARGET, or with a second argument what --listen=
+# takes.
 function __fish_systemd_socket_proxyd_addresses
     set -l target "$argv[1]"
     switch $target
@@ -153,12 +153,12 @@ function __fish_systemd_socket_proxyd_word
     string replace -r '^--[a-z-]+=' '' -- "$word"
 end
 
-# NAME= at the beginning of a word, as the program tells it from a TARGET.
+# NAME= at the beginning of a word, distinguished from a TARGET as the program does.
 function __fish_systemd_socket_proxyd_pair
     string match -r '^[^[/@:=][^:=]*=' -- "$argv[1]"
 end
 
-# As addresses, for a word that may begin with NAME=.
+# Prints completions of the address in a word that may begin with NAME=.
 function __fish_systemd_socket_proxyd_named_addresses
     set -l name (__fish_systemd_socket_proxyd_pair $argv[1])
     set -l target (string sub -s (math (string length -- "$name") + 1) -- "$argv[1]")
@@ -166,8 +166,7 @@ function __fish_systemd_socket_proxyd_named_addresses
         __fish_systemd_socket_proxyd_behind "$name"
 end
 
-# Prints what has been said before the cursor: the operands, and "listen NAME=" for the names that
-# --listen= has given.
+# Prints the operands before the cursor, and "listen NAME=" for the names that --listen= has given.
 function __fish_systemd_socket_proxyd_said
     set -l with_value -c --connections-max --exit-idle-time --proxy-protocol --connect-timeout \
         --settle-time --idle-timeout --drain-timeout --listen --threads --hand-over --buffer-size

@@ -1,4 +1,4 @@
-"""The units around the proxy: read, checked, written. For the command systemd-socket-proxyd-units.
+"""Reads, checks and writes the units around the proxy, for systemd-socket-proxyd-units.
 
 The daemon imports nothing of this.
 """

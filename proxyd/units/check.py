@@ -40,14 +40,14 @@ class Scope:
         self.root = os.path.abspath(root).rstrip("/") if root else ""
         self.user = user
         self.ask_systemd = ask_systemd
-        """Whether what systemd-analyze says is passed on."""
+        """Whether the lines of systemd-analyze are reported as well."""
         self.manager = running.Manager(user) if not root else None
-        """The service manager that runs here; None where files of another machine are looked at."""
+        """The service manager that runs here; None if files of another machine are checked."""
 
     def library(self, folder: str = "") -> Library:
-        """Return the units of the machine, or those in a folder that is none of the machine's.
+        """Return the units of the machine, or those in a folder that is not one of the machine's.
 
-        There, what is not in the folder is not known: the units may be for another machine.
+        Units that are not in such a folder are unknown: it may be meant for another machine.
         """
         rooted = bool(self.root)
         machine = [self.root + one for one in paths.search_path(self.user, rooted)]
@@ -61,7 +61,7 @@ class Scope:
 
 
 def check(arguments: list[str], scope: Scope) -> tuple[list[Finding], int]:
-    """Check units, files and folders; return what was found, and how many proxies there were."""
+    """Check units, files and folders; return the findings and the number of proxies."""
     findings: list[Finding] = []
     units: list[str] = []
     proxies = 0
@@ -93,7 +93,7 @@ def _check_root(root: str, scope: Scope, findings: list[Finding]) -> int:
 
 
 def _check_files(folder: str, wanted: list[str], scope: Scope, findings: list[Finding]) -> int:
-    """Check units whose files are in `folder`; what is not there is the machine's."""
+    """Check units whose files are in `folder`; units that are not in it are the machine's."""
     library = scope.library(folder)
     units = [name for name in wanted if library.path(name)]
     sets = find_sets(library, units)
@@ -107,7 +107,7 @@ def _check_files(folder: str, wanted: list[str], scope: Scope, findings: list[Fi
 
 
 def _startable(units: list[str], sets: list[Set]) -> list[str]:
-    """Return `units` with instances in place of templates: those that were looked at."""
+    """Return `units`, with templates replaced by the instances that were checked."""
     looked_at = sorted({unit.text for one in sets for unit in _units_of(one)})
     found = []
     for unit in units:
@@ -132,7 +132,7 @@ def _check_machine(wanted: list[str], scope: Scope, findings: list[Finding]) -> 
     meant = known if wanted else library.all_names()
     sets = find_sets(library, meant)
     if scope.manager is not None and scope.manager.answers():
-        for _ in range(2):  # once for the dependencies, then for what they have added
+        for _ in range(2):  # once for the dependencies, then for theirs
             findings += scope.manager.tell([unit for one in sets for unit in _units_of(one)])
             sets = find_sets(library, meant)
     _judge(sets, findings)
@@ -195,7 +195,7 @@ def _of_problem(problem: Problem) -> Finding:
 
 
 def _pass_through(lines: list[verify.Line], sets: list[Set], findings: list[Finding]) -> None:
-    """Add what systemd-analyze says, but for what was said already."""
+    """Add the lines of systemd-analyze, except those that repeat a finding."""
     said = {(finding.path, finding.line) for finding in findings if finding.rule == "ignored-line"}
     paths_of = {
         name: unit.shown for one in sets for unit in _units_of(one) for name in unit.aliases
@@ -211,7 +211,7 @@ def _complain(findings: list[Finding], what: str, message: str) -> None:
 
 
 def _sorted(findings: list[Finding]) -> list[Finding]:
-    """Sort by place, and leave out what was said before."""
+    """Sort by place, and leave out duplicates."""
     unique = {(f.path, f.line, f.rule, f.message): f for f in findings}
     return [unique[key] for key in sorted(unique)]
 

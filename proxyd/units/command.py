@@ -12,7 +12,7 @@ PROGRAM = "systemd-socket-proxyd"
 _PREFIXES = "@-:+!|"
 _ORIGINALS_OPTIONS = ("connections-max", "exit-idle-time", "help", "version")
 _SHELL = "$`'\"\\*?[]{}()<>|&;#~!" + UNKNOWN
-"""What means something to a shell."""
+"""Characters that are special to a shell."""
 
 _NETWORK_WRAPPERS = ("ip", "nsenter", "unshare", "firejail", "chroot")
 
@@ -37,11 +37,11 @@ class Command:
         """Whether it is systemd's own program, which lies in systemd's own folder."""
         self.arguments: list[str] = []
         self.sure = False
-        """Whether all arguments are known: no shell around it, no variable with unknown value."""
+        """Whether all arguments are known: no shell runs it, and no variable is unknown."""
         self.elsewhere = False
-        """Whether something around it may have put it into another namespace."""
+        """Whether a program that starts it may have moved it into another namespace."""
         self.options: Options | None = None
-        """What our parser makes of the arguments; None if it refuses them, or they are unknown."""
+        """The arguments as parsed; None if the parser refuses them, or they are unknown."""
         self.given: set[str] = set()
         """The long options that are given, in full."""
         self.error = ""
@@ -49,7 +49,7 @@ class Command:
 
     @property
     def rests(self) -> bool:
-        """Tell whether it ends when nobody uses it."""
+        """Tell whether it ends when it is idle."""
         return self.options is not None and self.options.exit_idle_time is not None
 
 
@@ -103,7 +103,7 @@ def _read(unit: Unit, setting: Setting) -> Command | None:
 
 
 def _wrapped(setting: Setting, script: str, line: list[str]) -> Command:
-    """Return the command of a shell script; its arguments, if the shell changes nothing in them."""
+    """Return the command in a shell script; its arguments, if the shell leaves them unchanged."""
     words_ = script.split()
     at = next((at for at, word in enumerate(words_) if _is_program(word)), len(words_))
     command = Command(setting, words_[at] if at < len(words_) else PROGRAM)
@@ -146,7 +146,7 @@ def _given(argv: list[str]) -> set[str]:
 
 
 def _refused_by_original(command: Command, options: Options) -> str:
-    """Return why systemd's own program would refuse what ours takes."""
+    """Return why systemd's own program would refuse arguments that ours accepts."""
     for option in sorted(command.given):
         known = option in _ORIGINALS_OPTIONS
         if not known and not (option == "proxy-protocol" and options.proxy_protocol == 1):
@@ -191,7 +191,7 @@ def _braces(word: str, known: dict[str, str]) -> str | None:
 
 
 def _environment(unit: Unit) -> dict[str, str]:
-    """Return the variables that the unit itself sets, but for those a file may set again."""
+    """Return the variables that the unit itself sets, except those that a file may override."""
     if unit.entries("Service", "EnvironmentFile"):
         return {}
     found: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""What a service that runs a compose project publishes."""
+"""Which ports a service publishes that runs a compose project."""
 
 import os
 
@@ -13,9 +13,8 @@ _WAITS = ("--wait", "--wait=true")
 def publishes(unit: Unit, line: list[str], port: int, root: str) -> bool:
     """Tell whether the project publishes `port` and accepts there before its application does.
 
-    `line` are the words of its command. Of a project whose file cannot be read, that is assumed: a
-    port of the loopback is published or, which is rare, the container is in the network of the
-    host.
+    `line` are the words of its command. It is assumed if the project's file cannot be read: a port
+    on the loopback is published or, which is rare, the container is in the network of the host.
     """
     if not _is_compose(line) or any(word in _WAITS for word in line):
         return False
@@ -29,17 +28,17 @@ def _is_compose(line: list[str]) -> bool:
 
 
 def _files(unit: Unit, line: list[str], root: str) -> list[str]:
-    """Return where the project's files may be: where the command says, or beside the unit."""
+    """Return where the project's files may be: where the command says, or next to the unit."""
     folder = _option(line, "--project-directory") or unit.value("Service", "WorkingDirectory")
     named = [value for option in ("--file", "-f") if (value := _option(line, option))]
     listed = named or (list(_FILES) if folder else [])
     found = [root + os.path.join(folder or "/", name) for name in listed]
-    beside = [os.path.basename(name) for name in named] or list(_FILES)
-    return found + [f"{os.path.dirname(unit.shown)}/{name}" for name in beside]
+    here = [os.path.basename(name) for name in named] or list(_FILES)
+    return found + [f"{os.path.dirname(unit.shown)}/{name}" for name in here]
 
 
 def _option(line: list[str], option: str) -> str:
-    """Return the value of an option, as `--option=VALUE` or in a word of its own."""
+    """Return the value of an option, given as `--option=VALUE` or as `--option VALUE`."""
     for at, word in enumerate(line):
         if word.startswith(f"{option}="):
             return word.partition("=")[2]

@@ -17,7 +17,7 @@ _COMPOSE = (".yaml", ".yml")
 
 
 def read_request(options: argparse.Namespace) -> Request:
-    """Check what was asked for. Raises UsageError."""
+    """Read and check the options of `create`. Raises UsageError."""
     request = Request()
     request.user, request.namespace = options.user, options.namespace
     request.accept, request.systemd = options.accept, _version(options.systemd)
@@ -35,13 +35,13 @@ def read_request(options: argparse.Namespace) -> Request:
 
 
 def create(request: Request) -> tuple[list[Text], list[Finding]]:
-    """Return the files of the set, and what `check` says of them."""
+    """Return the files of the set, and the findings of `check` in them."""
     files = recipes.write_set(request)
     return files, text.try_out(files, {}, request.user)
 
 
 def next_commands(request: Request) -> list[str]:
-    """Return the commands that put the set to work."""
+    """Return the commands that activate the set."""
     systemctl = "systemctl --user" if request.user else "systemctl"
     sockets = [file.name for file in recipes.write_set(request) if file.name.endswith(".socket")]
     shown = [name.replace("@.", "@INSTANCE.") for name in sockets]
@@ -51,9 +51,9 @@ def next_commands(request: Request) -> list[str]:
 
 
 def _read_backend(request: Request, backend: str, has_target: bool) -> str | None:
-    """Note what the backend is; return the target that a container publishes, maybe empty.
+    """Record the backend; return the target that a container publishes, or "" if unknown.
 
-    None if it is no container.
+    None if it is not a container.
     """
     stem, kind = os.path.splitext(os.path.basename(backend))
     if kind in _QUADLET:
@@ -74,9 +74,9 @@ def _read_backend(request: Request, backend: str, has_target: bool) -> str | Non
 
 
 def _read_quadlet(request: Request, path: str, has_target: bool) -> str:
-    """Note the service that Quadlet makes of a file; return the one target that it publishes.
+    """Record the service that Quadlet makes of a file; return the one target that it publishes.
 
-    With a target of its own, a file that is elsewhere need not be read.
+    If a target was given, the file may be missing here.
     """
     file = unitfile.read(path)
     if file.problems and ("/" in path or not has_target):
@@ -91,7 +91,7 @@ def _read_quadlet(request: Request, path: str, has_target: bool) -> str:
 
 
 def _start(published: str | None) -> str:
-    """Return how long a start may take, if nobody says: an image may have to be fetched."""
+    """Return the default for --start-time=; longer if an image may have to be fetched."""
     return "1min" if published is None else "2min"
 
 
@@ -107,7 +107,7 @@ def _name(request: Request, name: str) -> str:
 
 
 def _check_accept(request: Request) -> None:
-    """See that nothing is asked for that Accept=yes cannot be combined with."""
+    """Check that nothing is asked for that cannot be combined with Accept=yes."""
     if not request.accept:
         return
     if request.is_template:
@@ -146,7 +146,7 @@ def _read_addresses(request: Request, listen: list[str]) -> None:
 
 
 def _match(request: Request) -> None:
-    """See that a template has %i, and that names of listeners and of targets are the same."""
+    """Check that a template has %i, and that listeners and targets have the same names."""
     addresses = [address for _, address in request.listen]
     if request.is_template and not all("%i" in a or "%I" in a for a in addresses):
         raise UsageError(

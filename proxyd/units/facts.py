@@ -1,11 +1,11 @@
-"""What the rules ask about services: does it come back, can it hit a limit, is it always on."""
+"""What the rules ask about services: is it restarted, can it hit a limit, is it always on."""
 
 from proxyd.units import command
 from proxyd.units.sets import Backend, Set
 from proxyd.units.unit import Unit
 
 AFTER_A_CRASH = ("always", "on-failure", "on-abnormal", "on-abort")
-"""Restart= that brings a service back that was killed."""
+"""Values of Restart= that restart a killed service."""
 
 _DIGITS_MAX = 10  # systemd ignores a number that is longer than 32 bits
 
@@ -28,7 +28,7 @@ def upheld(found: Set, unit: Unit) -> bool:
 
 
 def is_revived(found: Set) -> bool:
-    """Tell whether the sockets come back after they have failed: something upholds them."""
+    """Tell whether failed sockets are started again: another unit upholds them."""
     return bool(found.sockets) and all(upheld(found, socket) for socket in found.sockets)
 
 
@@ -60,10 +60,10 @@ def is_oneshot(unit: Unit) -> bool:
 
 
 def is_helper(found: Set, backend: Backend) -> bool:
-    """Tell whether this is not what the proxy leads to, but what that needs.
+    """Tell whether this is not the actual backend, but a service that the backend needs.
 
-    It is a oneshot that remains, such as one that makes a namespace, or, with another backend
-    beside it, a service that many others need.
+    It is a oneshot that remains active, such as one that makes a namespace, or, if there is another
+    backend, a service that many others need.
     """
     unit = backend.unit
     if unit is not None and is_oneshot(unit) and unit.flag("Service", "RemainAfterExit"):
@@ -74,8 +74,8 @@ def is_helper(found: Set, backend: Backend) -> bool:
 def is_enabled(unit: Unit) -> str:
     """Return the unit that starts this one at boot, or empty.
 
-    A unit of the administrator's that has WantedBy= is meant to be enabled; a package's is only if
-    it is.
+    An administrator's unit that has WantedBy= is meant to be enabled. A package's unit counts only
+    if it is enabled.
     """
     for owner, _ in unit.wanted_by:
         if owner.endswith(".target"):
@@ -119,7 +119,7 @@ _ENGINES = ("podman", "docker", "docker-compose", "podman-compose", "nerdctl")
 
 
 def joins(first: Unit, other: Unit | None, name: str) -> bool:
-    """Tell whether one of the two has JoinsNamespaceOf= of the other, which is called `name`."""
+    """Tell whether one of the two has JoinsNamespaceOf= the other, which is called `name`."""
     names = {name, *(other.aliases if other else ())}
     if names.intersection(first.dependencies("JoinsNamespaceOf")):
         return True
@@ -134,7 +134,7 @@ def joins_back(proxy: Unit, unit: Unit) -> bool:
 
 
 def private_network(unit: Unit) -> bool:
-    """Tell whether the service has a network of its own, or of those that it joins."""
+    """Tell whether the service has a network of its own, or that of the units that it joins."""
     return unit.flag("Service", "PrivateNetwork")
 
 
@@ -149,7 +149,7 @@ def private_tmp(unit: Unit) -> bool:
 
 
 def network_is_own(found: Set) -> bool:
-    """Tell whether the proxy looks at another network than its sockets: no loop can be seen."""
+    """Tell whether the proxy is in another network than its sockets: then it cannot be a loop."""
     proxy = found.proxy
     return (
         found.command.elsewhere

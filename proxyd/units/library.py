@@ -20,13 +20,13 @@ class Library:
     """Units by name. `problems` are those of folders and of files that could not be followed."""
 
     def __init__(self, folders: list[str], root: str = "", user: bool = False) -> None:
-        """Look into `folders`, absolute paths; what symlinks in there lead to is inside `root`."""
+        """Search `folders`, absolute paths; symlinks in them are followed inside `root`."""
         self.root = root.rstrip("/")
         self.user = user
         self.folders = folders
         self.problems: list[Problem] = []
         self._entries: dict[str, list[str]] = {}
-        """{name of a file or folder: its paths, the one that wins first}."""
+        """{name of a file or folder: its paths by precedence}."""
         self._quadlets: dict[str, quadlet.Source] = {}
         """{name of a service: the file that Quadlet makes it from}."""
         self._linked: dict[str, list[tuple[str, str]]] = {}
@@ -44,7 +44,7 @@ class Library:
         self._index_aliases()
 
     def add_quadlets(self, folders: list[str]) -> None:
-        """Know the services that Quadlet would make of the files in `folders`."""
+        """Add the services that Quadlet would make of the files in `folders`."""
         for folder in folders:
             for path in self._scan(folder):
                 source = quadlet.source(path)
@@ -149,24 +149,24 @@ class Library:
                     self._aliases.setdefault(real, set()).add(name)
 
     def _follow(self, name: str) -> tuple[str, str]:
-        """Return what a unit is called in the end, and the file it is read from.
+        """Return the final name of a unit, and the file that it is read from.
 
-        The file is empty if there is none, and /dev/null where the unit is masked.
+        The file is empty if there is none, and /dev/null if the unit is masked.
         """
         path = self._entries[name][0]
         try:
-            way = paths.resolve(path, self.root)
+            chain = paths.resolve(path, self.root)
         except (paths.LoopError, OSError) as error:
             message = f"cannot be followed: {reason(error)}"
             self.problems.append(Problem(path, 0, message, fatal=True))
             return name, ""
-        if way[-1] == f"{self.root}/dev/null":
+        if chain[-1] == f"{self.root}/dev/null":
             return name, "/dev/null"
-        for target in way[1:]:  # a link out of the search path leads to a file, not to a name
+        for target in chain[1:]:  # a link out of the search path leads to a file, not to a name
             own = os.path.basename(target)
             if own in self._entries and os.path.dirname(target) in self._search_folders():
                 name = own
-        return name, way[-1]
+        return name, chain[-1]
 
     def _search_folders(self) -> set[str]:
         return {os.path.normpath(folder) for folder in self.folders}
@@ -204,7 +204,7 @@ class Library:
         return unit
 
     def _load_target(self, name: names.Name) -> Unit | None:
-        """Load the drop-ins of a target whose own file is systemd's, and not here."""
+        """Load the drop-ins of a target whose own file belongs to systemd and is not here."""
         unit = Unit(name, f"{name.text}.d", self.user)
         drop_ins = self._drop_ins(unit) if name.type == "target" else []
         if not drop_ins:
@@ -225,7 +225,7 @@ class Library:
 
     @staticmethod
     def _real_name(asked: names.Name, real: str) -> names.Name:
-        """Return the name behind an alias, with the instance that was asked for."""
+        """Return the name that an alias stands for, with the instance that was asked for."""
         parsed = names.parse(real)
         if parsed.is_template and asked.instance:
             parsed.instance = asked.instance
@@ -254,9 +254,9 @@ class Library:
 
 
 def _drop_in_names(name: names.Name) -> list[str]:
-    """Return the names that a unit's drop-ins may be under, the most specific first.
+    """Return the names under which a unit may have drop-ins, the most specific first.
 
-    The prefixes of an instance are those of a plain unit: a-b@i.service has a-.service.d.
+    An instance has the prefixes of a plain unit: a-b@i.service has a-.service.d.
     """
     found = [name.text]
     if name.template and not name.is_template:
@@ -273,7 +273,7 @@ def _is_empty(path: str) -> bool:
     try:
         status = os.stat(path)
     except OSError:
-        return False  # reading it will say why
+        return False  # reading it will report why
     if stat.S_ISREG(status.st_mode):
         return not status.st_size
     return os.path.realpath(path) == "/dev/null"

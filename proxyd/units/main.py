@@ -220,7 +220,7 @@ def _switch(options: argparse.Namespace) -> int:
 
 
 def _deliver(files: list[Text], folder: str | None, commands: list[str]) -> None:
-    """Hand the files over; what comes next goes to stderr."""
+    """Print or write the files, and print the next commands to stderr."""
     if folder is None:
         sys.stdout.write(text.show(files))
     else:

@@ -1,4 +1,4 @@
-"""Names of units, as systemd.unit(5) has them."""
+"""Names of units, as systemd.unit(5) defines them."""
 
 TYPES = (
     "automount",
@@ -71,7 +71,7 @@ def is_unit(text: str) -> bool:
 
 
 def mangle(text: str) -> str:
-    """Return the unit that people mean: as for systemctl(1), a name without a type is a service."""
+    """Return the unit that is meant: as for systemctl(1), a name without a type is a service."""
     return text if is_unit(text) or not is_unit(f"{text}.service") else f"{text}.service"
 
 
@@ -82,7 +82,7 @@ def with_instance(template: str, instance: str) -> str:
 
 
 def with_type(text: str, kind: str) -> str:
-    """Return the name of the unit of another type that is called the same."""
+    """Return the name of the unit of another type with the same stem."""
     name = parse(text)
     return Name(name.prefix, name.instance, kind).text
 

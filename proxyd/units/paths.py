@@ -46,7 +46,7 @@ class LoopError(Exception):
 
 
 def search_path(user: bool, rooted: bool) -> list[str]:
-    """Return the folders of units, first the one that wins, as systemd.unit(5) lists them.
+    """Return the folders of units by precedence, as systemd.unit(5) lists them.
 
     `rooted` leaves out what belongs to the user who asks, and SYSTEMD_UNIT_PATH.
     """
@@ -59,7 +59,7 @@ def search_path(user: bool, rooted: bool) -> list[str]:
 
 
 def quadlet_path(user: bool, rooted: bool) -> list[str]:
-    """Return the folders of Quadlet's files, first the one that wins (podman-systemd.unit(5))."""
+    """Return the folders of Quadlet's files by precedence (podman-systemd.unit(5))."""
     if not user:
         return list(_QUADLET)
     own = [] if rooted else [f"{_config_home()}/containers/systemd"]
@@ -85,7 +85,7 @@ def is_vendors(path: str) -> bool:
 
 
 def step(path: str, root: str) -> str | None:
-    """Follow one symlink; return where it leads, inside `root`, or None if `path` is none.
+    """Follow one symlink; return where it leads inside `root`, or None if `path` is not one.
 
     Raises OSError.
     """

@@ -20,7 +20,7 @@ class Source:
 
 
 def source(path: str) -> Source | None:
-    """Return what `path` is to Quadlet, or None if it is nothing."""
+    """Return what Quadlet makes of `path`, or None if it ignores it."""
     stem, kind = os.path.splitext(os.path.basename(path))
     if kind not in _KINDS:
         return None

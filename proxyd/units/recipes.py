@@ -1,7 +1,7 @@
 """The recipes: which units make a proxy that heals, as data.
 
-The scenarios of `ci/test e2e` run them under a real systemd, with every part of them killed,
-failing and slow.
+The scenarios of `ci/test e2e` run them under a real systemd, and let every part be killed, fail and
+be slow.
 """
 
 from proxyd.units import names
@@ -11,7 +11,7 @@ from proxyd.units.text import Section, Text
 PROGRAM = "/usr/bin/systemd-socket-proxyd"
 
 DROP_IN = "50-socket-proxyd.conf"
-"""How the drop-ins are called that we write for units of others."""
+"""The name of drop-ins that we write for other people's units."""
 
 HEALS = [("StartLimitIntervalSec", "0")]
 RESTARTS = [("Restart", "on-failure"), ("RestartSec", "1s")]
@@ -47,30 +47,30 @@ class Request:
 
     def __init__(self) -> None:
         self.name = ""
-        """Of the proxy's units, without a type; it ends with @ for a template."""
+        """The name of the proxy's units, without a type; it ends with @ for a template."""
         self.listen: list[tuple[str, str]] = []
-        """NAME, or nothing, and ADDRESS."""
+        """NAME (may be empty) and ADDRESS."""
         self.targets: list[str] = []
         self.backend = ""
         """The service that the proxy starts; empty for none."""
         self.container = False
         """Whether Quadlet or compose publishes the target."""
         self.compose = ""
-        """The compose file that the backend is to be made of."""
+        """The compose file from which to make the backend."""
         self.idle = ""
-        """After what time without clients all ends; empty for never."""
+        """How long after the last client everything stops; empty for never."""
         self.start = ""
         """How long a start of the backend may take."""
         self.namespace = False
         self.accept = False
         """Whether each connection gets a proxy of its own."""
         self.systemd = UPHOLDS_SINCE
-        """The version of systemd that is to run the units, or any older one that is as good."""
+        """The oldest version of systemd that must be able to run the units."""
         self.user = False
 
     @property
     def is_template(self) -> bool:
-        """Tell whether there is to be one set of units for many instances."""
+        """Tell whether one set of units is asked for that serves many instances."""
         return self.name.endswith("@")
 
     def unit(self, kind: str, suffix: str = "") -> str:
@@ -81,7 +81,7 @@ class Request:
 
     @property
     def can_uphold(self) -> bool:
-        """Tell whether the proxy can start its backend again; if not, that does so itself."""
+        """Tell whether the proxy can restart its backend; if not, the backend restarts itself."""
         return self.systemd >= UPHOLDS_SINCE
 
     def meant(self, unit: str) -> str:
@@ -102,10 +102,10 @@ def write_set(request: Request) -> list[Text]:
 
 
 def for_backend(idle: bool, joined: str = "", upheld: bool = True) -> list[Section]:
-    """Return what a backend needs: to rest with its proxy, or to run always.
+    """Return the settings of a backend: to stop with its proxy if `idle`, or to run always.
 
-    `joined` is the proxy whose namespace it shares. One that is not `upheld` by its proxy starts
-    again by itself.
+    `joined` is the proxy whose namespace it shares. A backend that is not `upheld` by its proxy
+    restarts itself.
     """
     unit = list(ON_DEMAND if idle else HEALS)
     service: Rows = [] if idle and upheld else list(ALWAYS)
@@ -143,7 +143,7 @@ def _stream(request: Request, address: str) -> Rows:
 
 
 def _needs_interface(address: str) -> bool:
-    """Tell whether an address may not be there yet at boot."""
+    """Tell whether an address may still be missing at boot."""
     if address.startswith(("/", "@", "%", "vsock:", "unix:")) or address.isdigit():
         return False
     return not address.startswith(("127.", "0.0.0.0:", "[::1]:", "[::]:"))
@@ -190,7 +190,7 @@ def command(request: Request) -> str:
 
 
 def _quoted(word: str) -> str:
-    """Write a word of a command line; %i is meant, and no variable is."""
+    """Quote a word of a command line: %i is expanded, variables are not."""
     escaped = word.replace("\\", "\\\\").replace('"', '\\"').replace("$", "$$")
     return f'"{escaped}"' if any(char in escaped for char in " \t;'\"*") else escaped
 

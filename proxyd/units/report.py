@@ -44,7 +44,7 @@ def reaches(findings: list[Finding], threshold: str) -> bool:
 
 
 def _shown(path: str) -> str:
-    """Return a path below the current folder as relative to it."""
+    """Return the path relative to the current folder if it is below that."""
     try:
         here = os.getcwd()
     except OSError:

@@ -10,7 +10,7 @@ SEVERITIES = ("note", "warning", "error")
 
 
 class Finding:
-    """One line for people: where, what, and how it is mended."""
+    """What a rule has found: where, what, and how to mend it."""
 
     __slots__ = ("line", "mend", "message", "path", "rule", "severity")
 
@@ -52,5 +52,5 @@ class Rule:
 
 
 def at(setting: Setting | None, unit: Unit, *anchors: tuple[str, str]) -> tuple[str, int]:
-    """Return where to point to: at a setting, or at what of the unit comes nearest."""
+    """Return the place to report: that of the setting, or else of the nearest line in the unit."""
     return (setting.path, setting.line) if setting is not None else unit.where(*anchors)

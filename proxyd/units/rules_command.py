@@ -1,4 +1,4 @@
-"""Rules: the command line of the proxy, and what it means beside the other units."""
+"""Rules: the command line of the proxy, alone and together with the other units."""
 
 from collections.abc import Iterator
 
@@ -80,7 +80,7 @@ def _unmatched(
 
 
 def _addresses(target: Target) -> list[bytes]:
-    """Return the addresses of a target that are known here, among names only localhost's."""
+    """Return the addresses of a target that are known here; of names, only localhost is."""
     if target.address is not None:
         return [target.address]
     if target.host == b"localhost" and target.service:
@@ -89,7 +89,7 @@ def _addresses(target: Target) -> list[bytes]:
 
 
 def _is_same(listener: Listener, where: ListenAddress, target: bytes) -> bool:
-    """Tell whether a connection to `target` comes out at the listener."""
+    """Tell whether a connection to `target` reaches the listener."""
     own = listener.address
     if own == target:
         return address.family(own) not in (address.AF_INET, address.AF_INET6) or bool(
@@ -184,7 +184,7 @@ def knows_settle_time() -> bool:
 
 
 def published_port(found: Set, backend: Backend) -> int:
-    """Return a port that is published and a target, 0 for none."""
+    """Return a port that is published and is a target; 0 if there is none."""
     if backend.unit is None or found.command.options is None:
         return 0
     line = facts.container_command(backend.unit)

@@ -17,7 +17,7 @@ def _crash_not_healed(rule: Rule, found: Set) -> Iterator[Finding]:
             continue
         unit = backend.unit
         if unit is None or facts.restarts(unit) or facts.is_oneshot(unit):
-            continue  # what is not known may have Restart= as well
+            continue  # an unknown unit may have Restart=
         if not facts.upheld(found, unit):
             kind = next(iter(backend.kinds))
             yield rule.found(
@@ -44,7 +44,7 @@ def _failing_start(rule: Rule, found: Set) -> Iterator[Finding]:
 
 
 def _never_fails(backend: Backend) -> bool:
-    """Tell whether a start of the backend goes on until it succeeds."""
+    """Tell whether the backend's start job lasts until it succeeds."""
     unit = backend.unit
     if unit is None:
         return False
@@ -54,7 +54,7 @@ def _never_fails(backend: Backend) -> bool:
 
 def _start_limit(rule: Rule, found: Set) -> Iterator[Finding]:
     if found.per_connection or not found.sockets or facts.is_revived(found):
-        return  # of each connection's own proxy no limit counts the starts
+        return  # with Accept=yes each connection has a proxy of its own, which starts once
     proxy = found.proxy
     options = found.command.options
     pauses = [facts.restart_pause(proxy)]

@@ -14,7 +14,7 @@ _TEMPORARY = ("/tmp/", "/var/tmp/")  # noqa: S108 - what units say
 
 
 def _joined(found: Set) -> dict[str, tuple[Setting | None, Unit | None]]:
-    """Return the units that the proxy joins: where it says so, and what is known of them."""
+    """Return the units that the proxy joins: the setting, and the unit if it is known."""
     names = found.proxy.dependencies("JoinsNamespaceOf")
     return {name: (setting, found.library.get(name)) for name, setting in names.items()}
 
@@ -40,7 +40,7 @@ def _needs_network(target: Target) -> bool:
 
 
 def _is_local(target: Target) -> bool:
-    """Tell whether the target is in the same network namespace, or nowhere."""
+    """Tell whether the target can only be in the same network namespace."""
     host = target.text.removeprefix("[")
     return host.startswith(("127.", "localhost", "::1", "@", "unix:@"))
 
@@ -71,7 +71,7 @@ def _alone(rule: Rule, found: Set) -> Iterator[Finding]:
 
 
 def _shares_network(found: Set) -> bool:
-    """Tell whether somebody else is, or may be, in the private network of the proxy."""
+    """Tell whether another unit is, or may be, in the private network of the proxy."""
     for _, unit in _joined(found).values():
         if (
             unit is None
@@ -169,7 +169,7 @@ def _families(rule: Rule, found: Set) -> Iterator[Finding]:
 
 
 def _allowed_families(values: list[str]) -> set[str]:
-    """Return what RestrictAddressFamilies= leaves of AF_UNIX: all that the rule asks for."""
+    """Return the families that RestrictAddressFamilies= allows, as far as AF_UNIX matters."""
     allowed: set[str] | None = None
     for value in values:
         inverted = value.startswith("~")

@@ -1,4 +1,4 @@
-"""Rules: when proxy and backend start, stop and rest."""
+"""Rules: when proxy and backend start and stop."""
 
 from collections.abc import Iterator
 
@@ -8,7 +8,7 @@ from proxyd.units.sets import STARTS, Backend, Set
 from proxyd.units.unit import Unit
 from proxyd.units.unitfile import Setting
 
-_GATES = ("Condition", "Assert")
+_CHECKS = ("Condition", "Assert")
 
 
 def _restart_refused(rule: Rule, found: Set) -> Iterator[Finding]:
@@ -57,7 +57,7 @@ def _never_stops(rule: Rule, found: Set) -> Iterator[Finding]:
 
 
 def _is_on(found: Set, unit: Unit) -> bool:
-    """Tell whether the backend is to run always."""
+    """Tell whether the backend is meant to run always."""
     if unit.vendors and facts.is_enabled(unit):
         return True
     if found.command.rests or found.per_connection:
@@ -144,18 +144,18 @@ def _condition(rule: Rule, found: Set) -> Iterator[Finding]:
 
 
 def _conditions(unit: Unit) -> list[Setting]:
-    """Return the conditions and assertions that count: an empty one resets all of its group."""
-    kept: dict[str, list[Setting]] = {gate: [] for gate in _GATES}
+    """Return the conditions and assertions in effect: an empty one resets all of its kind."""
+    kept: dict[str, list[Setting]] = {kind: [] for kind in _CHECKS}
     for file in unit.files:
         for setting in file.settings:
-            gate = next((gate for gate in _GATES if setting.key.startswith(gate)), "")
-            if setting.section != "Unit" or not gate:
+            kind = next((kind for kind in _CHECKS if setting.key.startswith(kind)), "")
+            if setting.section != "Unit" or not kind:
                 continue
             if setting.value:
-                kept[gate].append(setting)
+                kept[kind].append(setting)
             else:
-                kept[gate].clear()
-    return [setting for gate in _GATES for setting in kept[gate]]
+                kept[kind].clear()
+    return [setting for kind in _CHECKS for setting in kept[kind]]
 
 
 def _oneshot(rule: Rule, found: Set) -> Iterator[Finding]:

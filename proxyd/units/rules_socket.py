@@ -25,11 +25,11 @@ _LATE_TARGETS = (
 _MAYBE_LATE = ("network.target",)
 _INET = (address.AF_INET, address.AF_INET6)
 _EARLY = ("systemd-", "networking.", "nftables.", "netfilter-persistent.")
-"""Services that start before basic.target, by the names that they are known by."""
+"""Services that start before basic.target, by the beginnings of their names."""
 
 
 def listens_on(socket: Unit) -> list[tuple[ListenAddress, Setting]]:
-    """Return the stream addresses of a socket unit; those that cannot be read are left out."""
+    """Return the stream addresses of a socket unit that can be parsed."""
     found = []
     for setting in socket.entries("Socket", "ListenStream"):
         text = socket.expand(setting.value)
@@ -60,7 +60,7 @@ def _ordered_after(rule: Rule, found: Set) -> Iterator[Finding]:
 
 
 def _lateness(found: Set, other: str) -> str:
-    """Return how sure it is that `other` comes after sockets.target: a severity, or empty."""
+    """Return whether `other` starts after sockets.target: a severity by certainty, or empty."""
     if other in _LATE_TARGETS:
         return "warning" if other == "network-online.target" else "error"
     if other in _MAYBE_LATE:
@@ -99,7 +99,7 @@ def _waits_for_network(socket: Unit) -> bool:
 
 
 def _is_one_of_ours(packed: bytes) -> bool:
-    """Tell whether this is an address that an interface has to get first."""
+    """Tell whether an interface must have this address before it can be bound."""
     kind = address.family(packed)
     if kind == address.AF_INET:
         return packed[4] != 127 and packed[4:8] != bytes(4)
@@ -145,7 +145,7 @@ def _same_address(rule: Rule, found: Set) -> Iterator[Finding]:
 
 
 def _near(library: Library, where: ListenAddress) -> list[tuple[Unit, ListenAddress]]:
-    """Return the sockets that may clash with an address, and what they listen on."""
+    """Return the sockets that may clash with an address, with their addresses."""
     streams = _streams(library)
     if _is_wildcard(where.address):
         return streams.get(("port", address.port(where.address)), [])
@@ -157,7 +157,7 @@ def _near(library: Library, where: ListenAddress) -> list[tuple[Unit, ListenAddr
 
 @lru_cache(maxsize=1)
 def _streams(library: Library) -> dict[object, list[tuple[Unit, ListenAddress]]]:
-    """Return {address, port, or port of a wildcard: the sockets that listen there, and on what}."""
+    """Return {address, port, or port of a wildcard: the sockets there, with their addresses}."""
     found: dict[object, list[tuple[Unit, ListenAddress]]] = {}
     for unit in library.own_units():
         for where, _ in listens_on(unit) if unit.name.type == "socket" else ():
@@ -190,7 +190,7 @@ def _clash(one: ListenAddress, other: ListenAddress) -> bool:
 
 
 def _covers(wide: bytes, narrow: bytes) -> bool:
-    """Tell whether `wide` is a wildcard that takes the other's port, too; [::] takes IPv4's."""
+    """Tell whether `wide` is a wildcard that includes `narrow`; [::] includes IPv4."""
     if address.family(wide) == address.AF_INET6:
         return wide[8:24] == bytes(16)
     return wide[4:8] == bytes(4) and address.family(narrow) == address.AF_INET

@@ -38,18 +38,18 @@ _ABOUT = ("Id", "LoadState", "NeedDaemonReload")
 
 
 class Manager:
-    """The service manager of the system, or of the user who asks, through systemctl."""
+    """The service manager of the system, or of the calling user, through systemctl."""
 
     def __init__(self, user: bool) -> None:
         program = shutil.which("systemctl")
         self._command = [program, *(["--user"] if user else [])] if program else []
 
     def answers(self) -> bool:
-        """Tell whether it runs, and answers us."""
+        """Tell whether it runs and answers."""
         return bool(self._show(["--property=Version"]))
 
     def tell(self, units: list[Unit]) -> list[Finding]:
-        """Complete `units` by what the manager has loaded; return what has to be said of that."""
+        """Complete `units` with what the manager has loaded; return the findings about that."""
         units = [unit for unit in units if not unit.told]
         by_name = {alias: unit for unit in units for alias in unit.aliases}
         if not by_name:

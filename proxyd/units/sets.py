@@ -9,12 +9,12 @@ from proxyd.units.unit import Unit
 from proxyd.units.unitfile import Setting
 
 STARTS = ("Requires", "Requisite", "Wants", "BindsTo", "Upholds")
-"""Dependencies that make a backend start, or want it started, with the proxy."""
+"""Dependencies that start a backend with the proxy."""
 
 _INSTALLS = (("RequiredBy", "Requires"), ("WantedBy", "Wants"), ("UpheldBy", "Upholds"))
 
 _SYNTHETIC = "1"
-"""The instance as which a template is looked at, of which no instance is known."""
+"""The instance that stands for a template without known instances."""
 
 
 class Backend:
@@ -25,13 +25,13 @@ class Backend:
     def __init__(self, name: str, unit: Unit | None) -> None:
         self.name = name
         self.unit = unit
-        """None if no file of it was found: what it says is not known."""
+        """None if it has no file here, so that its settings are unknown."""
         self.kinds: dict[str, Setting | None] = {}
         """{kind of dependency: where the proxy says it}."""
 
 
 class Set:
-    """A proxy with what belongs to it."""
+    """A proxy with its sockets and backends."""
 
     __slots__ = ("backends", "command", "library", "proxy", "sockets")
 
@@ -40,7 +40,7 @@ class Set:
         self.proxy = proxy
         self.command = run
         self.sockets: list[Unit] = []
-        """Those that start the proxy, or that it asks for: the one that is called like it first."""
+        """Those that start the proxy, or that it names; the one with the proxy's name first."""
         self.backends: list[Backend] = []
 
     @property
@@ -77,7 +77,7 @@ def service_of(socket: Unit) -> str:
 
 
 class _Index:
-    """What the library's own units say of others: which service a socket starts, [Install]."""
+    """How the library's units refer to others: the service of a socket, and [Install]."""
 
     def __init__(self, library: Library) -> None:
         self.by_service: dict[str, list[Unit]] = {}
@@ -115,7 +115,7 @@ class _Index:
 
 
 def _instances(library: Library, name: str) -> list[str]:
-    """Return `name`, or, for a template, the instances of it that are known, or one made up."""
+    """Return `name`; for a template, its known instances, or an invented one."""
     parsed = names.parse(name)
     if not parsed.is_template:
         return [name]
@@ -128,7 +128,7 @@ def _instances(library: Library, name: str) -> list[str]:
 
 
 def _proxies_of(library: Library, index: _Index, wanted: list[str]) -> list[str]:
-    """Return the services that may be the proxies meant."""
+    """Return the services that may be the wanted proxies."""
     found: list[str] = []
     others: set[str] = set()
     for name in wanted:
@@ -191,7 +191,7 @@ def _complete(found: Set, index: _Index) -> Set:
 
 
 def _add_enabled(found: Set, index: _Index) -> None:
-    """Take [Install] for what it is going to be: dependencies."""
+    """Treat [Install] as the dependencies that it makes when the unit is enabled."""
     for alias in sorted(found.proxy.aliases):
         for kind, unit in index.installed.get(alias, ()):
             backend = next((one for one in found.backends if one.name in unit.aliases), None)
@@ -202,7 +202,7 @@ def _add_enabled(found: Set, index: _Index) -> None:
 
 
 def _sockets_of(found: Set, index: _Index) -> list[Unit]:
-    """Return the sockets of a proxy, the one that is called like it first."""
+    """Return the sockets of a proxy, the one with its name first."""
     proxy = found.proxy
     sockets: list[Unit] = []
     for alias in sorted(proxy.aliases | {proxy.name.template or proxy.text}):

@@ -3,7 +3,7 @@
 from proxyd.units import names
 
 UNKNOWN = "\N{REPLACEMENT CHARACTER}"
-"""Stands for what only the machine that runs the unit knows, such as its host name."""
+"""Stands for a value that only the machine of the unit knows, such as its host name."""
 
 _TEMPORARY = {"T": "/tmp", "V": "/var/tmp"}  # noqa: S108 - what systemd says
 

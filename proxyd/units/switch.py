@@ -28,19 +28,19 @@ class Plan:
         self.unit: list[Row] = []
         """Added to [Unit]."""
         self.service: list[Row] = []
-        """Added to [Service]; a key that is there takes the place of what the unit has."""
+        """Added to [Service]; a key replaces that of the unit."""
         self.drops: dict[str, set[str]] = {}
-        """Dependencies that have to go: {kind: units}."""
+        """Dependencies to remove: {kind: units}."""
         self.reasons: list[str] = []
 
     def add(self, section: list[Row], rows: list[Row], reason: str) -> None:
-        """Note rows of a section, and why they are there."""
+        """Add rows to a section, with their reason."""
         section += rows
         self.reasons.append(f"{rows[-1][0]}={rows[-1][1]}: {reason}")
 
 
 class Result:
-    """What a switch comes to."""
+    """The result of a switch."""
 
     __slots__ = ("before", "files", "findings", "remarks")
 
@@ -48,20 +48,20 @@ class Result:
         user, others = one.proxy.user, _others(one)
         self.files = files
         self.findings = text.try_out(files, others, user)
-        """What `check` says of the result."""
+        """What `check` finds in the result."""
         self.before = {finding.rule for finding in text.try_out([], others, user)}
-        """The rules that found something before, too: the switch is not to blame."""
+        """The rules that already found something before the switch."""
         self.remarks = remarks
 
     @property
     def spoils(self) -> bool:
-        """Tell whether there are errors that were not there before."""
+        """Tell whether the switch would introduce errors."""
         new = [finding for finding in self.findings if finding.rule not in self.before]
         return report.reaches(new, "error")
 
 
 def switch(argument: str, scope: check.Scope) -> Result:
-    """Return what switches a unit. Raises UsageError."""
+    """Return the files that switch a unit. Raises UsageError."""
     one = _find(argument, scope)
     if one.command.error and not one.command.original:
         raise UsageError(f"{one.proxy.text}: {one.command.error}")
@@ -179,7 +179,7 @@ def _new_options(one: Set) -> list[str]:
 
 
 def _generic(one: Set, unit: str) -> str:
-    """Return what the name of a unit is in the file of a template."""
+    """Return how the file of a template writes the name of a unit."""
     proxy = one.proxy.name
     if not proxy.instance or proxy.instance not in unit:
         return unit
@@ -189,7 +189,7 @@ def _generic(one: Set, unit: str) -> str:
     return unit
 
 
-# What is written.
+# Writing the files.
 
 
 def _file_name(one: Set) -> str:
@@ -207,7 +207,7 @@ def _drop_in(one: Set, plan: Plan) -> Text:
 
 
 def _whole(one: Set, plan: Plan) -> Text:
-    """Write the unit anew, its drop-ins included, without what has to go."""
+    """Write the unit anew, its drop-ins merged, without the dependencies to remove."""
     sections: dict[str, list[Row]] = {}
     for setting in _effective(one):
         value = _without(one, setting, plan)
@@ -236,7 +236,7 @@ def _effective(one: Set) -> list[Setting]:
 
 
 def _without(one: Set, setting: Setting, plan: Plan) -> str | None:
-    """Return what is left of a dependency, or None if all of it goes."""
+    """Return what remains of a dependency, or None if nothing does."""
     gone = plan.drops.get(setting.key)
     if setting.section != "Unit" or gone is None:
         return setting.value
@@ -250,7 +250,7 @@ def _own_backends(one: Set) -> list[Backend]:
 
 
 def _for_backend(one: Set, backend: Backend) -> Text:
-    """Write what the backend lacks, as a drop-in."""
+    """Write a drop-in with the settings that the backend lacks."""
     rows: list[Row] = []
     unit = backend.unit
     rests = one.command.rests and (unit is None or not facts.is_enabled(unit))
@@ -289,7 +289,7 @@ def _files_of(unit: Unit) -> dict[str, bytes | str]:
             with open(file.path, "rb") as source:
                 found[name] = source.read()
         except OSError:
-            continue  # what cannot be read was not part of the set either
+            continue  # a file that cannot be read was not part of the set either
     return found
 
 
@@ -306,7 +306,7 @@ def _links_of(unit: Unit) -> dict[str, bytes | str]:
 
 
 def _remarks(one: Set, whole: bool) -> list[str]:
-    """Return what is left for people to do."""
+    """Return the steps that are left to the administrator."""
     remarks = []
     if whole:
         drop_ins = [file.path for file in one.proxy.files[1:]]

@@ -1,4 +1,4 @@
-"""Unit files as they are written, and the check of what is about to be written."""
+"""Unit files as they are written, and the check before that."""
 
 import os
 import tempfile
@@ -20,7 +20,7 @@ class Text:
         self.name = name
         self.sections = [(title, rows) for title, rows in sections if rows]
         self.comments = comments
-        """Lines at its head."""
+        """Comment lines at the beginning."""
 
     def render(self) -> str:
         """Return the contents of the file."""
@@ -50,7 +50,7 @@ def write(files: list[Text], folder: str) -> None:
 
 
 def try_out(files: list[Text], others: Mapping[str, bytes | str], user: bool) -> list[Finding]:
-    """Return what `check` says of the files, with `others` that belong to them: {name: contents}.
+    """Return what `check` finds in the files together with `others`: {name: contents}.
 
     Where a symlink leads is a `str`. The paths in the findings are the names of the files.
     """

@@ -25,7 +25,7 @@ _SPELLINGS = {
     ("Unit", "StartLimitBurst"): (("Service", "StartLimitBurst"),),
     ("Service", "TimeoutStartSec"): (("Service", "TimeoutSec"),),
 }
-"""What else systemd still takes for a setting."""
+"""Old names of settings that systemd still accepts."""
 
 
 _CHOICES = {
@@ -84,7 +84,7 @@ class Unit:
         self.folders: dict[str, list[tuple[str, str]]] = {}
         """Dependencies by symlinks in folders such as NAME.wants: {key: [(unit, path)]}."""
         self.wanted_by: list[tuple[str, str]] = []
-        """Units with such a symlink to this one, and its path: it is enabled there."""
+        """Units with such a symlink to this one, and its path: this unit is enabled in them."""
         self.vendors = False
         """Whether the file came with a package."""
         self.told: dict[str, str] = {}
@@ -101,7 +101,7 @@ class Unit:
 
     @property
     def loaded(self) -> bool:
-        """Tell whether there is anything that systemd could load."""
+        """Tell whether it has a file that systemd could load."""
         return bool(self.files) and not any(problem.fatal for problem in self.files[0].problems)
 
     def all(self, section: str, key: str) -> list[Setting]:
@@ -115,7 +115,7 @@ class Unit:
         ]
 
     def last(self, section: str, key: str) -> Setting | None:
-        """Return the assignment that counts where only one does; None for none, or a reset."""
+        """Return the last assignment of a setting with one value; None for none, or a reset."""
         found = self.all(section, key)
         return found[-1] if found and found[-1].value else None
 
@@ -138,14 +138,14 @@ class Unit:
         return self.expand(setting.value) if setting else default
 
     def choice(self, section: str, key: str, default: str = "") -> str:
-        """Return a setting that is one of a few words. Any other is ignored, and resets nothing."""
+        """Return a setting that is one of a few words. Others are ignored, and do not reset it."""
         allowed = _CHOICES.get(key)
         settings = self.all(section, key)
         values = [s.value for s in settings if s.value and (not allowed or s.value in allowed)]
         return self.told.get(key, self.expand(values[-1]) if values else default)
 
     def flag(self, section: str, key: str, default: bool = False) -> bool:
-        """Return a boolean setting. What is no boolean is ignored, as systemd does."""
+        """Return a boolean setting. Other values are ignored, as systemd does."""
         for text in self._values(section, key):
             value = words.boolean(text)
             if value is not None:
@@ -153,7 +153,7 @@ class Unit:
         return default
 
     def span(self, section: str, key: str, default: str) -> int | None:
-        """Return a time span in microseconds, None for infinity. What is none is ignored."""
+        """Return a time span in microseconds, None for infinity. Other values are ignored."""
         for text in [*self._values(section, key), default]:
             value = words.span(text)
             if not isinstance(value, str):
@@ -161,7 +161,7 @@ class Unit:
         raise ValueError(default)
 
     def _values(self, section: str, key: str) -> list[str]:
-        """Return the values of a setting, the one that counts first."""
+        """Return the values of a setting, the one in effect first."""
         told = self.told.get(key)
         values = [self.expand(setting.value) for setting in reversed(self.all(section, key))]
         return values if told is None else [told, *values]
@@ -197,7 +197,7 @@ class Unit:
         ]
 
     def where(self, *anchors: tuple[str, str]) -> tuple[str, int]:
-        """Return path and line of the first of these settings that there is, or of the unit."""
+        """Return path and line of the first of these settings that exists, or of the unit."""
         for section, key in anchors:
             found = self.all(section, key)
             if found:

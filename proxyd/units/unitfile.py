@@ -6,7 +6,7 @@ import stat
 from proxyd.errors import reason
 
 SIZE_MAX = 4 << 20
-"""Bytes; no unit file has a hundredth of it, and what has more is something else."""
+"""Bytes. No unit file has a hundredth of that; a larger file is something else."""
 
 _WHITESPACE = " \t\n\r"
 _LINE_MAX = 1 << 20  # LONG_LINE_MAX of systemd, for a line with its continuations

@@ -1,4 +1,4 @@
-"""The lines of `systemd-analyze verify`, where it is there."""
+"""The lines of `systemd-analyze verify`, if it is installed."""
 
 import os
 import shutil
@@ -7,10 +7,10 @@ import subprocess
 from proxyd.units import names
 
 _PATIENCE = 60
-"""Seconds; it takes less than one for a set."""
+"""Seconds. It takes less than one for a set."""
 
 _FILES_MAX = 500
-"""More at a time take it minutes."""
+"""With more at a time it takes minutes."""
 
 _IGNORED = ("ignoring", "Ignoring", "ignored", "deprecated", "obsolete")
 
@@ -26,11 +26,11 @@ _NEWER = (
     "RestartSteps",
     "UpheldBy",
 )
-"""Settings that the systemd which is installed here may be too old for."""
+"""Settings that are too new for some installed versions of systemd."""
 
 
 class Line:
-    """One line that it said."""
+    """One line of its output."""
 
     __slots__ = ("line", "message", "path", "severity", "unit")
 
@@ -83,7 +83,7 @@ def _not_asked(folder: str, why: str) -> Line:
 
 
 def _is_of_machine(message: str) -> bool:
-    """Tell whether a line is about this machine, and says nothing of another."""
+    """Tell whether a line is about this machine rather than about the units."""
     unknown = message.startswith("Unknown key") and any(f"'{key}'" in message for key in _NEWER)
     return unknown or "is not executable" in message
 

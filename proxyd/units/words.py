@@ -73,7 +73,7 @@ def _word(text: str, at: int, escapes: bool) -> tuple[str, int]:
 
 
 def _escape(text: str, at: int) -> tuple[str, int]:
-    """Read what follows a backslash; an escape that C does not know stays as it is."""
+    """Read what follows a backslash; an escape unknown to C stays as it is."""
     char = text[at]
     if char in _ESCAPES:
         return _ESCAPES[char], at + 1

@@ -1,4 +1,4 @@
-"""The list of scenarios, and how one is run and reported."""
+"""The list of scenarios; runs and reports them."""
 
 import time
 from collections.abc import Callable
@@ -26,7 +26,7 @@ class Scenario:
     slow: bool
 
     def to_fail(self, original_version: int) -> str:
-        """Why the original of this version (0: it is not the original) is to fail, or empty."""
+        """Why this version of the original is expected to fail, or empty; 0: our program."""
         return self.original if self.since <= original_version <= self.until else ""
 
 
@@ -53,7 +53,7 @@ def scenario(
 
 
 def run_all(machine: Machine, names: list[str], original_version: int) -> dict[str, int]:
-    """Run scenarios one by one, a line each; return how many ended in which way.
+    """Run scenarios one by one and print a line each; return the number of each outcome.
 
     `original_version` is the systemd version of the C original that is being run, or 0.
     """
@@ -65,7 +65,7 @@ def run_all(machine: Machine, names: list[str], original_version: int) -> dict[s
 
 
 def run_one(machine: Machine, one: Scenario, expected: str) -> str:
-    """Run and report one scenario, which is to fail if `expected` says why."""
+    """Run and report one scenario; `expected` says why it must fail, if it must."""
     missing = [word for word in one.needs if word not in machine.help]
     if missing:
         print(f"skip {one.name} (its --help has no {' '.join(missing)})", flush=True)
@@ -79,7 +79,7 @@ def run_one(machine: Machine, one: Scenario, expected: str) -> str:
         return "skip"
     except Failure as error:
         note, failure = "", str(error) or "failed"
-    except Exception as error:  # such as a client that takes too long: never what was expected
+    except Exception as error:  # such as a client that takes too long: never an expected failure
         note, failure, expected = "", f"{type(error).__name__}: {error}", ""
     finally:
         journal = end_of_journal(machine)

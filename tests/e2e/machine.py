@@ -32,7 +32,7 @@ http {{
 }}
 """
 
-# Where the folder inside/ is found in the container.
+# The path of the folder inside/ in the container.
 TOOLS = "/opt/e2e"
 
 
@@ -73,7 +73,7 @@ class Machine:
         self.sh(f"mkdir -p {self.folder}")
 
     def reboot(self) -> None:
-        """Boot anew. What was logged before is gone: the journal is volatile."""
+        """Reboot. The journal is volatile, so earlier log lines are lost."""
         self.container.reboot()
         self._cursor = ""
 
@@ -94,7 +94,7 @@ class Machine:
     def run(
         self, script: str, timeout: float = 60, stdin: str | None = None
     ) -> subprocess.CompletedProcess:
-        """Run a bash script inside, whatever comes of it."""
+        """Run a bash script inside; its exit status does not matter."""
         return self.container.run(script, timeout, stdin)
 
     def sh(self, script: str, timeout: float = 60, stdin: str | None = None) -> str:
@@ -209,7 +209,7 @@ class Machine:
         return self.client(f"exec python3 {TOOLS}/load.py {kind} {' '.join(map(str, numbers))}")
 
     def load_result(self, load: subprocess.Popen) -> dict[str, dict[str, int]]:
-        """How many requests of each kind ended in which way ("ok" or an error's text)."""
+        """The number of requests of each kind by outcome ("ok" or an error's text)."""
         output, _ = load.communicate(timeout=180)
         check(output.startswith("{"), f"load.py: {output[-600:]}")
         return json.loads(output)
@@ -234,7 +234,7 @@ class Machine:
         return int(self.show(unit, "MainPID"))
 
     def host_pid(self, unit: str) -> int:
-        """The pid of a service's main process as the host counts, never 0: that is ourselves."""
+        """The pid of a service's main process on the host; never 0, which would mean ourselves."""
         pid = self.container.host_pid(self.main_pid(unit))
         check(pid, f"{unit} has no process")
         return pid

@@ -1,14 +1,15 @@
-"""Bad input: command lines, environments and passed-in fds, thousands of them.
+"""Start the program with thousands of bad command lines, environments and passed-in fds.
 
     ci/test fuzz                      half of the time the parsers (atheris), half whole starts
     ci/test fuzz -- --seconds N       for N seconds (60)
-    ci/test fuzz -- --replay NUMBER   one start again, and what it says
+    ci/test fuzz -- --replay NUMBER   repeat one start, and show its output
     ci/test fuzz -- --seed N          other inputs than by default
 
-Whatever the input: it runs, or one line on stderr says why not and the exit status is 1 (two lines
-where there are no sockets). Never a traceback, never "Internal error", never a hang.
+Whatever the input, the program runs, or exits with status 1 after one line on stderr that says why
+(two lines if there are no sockets). It never prints a traceback or "Internal error", and never
+hangs.
 
-Starts are the same for the same seed. Exit status: 0 all behaved, 1 one did not, 77 this machine
+The same seed gives the same starts. Exit status: 0 all passed, 1 a fault was found, 77 this machine
 cannot run it.
 """
 
@@ -29,9 +30,9 @@ from kit.namespaces import enter_network_for
 TESTS = Path(__file__).resolve().parent.parent
 
 NOBODY = 61199
-"""A user id that owns nothing: the arguments made up here may name files."""
+"""A user id that owns nothing, because generated arguments may name files."""
 
-FAULTS_MOST = 10
+FAULTS_MAX = 10
 
 
 def options():
@@ -62,7 +63,7 @@ def main():
 
 
 def one_process(work):
-    """The exit status of a child that does the work; it sees Ctrl-C too."""
+    """Do the work in a child process, which also gets Ctrl-C; return its exit status."""
     child = os.fork()
     if child == 0:
         status = 1
@@ -77,7 +78,7 @@ def one_process(work):
 
 
 def parsers_failed(chosen, folder):
-    """Whether atheris made one fail; what it has to say is shown then."""
+    """Run atheris; return 1, and show its output, if it made a parser fail."""
     seconds = max(int(chosen.seconds / 2), 1)
     command = [sys.executable, "-B", str(TESTS), "fuzz.parsers", str(seconds), str(chosen.seed)]
     done = subprocess.run(
@@ -98,7 +99,7 @@ def parsers_failed(chosen, folder):
 
 
 def starts_failed(chosen, folder):
-    """Whole starts from several processes; how many were faults."""
+    """Run whole starts from several processes; return the number of faults."""
     workers = min(os.cpu_count() or 1, 4)
     with ThreadPoolExecutor(workers) as pool:
         list(pool.map(lambda worker: one_process(
@@ -125,7 +126,7 @@ def become_nobody(folder):
 
 
 def show(chosen, folder):
-    """One start, and what it says."""
+    """Repeat one start, and show its outcome."""
     become_nobody(folder)
     one = case(chosen.seed, chosen.replay)
     print(one.shell())
@@ -138,12 +139,12 @@ def show(chosen, folder):
 
 
 def starts(chosen, folder, numbers):
-    """Start after start until the time is over. Leaves the counts in the folder."""
+    """Run one start after another until time is up, and write the counts into the folder."""
     become_nobody(folder)
     end = time.monotonic() + chosen.seconds / 2
     counts = {}
     for number in numbers:
-        if time.monotonic() > end or counts.get("faults", 0) >= FAULTS_MOST:
+        if time.monotonic() > end or counts.get("faults", 0) >= FAULTS_MAX:
             break
         one = case(chosen.seed, number)
         try:
@@ -158,7 +159,7 @@ def starts(chosen, folder, numbers):
 
 
 def shrunk(executable, one):
-    """The same without all that the fault does not need."""
+    """Remove from the case whatever the fault does not need."""
     for part in ("environment", "arguments", "fds"):
         for key in reversed(list(keys(getattr(one, part)))):
             whole = getattr(one, part)

@@ -1,6 +1,6 @@
-"""Command lines and environments, made at random from what people write, and then damaged.
+"""Command lines and environments, made at random from plausible words, and then damaged.
 
-All bytes, as the kernel has them; a NUL is the one byte that cannot be passed.
+All are bytes, as for the kernel; NUL is the only byte that cannot be passed.
 """
 
 import os
@@ -80,12 +80,12 @@ _STRANGE = (
     b"\xe2\x80\xae", b"\xc2\x85", b"9", b",", b".", b"\x7f", b"{}", b"%s", b"\\",
 )  # fmt: skip
 _GOOD = 4
-"""So many of each list, the first ones, make sense; they come more often."""
+"""The number of values at the start of each list that make sense; they are drawn more often."""
 
 
 @dataclass
 class Case:
-    """One start: arguments without the program, environment, and what fd 3 and on are."""
+    """One start: arguments without the program, environment, and kinds of the fds from 3 on."""
 
     number: int = 0
     arguments: list = field(default_factory=list)
@@ -94,7 +94,7 @@ class Case:
     """Of "tcp", "tcp6", "unix", "dgram", "pipe", "connected", "closed"."""
 
     def shell(self):
-        """As a command that can be typed."""
+        """Return it as a command to type."""
         words = [
             f"{name.decode()}={os.fsdecode(value)!r}" for name, value in self.environment.items()
         ]
@@ -106,20 +106,20 @@ class Case:
 
 
 class Dice(random.Random):
-    """`bad`: what is made makes sense only by chance."""
+    """Random numbers; with `bad`, what is made from them makes sense only by chance."""
 
     bad = True
 
 
 def case(seed, number):
-    """The case of this number: always the same. The command line is bad, or the rest, or both."""
+    """Return the case of this number, always the same. Command line, the rest or both are bad."""
     dice = Dice(f"{seed}/{number}")
     what = dice.choice(("arguments", "rest", "both"))
     dice.bad = what != "rest"
     words = arguments(dice)
     dice.bad = what != "arguments"
     made = Case(number, words, environment(dice), fds(dice))
-    if dice.random() < 0.7:  # mostly well started, so that more than LISTEN_ is read
+    if dice.random() < 0.7:  # mostly with valid LISTEN_ variables, so that more is reached
         made.fds = made.fds or ["tcp"]
         made.environment |= {b"LISTEN_PID": b"@own", b"LISTEN_FDS": b"@count"}
         made.environment.pop(b"LISTEN_PIDFDID", None)
@@ -184,7 +184,8 @@ def environment(dice):
     for name, values in ENVIRONMENT.items():
         if dice.random() < 0.3:
             value = pick(dice, values) if values else names(dice)
-            if value[:1] != b"@" and not name.startswith(b"PYTHON"):  # that garbage is Python's
+            # A damaged PYTHON variable would test Python instead.
+            if value[:1] != b"@" and not name.startswith(b"PYTHON"):
                 value = damaged(dice, value).replace(b"\0", b"")
             made[name] = value
     return made
@@ -200,7 +201,7 @@ def fds(dice):
 
 
 def damaged(dice, text):
-    """`text`, mostly as it is, otherwise with a few bytes put in, left out, moved or repeated."""
+    """Return `text`, mostly unchanged, else with bytes inserted, removed, swapped or repeated."""
     while dice.bad and dice.random() < 0.15:
         at = dice.randrange(len(text) + 1)
         text = dice.choice((_put_in, _leave_out, _swap, _repeat, _noise))(dice, text, at)

@@ -1,9 +1,9 @@
-"""The parsers in one process, driven by atheris: coverage of the branches leads to new inputs.
+"""Fuzz the parsers in one process with atheris, which follows the branches that inputs reach.
 
     python tests fuzz.parsers SECONDS SEED [FILE]      FILE: only this input, which was a fault
 
-Each may return, or raise what it says it raises; nothing else, and nothing slowly: an input that
-takes more than 5 s is a fault too.
+Each parser may return, or raise the errors that it documents. An input that takes more than 5 s is
+a fault too.
 """
 
 import os
@@ -18,11 +18,11 @@ with atheris.instrument_imports(include=["proxyd"]):
 HERE = os.path.dirname(os.path.abspath(__file__))
 SLOWEST = 5
 NO_FDS = 2**16
-"""LISTEN_FDS= counts from fd 3 on; the fuzzer's own are not to be touched."""
+"""Used instead of fd 3 as the first of LISTEN_FDS=, to leave the fuzzer's own fds alone."""
 
 
 def text_of(data):
-    """As the program gets it: arguments and variables are bytes, never with a NUL."""
+    """Decode as Python does for the program; arguments and variables never contain a NUL."""
     return os.fsdecode(data.replace(b"\0", b"\n"))
 
 
@@ -56,7 +56,7 @@ def where_to(data):
 def where_from(data):
     try:
         made = bind.parse_listen(text_of(data))
-    except ValueError:
+    except (ValueError, UsageError):
         return
     assert target.valid_name(made.name)
     address.to_socket_name(made.address)
@@ -69,7 +69,7 @@ def pair(data):
 
 
 def passed_in(data):
-    """LISTEN_: what is right there leads to the fds, which there are none of."""
+    """Valid LISTEN_ variables lead to fds, none of which is open."""
     pid, fds, fdnames, pidfdid = (data.split(b"\xff\0") + [b""] * 4)[:4]
     environ = {
         "LISTEN_PID": text_of(pid), "LISTEN_FDS": text_of(fds),
@@ -103,7 +103,7 @@ PARSERS = (
 
 
 def one_input(data):
-    """The first byte chooses the parser."""
+    """Fuzz the parser that the first byte chooses with the rest."""
     if data:
         PARSERS[data[0] % len(PARSERS)](data[1:])
 
@@ -111,7 +111,7 @@ def one_input(data):
 def main():
     seconds, seed, *files = sys.argv[1:]
     activation._FDS_START = NO_FDS
-    sys.stderr = os.fdopen(os.dup(2), "w")  # for a traceback; what is logged is discarded
+    sys.stderr = os.fdopen(os.dup(2), "w")  # for tracebacks; log lines are discarded
     arguments = [
         "parsers", f"-seed={seed}", f"-timeout={SLOWEST}", "-max_len=2000", "-close_fd_mask=2",
         "-print_final_stats=1", f"-dict={HERE}/words.dict",

@@ -1,9 +1,9 @@
-"""One start of the installed command, and whether it behaved.
+"""One start of the installed command, and the verdict on it.
 
-It may do one of three things: print what --help or --version ask for and exit with 0; exit with 1
-after one line on stderr that says why (two where there are no sockets); or run, until SIGTERM ends
-it with 0. Before that there may be a warning for each variable that is garbage, and for each NAME
-that no listener has.
+The command may do one of three things: print what --help or --version ask for and exit with 0; exit
+with 1 after one line on stderr that says why (two if there are no sockets); or run until SIGTERM
+ends it with 0. There may also be a warning for each invalid variable, and for each NAME without a
+listener.
 """
 
 import os
@@ -18,16 +18,16 @@ from pathlib import Path
 from kit.sockets import open_listener
 
 PATIENCE = 20.0
-"""Seconds until a start that neither ends nor runs is a hang."""
+"""Seconds after which a start that neither ends nor runs counts as a hang."""
 
 STEP = 0.001
 
 LISTENERS = {"tcp": "tcp4", "tcp6": "tcp6", "unix": "abstract"}
-"""What is said of a listener, and its family."""
+"""A kind of listener in a case, and in `open_listener()`."""
 
 NO_SOCKETS = "Didn't get any sockets passed in."
 
-# Without HOME, Python asks the system for the user, and libraries there read SYSTEMD_LOG_LEVEL.
+# Without HOME, Python looks up the user, and libraries of systemd then read SYSTEMD_LOG_LEVEL.
 ALWAYS = {b"PATH": b"/bin", b"HOME": b"/"}
 
 NOTE = re.compile(
@@ -43,7 +43,7 @@ NOTE = re.compile(
     r"|Target \d+ is a host"
     r"|WATCHDOG=1 is \d+ ms late"
 )
-"""Lines that may precede or follow the one that says why."""
+"""Lines that are allowed in addition to the one that says why."""
 
 
 SILENT = re.compile(rb"[012]|emerg|alert|crit")
@@ -51,11 +51,11 @@ SILENT = re.compile(rb"[012]|emerg|alert|crit")
 
 
 class Fault(Exception):
-    """It did something else."""
+    """The command did something that it may not do."""
 
 
 def start(executable, case):
-    """Fork and execute; return the pid, and files of what it writes to stdout and stderr."""
+    """Fork and execute; return the pid, and the files that are its stdout and stderr."""
     streams = [tempfile.TemporaryFile(buffering=0) for _ in range(2)]  # noqa: SIM115
     sockets = [make_fd(kind) for kind in case.fds]
     pid = os.fork()
@@ -75,18 +75,18 @@ def start(executable, case):
 
 
 def make_fd(kind):
-    """What fd 3 or a later one is; None: nothing."""
+    """Return what becomes fd 3 or a later one; None: a closed fd."""
     if kind in LISTENERS:
         return open_listener(LISTENERS[kind], None)
     if kind == "dgram":
         return socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     if kind == "connected":
-        return socket.socketpair()[0]  # the other end is closed
+        return socket.socketpair()[0]  # the other end is closed at once
     return open("/dev/null", "rb") if kind == "pipe" else None
 
 
 def place_fds(things, streams):
-    """Give the child its fds from 3 on, stdout and stderr. Raises OSError."""
+    """Set up stdin, stdout, stderr and the fds from 3 on in the child. Raises OSError."""
     top = 100
     high = [None if thing is None else os.dup2(thing.fileno(), top + n)
             for n, thing in enumerate(things)]  # fmt: skip
@@ -103,7 +103,7 @@ def place_fds(things, streams):
 
 
 def run(executable, case):
-    """Start it and see it end; "refused", "told" or "ran". Raises Fault."""
+    """Start the command and wait for its end: "refused", "told" or "ran". Raises Fault."""
     pid, stdout, stderr = start(executable, case)
     with stdout, stderr:
         ran = wait(pid)
@@ -114,7 +114,7 @@ def run(executable, case):
 
 
 def wait(pid):
-    """(whether it had to be told to end, its exit status). Raises Fault for a hang."""
+    """Return whether it ran until it got SIGTERM, and its exit status. Raises Fault for a hang."""
     pidfd = os.pidfd_open(pid)
     told, deadline = False, time.monotonic() + PATIENCE
     try:
@@ -132,7 +132,7 @@ def wait(pid):
 
 
 def waits_for_signals(pid):
-    """Whether it has handlers for its signals, which is so from the beginning of its service."""
+    """Tell whether it handles SIGTERM, which it does from when it begins to serve."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except (FileNotFoundError, ProcessLookupError):
@@ -146,7 +146,7 @@ def content(file):
 
 
 def verdict(told_to_end, status, output, log, silent):
-    """What it did; `silent`: it may have been told not to log errors. Raises Fault."""
+    """Return what it did; `silent`: the environment may forbid it to log errors. Raises Fault."""
     text = log.decode()  # UnicodeDecodeError, a ValueError, is a fault too
     lines = text.splitlines()
     if text.count("\n") != len(lines) or any(not line.isprintable() for line in lines):

@@ -1,22 +1,22 @@
-"""Hostile clients: the others are served meanwhile, the log stays readable, memory stays bounded.
+"""Attack the proxy: other clients must be served, the log stay readable, and memory stay bounded.
 
     ci/test hostile
     ci/test hostile -- --seconds N            the length of each attack (3)
-    ci/test hostile -- --only flood,resets    these attacks; `held` is the measurement of memory
-    ci/test hostile -- --clients N            how many clients that measurement takes (20)
+    ci/test hostile -- --only flood,resets    these attacks; `held` measures memory instead
+    ci/test hostile -- --clients N            the number of clients in that measurement (20)
 
-Each attack runs on a proxy of its own, between TCP and UNIX sockets in every mix, with two
-well-behaved clients on each: one stays, and one connects again and again. Each of their exchanges
-must be answered with the right bytes; only during `flood`, which fills the limit, may new
-connections be refused. The time that an answer took is reported; the verdict does not depend on it.
-The program must log each kind of line at most once in 5 s, have closed all sockets afterwards, and
-end with status 0 on SIGTERM.
+Each attack runs on a proxy of its own, between TCP and UNIX sockets in every combination. Each
+listener also has two well-behaved clients: one keeps its connection, and one connects again and
+again. Each of their messages must be answered with the right bytes; new connections may be refused
+only during `flood`, which fills the limit. Response times are reported, but do not affect the
+verdict. The program must log each kind of line at most once in 5 s, close all sockets afterwards,
+and exit with status 0 on SIGTERM.
 
-`held` is about clients that send and never read, with targets that do the same: what the program
-then holds for each, in its own memory, in pipes and in socket buffers, against what the code says
-is the most.
+`held` uses clients that send and never read, and targets that do the same. It compares what the
+program then holds for each client, in its own memory, in pipes and in socket buffers, with the
+maximum that the code allows.
 
-Exit status: 0 all held, 1 something did not, 77 this machine cannot run it.
+Exit status: 0 all passed, 1 something failed, 77 this machine cannot run it.
 """
 
 import argparse

@@ -1,7 +1,7 @@
-"""What hostile clients do. Each attack is a coroutine that goes on until it is over.
+"""What hostile clients do. Each attack is a coroutine that returns a note for the report.
 
-`place.doors` are the doors of the proxy, {name: address}; what is opened through `place` is closed,
-by reset, when the attack has been looked at.
+`place.addresses` are those of the proxy's listeners, by name. Sockets opened through `place` are
+closed with a reset once the effect of the attack has been measured.
 """
 
 import asyncio
@@ -16,8 +16,8 @@ import time
 from kit.asynchronous import connect, open_socket
 
 PAIRS = ("tcp-to-tcp", "tcp-to-unix", "unix-to-tcp", "unix-to-unix")
-FOES = tuple(f"{pair}-foes" for pair in PAIRS)
-"""Doors of the attackers, whose targets are another process than those of the guests."""
+ATTACKED = tuple(f"{pair}-attacked" for pair in PAIRS)
+"""Listeners for attackers; their targets run in another process than those of the guests."""
 LINGER = struct.pack("ii", 1, 0)
 TCP_REPAIR = 19
 MANY = 200
@@ -27,10 +27,10 @@ STUCK = 0.5
 
 
 class Place:
-    """Where the attack happens: addresses, its dice, and what it has opened."""
+    """Where an attack happens: addresses, its random numbers, and the sockets it has opened."""
 
-    def __init__(self, doors, seconds, dice):
-        self.doors = doors
+    def __init__(self, addresses, seconds, dice):
+        self.addresses = addresses
         self.seconds = seconds
         self.dice = dice
         self.open = []
@@ -39,16 +39,16 @@ class Place:
     def going_on(self):
         return time.monotonic() < self.until
 
-    def socket(self, door):
-        sock = open_socket(door.split("-")[0])
+    def socket(self, listener):
+        sock = open_socket(listener.split("-")[0])
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER)
         return sock
 
-    async def connect(self, door, keep=True):
-        """A client's socket that resets when it is closed; None where it was refused."""
-        sock = self.socket(door)
+    async def connect(self, listener, keep=True):
+        """Return a client's socket that resets when it is closed; None if it was refused."""
+        sock = self.socket(listener)
         try:
-            await connect(sock, self.doors[door])
+            await connect(sock, self.addresses[listener])
         except OSError:
             return None
         if keep:
@@ -62,13 +62,13 @@ class Place:
 
 
 async def flood(place):
-    """Three times the limit of connections, each that is refused at once come again."""
+    """Three times as many clients as the limit allows; each refused one tries again."""
     refused = 0
 
-    async def one(door):
+    async def one(listener):
         nonlocal refused
         while place.going_on():
-            sock = await place.connect(door, keep=False)
+            sock = await place.connect(listener, keep=False)
             if sock is None:
                 continue
             with sock, contextlib.suppress(*GONE):
@@ -77,8 +77,8 @@ async def flood(place):
                         refused += 1
             await asyncio.sleep(0.01)
 
-    doors = itertools.cycle(FOES)
-    await asyncio.gather(*(one(next(doors)) for _ in range(3 * 256)))
+    listeners = itertools.cycle(ATTACKED)
+    await asyncio.gather(*(one(next(listeners)) for _ in range(3 * 256)))
     return f"{refused} refused"
 
 
@@ -86,9 +86,9 @@ async def drip(place):
     """Clients that send a byte ten times a second, and read as slowly."""
     sent = 0
 
-    async def one(door):
+    async def one(listener):
         nonlocal sent
-        sock = await place.connect(door)
+        sock = await place.connect(listener)
         await asyncio.get_running_loop().sock_sendall(sock, b"e")
         while place.going_on():
             await asyncio.sleep(0.1)
@@ -96,31 +96,31 @@ async def drip(place):
             await asyncio.get_running_loop().sock_recv(sock, 1)
             sent += 1
 
-    doors = itertools.cycle(FOES)
-    await asyncio.gather(*(one(next(doors)) for _ in range(MANY)))
+    listeners = itertools.cycle(ATTACKED)
+    await asyncio.gather(*(one(next(listeners)) for _ in range(MANY)))
     return f"{MANY} clients, {sent} bytes one at a time"
 
 
 async def never_read(place):
-    """Clients that are sent much, and read nothing."""
-    doors = itertools.cycle(FOES)
+    """Clients whose targets send without end, and that read nothing."""
+    listeners = itertools.cycle(ATTACKED)
     for _ in range(MANY):
-        sock = await place.connect(next(doors))
+        sock = await place.connect(next(listeners))
         await asyncio.get_running_loop().sock_sendall(sock, b"f")
     await asyncio.sleep(max(place.until - time.monotonic(), 0))
     return f"{MANY} clients"
 
 
 async def resets(place):
-    """Resets at every point of the life of a connection, from many at once."""
+    """Resets at every point in the life of a connection, from many clients at once."""
     counts = dict.fromkeys(POINTS, 0)
 
     async def one(number):
         points = itertools.islice(itertools.cycle(POINTS.items()), number, None)
-        for name, (doors, act) in points:
+        for name, (listeners, act) in points:
             if not place.going_on():
                 return
-            sock = await place.connect(place.dice.choice(doors), keep=False)
+            sock = await place.connect(place.dice.choice(listeners), keep=False)
             if sock is not None:
                 with sock, contextlib.suppress(*GONE):
                     counts[name] += 1
@@ -157,8 +157,8 @@ async def mid_stream(sock, dice):
 
 
 async def mid_upload(sock, dice):
-    """To a target that does not read; but UNIX knows no reset, and what a client who has closed
-    there has sent waits for its reader, as it would in the kernel."""
+    """Send to a target that does not read; but not on UNIX sockets, which have no reset: what a
+    client sent before it closed waits for its reader there, as it would without a proxy."""
     mode = b"e" if sock.family == socket.AF_UNIX else b"n"
     await asyncio.get_running_loop().sock_sendall(sock, mode + bytes(dice.randrange(1 << 20)))
 
@@ -170,41 +170,41 @@ async def after_end(sock, dice):
 
 
 async def while_lingering(sock, dice):
-    """The target has reset, and what it had sent is still on its way to a client that waits."""
+    """The target has reset, and its data are still on their way to a client that does not read."""
     await asyncio.get_running_loop().sock_sendall(sock, b"r")
     await asyncio.sleep(dice.uniform(0.05, 0.3))
 
 
 POINTS = {
-    "before accept": (FOES, before_accept),
+    "before accept": (ATTACKED, before_accept),
     "while held": (("tcp-to-nobody",), a_while),
     "while connecting": (("tcp-to-full",), a_while),
-    "after the first byte": (FOES, after_first_byte),
-    "mid stream": (FOES, mid_stream),
-    "mid upload": (FOES, mid_upload),
-    "after the end": (FOES, after_end),
-    "while lingering": (FOES, while_lingering),
+    "after the first byte": (ATTACKED, after_first_byte),
+    "mid stream": (ATTACKED, mid_stream),
+    "mid upload": (ATTACKED, mid_upload),
+    "after the end": (ATTACKED, after_end),
+    "while lingering": (ATTACKED, while_lingering),
 }
 
 
 async def connect_and_reset(place):
-    """60 000 connections that are reset before anything is said."""
+    """60 000 connections that are reset before a byte is sent."""
     started = time.monotonic()
     for number in range(60_000):
         sock = place.socket("tcp")
         with sock, contextlib.suppress(BlockingIOError):
-            sock.connect(place.doors[FOES[number % 2]])
+            sock.connect(place.addresses[ATTACKED[number % 2]])
         if number % 64 == 0:
             await asyncio.sleep(0)
     return f"60 000 in {time.monotonic() - started:.1f} s"
 
 
 async def half_open(place):
-    """Clients that vanish without a word: no FIN, no RST, as when a cable is pulled."""
+    """Clients that vanish without FIN or RST, as if a cable were pulled."""
     for number in range(MANY):
-        sock = await place.connect(FOES[number % 2], keep=False)
+        sock = await place.connect(ATTACKED[number % 2], keep=False)
         await asyncio.get_running_loop().sock_sendall(sock, b"e")
-        # A socket under repair is closed without telling its peer: tcp(7), CAP_NET_ADMIN.
+        # A socket in repair mode is closed without a packet: tcp(7), CAP_NET_ADMIN.
         sock.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, 1)
         sock.close()
     await asyncio.sleep(max(place.until - time.monotonic(), 0))
@@ -219,7 +219,7 @@ ATTACKS = {
     "60000": (connect_and_reset, ()),
     "half-open": (half_open, ("--idle-timeout=2s",)),
 }
-"""Name → what is done, and the options of the proxy that it is done to."""
+"""Name → the attack, and the options of the attacked proxy."""
 
 
 def dice(seed):

@@ -1,9 +1,9 @@
-"""The well-behaved clients, and how they are served: at each door, one stays and one returns.
+"""The well-behaved clients, two per listener: one keeps its connection, one makes new ones.
 
-Settings: `name`; `doors`: [{"family", "address"}]. The order "mark" is answered with what has
-happened since the one before: {"stay": numbers, "come": numbers, "refused": count}, where numbers
-are [count, p50, p99, worst] in microseconds. A wrong byte, or an answer that does not come, is a
-fault at once.
+Settings: `name`; `listeners`: [{"family", "address"}]. The order "mark" is answered with what has
+happened since the previous one: {"stay": numbers, "come": numbers, "refused": count}, where numbers
+are [count, p50, p99, worst] in microseconds. A wrong byte or a missing answer is reported at once,
+as a fault.
 """
 
 import asyncio
@@ -17,19 +17,19 @@ from kit.pattern import Stream
 SIZE = 64
 PAUSE = 0.005
 PATIENCE = 60
-"""Seconds until an answer counts as lost."""
+"""Seconds after which an answer counts as lost."""
 
 
 class Guests:
     def __init__(self, settings):
         self.tally = Tally(settings["name"])
-        self.doors = settings["doors"]
+        self.listeners = settings["listeners"]
         self.number = 0
         self.stay, self.come, self.refused = [], [], 0
 
-    async def connect(self, door):
-        sock = open_socket(door["family"])
-        await connect(sock, door["address"])
+    async def connect(self, listener):
+        sock = open_socket(listener["family"])
+        await connect(sock, listener["address"])
         return sock
 
     async def exchange(self, sock, stream, at):
@@ -45,10 +45,10 @@ class Guests:
         self.number += 1
         return Stream(self.number, 0)
 
-    async def staying(self, door):
-        """One connection for the whole time."""
+    async def staying(self, listener):
+        """Keep one connection for the whole run."""
         at, stream = 0, self.stream()
-        with await self.connect(door) as sock:
+        with await self.connect(listener) as sock:
             await asyncio.get_running_loop().sock_sendall(sock, b"e")
             while True:
                 start = time.perf_counter()
@@ -56,21 +56,21 @@ class Guests:
                 self.stay.append(time.perf_counter() - start)
                 await asyncio.sleep(PAUSE)
 
-    async def coming(self, door):
-        """A connection after the other; over the limit it may be refused, which is counted."""
+    async def coming(self, listener):
+        """Make one connection after another, and count those that are refused."""
         while True:
             start = time.perf_counter()
             try:
-                await self.visit(door)
+                await self.visit(listener)
                 self.come.append(time.perf_counter() - start)
             except (EOFError, *GONE):
                 self.refused += 1
             await asyncio.sleep(PAUSE)
 
-    async def visit(self, door):
+    async def visit(self, listener):
         loop = asyncio.get_running_loop()
         async with asyncio.timeout(PATIENCE):
-            sock = await self.connect(door)
+            sock = await self.connect(listener)
         with sock:
             await loop.sock_sendall(sock, b"e")
             await self.exchange(sock, self.stream(), 0)
@@ -79,11 +79,13 @@ class Guests:
                 if await loop.sock_recv(sock, 1):
                     raise ValueError("bytes after the end")
 
-    async def at(self, work, door):
+    async def at(self, work, listener):
         try:
-            await work(door)
+            await work(listener)
         except (OSError, EOFError, ValueError) as error:  # TimeoutError is an OSError
-            self.tally.fault(f"{work.__name__} at {door['family']} {door['address']}: {error!r}")
+            self.tally.fault(
+                f"{work.__name__} at {listener['family']} {listener['address']}: {error!r}"
+            )
 
     def mark(self, word):
         if word == "mark":
@@ -102,8 +104,8 @@ def numbers(values):
 async def main():
     guests = Guests(read_settings())
     tasks = [
-        asyncio.ensure_future(guests.at(work, door))
-        for door in guests.doors
+        asyncio.ensure_future(guests.at(work, listener))
+        for listener in guests.listeners
         for work in (guests.staying, guests.coming)
     ]
     tell("ready")

@@ -1,6 +1,7 @@
-"""What a program holds in memory for its connections: its own, its pipes', its sockets'.
+"""What a program holds for its connections: in its own memory, in pipes and in socket buffers.
 
-Read from its own fds, duplicated with pidfd_getfd(2): no matter what else the machine does.
+It is read from the program's fds, duplicated with pidfd_getfd(2), and so does not depend on what
+else runs on the machine.
 """
 
 import contextlib
@@ -15,11 +16,11 @@ from kit.kernel import duplicate
 from bench import memory
 
 SO_MEMINFO = 55
-_RMEM, _WMEM, _QUEUED = 0, 2, 5  # of the numbers that SO_MEMINFO gives: linux/sock_diag.h
+_RMEM, _WMEM, _QUEUED = 0, 2, 5  # SK_MEMINFO_*: linux/sock_diag.h
 
 
 class Held:
-    """Bytes."""
+    """All of it in bytes, except the numbers of `pipes` and `sockets`."""
 
     def __init__(self, proxy):
         self.private = memory.private([proxy.pid])

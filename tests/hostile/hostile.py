@@ -1,4 +1,4 @@
-"""The run: one scene after the other, and the verdict."""
+"""The run: one scene after another, and the verdict."""
 
 import asyncio
 import contextlib
@@ -23,29 +23,29 @@ from bench import memory
 PATIENCE = 60
 KIB, MIB = 1 << 10, 1 << 20
 
-STRUCT_MOST = 4 * KIB
-"""What a connection without bytes on their way takes."""
+STRUCT_MAX = 4 * KIB
+"""What a connection takes that has no bytes on their way."""
 
-FIRST_MOST = 16 * KIB
-"""What is taken from a client before it is known whether its target is there (FIRST_UNIT in
-relay/pump.pxd), and waits with it if not."""
+FIRST_MAX = 16 * KIB
+"""What the program reads from a client before the connect to its target is known to have succeeded
+(FIRST_UNIT in relay/pump.pxd), and keeps while the client is held."""
 
-UNSENT_MOST = 256 * KIB
-"""What the code lets a connection hold in the program's own memory, per direction: one read of a
-stream that the other side did not take (stream_unit in _relay.pyx)."""
+UNSENT_MAX = 256 * KIB
+"""What a connection may hold in the program's own memory, per direction: one read of a stream that
+the other side did not take (stream_unit in _relay.pyx)."""
 
-PIPE_MOST = 1 * MIB
+PIPE_MAX = 1 * MIB
 """… and in a pipe, per direction (pipe_size in _relay.pyx)."""
 
 BUFFER_SIZE = 64 * KIB
-"""With --buffer-size= it is this, in both places."""
+"""The value of --buffer-size= in these tests, which replaces both."""
 
 ALLOWANCE = 2 * MIB
-"""Of the program's own memory: modules that are imported late, and what malloc(3) rounds up."""
+"""In addition, in the program's own memory: late imports, and what malloc(3) rounds up."""
 
 
 class Scene:
-    """A proxy between targets and doors, with its guests. Closed with `close()`."""
+    """A proxy with its listeners, targets and guests. Closed with `close()`."""
 
     def __init__(self, chosen, options, *, guests):
         self.folder = tempfile.mkdtemp(prefix="hostile-")
@@ -62,15 +62,15 @@ class Scene:
             raise
 
     def _start(self, chosen, options, guests):
-        pairs = self._targets("targets", "", 701) | self._targets("foes", "-foes", 702)
+        pairs = self._targets("targets", "", 701) | self._targets("attacked", "-attacked", 702)
         pairs |= {"tcp-to-nobody": "127.0.0.1:704", "tcp-to-full": self._full_target()}
-        listeners = {name: self._listener(name) for name in pairs}
+        sockets = {name: self._listener(name) for name in pairs}
         always = "--hand-over=always"
         threads = [f"--threads={chosen.threads}", always] if chosen.threads else []
         self.proxy = Proxy(
             [*WITH_PARENT, chosen.executable, "--connections-max=4096", *threads, *options,
              *(f"{name}={target}" for name, target in pairs.items())],
-            inherit=list(listeners.values()),
+            inherit=list(sockets.values()),
             names=":".join(pairs),
             notify=self.notify,
         )  # fmt: skip
@@ -78,14 +78,16 @@ class Scene:
         self.started = time.monotonic()
         self.sockets_at_start = self.proxy.socket_count()
         self.private_at_start = memory.private([self.proxy.pid])
-        self.doors = {name: sock.getsockname() for name, sock in listeners.items()}
+        self.addresses = {name: sock.getsockname() for name, sock in sockets.items()}
         self.guests = None
         if guests:
-            doors = [{"family": pair.split("-")[0], "address": self.doors[pair]} for pair in PAIRS]
-            self.guests = self._load("hostile.guests", {"name": "guests", "doors": doors})
+            listeners = [
+                {"family": pair.split("-")[0], "address": self.addresses[pair]} for pair in PAIRS
+            ]
+            self.guests = self._load("hostile.guests", {"name": "guests", "listeners": listeners})
 
     def _targets(self, name, suffix, port):
-        """Start a process of targets; {name of a pair: its target as an argument}."""
+        """Start a process of targets; return the target of each listener, by its name."""
         path = f"{self.folder}/{name}"
         listen = [
             {"family": "tcp", "address": ["127.0.0.1", port]},
@@ -109,7 +111,7 @@ class Scene:
         return sock
 
     def _full_target(self):
-        """The address of a listener whose backlog has no room: a connect goes on and on."""
+        """Return the address of a listener whose backlog is full: a connect does not end."""
         full = socket.socket()
         self.sockets.append(full)
         full.bind(("127.0.0.1", 703))
@@ -122,7 +124,7 @@ class Scene:
         return "127.0.0.1:703"
 
     def wait_for(self, load, event):
-        """The next report of this kind. Faults are kept, an end is fatal."""
+        """Return the next report of this kind. Faults are recorded, an exit is fatal."""
         deadline = time.monotonic() + PATIENCE
         while True:
             try:
@@ -137,27 +139,27 @@ class Scene:
                 return report
 
     def mark(self):
-        """What the guests got since the last time."""
+        """Return how the guests were served since the last call."""
         self.guests.order("mark")
         return self.wait_for(self.guests, "marked")
 
     def let_pass(self, seconds):
-        """Time in which the guests are served, and nothing else happens."""
+        """Let the guests alone be served for this time; return how they were."""
         self.mark()
         time.sleep(seconds)  # an interval that is measured
         return self.mark()
 
     def wait_for_sockets(self, wanted):
-        """Wait until that many more sockets remain than at the start; whether they do."""
-        most = self.sockets_at_start + wanted
+        """Wait until at most `wanted` more sockets are open than at the start; False if not."""
+        allowed = self.sockets_at_start + wanted
         try:
-            wait_until(lambda: self.proxy.socket_count() <= most, "sockets are closed", PATIENCE)
+            wait_until(lambda: self.proxy.socket_count() <= allowed, "sockets are closed", PATIENCE)
         except AssertionError:
             return False
         return True
 
     def end(self):
-        """Faults of the end, and of the log."""
+        """End the proxy; record sockets left open, a wrong exit status, and too many log lines."""
         took = time.monotonic() - self.started
         if self.guests:
             self.loads.remove(self.guests)
@@ -214,14 +216,14 @@ class Hostile:
         scene = Scene(self.chosen, options, guests=True)
         try:
             before = scene.let_pass(1.0)
-            place = Place(scene.doors, self.chosen.seconds, dice(self.chosen.seed))
+            place = Place(scene.addresses, self.chosen.seconds, dice(self.chosen.seed))
             try:
                 note = asyncio.run(work(place))
                 during = scene.mark()
                 self.memory(scene)
             finally:
                 place.close()
-            # What the guests have is two connections at each of four doors, of two sockets each.
+            # The guests have two connections per listener, with two sockets each.
             if not scene.wait_for_sockets(2 * 2 * len(PAIRS)):
                 scene.faults.append("connections of clients that are gone are still open")
             after = scene.let_pass(1.0)
@@ -235,54 +237,54 @@ class Hostile:
         self.tell(name, scene.faults + unserved(name, before, during, after))
 
     def memory(self, scene):
-        """No more of its own memory than what its connections may hold."""
+        """Check that the proxy has no more memory of its own than its connections may hold."""
         held = Held(scene.proxy)
         connections = max(held.sockets - scene.sockets_at_start, 0) // 2
         grown = held.private - scene.private_at_start
-        most = connections * (2 * UNSENT_MOST + STRUCT_MOST) + ALLOWANCE
+        allowed = connections * (2 * UNSENT_MAX + STRUCT_MAX) + ALLOWANCE
         print(
             f"  with {connections} connections: {grown / KIB:.0f} KiB of its own memory more, "
             f"{held.pipe_bytes / MIB:.1f} MiB in {held.pipes} pipes, "
             f"{(held.received + held.sending) / MIB:.1f} MiB in sockets"
         )
-        if grown > most:
-            scene.faults.append(f"{grown} bytes of memory, {most} at most expected")
+        if grown > allowed:
+            scene.faults.append(f"{grown} bytes of memory, expected at most {allowed}")
 
     # ── what one client can make the proxy hold ──────────────────────────────────────────────
 
     def held(self):
-        """Clients that send and never read, to targets that do the same, at each door alone."""
-        print("held for each client, in KiB; in brackets the most that the code allows:")
+        """Measure clients that send and never read, with targets that do the same, per listener."""
+        print("held for each client, in KiB; in brackets the maximum that the code allows:")
         print(f"  {'':14}{'own memory':>16}{'pipes':>16}{'received':>10}{'sending':>10}")
         for pair in PAIRS:
             self.held_at(pair, 50 * self.chosen.clients, idle, (), 0, 0)
-        self.held_at("tcp-to-nobody", 10 * self.chosen.clients, wait, (), FIRST_MOST, 0)
+        self.held_at("tcp-to-nobody", 10 * self.chosen.clients, wait, (), FIRST_MAX, 0)
         for pair in PAIRS:
-            self.held_at(pair, self.chosen.clients, stuff, (), UNSENT_MOST, PIPE_MOST)
+            self.held_at(pair, self.chosen.clients, stuff, (), UNSENT_MAX, PIPE_MAX)
         option = f"--buffer-size={BUFFER_SIZE}"
         for pair in PAIRS:
             self.held_at(pair, self.chosen.clients, stuff, (option,), BUFFER_SIZE, BUFFER_SIZE)
 
     def held_at(self, pair, count, behave, options, unsent, pipe):
-        """Let `count` clients behave so; `unsent` and `pipe`: bytes held per direction, at most."""
+        """Let `count` clients behave so. `unsent`, `pipe`: bytes allowed per direction."""
         scene = Scene(self.chosen, options, guests=False)
-        door = f"{pair}-foes" if pair in PAIRS else pair
+        listener = f"{pair}-attacked" if pair in PAIRS else pair
         clients = []
         try:
-            clients.extend(connect(scene.doors[door]) for _ in range(count))
+            clients.extend(connect(scene.addresses[listener]) for _ in range(count))
             held = behave(scene, clients)
             own = held.private - scene.private_at_start
-            own_most, pipe_most = 2 * unsent + STRUCT_MOST, 2 * pipe
+            own_max, pipe_max = 2 * unsent + STRUCT_MAX, 2 * pipe
             print(
-                f"  {pair:14}{own / count / KIB:8.1f}{f'({own_most // KIB})':>8}"
-                f"{held.pipe_bytes / count / KIB:8.0f}{f'({pipe_most // KIB})':>8}"
+                f"  {pair:14}{own / count / KIB:8.1f}{f'({own_max // KIB})':>8}"
+                f"{held.pipe_bytes / count / KIB:8.0f}{f'({pipe_max // KIB})':>8}"
                 f"{held.received / count / KIB:10.0f}{held.sending / count / KIB:10.0f}"
                 f"   {count} {behave.__doc__}",
                 *options,
             )
-            if own > count * own_most + ALLOWANCE:
+            if own > count * own_max + ALLOWANCE:
                 scene.faults.append(f"{pair}: {own} bytes of its own memory")
-            if held.pipe_bytes > count * pipe_most:
+            if held.pipe_bytes > count * pipe_max:
                 scene.faults.append(f"{pair}: {held.pipe_bytes} bytes in pipes")
             for client in clients:
                 client.close()
@@ -318,7 +320,7 @@ def stuff(scene, clients):
 
 
 def at_rest(scene, clients):
-    """What is held once no peer has read anything for a second, however much is sent."""
+    """Send until what is held has not changed for a second, and return it."""
     piece = bytes(256 * KIB)
     last, since = None, time.monotonic()
     while time.monotonic() - since < 1.0:
@@ -333,7 +335,7 @@ def at_rest(scene, clients):
 
 
 def connect(address):
-    """A client that will not read, and resets when it is closed."""
+    """Connect a client that will not read, and that resets when it is closed."""
     client = socket.socket(socket.AF_UNIX if isinstance(address, str) else socket.AF_INET)
     client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
     client.connect(address)
@@ -341,7 +343,7 @@ def connect(address):
 
 
 def unserved(name, before, during, after):
-    """Well-behaved clients that got nothing."""
+    """Return the faults: well-behaved clients that were not served."""
     found = []
     for when, served in (("before", before), ("during", during), ("after", after)):
         if not served["stay"][0]:

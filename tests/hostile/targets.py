@@ -1,11 +1,11 @@
-"""The targets behind the proxy. A client's first byte says what its target shall be:
+"""The targets of the proxy. A client's first byte chooses what its target does:
 
     e  echoes, and ends when the client has ended
     f  fills: sends without end, and reads nothing more
     r  sends FILL bytes and resets
     n  reads nothing more, and sends nothing
 
-Settings: `name`; `listen`: [{"family", "address"}]. Tells "ready".
+Settings: `name`; `listen`: [{"family", "address"}]. Reports "ready".
 """
 
 import asyncio
@@ -20,7 +20,7 @@ PIECE = bytes(256 * 1024)
 
 
 async def serve(sock):
-    """One client, until it has gone."""
+    """Serve one client until it has gone."""
     loop = asyncio.get_running_loop()
     try:
         mode = await loop.sock_recv(sock, 1)
@@ -38,7 +38,7 @@ async def serve(sock):
         elif mode == b"n":
             await asyncio.Event().wait()
     except OSError:
-        pass  # what clients do here is what they are here for
+        pass  # expected: these clients reset, or vanish
     finally:
         sock.close()
 

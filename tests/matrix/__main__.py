@@ -5,11 +5,12 @@
     ci/test matrix -- --list
 
 Each row is a folder made by debootstrap (shared with `ci/test e2e`, in .cache/e2e or E2E_CACHE),
-with layers on it that are kept in .cache/matrix, and a throw-away overlay. In it the sdist is made
-of this working tree (or --sdist= is taken), the wheel is built from the sdist and installed, and
-tests/unit, tests/relay and tests/blackbox run, in namespaces without a network.
+with layers on top that are kept in .cache/matrix, and a temporary overlay. In it the sdist is built
+from this working tree (or given by --sdist=), the wheel is built from the sdist and installed, and
+tests/unit, tests/relay and tests/blackbox run in namespaces without a network.
 
-A row prints "ok NAME SECONDS NOTE" or "FAIL NAME SECONDS REASON", with what was skipped and why.
+A row prints "ok NAME SECONDS NOTE" or "FAIL NAME SECONDS REASON", and every skipped test with the
+reason.
 Exit status: 0 all passed, 1 a row failed, 2 wrong usage, 77 this machine cannot run it.
 """
 
@@ -31,9 +32,9 @@ from matrix import layers
 REPO = Path(__file__).resolve().parents[2]
 EXIT_CANNOT_RUN = 77
 LOCK = "/run/lock/systemd-socket-proxyd-matrix"
-E2E_LOCK = "/run/lock/systemd-socket-proxyd-e2e"  # who makes a root folder holds it
+E2E_LOCK = "/run/lock/systemd-socket-proxyd-e2e"  # held while a root folder is made
 
-# What the tests use where it is there; each says itself what it could not do.
+# Programs that tests use if they are installed; a test without them is skipped with a reason.
 TEST_PROGRAMS = "strace iproute2 util-linux curl nginx-light netbase systemd"
 DEBIAN_TOOLS = """
     cython3 python3-setuptools python3-wheel python3-build python3-pip
@@ -44,14 +45,14 @@ DEBIAN_TOOLS = """
 class Row:
     """One way to build and test: a suite's interpreter, with the suite's own tools."""
 
-    python = "/usr/bin/python3"  # inside
+    python = "/usr/bin/python3"  # in the row's root folder
 
     def __init__(self, suite: str, title: str):
         self.suite = suite
         self.title = title
 
     def lower(self, base: Path, work: Path, log: Path) -> Path:
-        """What the overlay lies on: `base` with the layers of this row."""
+        """Return what the overlay is mounted on: `base` with the layers of this row."""
         packages = f"{TEST_PROGRAMS} {DEBIAN_TOOLS}"
         return layers.ensure_layer(
             work,
@@ -63,10 +64,10 @@ class Row:
 
 
 class SourceRow(Row):
-    """An interpreter that the suite does not have, built from the suite's source of CPython.
+    """An interpreter that the suite does not package, built from the suite's source of CPython.
 
-    The build tools come from PyPI, since the suite's Cython is older than such interpreters; pytest
-    and hypothesis are the suite's, which are Python all through.
+    The build tools come from PyPI, since the suite's Cython does not support such interpreters;
+    pytest and hypothesis are the suite's, because they are pure Python.
     """
 
     source = "python3.13"
@@ -109,7 +110,7 @@ class SourceRow(Row):
         names = [str(path.relative_to(folder)) for path in folder.glob("opt/wheels/*.whl")]
         pip = [self.python, "-m", "pip", "install", "--no-index", "--no-deps"]
         root.chroot(folder, [*pip, *(f"/{name}" for name in names)], log)
-        # After what PyPI brings: the suite's pytest and hypothesis.
+        # The suite's pytest and hypothesis, in sys.path after the packages from PyPI.
         [packages] = folder.glob(f"{self.prefix.lstrip('/')}/lib/python3.*/site-packages")
         (packages / "suite.pth").write_text("/usr/lib/python3/dist-packages\n")
 
@@ -150,7 +151,7 @@ def parse_arguments() -> argparse.Namespace:
     words = sys.argv[1:]
     ours, theirs = (words, []) if "--" not in words else split(words, words.index("--"))
     parser = argparse.ArgumentParser(
-        prog="ci/test matrix --", description="See the head of this file."
+        prog="ci/test matrix --", description="See the beginning of this file."
     )
     parser.add_argument("rows", nargs="*", metavar="ROW", help=" ".join(ROWS))
     parser.add_argument("--list", action="store_true", help="list the rows")
@@ -171,7 +172,7 @@ def split(words: list[str], at: int) -> tuple[list[str], list[str]]:
 
 
 def check_machine() -> None:
-    """Unavailable unless this machine can debootstrap and mount; installs debootstrap if it may."""
+    """Install debootstrap if possible; raise Unavailable if it or mounts do not work here."""
     if os.geteuid() != 0:
         raise root.Unavailable("not root")
     if not shutil.which("debootstrap") and shutil.which("apt-get"):
@@ -222,7 +223,7 @@ def ignored_folder(folder: Path) -> Path:
 
 
 def run_row(name: str, options: argparse.Namespace, work: Path) -> str:
-    """Build and test in the row's own overlay; the closing line of the tests, and the versions."""
+    """Build and test in the row's own overlay; return pytest's last line."""
     row, log = ROWS[name], work / f"{name}.log"
     log.unlink(missing_ok=True)
     cache = ignored_folder(Path(os.environ.get("E2E_CACHE", REPO / ".cache" / "e2e")))
@@ -239,7 +240,7 @@ def run_row(name: str, options: argparse.Namespace, work: Path) -> str:
 
 
 def base_root(cache: Path, suite: str) -> Path:
-    """The suite's root folder, made under the lock of ci/test e2e, which makes the same."""
+    """Return the suite's root folder, made under the lock of ci/test e2e, which shares it."""
     stamp = cache / suite / ".e2e-recipe"
     if stamp.is_file() and stamp.read_text() == root.recipe_id(root.PACKAGES):
         return cache / suite
@@ -249,7 +250,7 @@ def base_root(cache: Path, suite: str) -> Path:
 
 def inside(folder: Path, sdist: Path | None) -> None:
     """Put sources or sdist, and the scripts that use them, into the root folder."""
-    root.write(folder / "etc/resolv.conf", "")  # a test mounts another one over it
+    root.write(folder / "etc/resolv.conf", "")  # to exist: a test mounts another one over it
     shutil.copytree(INSIDE, folder / "opt/matrix")
     if sdist:
         (folder / "opt/sdist").mkdir()
@@ -259,7 +260,7 @@ def inside(folder: Path, sdist: Path | None) -> None:
 
 
 def test(folder: Path, log: Path, arguments: list[str]) -> str:
-    """Run the suites; prints what they skipped. Returns pytest's closing line."""
+    """Run the suites, print what they skipped, and return pytest's last line."""
     start = log.stat().st_size
     command = [str(INSIDE / "run"), str(folder), "/opt/matrix/suites"]
     clean = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root", "LC_ALL": "C.UTF-8"}
@@ -272,7 +273,7 @@ def test(folder: Path, log: Path, arguments: list[str]) -> str:
 
 
 def print_skipped(lines: list[str]) -> None:
-    """Every skip with its reason: it is a hole in the proof."""
+    """Print every skipped test with its reason, because it proves nothing here."""
     for line in lines:
         if line.startswith("SKIPPED "):
             print(f"#   {line}", flush=True)

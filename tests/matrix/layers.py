@@ -1,6 +1,6 @@
 """Layers: what a row of the matrix needs on top of a suite's root folder.
 
-A layer is an overlay's upper folder, made once per recipe, and then only ever read.
+A layer is an overlay's upper folder, made once per recipe, and only read from then on.
 """
 
 import hashlib
@@ -14,9 +14,9 @@ from kit.containers import container, root
 def ensure_layer(
     work: Path, name: str, lower: Path, recipe: str, make: Callable[[Path], None]
 ) -> Path:
-    """The layer `name` under `work`, on `lower`, filled by `make(folder)` if the recipe is new.
+    """Make the layer `name` on `lower` with `make(folder)`, unless it exists with this recipe.
 
-    What is returned serves as the `lower` of an overlay, or of another layer.
+    The result serves as the `lower` of an overlay, or of another layer.
     """
     key = hashlib.sha256(f"{lower_key(lower)}\n{recipe}".encode()).hexdigest()
     layer = work / name
@@ -36,20 +36,20 @@ def ensure_layer(
 
 
 def lower_key(lower: Path) -> str:
-    """What `lower` was made from: the recipe of the root folder, and those of the layers on it."""
+    """Return what `lower` was made from: the recipes of the root folder and of its layers."""
     folders = [Path(folder) for folder in str(lower).split(":")]
     stamps = [folder / name for folder in folders for name in (".layer", ".e2e-recipe")]
     return "\n".join(stamp.read_text() for stamp in stamps if stamp.is_file())
 
 
 def remove_leftovers(work: Path) -> None:
-    """Remove the overlays of runs that were killed (no other run is alive: we hold the lock)."""
+    """Remove the overlays of killed runs (the lock excludes a run that is still going on)."""
     for folder in work.glob("run-*"):
         root.remove_tree(folder)
 
 
 def install_packages(folder: Path, packages: str, log: Path) -> None:
-    """Install Debian packages in `folder`, from the mirror that its root folder was made from."""
+    """Install Debian packages in `folder`, from the mirror of its root folder."""
     with root.network_files(folder), root.mounted_proc(folder):
         root.chroot(folder, ["apt-get", "update"], log)
         command = ["apt-get", "install", "-y", "--no-install-recommends", *packages.split()]

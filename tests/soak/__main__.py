@@ -1,4 +1,4 @@
-"""Mixed traffic through the installed command for a long time; flat lines, or a failure.
+"""Send mixed traffic through the installed command for a long time: its use of memory must be flat.
 
     ci/test --quick soak                       two minutes, as in continuous integration
     ci/test soak -- --minutes 60
@@ -6,26 +6,27 @@
 
 Five proxies run at once, in a network of their own:
 
-    main     TCP, IPv6 and UNIX in every mix. Targets that stay: nothing may be lost. Through it go
-             one stream of 200 GB an hour, and connections that move one byte a second
+    main     TCP, IPv6 and UNIX in every combination. Its targets stay up, so nothing may be lost.
+             It also forwards one stream of 200 GB an hour, and connections of one byte a second
     header   --proxy-protocol=v2; the header is compared with the client's address
-    idle     --idle-timeout=3s; readers stall longer than that, and connections that sleep
+    idle     --idle-timeout=3s; some readers stall for longer, and some connections are silent
     few      80 open files, often fewer: accept, socket and pipe2 fail
-    shaky    the targets go away, killed or by themselves, and come back
+    shaky    the targets are killed or exit, and come back
 
-Each exchange has a plan drawn at random, which both ends know: how much each sends in what writes,
-when it stops reading and for how long, an urgent byte, whether it ends with a half-close, a reset
-or a plain close, and at which byte. Clients and targets are stopped and continued meanwhile. Every
-byte that arrives is compared with what stands at its place in its stream.
+Each exchange follows a random plan that both ends know: how many bytes each side sends and in
+writes of which size, when it stops reading and for how long, whether it sends an urgent byte, and
+whether it ends with a half-close, a reset or a plain close, and after which byte. Meanwhile,
+clients and targets are stopped and continued. Every byte that arrives is compared with the one that
+belongs at its offset in the stream.
 
-Now and then the traffic pauses; then only lasting connections may be open. Failures are a wrong
-byte, an end that did not arrive as it happened, a hang, a socket left open, private memory that
-grows, an additional thread, more log lines than the rate limits allow, and a proxy that spins or
-ends.
+Now and then the traffic pauses; then only lasting connections may be open. A run fails if there is
+a wrong byte, an end that arrives as another kind of end, a hang, a socket left open, private memory
+that grows, an additional thread, more log lines than the rate limits allow, or a proxy that spins
+or exits.
 
-Samples (samples.csv) and what was counted (result.json) lie in .cache/soak.
-Exit status: 0 all held, 1 something did not, 77 this machine cannot run it. Ctrl-C reports what
-there is, and ends with 130.
+Samples (samples.csv) and counts (result.json) are left in .cache/soak.
+Exit status: 0 all passed, 1 something failed, 77 this machine cannot run it. Ctrl-C reports the
+results so far, and exits with 130.
 """
 
 import argparse
@@ -46,7 +47,7 @@ def options():
     )
     parser.add_argument("--minutes", type=float, default=2.0)
     parser.add_argument("--threads", help="--threads= of the proxy `main`")
-    parser.add_argument("--rate", type=float, default=1.0, help="of exchanges: 1 is 86 a second")
+    parser.add_argument("--rate", type=float, default=1.0, help="of exchanges: 1 means 86 a second")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--folder", type=Path, default=ROOT / ".cache/soak")
     parser.add_argument("--executable", type=Path, required=True, help=argparse.SUPPRESS)

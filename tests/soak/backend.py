@@ -1,8 +1,8 @@
-"""The targets: accepts on every address it is given, and does what each client's plan says.
+"""The targets: accept on every given address, and follow the plan of each client.
 
-Settings: `name`; `listen`: [{"family", "address", "header"}], where `header` is how PROXY headers
-come (0: none, 2: version 2); `strict`: every plan is to be completed; this process is not killed.
-Tells "ready" with the addresses, and "counts" every few seconds.
+Settings: `name`; `listen`: [{"family", "address", "header"}], where `header` is the version of the
+PROXY header that precedes the data (0: none); `strict`: every plan must be completed, because this
+process is not killed. Reports "ready" with the addresses, and "counts" when ordered.
 """
 
 import asyncio
@@ -16,7 +16,8 @@ from soak import plan as plans
 from soak.sides import BUFFER, DOWN, Fault, Side
 
 PATIENCE = 90
-"""Seconds after which what should have ended counts as a hang; others use the machine too."""
+"""Seconds after which an exchange that has not ended counts as a hang. Long, because other programs
+use the machine too."""
 
 _V2_START = b"\r\n\r\n\0\r\nQUIT\n\x21"
 
@@ -36,13 +37,13 @@ class Backend:
             task.add_done_callback(self.tasks.discard)
 
     async def serve(self, sock, header):
-        """One client, from its first byte to its end. It is closed in any case."""
+        """Serve one client from its first byte to its end, and close it in any case."""
         plan = None
         try:
             async with asyncio.timeout(PATIENCE):
                 port = await read_proxy_header(sock) if header else 0
                 plan = plans.unpack(await read_exactly(sock, plans.HEAD_SIZE))
-            # A client that was reset before it was accepted has no address any more.
+            # A client that was reset before the proxy accepted it no longer has an address.
             gone = port == 0 and plan.client.fate == plans.RESET
             if plan.port != port and not gone:
                 raise Fault(f"the PROXY header says port {port}, the client is at {plan.port}")
@@ -51,7 +52,7 @@ class Backend:
         except TimeoutError:
             self.tally.fault("no header came")
         except (EOFError, *GONE) as error:
-            # A client that goes before it has said what it wants: connected and reset, or cut off.
+            # The client has gone before it sent its plan: it was reset, or cut.
             self.tally.add("gone early")
             if plan is not None and self.strict and plan.kind != plans.SLEEP:
                 self.tally.fault(f"{plan}: {error!r}")
@@ -65,7 +66,7 @@ class Backend:
             side = Side(sock, plan.number, plan.server, plan.client, DOWN)
             budget = (plan.client.stall_ms + plan.server.stall_ms) / 1000
             await side.play(budget + PATIENCE)
-            # Whether the clients' connections are cut off is for the clients to judge.
+            # Only the clients can judge whether their connections were cut.
             side.judge(strict=False, resets=False)
             self.tally.add("bytes", side.received)
         else:
@@ -73,7 +74,7 @@ class Backend:
             await work[plan.kind](sock, Stream(plan.number, 0))
 
     async def echo(self, sock, stream):
-        """Send everything back, and then the end."""
+        """Send everything back, then the end."""
         loop, view, at = asyncio.get_running_loop(), memoryview(bytearray(BUFFER)), 0
         while size := await loop.sock_recv_into(sock, view):
             stream.check(at, view[:size])
@@ -82,7 +83,7 @@ class Backend:
         sock.shutdown(socket.SHUT_WR)
 
     async def sink(self, sock, stream):
-        """Read to the end, and answer with the number of bytes."""
+        """Read to the end, then send the number of bytes."""
         loop, view, at = asyncio.get_running_loop(), memoryview(bytearray(BUFFER)), 0
         while size := await loop.sock_recv_into(sock, view):
             stream.check(at, view[:size])
@@ -91,12 +92,12 @@ class Backend:
         await loop.sock_sendall(sock, struct.pack("!Q", at))
 
     async def sleep(self, sock, _stream):
-        """Wait to be cut off."""
+        """Wait until the proxy cuts the connection."""
         await asyncio.get_running_loop().sock_recv(sock, 1)
 
 
 async def read_proxy_header(sock):
-    """The client's port in a PROXY v2 header, 0 for a LOCAL one. Raises Fault."""
+    """Return the client's port from a PROXY v2 header, 0 for a LOCAL one. Raises Fault."""
     start = await read_exactly(sock, 16)
     if start[:12] != _V2_START[:12] or start[12] not in (0x20, 0x21):
         raise Fault(f"no PROXY v2 header: {start.hex()}")

@@ -1,11 +1,11 @@
-"""What happens to the clients and targets while they work: stops, restarts, and want of fds."""
+"""Disturbances: processes are stopped, targets restarted, and one proxy runs out of fds."""
 
 import heapq
 import time
 
 from soak.world import STOP_MS
 
-# What, and the pause before it happens again: seconds, from and to.
+# The shortest and the longest pause before each disturbance, in seconds.
 _EVERY = {"stop": (2, 6), "restart": (5, 12), "squeeze": (3, 8)}
 
 _AWAY = 0.0, 3.0  # seconds that a restarted target is away
@@ -13,7 +13,7 @@ _SQUEEZED = 0.3, 1.5  # seconds that fds are short
 
 
 class Chaos:
-    """`tick()` does what is due; `settle()` undoes it all and stops, until `resume()`."""
+    """`tick()` does what is due; `settle()` undoes everything and pauses until `resume()`."""
 
     def __init__(self, world, dice):
         self.world = world
@@ -43,7 +43,7 @@ class Chaos:
             self._again(what)
 
     def settle(self):
-        """Everybody runs, is there, and has fds."""
+        """Undo all disturbances, and begin no more."""
         self._due = []
         while self._undo:
             heapq.heappop(self._undo)[2]()
@@ -56,13 +56,13 @@ class Chaos:
         self._at(self._due, self.dice.uniform(*_EVERY[what]), what)
 
     def stop(self):
-        """SIGSTOP to one load process; SIGCONT later."""
+        """Send SIGSTOP to a load process, and later SIGCONT."""
         load = self.dice.choice(self.world.loads)
         load.stop()
         self._at(self._undo, self.dice.uniform(0.05, STOP_MS / 1000), load.go_on)
 
     def restart(self):
-        """The targets behind one proxy go away, killed or by themselves, and come back."""
+        """Kill the targets of one proxy or let them exit, and start them again later."""
         target = self.world.shaky
         if self.dice.random() < 0.5:
             self.counts["kill"] += 1
@@ -75,7 +75,7 @@ class Chaos:
         self._at(self._undo, self.dice.uniform(*_AWAY), target.start)
 
     def squeeze(self):
-        """Fewer fds than one proxy has use for, so that accept, socket and pipe2 fail."""
+        """Leave one proxy fewer fds than it needs, so that accept, socket and pipe2 fail."""
         self._few.set_fd_limit(self._limit_that_leaves(self.dice.randrange(4)), self._limit[1])
         self._at(
             self._undo,
@@ -84,7 +84,7 @@ class Chaos:
         )
 
     def _limit_that_leaves(self, room):
-        """The soft limit below which exactly that many numbers are free."""
+        """Return the soft limit that leaves exactly `room` free numbers."""
         used, limit = self._few.fds(), 0
         while room or limit in used:
             room -= limit not in used

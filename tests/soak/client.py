@@ -1,9 +1,9 @@
 """The clients: exchanges at a steady rate, and connections that last as long as the run.
 
-Settings: `name`, `seed`, `seconds`; `doors`: [{"name", "family", "address", "backend" (its
-family), "strict", "header", "rate" (a second), "most" (at a time), "stall_ms", "sleeps_ms",
-"last": [what lasts]}]. Orders on stdin: "pause" (answered by "quiet" once nothing but what lasts
-is open), "resume", "counts", "finish".
+Settings: `name`, `seed`, `seconds`; `listeners`: [{"name", "family", "address", "backend" (its
+family), "strict", "header", "rate" (a second), "open_max", "stall_ms", "sleeps_ms",
+"last": [kinds of lasting connections]}]. Orders on stdin: "pause" (answered by "quiet" once only
+lasting connections are open), "resume", "counts", "finish".
 """
 
 import asyncio
@@ -29,8 +29,8 @@ PING, PING_PAUSE = 64, 0.05
 DRIP, DRIP_PAUSE = 1, 1.0
 
 
-class Door:
-    """A listener of a proxy, and what is to be done there."""
+class Listener:
+    """A listener of a proxy, and the traffic that it gets."""
 
     def __init__(self, settings):
         self.__dict__.update(settings)
@@ -43,7 +43,7 @@ class Door:
         return sock
 
     def port_of(self, sock):
-        """What a PROXY header is to say of `sock`."""
+        """Return the port that the PROXY header must give for `sock`; 0 for none."""
         return sock.getsockname()[1] if self.header and self.family != "unix" else 0
 
 
@@ -51,7 +51,7 @@ class Clients:
     def __init__(self, settings):
         self.tally = Tally(settings["name"])
         self.dice = random.Random(settings["seed"])
-        self.doors = [Door(one) for one in settings["doors"]]
+        self.listeners = [Listener(one) for one in settings["listeners"]]
         self.number = settings["first_number"]
         self.running = asyncio.Event()
         self.running.set()
@@ -61,10 +61,10 @@ class Clients:
         self.latencies = []
 
     def start(self):
-        for door in self.doors:
-            self.tasks.add(asyncio.ensure_future(self.generate(door)))
-            for kind in door.last:
-                self.lasting.append(asyncio.ensure_future(self.last(door, kind)))
+        for listener in self.listeners:
+            self.tasks.add(asyncio.ensure_future(self.generate(listener)))
+            for kind in listener.last:
+                self.lasting.append(asyncio.ensure_future(self.last(listener, kind)))
 
     def next_number(self):
         self.number += 1
@@ -72,109 +72,111 @@ class Clients:
 
     # ── exchanges ────────────────────────────────────────────────────────────────────────────
 
-    async def generate(self, door):
-        """Start exchanges at the door's rate. What could not be started in time is left out."""
-        while door.rate:
+    async def generate(self, listener):
+        """Start exchanges at the listener's rate; over `open_max`, they are left out."""
+        while listener.rate:
             await self.running.wait()
-            await asyncio.sleep(self.dice.expovariate(door.rate))
-            if self.running.is_set() and door.open < door.most:
-                door.open += 1
-                task = asyncio.ensure_future(self.exchange(door))
+            await asyncio.sleep(self.dice.expovariate(listener.rate))
+            if self.running.is_set() and listener.open < listener.open_max:
+                listener.open += 1
+                task = asyncio.ensure_future(self.exchange(listener))
                 self.tasks.add(task)
                 task.add_done_callback(self.tasks.discard)
 
-    async def exchange(self, door):
-        sleeps = door.sleeps_ms and self.dice.random() < 0.05
+    async def exchange(self, listener):
+        sleeps = listener.sleeps_ms and self.dice.random() < 0.05
         try:
             if self.dice.random() < 0.03:
-                await self.connect_and_reset(door)
+                await self.connect_and_reset(listener)
             elif sleeps:
-                await self.sleep(door)
+                await self.sleep(listener)
             else:
-                await self.play(door)
+                await self.play(listener)
         finally:
-            door.open -= 1
+            listener.open -= 1
 
-    async def connect_and_reset(self, door):
-        """Gone before a byte is sent."""
-        close(await door.connect(), True)
-        self.tally.add(f"{door.name}: connect and reset")
+    async def connect_and_reset(self, listener):
+        """Reset a connection before a byte is sent."""
+        close(await listener.connect(), True)
+        self.tally.add(f"{listener.name}: connect and reset")
 
-    async def play(self, door):
+    async def play(self, listener):
         plan = plans.draw(
-            self.dice, self.next_number(), stall_ms=door.stall_ms, may_urge=door.may_urge
+            self.dice, self.next_number(), stall_ms=listener.stall_ms, may_urge=listener.may_urge
         )
         try:
-            side = await self.follow(door, plan)
+            side = await self.follow(listener, plan)
         except (Fault, Corrupt) as error:
-            self.tally.fault(f"{door.name}: {plan}: {error}")
+            self.tally.fault(f"{listener.name}: {plan}: {error}")
             return
         except GONE as error:
-            if door.strict:
-                self.tally.fault(f"{door.name}: {plan}: {error!r}")
-            self.tally.add(f"{door.name}: refused")
+            if listener.strict:
+                self.tally.fault(f"{listener.name}: {plan}: {error!r}")
+            self.tally.add(f"{listener.name}: refused")
             return
         whole = side.received == plan.server.length and side.sent == plan.client.length
-        self.tally.add(f"{door.name}: {'whole' if whole else 'cut short'}")
+        self.tally.add(f"{listener.name}: {'whole' if whole else 'cut short'}")
         self.tally.add("bytes", side.sent + side.received)
 
-    async def follow(self, door, plan):
+    async def follow(self, listener, plan):
         budget = PATIENCE + (plan.client.stall_ms + plan.server.stall_ms) / 1000
-        sock = await door.connect()
+        sock = await listener.connect()
         try:
-            plan = plans.Plan(plan.number, plan.kind, plan.client, plan.server, door.port_of(sock))
+            plan = plans.Plan(
+                plan.number, plan.kind, plan.client, plan.server, listener.port_of(sock)
+            )
             await asyncio.get_running_loop().sock_sendall(sock, plan.pack())
             side = Side(sock, plan.number, plan.client, plan.server, UP)
             await side.play(budget)
         finally:
             sock.close()
-        resets = door.family != "unix" and door.backend != "unix"
-        side.judge(strict=door.strict, resets=resets)
+        resets = listener.family != "unix" and listener.backend != "unix"
+        side.judge(strict=listener.strict, resets=resets)
         return side
 
-    async def sleep(self, door):
-        """Do nothing until the proxy ends the connection for it."""
+    async def sleep(self, listener):
+        """Stay silent until the proxy cuts the connection."""
         plan = plans.Plan(self.next_number(), plans.SLEEP)
         loop = asyncio.get_running_loop()
         start = time.monotonic()
         try:
             async with asyncio.timeout(PATIENCE):
-                with await door.connect() as sock:
+                with await listener.connect() as sock:
                     await loop.sock_sendall(sock, plan.pack())
                     if await loop.sock_recv(sock, 1):
                         raise Fault("a byte came from nowhere")
         except TimeoutError:
-            self.tally.fault(f"{door.name}: {plan}: not cut off after {PATIENCE} s")
+            self.tally.fault(f"{listener.name}: {plan}: not cut off after {PATIENCE} s")
         except Fault as error:
-            self.tally.fault(f"{door.name}: {plan}: {error}")
+            self.tally.fault(f"{listener.name}: {plan}: {error}")
         except GONE:
-            self.tally.add(f"{door.name}: sleeper reset")
+            self.tally.add(f"{listener.name}: sleeper reset")
         else:
-            if (time.monotonic() - start) * 1000 < door.sleeps_ms:
-                self.tally.fault(f"{door.name}: {plan}: cut off too early")
-            self.tally.add(f"{door.name}: sleeper cut off")
+            if (time.monotonic() - start) * 1000 < listener.sleeps_ms:
+                self.tally.fault(f"{listener.name}: {plan}: cut off too early")
+            self.tally.add(f"{listener.name}: sleeper cut off")
 
-    # ── what lasts ───────────────────────────────────────────────────────────────────────────
+    # ── lasting connections ──────────────────────────────────────────────────────────────────
 
-    async def last(self, door, kind):
+    async def last(self, listener, kind):
         try:
             work = {"ping": self.ping, "drip": self.drip, "stream": self.stream}
-            await work[kind](door)
+            await work[kind](listener)
         except (Fault, Corrupt, EOFError, TimeoutError, OSError) as error:
-            self.tally.fault(f"{door.name}: {kind}: {error!r}")
+            self.tally.fault(f"{listener.name}: {kind}: {error!r}")
 
-    async def ping(self, door):
-        await self.echoes(door, PING, PING_PAUSE, self.latencies)
+    async def ping(self, listener):
+        await self.echoes(listener, PING, PING_PAUSE, self.latencies)
 
-    async def drip(self, door):
-        self.tally.add("bytes one at a time", await self.echoes(door, DRIP, DRIP_PAUSE, []))
+    async def drip(self, listener):
+        self.tally.add("bytes one at a time", await self.echoes(listener, DRIP, DRIP_PAUSE, []))
 
-    async def echoes(self, door, size, pause, latencies):
-        """One message after the other, each answered, to the end of the run; bytes sent."""
+    async def echoes(self, listener, size, pause, latencies):
+        """Exchange one message after another until the run ends; return the bytes sent."""
         loop = asyncio.get_running_loop()
         plan = plans.Plan(self.next_number(), plans.ECHO)
         out, at = Stream(plan.number, 0), 0
-        with await door.connect() as sock:
+        with await listener.connect() as sock:
             await loop.sock_sendall(sock, plan.pack())
             while not self.finished.is_set():
                 message = bytes(out.piece(at, size))
@@ -193,12 +195,12 @@ class Clients:
                     raise Fault("bytes after the end")
         return at
 
-    async def stream(self, door):
-        """One connection that moves bytes at STREAM_RATE to the end; the count comes back."""
+    async def stream(self, listener):
+        """Send at STREAM_RATE until the run ends; the target then returns the count."""
         loop = asyncio.get_running_loop()
         plan = plans.Plan(self.next_number(), plans.SINK)
         out, at = Stream(plan.number, 0), 0
-        with await door.connect() as sock:
+        with await listener.connect() as sock:
             await loop.sock_sendall(sock, plan.pack())
             start = time.monotonic()
             while not self.finished.is_set():
@@ -222,14 +224,14 @@ class Clients:
     # ── orders ───────────────────────────────────────────────────────────────────────────────
 
     async def tell_when_quiet(self):
-        while any(door.open for door in self.doors):
+        while any(listener.open for listener in self.listeners):
             await asyncio.sleep(0.05)
         tell("quiet", lasting=sum(not task.done() for task in self.lasting))
 
     async def finish(self):
         self.running.clear()
         self.finished.set()
-        while any(door.open for door in self.doors):
+        while any(listener.open for listener in self.listeners):
             await asyncio.sleep(0.05)
         await asyncio.gather(*self.lasting)
         self.tally.send("finished", latencies=summary(self.latencies))
@@ -241,7 +243,7 @@ class Clients:
         elif word == "resume":
             self.running.set()
         elif word == "counts":
-            self.tally.send(open=sum(door.open for door in self.doors))
+            self.tally.send(open=sum(listener.open for listener in self.listeners))
         elif word == "finish":
             self.keep(self.finish())
 
@@ -252,7 +254,7 @@ class Clients:
 
 
 def summary(latencies):
-    """Median, 99th percentile and the worst, in microseconds."""
+    """Return the median, the 99th percentile and the maximum, in microseconds."""
     if not latencies:
         return None
     ordered = sorted(latencies)

@@ -1,16 +1,16 @@
-"""What the two ends of a connection will do to each other. The client tells the server first."""
+"""What the two ends of a connection do. The client sends the plan to the server first."""
 
 import random
 import struct
 from dataclasses import dataclass
 
 END, RESET, CLOSE = range(3)
-"""How a side ends: half-close after its last byte; reset, or plain close, at that byte."""
+"""How a side ends after its last byte: half-close, reset or plain close."""
 
 FATES = ("end", "reset", "close")
 
 EXCHANGE, ECHO, SINK, SLEEP = range(4)
-"""EXCHANGE follows both scripts. ECHO sends back, SINK counts, SLEEP waits to be cut off."""
+"""EXCHANGE follows both scripts, ECHO sends back, SINK counts, and SLEEP waits to be cut."""
 
 KINDS = ("exchange", "echo", "sink", "sleep")
 
@@ -23,8 +23,8 @@ NEVER = (1 << 64) - 1
 
 @dataclass(frozen=True)
 class Script:
-    """One side. `length` bytes in writes of `chunk`; reading stalls at byte `stall_at` for
-    `stall_ms`; `late`: sends only when the other side has ended; an urgent byte at `urgent_at`."""
+    """One side: sends `length` bytes in writes of `chunk`; stops reading at byte `stall_at` for
+    `stall_ms`; if `late`, sends only once the other side has ended; byte `urgent_at` is urgent."""
 
     length: int = 0
     chunk: int = 1 << 16
@@ -58,7 +58,7 @@ class Script:
 
 @dataclass(frozen=True)
 class Plan:
-    """One connection: its number, the client's port if a PROXY header tells it, two scripts."""
+    """One connection: its number, its two scripts, and the client's port for a PROXY header."""
 
     number: int
     kind: int = EXCHANGE
@@ -76,7 +76,7 @@ class Plan:
 
 
 def unpack(head):
-    """The Plan in the first HEAD_SIZE bytes of a connection. Raises ValueError."""
+    """Return the Plan in the first HEAD_SIZE bytes of a connection. Raises ValueError."""
     magic, number, kind, port, *rest = _HEAD.unpack(head)
     if magic != _MAGIC or kind >= len(KINDS):
         raise ValueError(f"a connection begins with {head.hex()}")
@@ -85,11 +85,12 @@ def unpack(head):
 
 
 def draw(dice, number, *, stall_ms, may_urge):
-    """A Plan for an exchange. `may_urge`: (client's leg, server's leg) are TCP ones."""
+    """Return a random Plan for an exchange. `may_urge`: whether each leg (the client's, the
+    server's) is TCP and so may carry an urgent byte."""
     both_end = dice.random() < 0.6
     client = _script(dice, both_end, stall_ms, may_urge[0])
     server = _script(dice, both_end, stall_ms, may_urge[1])
-    if both_end and dice.random() < 0.2:  # the reply comes after the client's end
+    if both_end and dice.random() < 0.2:  # the server replies after the client's end
         server = Script(server.length, server.chunk, late=1)
     return Plan(number, EXCHANGE, client, server)
 
@@ -107,6 +108,6 @@ def _script(dice, ends, stall_ms, may_urge):
     )
 
 
-def _log_uniform(dice: random.Random, most):
-    """0 now and then; otherwise every order of magnitude is as likely as the others."""
-    return 0 if dice.random() < 0.05 else int(most ** dice.random())
+def _log_uniform(dice: random.Random, maximum):
+    """Return 0 now and then; otherwise all orders of magnitude are equally likely."""
+    return 0 if dice.random() < 0.05 else int(maximum ** dice.random())

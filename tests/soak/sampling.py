@@ -1,4 +1,4 @@
-"""What the proxies and the machine use, over time; and whether a line is flat."""
+"""The resources that proxies and machine use over time, and whether that use grows."""
 
 import csv
 import itertools
@@ -11,20 +11,20 @@ from bench import memory
 
 PAGE = 4096
 WARM_UP = 600
-"""Seconds, or a quarter of a shorter run, until memory has its size."""
+"""Seconds until memory has reached its size; in a shorter run, a quarter of it."""
 
-GROWTH_MOST = 512 * 1024
-"""Bytes of private memory that a proxy may seem to gain after that. Ten bytes lost with every
-connection of the busiest proxy would exceed it within an hour at the default rate."""
+GROWTH_MAX = 512 * 1024
+"""Bytes of private memory that a proxy may gain after that. A leak of ten bytes per connection of
+the busiest proxy would exceed it within an hour at the default rate."""
 
-GROWTH_MOST_COLD = 2 * GROWTH_MOST
-"""… in a run too short for WARM_UP: the heap still comes to its highest mark."""
+GROWTH_MAX_COLD = 2 * GROWTH_MAX
+"""… in a run too short for WARM_UP, in which the heap is still reaching its maximum."""
 
 FIELDS = ("private", "rss", "fds", "threads", "cpu")
 
 
 class Samples:
-    """Rows of numbers, one per moment: {"seconds": …, "main.rss": …, "slab": …}."""
+    """Rows of numbers, one per sample: {"seconds": …, "main.rss": …, "slab": …}."""
 
     def __init__(self, world, every):
         self.world = world
@@ -54,7 +54,7 @@ class Samples:
         self.rows.append(row)
 
     def column(self, name, since=0.0):
-        """[(seconds, value)]"""
+        """Return [(seconds, value)]."""
         return [(row["seconds"], row[name]) for row in self.rows if row["seconds"] >= since]
 
     def write(self, path):
@@ -69,7 +69,7 @@ def threads(pid):
 
 
 def sockstat():
-    """Sockets of this network, and the machine's memory for TCP buffers."""
+    """Count the sockets of this network namespace, and the machine's memory for TCP buffers."""
     text = Path("/proc/net/sockstat").read_text()
     return {
         "sockets": int(re.search(r"sockets: used (\d+)", text)[1]),
@@ -77,9 +77,9 @@ def sockstat():
     }
 
 
-def slope(points, most=400):
-    """Theil and Sen's: the median of the slopes of all pairs. A spike does not move it."""
-    points = points[:: max(len(points) // most, 1)]
+def slope(points, count_max=400):
+    """Return the Theil–Sen estimate: the median slope of all pairs, which ignores spikes."""
+    points = points[:: max(len(points) // count_max, 1)]
     slopes = [
         (b - a) / (later - earlier)
         for (earlier, a), (later, b) in itertools.combinations(points, 2)
@@ -89,14 +89,14 @@ def slope(points, most=400):
 
 
 def growth(points):
-    """What the slope makes of the time from the first point to the last."""
+    """Return the growth between the first point and the last, according to the slope."""
     return slope(points) * (points[-1][0] - points[0][0]) if len(points) > 1 else 0.0
 
 
 def warm_up(seconds):
-    """How much of the beginning of a run is not judged."""
+    """Return how many seconds at the start of a run are not judged."""
     return min(seconds / 4, WARM_UP)
 
 
-def growth_most(seconds):
-    return GROWTH_MOST if warm_up(seconds) == WARM_UP else GROWTH_MOST_COLD
+def growth_max(seconds):
+    return GROWTH_MAX if warm_up(seconds) == WARM_UP else GROWTH_MAX_COLD

@@ -1,4 +1,4 @@
-"""One end of a connection: it plays its script, and judges what it saw of the other's."""
+"""One end of a connection: it plays its script, and judges what it saw of the other end."""
 
 import asyncio
 import socket
@@ -17,7 +17,7 @@ class Fault(Exception):
 
 
 class Side:
-    """Plays `mine` on a connected non-blocking socket whose header is done, and closes it."""
+    """Plays the script `mine` on a connected non-blocking socket, after the plan, and closes it."""
 
     def __init__(self, sock, number, mine, peer, direction):
         self.sock = sock
@@ -28,12 +28,12 @@ class Side:
         self.sent = 0
         self.received = 0
         self.end = "open"
-        """How what the peer sent came to its end: open, eof or reset."""
+        """How the peer's data ended: open, eof or reset."""
         self.write_failed = False
         self._peer_ended = asyncio.Event()
 
     async def play(self, seconds):
-        """Raise Corrupt, or Fault if it does not end within `seconds`."""
+        """Play the script. Raises Corrupt, or Fault if it does not end within `seconds`."""
         reader = asyncio.ensure_future(self._read())
         writer = asyncio.ensure_future(self._write())
         try:
@@ -48,7 +48,7 @@ class Side:
             close(self.sock, self.mine.fate == RESET)
 
     async def _both(self, reader, writer):
-        """Until this side has done what it was to do, or one task fails."""
+        """Wait until this side has played its script, or a task fails."""
         waiting = {reader, writer}
         while writer in waiting or (waiting and self.mine.fate == END):
             done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
@@ -56,10 +56,10 @@ class Side:
                 task.result()
 
     def judge(self, *, strict, resets):
-        """Raise Fault if the peer's end did not arrive as it happened.
+        """Raise Fault if the peer's end arrived as another kind of end.
 
-        Not `strict`: the target may be killed, or the proxy may cut the connection. `resets`: a
-        reset can be told from a close on both legs.
+        Not `strict`: the target may be killed, or the proxy may cut the connection. `resets`: both
+        legs distinguish a reset from a close.
         """
         if self.received > self.peer.length:
             raise Fault(f"too many bytes: {self}")
@@ -69,7 +69,7 @@ class Side:
             complete = self.received == self.peer.length and self.sent == self.mine.length
             if not complete or self.end != "eof" or self.write_failed:
                 raise Fault(f"incomplete: {self}")
-        # A write that has failed has taken the reset's error; a read then only sees the end.
+        # A failed write has consumed the error of the reset; a later read sees only the end.
         if self.peer.fate == RESET and resets and self.end == "eof" and not self.write_failed:
             raise Fault(f"a reset came as a clean end: {self}")
 
@@ -91,7 +91,7 @@ class Side:
                 self.sock.shutdown(socket.SHUT_WR)
         except GONE:
             self.write_failed = True
-        except OSError:  # ENOTCONN of a shutdown: reset meanwhile
+        except OSError:  # ENOTCONN from shutdown(2): the connection has been reset
             self.write_failed = True
 
     async def _write_some(self):
@@ -107,7 +107,7 @@ class Side:
         self.sent += len(piece)
 
     def _urge(self):
-        """Send one byte out of band; False if there is no room for it now."""
+        """Send one urgent byte; return False if there is no room for it now."""
         try:
             self.sent += self.sock.send(self._out.piece(self.sent, 1), socket.MSG_OOB)
         except BlockingIOError:
@@ -135,7 +135,7 @@ class Side:
 
 
 def close(sock, with_reset):
-    """Close; on TCP a reset goes out if one is wanted."""
+    """Close the socket; on TCP with a reset if asked."""
     if with_reset:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     sock.close()

@@ -1,4 +1,4 @@
-"""One run, from the first proxy to the verdict."""
+"""One run, from the start of the proxies to the verdict."""
 
 import json
 import platform
@@ -10,23 +10,23 @@ import time
 
 from kit.logs import too_many_lines
 from soak.chaos import Chaos
-from soak.sampling import Samples, growth, growth_most, warm_up
+from soak.sampling import Samples, growth, growth_max, warm_up
 from soak.world import World
 
 CHECKPOINTS = 3, 12
-"""At least and at most; otherwise one every five minutes."""
+"""Minimum and maximum; in between, one every five minutes."""
 
 POOLED_PIPES = 8
-"""Idle pipes that a relay keeps, as in proxyd/relay/pipe.pxd."""
+"""Idle pipes that a worker keeps: POOL_MAX in proxyd/relay/types.pxd."""
 
 PATIENCE = 150
-"""Seconds until the traffic must have come to rest: longer than the load's own patience."""
+"""Seconds until the traffic must be at rest: longer than PATIENCE of the load processes."""
 
 WATCHED = 2.0
-"""Seconds of rest in which a proxy that spins is found out."""
+"""Seconds of rest in which a proxy that spins is detected."""
 
 LONG = 1800.0
-"""Seconds from which on the stream must have had its pace."""
+"""Seconds; in a run of this length or more, the stream must keep its rate."""
 
 MB = 1 << 20
 
@@ -36,7 +36,7 @@ class Interrupted(Exception):
 
 
 class ProxyEnded(Exception):
-    """There is nothing to go on with."""
+    """A proxy has exited, so the run cannot go on."""
 
 
 class Soak:
@@ -71,7 +71,7 @@ class Soak:
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 signal.signal(number, signal.SIG_IGN)
         except ProxyEnded:
-            pass  # a fault by now
+            pass  # recorded as a fault already
         finally:
             self.world.close()
             shutil.rmtree(sockets, ignore_errors=True)
@@ -88,9 +88,9 @@ class Soak:
         self.log_from = {one.name: 0 for one in self.world.served}
 
     def soak(self):
-        """Traffic, with a checkpoint every so often and one at the end."""
-        least, most = CHECKPOINTS
-        count = max(least, min(most, int(self.seconds / 300)))
+        """Let the traffic run, with checkpoints in between and one at the end."""
+        count_min, count_max = CHECKPOINTS
+        count = max(count_min, min(count_max, int(self.seconds / 300)))
         for number in range(1, count + 1):
             until = self.start + self.seconds * number / count
             self.wait(lambda until=until: time.monotonic() >= until, chaos=True)
@@ -106,8 +106,8 @@ class Soak:
         print(f"{row['seconds'] / 60:.1f} min: {whole} whole exchanges; {memory}", flush=True)
 
     def wait(self, condition, *, chaos=False, patience=None):
-        """Sample, listen and (with `chaos`) disturb until the condition holds; False if it never
-        does."""
+        """Sample, listen and (with `chaos`) disturb until the condition holds. Returns False if it
+        does not hold within `patience` seconds."""
         deadline = time.monotonic() + patience if patience else None
         counts_at = 0.0
         while not condition():
@@ -125,7 +125,7 @@ class Soak:
         return True
 
     def listen(self, timeout):
-        """Take one report of a load process, if one comes in time, and all behind it."""
+        """Take a report of a load process, if one comes in time, and all that are queued."""
         try:
             self.take(*self.world.reports.get(timeout=timeout))
             while True:
@@ -160,7 +160,7 @@ class Soak:
     # ── checkpoints ──────────────────────────────────────────────────────────────────────────
 
     def checkpoint(self):
-        """Let all traffic but what lasts come to its end, and see what is left."""
+        """Let all but the lasting connections end, and check what is still open."""
         self.chaos.settle()
         clients = self.world.clients()
         before = [self.events.get((load.name, "quiet"), 0) for load in clients]
@@ -184,7 +184,7 @@ class Soak:
             load.order("resume")
 
     def wait_for_sockets(self, lasting):
-        """Wait until each proxy has just the sockets that it should have; what is wrong if not."""
+        """Wait until each proxy has exactly the sockets that it should have; return the faults."""
 
         def surplus(one):
             wanted = one.sockets_at_start + 2 * lasting(one)
@@ -199,18 +199,18 @@ class Soak:
         return wrong + self.too_many_pipes()
 
     def too_many_pipes(self):
-        """Pipes beyond those of the pools, and of the one stream."""
+        """Return the faults of proxies with more pipes than the pools and the stream need."""
         found = []
         for one in self.world.served:
-            relays = max(int(self.chosen.threads or 1), 1) if one.name == "main" else 1
+            workers = max(int(self.chosen.threads or 1), 1) if one.name == "main" else 1
             pipes = sum(what.startswith("pipe:") for what in one.proxy.fds().values())
-            most = 2 * (POOLED_PIPES * relays + 1)
-            if pipes > most:
-                found.append(f"{one.name} has {pipes} ends of pipes at rest, not {most} at most")
+            allowed = 2 * (POOLED_PIPES * workers + 1)
+            if pipes > allowed:
+                found.append(f"{one.name} has {pipes} pipe ends at rest, expected <= {allowed}")
         return found
 
     def watch_for_spinning(self):
-        """CPU time while there is next to nothing to do."""
+        """Find proxies that use CPU time while there is next to nothing to do."""
         before = {one.name: one.proxy.cpu_seconds() for one in self.world.served}
         start = time.monotonic()
         self.wait(lambda: time.monotonic() - start >= WATCHED)
@@ -222,7 +222,7 @@ class Soak:
     # ── the end ──────────────────────────────────────────────────────────────────────────────
 
     def end(self):
-        """End what lasts, then the proxies: each must be empty, and exit with 0."""
+        """End the lasting connections, then the proxies: each must be empty, and exit with 0."""
         self.finishing = True
         self.chaos.settle()
         clients = self.world.clients()
@@ -233,7 +233,7 @@ class Soak:
             patience=PATIENCE,
         )
         if not done:
-            self.fault("what lasts did not come to its end")
+            self.fault("the lasting connections did not end")
         for text in self.wait_for_sockets(lambda one: 0):
             self.fault(f"at the end: {text}")
         self.samples.take()
@@ -243,11 +243,11 @@ class Soak:
         self.judge()
 
     def judge(self):
-        """What can only be told from all of it."""
-        most = growth_most(self.seconds)
+        """Find the faults that only the whole run shows."""
+        allowed = growth_max(self.seconds)
         for one in self.world.served:
             gained = self.gained(one.name, "private")
-            if gained > most:
+            if gained > allowed:
                 self.fault(f"{one.name}: private memory has grown by {gained / MB:.2f} MiB")
             counted = {value for _, value in self.samples.column(f"{one.name}.threads", 1.0)}
             if len(counted) > 1:
@@ -258,15 +258,15 @@ class Soak:
             self.fault(text)
 
     def not_done(self):
-        """Traffic that there should have been: a run without it proves nothing."""
+        """Return the traffic that is missing: a run without it proves nothing."""
         missing = [
-            f"{door['name']}: nothing arrived whole"
+            f"{listener['name']}: nothing arrived whole"
             for one in self.world.served
-            for door in one.doors
-            if not self.counts.get(f"{door['name']}: whole")
+            for listener in one.listeners
+            if not self.counts.get(f"{listener['name']}: whole")
         ]
         moved = self.counts.get("bytes of the stream", 0)
-        # A short run is to show that all kinds of traffic pass; how much is the machine's affair.
+        # A short run only shows that all kinds of traffic pass; how much depends on the machine.
         wanted = 200e9 / 3600 * self.seconds if self.seconds >= LONG else 1e6
         if moved < 0.9 * wanted:
             missing.append(f"the stream moved {moved / 1e9:.1f} GB instead of {wanted / 1e9:.1f}")
@@ -311,12 +311,12 @@ class Soak:
         short = sum(n for name, n in counts.items() if name.endswith(": cut short"))
         yield f"{took / 60:.1f} minutes, {self.about()}"
         yield (
-            f"exchanges: {whole} whole, {short} cut short by plan or by what was done to them; "
-            f"{counts.get('bytes', 0) / 1e9:.1f} GB compared at their place"
+            f"exchanges: {whole} whole, {short} cut short by plan or by a disturbance; "
+            f"{counts.get('bytes', 0) / 1e9:.1f} GB compared byte by byte"
         )
         yield (
             f"one stream of {counts.get('bytes of the stream', 0) / 1e9:.1f} GB; "
-            f"{counts.get('bytes one at a time', 0)} bytes one a second"
+            f"{counts.get('bytes one at a time', 0)} bytes at one a second"
         )
         done = self.chaos.counts
         yield (
@@ -325,7 +325,7 @@ class Soak:
         )
         if self.latencies:
             p50, p99, worst = self.latencies
-            yield f"ping-pong meanwhile: p50 {p50} µs, p99 {p99} µs, worst {worst / 1000:.0f} ms"
+            yield f"ping-pong meanwhile: p50 {p50} µs, p99 {p99} µs, max {worst / 1000:.0f} ms"
         yield from self.table()
         yield f"CPU: proxies {self.cpu(False):.1f} s, load {self.cpu(True):.1f} s"
         if interrupted:

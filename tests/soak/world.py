@@ -1,4 +1,4 @@
-"""The proxies, the load processes around them, and how they are tied together."""
+"""The proxies, the load processes around them, and how they are connected."""
 
 import os
 import queue
@@ -12,20 +12,20 @@ from kit.privileges import WITH_PARENT
 from kit.proxy import Proxy
 from kit.sockets import open_listener
 
-FIRST_PORT = 701  # below the ephemeral range, so that nothing else takes it while a target is away
+FIRST_PORT = 701  # not ephemeral, so that no socket takes it while a target is down
 
 IDLE_MS = 3000
 STOP_MS = 1200
-"""No process is stopped long enough for an idle timeout to cut a connection in use."""
+"""Too short for the idle timeout to cut a connection in use while a process is stopped."""
 
 
 class Served:
-    """A proxy under test, with what its doors are."""
+    """A proxy under test, and what the clients are told about its listeners."""
 
-    def __init__(self, name, proxy, doors):
+    def __init__(self, name, proxy, listeners):
         self.name = name
         self.proxy = proxy
-        self.doors = doors
+        self.listeners = listeners
         self.sockets_at_start = 0
         self.last_log = ""
 
@@ -42,14 +42,14 @@ class World:
         self.reports = queue.Queue()
         self.loads = []
         self.served = []
-        self.listeners = []
+        self.listening_sockets = []
         self.ipv6 = _has_ipv6()
         self._port = FIRST_PORT
 
     # ── making ───────────────────────────────────────────────────────────────────────────────
 
     def build(self):
-        """Start targets, proxies, clients, in this order."""
+        """Start targets, proxies and clients, in this order."""
         steady = self._backend("steady targets", strict=True)
         shaky = self._backend("shaky targets", strict=False)
         self.shaky = shaky
@@ -85,7 +85,7 @@ class World:
             [("tcp", "tcp"), ("unix", "unix")],
             steady,
             rate=24,
-            most=24,
+            open_max=24,
             stall_ms=3000,
             prefix=["prlimit", "--nofile=80:80"],
         )
@@ -134,7 +134,7 @@ class World:
                 "address": listener.getsockname()[:2] if pair[0] != "unix"
                 else listener.getsockname(),
                 "rate": rate * self.rate / len(pairs), "header": header,
-                "most": traffic.get("most", 24), "strict": traffic.get("strict", False),
+                "open_max": traffic.get("open_max", 24), "strict": traffic.get("strict", False),
                 "stall_ms": traffic.get("stall_ms", 1500),
                 "sleeps_ms": traffic.get("sleeps_ms", 0),
                 "last": (last or {}).get(pair, ["ping"] if last else []),
@@ -147,20 +147,22 @@ class World:
 
     def _listener(self, family):
         kind = "tcp4" if family == "tcp" else family
-        self.listeners.append(open_listener(kind, self.folder, backlog=256))
-        return self.listeners[-1]
+        self.listening_sockets.append(open_listener(kind, self.folder, backlog=256))
+        return self.listening_sockets[-1]
 
     def _clients(self, name, proxies):
-        doors = [door for one in self.served if one.name in proxies for door in one.doors]
+        listeners = [
+            listener for one in self.served if one.name in proxies for listener in one.listeners
+        ]
         settings = {
-            "name": name, "seed": self.dice.random(), "doors": doors,
+            "name": name, "seed": self.dice.random(), "listeners": listeners,
             "first_number": self.dice.randrange(1 << 40),
         }  # fmt: skip
         self.loads.append(Load("soak.client", settings, self.reports))
         self.wait_ready(self.loads[-1:])
 
     def wait_ready(self, loads):
-        """Wait until each has said so. Other reports are put back."""
+        """Wait until each load process reports that it is ready. Other reports are put back."""
         missing, others = set(loads), []
         deadline = time.monotonic() + 30
         while missing:
@@ -180,8 +182,8 @@ class World:
         return [load for load in self.loads if "clients" in load.name]
 
     def lasting(self, served):
-        """Connections through a proxy that last as long as the run."""
-        return sum(len(door["last"]) for door in served.doors)
+        """Return the number of lasting connections through a proxy."""
+        return sum(len(listener["last"]) for listener in served.listeners)
 
     # ── ending ───────────────────────────────────────────────────────────────────────────────
 
@@ -192,7 +194,7 @@ class World:
             one.last_log = one.proxy.log()
             one.proxy.release()
             one.proxy.notify.close()
-        for sock in self.listeners:
+        for sock in self.listening_sockets:
             sock.close()
 
 

@@ -1,4 +1,4 @@
-"""HTTP clients that a proxy meets under load. Prints one JSON object; never fails by itself.
+"""HTTP clients that put a proxy under load. Prints one JSON object; errors are counted in it.
 
     load.py mix PORT SHORT BULK ABUSIVE    that many of each kind, all at the same time
     load.py steady PORT CLIENTS SECONDS    clients that make one short request after the other
@@ -23,11 +23,11 @@ TIMEOUT = 60  # seconds for any one request
 
 
 class Wrong(Exception):
-    """The answer came to an end, but is not the right one."""
+    """The answer ended, but is wrong."""
 
 
 class Together:
-    """Lets `count` clients go on only when each has come this far, or has failed to."""
+    """Lets `count` clients go on only when each has reached this point, or has failed."""
 
     def __init__(self, count: int):
         self.missing = count

@@ -1,5 +1,5 @@
 #!/usr/bin/python3
-"""A generator that makes of NAME.container what Podman's Quadlet makes of it, for want of Podman.
+"""A generator that stands in for Podman's Quadlet: it makes a service of each NAME.container.
 
 Usage: quadlet.py FOLDER, as systemd.generator(7) has it
 """

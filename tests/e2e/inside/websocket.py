@@ -12,8 +12,8 @@ import sys
 import websockets
 
 CLIENTS = 20
-MESSAGES = 20  # of each client, under way at the same time
-LARGEST = 100_000  # bytes, of those
+MESSAGES = 20  # per client, in flight at the same time
+LARGEST = 100_000  # bytes of one of those
 LARGE = 4 << 20  # bytes of one more message
 TIMEOUT = 60  # seconds
 
@@ -39,9 +39,9 @@ def connect(address: str):
 
 
 async def client(address: str, seed: int) -> int:
-    """Exchange messages and close cleanly; the number of bytes that came back."""
+    """Exchange messages and close cleanly; return the number of bytes that came back."""
     rng = random.Random(seed)
-    # Text and binary are told apart on the way back.
+    # Text and binary messages must come back as such.
     messages = [rng.randbytes(rng.randrange(LARGEST)) for _ in range(MESSAGES)]
     messages += ["", "text \N{SNOWMAN}", os.urandom(LARGE) if seed == 0 else b""]
     async with connect(address) as connection:
