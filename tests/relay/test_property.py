@@ -161,7 +161,7 @@ class Conversations(RuleBasedStateMachine):
             target_buffers={"receive_buffer": sizes[2], "send_buffer": sizes[3]},
             **MODES[self.mode],
         )
-        listener = open_listener(pair[1], self.folder.name, blocking=False)
+        listener = open_listener(pair[1], self.folder.name)
         self.dead = socket_names(listener.fileno())[1]
         listener.close()
         self.open("connect", 0, 0, None)
