@@ -9,13 +9,14 @@ from proxyd.event_loop import EPOLLET, EventLoop
 class HeldClients:
     """The clients that are held for one target, the oldest first. Owns their fds."""
 
-    __slots__ = ("_by_fd", "_loop", "_on_leave", "cut", "failed", "gone")
+    __slots__ = ("_added", "_by_fd", "_loop", "_on_leave", "cut", "failed", "gone")
 
     def __init__(self, loop: EventLoop, on_leave: "Callable[[HeldClient], None]") -> None:
         """`on_leave` is called with a client that has left, after it was closed."""
         self._loop = loop
         self._on_leave = on_leave
         self._by_fd: dict[int, HeldClient] = {}
+        self._added = 0
         self.failed = 0
         """Clients given up."""
         self.gone = 0
@@ -33,10 +34,12 @@ class HeldClients:
 
     def add(self, client: "HeldClient") -> None:
         """Hold a client, in the order in which clients were accepted."""
+        self._added += 1
+        client.number = client.number or self._added  # it keeps its number if it is held again
         youngest = next(reversed(self._by_fd.values()), client)
         self._by_fd[client.fd] = client
-        if client.since_ms < youngest.since_ms:  # its connect has taken long to fail
-            self._by_fd = dict(sorted(self._by_fd.items(), key=lambda item: item[1].since_ms))
+        if client.arrival < youngest.arrival:  # its connect has taken longer to fail
+            self._by_fd = dict(sorted(self._by_fd.items(), key=lambda item: item[1].arrival))
         try:
             # Only for EPOLLERR and EPOLLHUP, which are always reported. A TCP client that has sent
             # FIN is still served: close(2) and a half-close look the same from here.
@@ -94,10 +97,25 @@ class HeldClients:
 class HeldClient:
     """An accepted client that waits."""
 
-    __slots__ = ("family", "fd", "has_unsent", "name", "preamble", "since_ms")
+    __slots__ = (
+        "connection",
+        "family",
+        "fd",
+        "has_unsent",
+        "name",
+        "number",
+        "preamble",
+        "since_ms",
+    )
 
     def __init__(
-        self, fd: int, family: int, preamble: bytes | None, name: str, since_ms: int
+        self,
+        fd: int,
+        family: int,
+        preamble: bytes | None,
+        name: str,
+        since_ms: int,
+        connection: int = 0,
     ) -> None:
         self.fd = fd
         self.family = family
@@ -109,6 +127,19 @@ class HeldClient:
         """Its address, for log lines at debug level; "" otherwise."""
         self.since_ms = since_ms
         """When it was accepted."""
+        self.connection = connection
+        """The id of its connection, if that has failed later than at once; otherwise 0."""
+        self.number = 0
+        """How many clients were held up to this one; 0: it has not been held yet."""
+
+    @property
+    def arrival(self) -> tuple[int, bool, int, int]:
+        """What to sort by for the order in which clients were accepted.
+
+        Of the clients of one millisecond, those with a connection came first, because no connection
+        is begun while a client is held. Connections may fail in any order; their ids rise.
+        """
+        return self.since_ms, self.connection == 0, self.connection, self.number
 
     def has_left(self) -> bool:
         """Tell, after a hang-up, whether it is gone: it has reset, or has sent nothing.

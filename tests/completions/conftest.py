@@ -70,12 +70,15 @@ FILES = ("app.sock", "folder/in.sock", "with space.sock")
 
 @pytest.fixture(scope="session")
 def sockets(place):
-    """The folder of UNIX sockets, with a file that is none; there is an abstract one as well."""
+    """The folder of UNIX sockets, with a file that is none; there is an abstract one as well.
+
+    Abstract names are the whole machine's, and other runs may be under way: it begins with `place`.
+    """
     folder = place / "run"
     (folder / "folder").mkdir(parents=True)
     (folder / "file.sock").touch()
     opened = []
-    for address in (*map(str, (folder / name for name in FILES)), "\0sp-abstract"):
+    for address in (*map(str, (folder / name for name in FILES)), f"\0{place.name}-abstract"):
         listener = socket.socket(socket.AF_UNIX)
         listener.bind(address)
         listener.listen()

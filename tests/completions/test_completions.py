@@ -122,8 +122,8 @@ def test_a_path_is_quoted(shell, sockets):
 
 
 @pytest.mark.parametrize("before", ["", "unix:", "http=", "--listen=", "--listen=web="])
-def test_abstract_sockets(shell, sockets, before):
-    shell.completed(f"{before}@sp-ab", "+", f"{before}@sp-abstract +")
+def test_abstract_sockets(shell, place, sockets, before):
+    shell.completed(f"{before}@{place.name}-ab", "+", f"{before}@{place.name}-abstract +")
 
 
 def test_vsock(shell):

@@ -75,6 +75,8 @@ class FakeRelay:
         """(ms since the start, address, timeout) of connect(); for dial() the timeout is None."""
         self.served = []
         """(client, preamble) of each connection."""
+        self.ids = {}
+        """client → the id of its connection."""
         self.watched = {}
         self.dialled = {}
         """fd → what connected() returns."""
@@ -204,6 +206,7 @@ class FakeRelay:
         self.last_id += 1
         self.connections += 1
         self.served.append((client, preamble or b""))
+        self.ids[client] = self.last_id
         return self.last_id
 
     # ── the loop ─────────────────────────────────────────────────────────────────────────────

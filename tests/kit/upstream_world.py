@@ -193,7 +193,7 @@ class World:
         """A connect of the relay has failed."""
         self.relay.served.pop(self.served.index(fd))
         since_ms = START_MS + (self.now_ms if since_ms is None else since_ms)
-        failed = ConnectFailed(3, fd, error, pending, since_ms, self.relay.last_id)
+        failed = ConnectFailed(3, fd, error, pending, since_ms, self.relay.ids[fd])
         self.upstream.take_back(failed, socket.AF_UNIX)
 
     def assert_counted(self):

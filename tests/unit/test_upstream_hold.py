@@ -58,6 +58,17 @@ def test_a_single_client_later_in_an_outage_has_short_pauses(world):
     assert one.relay.times == [60_000 + at for at in range(0, 151, 10)]
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_clients_of_one_millisecond_are_served_in_order_of_arrival(world, first):
+    """Connects may fail in any order, and after a younger client is held already."""
+    one = world(plan=LATER)
+    clients = [one.come(), one.come()]
+    one.fail(clients[first], errno.ECONNREFUSED)
+    clients += [one.come(), one.come()]
+    one.fail(clients[1 - first], errno.ECONNREFUSED)
+    assert one.held == clients
+
+
 @pytest.mark.parametrize("count", [1, 2, 100])
 def test_one_probe_whatever_the_number_held(world, count):
     one = world(plan=errno.ECONNREFUSED)
@@ -208,14 +219,14 @@ def test_bytes_taken_from_a_client_are_given_to_the_next_attempt(world):
 
 def test_no_memory_for_a_connection_that_was_made(world):
     one = world(plan=up_at(10))
-    fd = one.come()
+    clients = [one.come(), one.come()]
     one.relay.adopt_error = errno.ENOMEM
     one.run(10)
     assert one.served == []
-    assert fd in one.held
+    assert one.held == clients
     one.relay.adopt_error = 0
     one.run(20)
-    assert one.served == [fd]
+    assert one.served == clients
 
 
 # ── how long ──────────────────────────────────────────────────────────────────────────────────────
