@@ -4,14 +4,11 @@ import errno
 import os
 import resource
 import socket
-import struct
 
 import pytest
-from kit.fake_relay import FakeListener
+from kit.sockets import reset
 
-from proxyd import acceptor as acceptor_module
 from proxyd import address as sockaddr
-from proxyd import log
 from proxyd._relay import Accepted, AcceptFailed, ConnectFailed, Refused
 from proxyd.acceptor import PAUSE_MS, Acceptor
 from proxyd.event_loop import EventLoop
@@ -150,22 +147,9 @@ def closed(sock):
 
 @pytest.fixture
 def world(tmp_path):
-    log.setup({})
     made = World(tmp_path)
     yield made
     made.close()
-    log.setup({})
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    """The log's: it leaves out lines of one kind that follow each other within 5 s."""
-
-    class Clock:
-        now = 1000.0
-
-    monkeypatch.setattr(log.time, "monotonic", lambda: Clock.now)
-    return Clock
 
 
 # ── the limit ─────────────────────────────────────────────────────────────────────────────────────
@@ -267,12 +251,6 @@ def test_the_relay_leaves_room_for_held_clients(world):
 # ── where the relay connects by itself ────────────────────────────────────────────────────────────
 
 
-@pytest.fixture
-def fake_listeners(monkeypatch):
-    """The relay's listeners are fake."""
-    monkeypatch.setattr(acceptor_module, "RelayListener", FakeListener)
-
-
 def test_the_relay_connects_to_a_literal_target_that_is_up(world, fake_listeners):
     listener = world.listener(world.listen(), "/run/x", timeout_ms=7000)
     world.start()
@@ -336,11 +314,6 @@ def test_a_client_gets_its_header(world):
             received += served.recv(100)
         ports = client.getsockname()[1], client.getpeername()[1]
         assert received == b"PROXY TCP4 127.0.0.1 127.0.0.1 %d %d\r\nhello" % ports
-
-
-def reset(sock):
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    sock.close()
 
 
 @pytest.mark.parametrize("target", ["up", "absent"])

@@ -4,20 +4,19 @@ import contextlib
 import errno
 import os
 import socket
-import struct
 import subprocess
 import sys
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from kit.sockets import reset
 
 from proxyd import activation
 from proxyd.address import AF_INET, AF_INET6, AF_UNIX
 from proxyd.errors import UsageError
 
 START = 400  # far from the fds of the test runner
-RESET = struct.pack("ii", 1, 0)
 
 
 @pytest.fixture
@@ -114,8 +113,7 @@ def tcp_pair():
 
 def test_connected_and_reset_meanwhile(passed):
     accepted, client = tcp_pair()
-    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
-    client.close()
+    reset(client)
     (listener,) = inherited(passed(accepted))
     assert listener.connected
 

@@ -12,7 +12,7 @@ import types
 
 import pytest
 
-from proxyd import __version__, address, cli, log
+from proxyd import __version__, address, cli
 from proxyd.errors import UsageError
 from proxyd.listen import Listener
 from proxyd.options import OPTIONS, parse_args
@@ -27,7 +27,6 @@ def _unchanged_process():
     handler = _signal.getsignal(_signal.SIGINT)
     yield
     _signal.signal(_signal.SIGINT, handler)
-    log.setup({})
 
 
 @pytest.fixture

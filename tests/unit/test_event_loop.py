@@ -3,6 +3,7 @@
 import os
 
 import pytest
+from kit.fake_relay import FakeRelay
 
 from proxyd import log
 from proxyd._relay import Ended, Ready
@@ -11,7 +12,6 @@ from proxyd.event_loop import EPOLLET, EPOLLIN, EventLoop
 
 @pytest.fixture
 def loop():
-    log.setup({})
     return EventLoop()
 
 
@@ -87,13 +87,10 @@ def test_a_fd_that_cannot_be_watched(loop, tmp_path):
 
 
 def test_what_is_not_for_a_handler_is_returned_in_order(loop):
-    class Relay:
-        def run(self, timeout_ms):
-            return [ends[0], Ready(7, EPOLLIN), Ready(8, EPOLLIN), ends[1]]
-
     ends = [Ended(number, "ended", 0, 0, 0, 0, 0) for number in (1, 2)]
     heard = []
-    loop.relay = Relay()
+    loop.relay = FakeRelay()
+    loop.relay.at(0, lambda: [ends[0], Ready(7, EPOLLIN), Ready(8, EPOLLIN), ends[1]])
     loop._handlers[7] = heard.append
     assert loop.run(-1) == ends
     assert heard == [EPOLLIN]
@@ -102,9 +99,6 @@ def test_what_is_not_for_a_handler_is_returned_in_order(loop):
 @pytest.mark.parametrize(("level", "labels"), [("info", None), ("debug", {})])
 def test_connections_have_names_at_debug_level_only(level, labels):
     log.setup({"SYSTEMD_LOG_LEVEL": level})
-    try:
-        loop = EventLoop()
-    finally:
-        log.setup({})
+    loop = EventLoop()
     assert loop._labels == labels
     assert loop.relay.report_ends == (labels is not None)

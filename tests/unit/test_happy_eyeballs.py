@@ -1,5 +1,6 @@
 """The attempts to one target: staggered (RFC 8305), repeated where it is silent, bounded."""
 
+import contextlib
 import errno
 import random
 import socket
@@ -8,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from kit.fake_relay import LATER, UP, Answers, FakeRelay
+from kit.sockets import reset
 
 from proxyd import address as sockaddr
-from proxyd import happy_eyeballs
 from proxyd._relay import connected
 from proxyd.connect_errors import CLOSED_EARLY
 from proxyd.event_loop import EventLoop
@@ -30,8 +31,7 @@ class World:
         if loop is None:
             self.loop.relay = FakeRelay(plan)
         self.relay = self.loop.relay
-        monkeypatch.setattr(happy_eyeballs, "connected", self.relay.connected)
-        monkeypatch.setattr(happy_eyeballs, "peek", self.relay.peek)
+        self.relay.replace_functions(monkeypatch)
         self.expects_end = False
         self.addresses = list(addresses or plan)
         self.attempts = HappyEyeballs(self.loop, lambda: self.expects_end, repeats=True)
@@ -559,44 +559,29 @@ def test_attempts_stay_in_their_bounds_and_leave_nothing(
 # ── real sockets ──────────────────────────────────────────────────────────────────────────────────
 
 
-def bound(listens):
-    """A TCP socket on loopback and its packed address; without `listens` it refuses."""
-    sock = socket.socket()
-    sock.bind(("127.0.0.1", 0))
-    if listens:
-        sock.listen()
-    return sock, sockaddr.pack_inet(*sock.getsockname())
-
-
-def test_real_sockets():
+def test_the_first_real_target_that_listens_is_connected():
     loop = EventLoop()
-    (refuses, bad), (listens, good) = bound(False), bound(True)
-    with refuses, listens:
-        one = HappyEyeballs(loop, lambda: False, repeats=True)
-        one.begin([bad, good], loop.relay.now_ms)
-        one.step(loop.relay.now_ms, 1, 1)
-        while not one._winners:
+    with real_target(listens=False) as (_, bad), real_target() as (listener, good):
+        attempts = real_attempts(loop, bad, good)
+        while not attempts._winners:
             assert loop.run(20_000) == []
-            one.step(loop.relay.now_ms, 1, 1)
-        (won,) = one._winners
+            attempts.step(loop.relay.now_ms, 1, 1)
+        (won,) = attempts._winners
         assert won.address == good
         assert connected(won.fd) == 0
-        client, _ = listens.accept()
-        client.settimeout(20)
-        one.stop()
-        with pytest.raises(ConnectionResetError):
-            client.recv(1)
-        client.close()
+        target, _ = listener.accept()
+        with target:
+            target.settimeout(20)
+            attempts.stop()
+            with pytest.raises(ConnectionResetError):
+                target.recv(1)
         assert loop._handlers == {}
 
 
-def test_real_sockets_that_all_refuse():
+def test_real_targets_that_all_refuse():
     loop = EventLoop()
-    (one, first), (other, second) = bound(False), bound(False)
-    with one, other:
-        attempts = HappyEyeballs(loop, lambda: False, repeats=True)
-        attempts.begin([first, second], loop.relay.now_ms)
-        attempts.step(loop.relay.now_ms, 1, 1)
+    with real_target(listens=False) as (_, first), real_target(listens=False) as (_, second):
+        attempts = real_attempts(loop, first, second)
         while not attempts.over:
             loop.run(20_000)
             attempts.step(loop.relay.now_ms, 1, 1)
@@ -605,51 +590,58 @@ def test_real_sockets_that_all_refuse():
         assert loop._handlers == {}
 
 
-def settling_attempts(loop, address):
-    """A round that has begun, in which a connection has to settle."""
-    attempts = HappyEyeballs(loop, lambda: False, repeats=True)
-    attempts.settle_ms, attempts.must_settle = 20_000, True
-    attempts.begin([address], loop.relay.now_ms)
-    attempts.step(loop.relay.now_ms, 1, 1)
-    return attempts
-
-
-def test_a_real_target_that_speaks_while_it_is_watched():
+def test_a_real_target_that_sends_something_while_it_is_watched():
     loop = EventLoop()
-    listens, good = bound(True)
-    with listens:
-        one = settling_attempts(loop, good)
-        client, _ = listens.accept()
-        with client:
-            client.sendall(b"hello")
-            while not one._winners:
-                loop.run(20_000)
-            assert one._winners[0].proven
-            one.stop()
-
-
-@pytest.mark.parametrize("linger", [False, True])
-def test_a_real_target_that_lets_go_while_it_is_watched(linger):
-    loop = EventLoop()
-    listens, good = bound(True)
-    with listens:
-        one = settling_attempts(loop, good)
-        client, _ = listens.accept()
-        if linger:
-            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-        client.close()
-        while not one.over:
+    with watching_real_target(loop) as (attempts, target):
+        target.sendall(b"hello")
+        while not attempts._winners:
             loop.run(20_000)
-        assert one.error == CLOSED_EARLY
+        assert attempts._winners[0].proven
+        attempts.stop()
+
+
+@pytest.mark.parametrize("close", [reset, socket.socket.close])
+def test_a_real_target_that_closes_early_while_it_is_watched(close):
+    loop = EventLoop()
+    with watching_real_target(loop) as (attempts, target):
+        close(target)
+        while not attempts.over:
+            loop.run(20_000)
+        assert attempts.error == CLOSED_EARLY
         assert loop._handlers == {}
 
 
 def test_a_real_socket_that_was_connected_to_itself():
-    """Of a connect to a free ephemeral port: Linux may give the socket that very port."""
-    loop = EventLoop()
-    sock, address = bound(False)
-    with sock:
+    """A connect to a free ephemeral port may do that: Linux may give the socket that very port."""
+    with real_target(listens=False) as (sock, _):
         sock.connect(sock.getsockname())
         assert connected(sock.fileno()) == errno.ELOOP
-    assert loop._handlers == {}
-    assert address
+
+
+@contextlib.contextmanager
+def watching_real_target(loop):
+    """(attempts that watch a connection to a real target, the target's end of it)."""
+    with real_target() as (listener, address):
+        attempts = real_attempts(loop, address, settle_ms=20_000)
+        target, _ = listener.accept()
+        with target:
+            yield attempts, target
+
+
+@contextlib.contextmanager
+def real_target(listens=True):
+    """(a TCP socket on loopback, its packed address); unless it `listens`, it refuses."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        if listens:
+            sock.listen()
+        yield sock, sockaddr.pack_inet(*sock.getsockname())
+
+
+def real_attempts(loop, *addresses, settle_ms=0):
+    """Attempts at real addresses, of which the first has begun."""
+    attempts = HappyEyeballs(loop, lambda: False, repeats=True)
+    attempts.settle_ms, attempts.must_settle = settle_ms, settle_ms > 0
+    attempts.begin(list(addresses), loop.relay.now_ms)
+    attempts.step(loop.relay.now_ms, 1, 1)
+    return attempts

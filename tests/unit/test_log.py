@@ -27,21 +27,9 @@ LOST = b"Lines lost here, because standard error did not take them: %d.\n"
 
 
 @pytest.fixture(autouse=True)
-def _default_setup(monkeypatch):
+def _own_writer(monkeypatch):
     for name in ("_rest", "_lost", "_writer"):
         monkeypatch.setattr(log, name, getattr(log, name))
-    log.setup({})
-    yield
-    log.setup({})
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    class Clock:
-        now = 1000.0
-
-    monkeypatch.setattr(log.time, "monotonic", lambda: Clock.now)
-    return Clock
 
 
 def journal_stream():

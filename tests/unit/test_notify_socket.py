@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxyd import log
 from proxyd.sd_notify import NotifySocket
 
 
@@ -30,7 +29,6 @@ def notifier(request):
         request.addfinalizer(made.close)
         return made
 
-    log.setup({})
     return make
 
 

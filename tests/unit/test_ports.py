@@ -4,7 +4,7 @@ import os
 import socket
 
 import pytest
-from kit.fake_relay import FakeListener
+from kit.sockets import reset
 
 from proxyd import acceptor as acceptor_module
 from proxyd import ports as ports_module
@@ -101,9 +101,8 @@ def test_upstreams_on_which_clients_wait_are_kept(world):
 
 
 @pytest.fixture
-def fakes(monkeypatch):
-    """The relay's listeners are fake."""
-    monkeypatch.setattr(acceptor_module, "RelayListener", FakeListener)
+def unchecked_listeners(fake_listeners, monkeypatch):
+    """Fake listeners, without the check for loops, which needs real ones."""
     monkeypatch.setattr(acceptor_module, "what_to_check", lambda listener: 0)
 
 
@@ -115,7 +114,7 @@ def listener_with(world, ports):
     return listener
 
 
-def test_the_upstream_of_a_client_is_that_of_its_port(world, fakes, monkeypatch):
+def test_the_upstream_of_a_client_is_that_of_its_port(world, unchecked_listeners, monkeypatch):
     one = listener_with(world, world.ports)
     assert one.relay_listener.check == CHECK_PORT
     world.ports.add_fixed(one.upstream)
@@ -125,21 +124,20 @@ def test_the_upstream_of_a_client_is_that_of_its_port(world, fakes, monkeypatch)
         assert upstream_of(one, 7).text == text
 
 
-def test_a_client_that_has_reset_still_has_its_port(world, fakes):
+def test_a_client_that_has_reset_still_has_its_port(world, unchecked_listeners):
     one = listener_with(world, world.ports)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         client = socket.create_connection(listener.getsockname())
         accepted, _ = listener.accept()
         with accepted:
-            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-            client.close()
+            reset(client)
             with pytest.raises(ConnectionResetError):
                 accepted.recv(1)
             port = listener.getsockname()[1]
             assert upstream_of(one, accepted.fileno()).port == port
 
 
-def test_other_targets_ask_no_client_for_its_port(world, fakes, monkeypatch):
+def test_other_targets_ask_no_client_for_its_port(world, unchecked_listeners, monkeypatch):
     monkeypatch.setattr(acceptor_module, "socket_names", None)
     one = listener_with(world, None)
     assert upstream_of(one, 7) is one.upstream

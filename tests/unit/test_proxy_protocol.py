@@ -5,6 +5,7 @@ import socket
 import struct
 
 import pytest
+from kit.sockets import reset
 
 from proxyd._relay import socket_names
 from proxyd.proxy_protocol import UnknownAddressError, header
@@ -57,12 +58,7 @@ def header_of(version, served):
 def test_tcp4(accepted):
     client, served = accepted(socket.AF_INET, ("127.0.0.1", 0), bind_to=("127.0.0.2", 0))
     theirs, ours = ports(client)
-    assert header(
-        1, served.fileno(), peer_of(served)
-    ) == b"PROXY TCP4 127.0.0.2 127.0.0.1 %d %d\r\n" % (
-        theirs,
-        ours,
-    )
+    assert header_of(1, served) == b"PROXY TCP4 127.0.0.2 127.0.0.1 %d %d\r\n" % (theirs, ours)
     assert header_of(2, served) == (
         SIGNATURE
         + b"\x21\x11\x00\x0c"
@@ -74,10 +70,7 @@ def test_tcp4(accepted):
 def test_tcp6(accepted):
     client, served = accepted(socket.AF_INET6, ("::1", 0))
     theirs, ours = ports(client)
-    assert header_of(1, served) == b"PROXY TCP6 ::1 ::1 %d %d\r\n" % (
-        theirs,
-        ours,
-    )
+    assert header_of(1, served) == b"PROXY TCP6 ::1 ::1 %d %d\r\n" % (theirs, ours)
     assert header_of(2, served) == (
         SIGNATURE
         + b"\x21\x21\x00\x24"
@@ -92,12 +85,7 @@ def test_mapped_addresses_are_ipv4(accepted):
     )
     assert served.getpeername()[0] == "::ffff:127.0.0.3"
     theirs, ours = ports(client)
-    assert header(
-        1, served.fileno(), peer_of(served)
-    ) == b"PROXY TCP4 127.0.0.3 127.0.0.1 %d %d\r\n" % (
-        theirs,
-        ours,
-    )
+    assert header_of(1, served) == b"PROXY TCP4 127.0.0.3 127.0.0.1 %d %d\r\n" % (theirs, ours)
     assert header_of(2, served) == (
         SIGNATURE
         + b"\x21\x11\x00\x0c"
@@ -141,8 +129,7 @@ def test_a_client_that_has_reset_already(accepted, listen, connect, version):
     client, served = accepted(*listen, *connect)
     peer = peer_of(served)
     expected = header(version, served.fileno(), peer)
-    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    client.close()
+    reset(client)
     with pytest.raises(ConnectionResetError):
         served.recv(1)
     assert peer_of(served) == b""

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxyd import address as sockaddr
-from proxyd import log, resolver
+from proxyd import resolver
 from proxyd.resolver import (
     AHEAD_MS,
     FAILING_MS,
@@ -88,13 +88,6 @@ def server(monkeypatch):
     monkeypatch.setattr(resolver._socket, "getaddrinfo", one)
     yield one
     one.let_go.set()
-
-
-@pytest.fixture(autouse=True)
-def _own_log():
-    log.setup({})
-    yield
-    log.setup({})
 
 
 @pytest.fixture

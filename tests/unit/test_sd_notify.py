@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kit.fake_relay import FakeRelay
 
-from proxyd import log
 from proxyd.sd_notify import (
     EXTEND_BY_USEC,
     EXTEND_EVERY_MS,
@@ -316,7 +315,6 @@ def test_a_watchdog_is_told_as_soon_as_there_is_room(world, interval_ms):
 
 
 def test_a_watchdog_that_could_not_be_told_in_time_is_logged(world, capfd):
-    log.setup({})
     one = world(WATCHDOG_USEC="2000000")
     one.fill()
     wait(one, 1999)
@@ -328,17 +326,14 @@ def test_a_watchdog_that_could_not_be_told_in_time_is_logged(world, capfd):
     one.hear()
     wait(one, 10_000)
     assert "WATCHDOG=1" in one.hear()
-    log.setup({})
 
 
 def test_a_thread_that_does_not_answer_in_time_is_logged(world, capfd):
-    log.setup({})
     one = world(WATCHDOG_USEC="2000000")
     one.relay.workers_answered = False
     wait(one, 2500)
     (line,) = capfd.readouterr().err.splitlines()
     assert line.endswith("late: a thread does not answer.")
-    log.setup({})
 
 
 def test_an_old_sign_of_life_is_not_sent_for_a_thread_that_has_stopped(world):
@@ -358,7 +353,6 @@ def test_the_end_does_not_wait(world):
 
 
 def test_a_socket_without_a_reader_is_tried_seldom(tmp_path, capfd):
-    log.setup({})
     path = tmp_path / "notify"
     one = World(NotifySocket({"NOTIFY_SOCKET": str(path)}), list, None)
     one.notifier.ready()
@@ -371,4 +365,3 @@ def test_a_socket_without_a_reader_is_tried_seldom(tmp_path, capfd):
         wait(one, one.notifier.next_ms())
         assert sock.recv(4096).startswith(b"READY=1")
     one.notifier._sock.close()
-    log.setup({})

@@ -31,7 +31,7 @@ START_MS = 7_000_000
 class World:
     """A Server on such a relay."""
 
-    def __init__(self, monkeypatch, tmp_path, wanted=True):
+    def __init__(self, monkeypatch, tmp_path):
         self.patch = monkeypatch
         self.relay = FakeRelay(start_ms=START_MS)
         monkeypatch.setattr(server_module, "EventLoop", self.make_loop)
@@ -40,11 +40,11 @@ class World:
         monkeypatch.setattr(acceptor_module, "RelayListener", FakeListener)
         monkeypatch.setattr(log.time, "monotonic", lambda: self.relay.now_ms / 1000)
         self.signals, self.send_signal = os.pipe()
-        self.come = []
+        self.pending_signals = []
         self.manager = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.manager.bind(str(tmp_path / "notify"))
         self.manager.setblocking(False)
-        self.environ = {"NOTIFY_SOCKET": str(tmp_path / "notify")} if wanted else {}
+        self.environ = {"NOTIFY_SOCKET": str(tmp_path / "notify")}
         self.options = Options()
         self.listeners = []
 
@@ -59,8 +59,8 @@ class World:
         return self.signals
 
     def take_signals(self):
-        come, self.come[:] = list(self.come), []
-        return come
+        arrived, self.pending_signals = self.pending_signals, []
+        return arrived
 
     def listen(self, target, address="/listener", connected=False, fd=-1):
         pack = sockaddr.pack_inet if isinstance(address, tuple) else sockaddr.pack_unix
@@ -83,11 +83,11 @@ class World:
     def signal(self, number):
         """What the test puts into the script: a signal comes."""
 
-        def come():
-            self.come.append(number)
+        def arrive():
+            self.pending_signals.append(number)
             return [Ready(self.signals, 1)]
 
-        return come
+        return arrive
 
     @property
     def now_ms(self):
@@ -112,11 +112,9 @@ class World:
 
 @pytest.fixture
 def world(monkeypatch, tmp_path):
-    log.setup({})
     one = World(monkeypatch, tmp_path)
     yield one
     one.close()
-    log.setup({})
 
 
 # ── idle ──────────────────────────────────────────────────────────────────────────────────────────
@@ -345,6 +343,7 @@ def test_an_idle_exit_is_none_while_it_stops(world):
 
 
 def test_sigusr1_logs_the_counters_and_nothing_else(world, capfd):
+    world.relay.bytes_to_targets = 10
     world.relay.at(0, world.relay.come)
     world.relay.at(3000, world.signal(signal.SIGUSR1))
     with pytest.raises(SleepsForeverError):

@@ -40,8 +40,7 @@ def test_whatever_happens_each_client_is_in_one_place(first, moments, timeout_ms
         one = World(TCP, first, timeout_ms, settle_ms=settle_ms)
         addresses = [one.address]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(happy_eyeballs, "connected", one.relay.connected)
-        patch.setattr(happy_eyeballs, "peek", one.relay.peek)
+        one.relay.replace_functions(patch)
         patch.setattr(log, "_log", lambda level, text: None)
         for after_ms, what, state, choice in moments:
             one.run(one.now_ms + after_ms)
