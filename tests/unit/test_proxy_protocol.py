@@ -1,4 +1,4 @@
-"""PROXY headers, byte for byte as proxy-protocol.txt has them, of real sockets."""
+"""PROXY headers of real sockets, byte for byte as proxy-protocol.txt defines them."""
 
 import os
 import socket
@@ -15,7 +15,7 @@ SIGNATURE = bytes.fromhex("0d0a0d0a000d0a515549540a")
 
 @pytest.fixture
 def accepted(tmp_path):
-    """Connect to a listener; the client's socket and the accepted one."""
+    """Connect to a listener; return the client's socket and the accepted one."""
     opened = []
 
     def make(listen_kind, listen_to, connect_kind=None, connect_to=None, bind_to=None):
@@ -102,14 +102,14 @@ def assert_unknown(fd):
 
 @pytest.mark.parametrize("bound", [False, True])
 @pytest.mark.parametrize("abstract", [False, True])
-def test_unix(accepted, tmp_path, bound, abstract):
+def test_unix_clients_are_unknown(accepted, tmp_path, bound, abstract):
     path = f"\0test{os.getpid()}" if abstract else str(tmp_path / "listener")
     bind_to = str(tmp_path / "client") if bound else None
     _, served = accepted(socket.AF_UNIX, path, bind_to=bind_to)
     assert_unknown(served.fileno())
 
 
-def test_a_pair():
+def test_a_socket_pair():
     one, other = socket.socketpair()
     with one, other:
         assert_unknown(one.fileno())
@@ -125,7 +125,7 @@ def test_a_pair():
     ],
 )
 def test_a_client_that_has_reset_already(accepted, listen, connect, version):
-    """What accept(2) has told is still known, and so is our own address."""
+    """The address from accept(2) is still known, and so is our own."""
     client, served = accepted(*listen, *connect)
     peer = peer_of(served)
     expected = header(version, served.fileno(), peer)
@@ -135,12 +135,12 @@ def test_a_client_that_has_reset_already(accepted, listen, connect, version):
     assert peer_of(served) == b""
     assert header(version, served.fileno(), peer) == expected
     assert b"UNKNOWN" not in expected
-    # It must not be taken for the proxy itself where the address is not known.
+    # Without an address it must not be announced as a connection of the proxy itself.
     with pytest.raises(UnknownAddressError):
         header(version, served.fileno(), b"")
 
 
-def test_what_is_no_socket_is_nobody():
+def test_a_file_has_no_address():
     with open("/dev/null") as file, pytest.raises(UnknownAddressError):
         header(1, file.fileno(), b"")
 

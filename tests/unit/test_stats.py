@@ -151,7 +151,7 @@ def test_the_real_relay_has_these_counters():
 
 
 @pytest.mark.parametrize(
-    ("how", "errors", "words"),
+    ("name", "errors", "words"),
     [
         ("ended", (0, 0), "ended."),
         ("reset", (errno.ECONNRESET, 0), "reset (client: Connection reset by peer)."),
@@ -166,6 +166,6 @@ def test_the_real_relay_has_these_counters():
         ("client gone", (0, 0), "client gone."),
     ],
 )
-def test_ending(how, errors, words):
-    line = ending("1.2.3.4:5 → /run/x", Ended(9, how, 10, 2000, 31, *errors))
+def test_ending(name, errors, words):
+    line = ending("1.2.3.4:5 → /run/x", Ended(9, name, 10, 2000, 31, *errors))
     assert line == f"1.2.3.4:5 → /run/x: 10 bytes up, 2000 bytes down in 31 ms, {words}"

@@ -15,7 +15,7 @@ from proxyd.target import parse_target
 from proxyd.upstream import Upstream
 
 PATIENCE = 20
-"""Seconds until what does not come counts as lost."""
+"""Seconds after which something that has not happened counts as failed."""
 
 
 class Real:
@@ -27,7 +27,7 @@ class Real:
         self.upstream = Upstream(self.loop, names, target, target.service or 0, timeout_ms)
 
     def come(self, kind=socket.AF_INET):
-        """A client over loopback or UNIX, which the relay now has; its own end."""
+        """Hand over a client, connected over loopback or UNIX; return its own end."""
         with socket.socket(kind) as listening:
             listening.bind(("127.0.0.1", 0) if kind == socket.AF_INET else "")
             listening.listen()
@@ -44,7 +44,7 @@ class Real:
         return list(self.upstream.held)
 
     def turn(self, limit_ms=PATIENCE * 1000):
-        """One turn of the main loop."""
+        """Run one turn of the main loop."""
         next_ms = self.upstream.next_ms() if self.upstream.held else None
         wait = limit_ms if next_ms is None else max(next_ms - self.loop.relay.now_ms, 0)
         for event in self.loop.run(min(wait, limit_ms)):
@@ -54,7 +54,7 @@ class Real:
             self.upstream.step(self.loop.relay.now_ms)
 
     def receive(self, sock):
-        """What comes next on a socket, while the relay runs."""
+        """Run the relay until something arrives at a socket; return it."""
         sock.setblocking(False)
         for _ in range(PATIENCE * 100):
             try:
@@ -189,7 +189,7 @@ def bound_to_one_port(*hosts):
             return *sockets, port
 
 
-def test_a_real_name_with_a_first_address_that_refuses(real):
+def test_a_real_name_whose_first_address_refuses(real):
     refuses, backend, port = bound_to_one_port("127.0.0.2", "127.0.0.1")
     with refuses, backend:
         backend.listen()
@@ -206,7 +206,7 @@ def test_a_real_name_with_a_first_address_that_refuses(real):
 
 
 def test_a_real_target_that_has_reset_before_it_was_noticed(real, monkeypatch):
-    """It has been reached, and its reset is the client's to see: as a reset."""
+    """It has been reached, so the client sees the reset."""
     with socket.socket() as backend:
         backend.bind(("127.0.0.1", 0))
         backend.listen()

@@ -1,5 +1,5 @@
-"""ARCHITECTURE.md follows one connection from accept to close: its functions are there, and each is
-called by one that it names before."""
+"""ARCHITECTURE.md follows one connection from accept to close: the functions that it names exist,
+and each is called by one that is named before it."""
 
 import re
 from pathlib import Path
@@ -32,15 +32,15 @@ def bodies(file):
 
 
 def missing(steps):
-    """Functions that are not in their files, or that no function before them calls."""
+    """Functions that are not in their files, or that no function named before calls."""
     before = []
     for file, function in steps:
         there = bodies(file)
         if function not in there:
-            yield f"{file}: {function} is not there"
+            yield f"{file}: {function} does not exist"
             continue
         if before and not any(re.search(rf"\b{function}\(", body) for body in before):
-            yield f"{file}: {function} is called by none that is named before it"
+            yield f"{file}: nothing that is named before calls {function}"
         before.append(there[function])
 
 
@@ -50,9 +50,9 @@ def test_the_walk_is_true(steps):
     assert list(missing(steps)) == []
 
 
-def test_a_step_that_is_gone_or_not_called_is_found():
+def test_a_function_that_is_gone_or_not_called_is_found():
     steps = [("server.py", "_turn"), ("server.py", "_end"), ("acceptor.py", "no_such")]
     assert list(missing(steps)) == [
-        "server.py: _end is called by none that is named before it",
-        "acceptor.py: no_such is not there",
+        "server.py: nothing that is named before calls _end",
+        "acceptor.py: no_such does not exist",
     ]
