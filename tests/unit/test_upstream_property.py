@@ -1,4 +1,4 @@
-"""Whatever happens, each client is in one place, and no loop is busy."""
+"""Whatever happens, each client is in one place, and there is no busy loop."""
 
 import errno
 
