@@ -209,7 +209,7 @@ part_thread() {
     # Where there may be no thread at all, it is said of relay threads as well: one line too many.
     # And the tests are too slow under this sanitizer to keep the program busy.
     run_suite "${files[@]}" --executable="$BUILD_COMMAND" --arguments='--threads=3 --hand-over=always' \
-        -k 'not (test_few_tasks or test_threads_start_when_one_is_too_busy)' || status=1
+        -k 'not (test_tasks_max or test_threads_start_when_one_is_too_busy)' || status=1
     no_reports || status=1
     note "$(join "${results[@]}")"
     return $status
