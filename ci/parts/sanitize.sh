@@ -347,7 +347,7 @@ part_coverage() {
     run_suite "$ROOT/tests/unit" "$ROOT/tests/relay" || status=1
     run_suite "$ROOT/tests/blackbox" --executable="$BUILD_COMMAND" || status=1
     run_suite "$ROOT/tests/blackbox" --executable="$BUILD_COMMAND" --arguments='--threads=3 --hand-over=always' \
-        -k 'forwarding or hold or (few_tasks and not localhost)' || status=1
+        -k 'forwarding or hold or (tasks_max and not localhost)' || status=1
     # What counts lines of Python holds memory, and the walk waits for all to be given back. Its own
     # faults are not judged here: what counts lines of C has no answer to a failed malloc or open.
     rm "$BUILD"/venv/lib/python3*/site-packages/measured.pth

@@ -202,7 +202,7 @@ def test_look_ups_that_hang_delay_no_other_name(stage, names):
     assert stage.proxy.end()  # without waiting for any of them
 
 
-def test_threads_that_cannot_be_started(stage, names):
+def test_look_up_threads_that_cannot_be_started(stage, names):
     """With TasksMax= for one look-up the names share a thread, and one line says so."""
     prefix = with_name_server(stage.directory, names.address, timeout=1)
     prefix += [*as_unprivileged_user(stage.executable), "prlimit", "--nproc=2"]
