@@ -1,7 +1,7 @@
 """Run a module of the tests that pytest does not collect: `python tests MODULE ARGUMENT...`.
 
-A folder that Python is told to run is the first in which it looks for modules. So this one finds
-`kit` and its neighbours as pytest does, which is told in pyproject.toml.
+Python searches a folder that it runs for modules first, so `kit` and its neighbours are found here.
+For pytest, pyproject.toml says so.
 """
 
 import runpy

@@ -1,5 +1,5 @@
-"""What all suites share: they test the installed package, hypothesis measures no time, and a hang
-ends the run."""
+"""What all suites share: they test the installed package, hypothesis does not measure time, and a
+test that hangs ends the run."""
 
 import faulthandler
 import importlib.util
@@ -16,8 +16,8 @@ except ImportError:  # a suite without it may run where it is not installed
 SOURCES = Path(__file__).resolve().parent.parent / "proxyd"
 
 HANG_SECONDS = 300
-"""A test that takes longer hangs: the run ends with the stack of every thread. A million messages
-of a byte take two minutes on a loaded machine, and some tests under a sanitizer as long."""
+"""A test that takes longer has hung: the run ends with the stack of every thread. A million
+messages of one byte take two minutes on a loaded machine, as do some tests under a sanitizer."""
 
 STDERR = pytest.StashKey[int]()
 

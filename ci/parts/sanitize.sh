@@ -208,7 +208,7 @@ part_thread() {
     # If no thread can be started, the program logs this of relay threads too: one line too many for
     # test_few_tasks. And under this sanitizer, clients are too slow to keep the program busy.
     run_suite "${files[@]}" --executable="$BUILD_COMMAND" --arguments='--threads=3 --hand-over=always' \
-        -k 'not (test_few_tasks or test_threads_start_when_one_is_too_busy)' || status=1
+        -k 'not (test_tasks_max or test_threads_start_when_one_is_too_busy)' || status=1
     no_reports || status=1
     note "$(join "${results[@]}")"
     return $status
@@ -345,7 +345,7 @@ part_coverage() {
     run_suite "$ROOT/tests/unit" "$ROOT/tests/relay" || status=1
     run_suite "$ROOT/tests/blackbox" --executable="$BUILD_COMMAND" || status=1
     run_suite "$ROOT/tests/blackbox" --executable="$BUILD_COMMAND" --arguments='--threads=3 --hand-over=always' \
-        -k 'forwarding or hold or (few_tasks and not localhost)' || status=1
+        -k 'forwarding or hold or (tasks_max and not localhost)' || status=1
     # Without coverage of Python, which allocates memory: the walk waits until all of it is freed. The
     # faults that the walk finds are ignored here: gcov cannot handle a failed malloc or open.
     rm "$BUILD"/venv/lib/python3*/site-packages/measured.pth

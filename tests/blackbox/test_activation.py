@@ -11,7 +11,7 @@ from kit.sockets import FAMILIES, read_exactly, read_to_end
 from kit.traffic import greet
 from kit.waiting import never_within, patience, wait_until
 
-says_nothing = differs("original-252", reason="sends neither READY=1 nor STATUS=")
+not_notified = differs("original-252", reason="sends neither READY=1 nor STATUS=")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -31,7 +31,7 @@ def test_client_that_came_before_the_program(stage):
 
 
 def test_listeners_of_all_families_at_once(stage):
-    """Several listeners of mixed families lead to the one target."""
+    """Several listeners of mixed families lead to one target."""
     listeners = [stage.listener(family) for family in FAMILIES for _ in range(2)]
     stage.launch(stage.echo(), listeners=listeners)
     for listener in listeners:
@@ -47,7 +47,7 @@ def test_many_listeners(stage):
 
 
 def test_names_do_not_matter_with_one_target(stage):
-    """Whatever the sockets are called, one plain target serves them all."""
+    """Whatever the names of the sockets, one plain target serves them all."""
     listeners = [stage.listener("unix") for _ in range(3)]
     stage.launch(stage.echo(), listeners=listeners, names="web.socket:proxy@x.socket:unknown")
     for listener in listeners:
@@ -55,7 +55,7 @@ def test_names_do_not_matter_with_one_target(stage):
 
 
 def test_without_names(stage):
-    """Without LISTEN_FDNAMES, as older service managers pass sockets, all is the same."""
+    """Without LISTEN_FDNAMES, as with older service managers, nothing changes."""
     stage.launch(stage.echo(), listeners=[stage.listener()], names=None)
     greet(stage.connect())
 
@@ -77,7 +77,7 @@ def test_connected_socket(stage, family):
 
 
 @differs("original", reason="takes listening sockets only")
-def test_connected_socket_is_served_in_whole(stage):
+def test_connected_socket_is_served_to_the_last_byte(stage):
     """The exit after the only connection waits until its last byte is delivered."""
     listener, backend = stage.listener(), stage.backend()
     client = stage.connect(listener)
@@ -95,7 +95,7 @@ def test_connected_socket_is_served_in_whole(stage):
 
 @pytest.mark.parametrize("kind", [socket.AF_INET, socket.AF_UNIX])
 def test_datagram_socket(stage, kind):
-    """A datagram socket is an error in the original's words."""
+    """A datagram socket is an error, with the original's message."""
     with socket.socket(kind, socket.SOCK_DGRAM) as datagram:
         datagram.bind(("127.0.0.1", 0) if kind == socket.AF_INET else stage.path("datagram"))
         outcome = stage.run("127.0.0.1:1", listeners=[datagram])
@@ -104,7 +104,7 @@ def test_datagram_socket(stage, kind):
 
 
 def test_datagram_socket_among_others(stage):
-    """One datagram socket spoils the lot, before any client is accepted."""
+    """One datagram socket among others is an error before any client is accepted."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as datagram:
         datagram.bind(("127.0.0.1", 0))
         outcome = stage.run("127.0.0.1:1", listeners=[stage.listener(), datagram])
@@ -113,7 +113,7 @@ def test_datagram_socket_among_others(stage):
 
 
 def test_not_a_socket(stage):
-    """A file where a socket should be is one line and exit status 1."""
+    """A file in place of a socket is one line and exit status 1."""
     with open("/dev/null") as file:
         outcome = stage.run("127.0.0.1:1", listeners=[file])
     assert outcome.status == 1
@@ -122,7 +122,7 @@ def test_not_a_socket(stage):
 
 
 def test_sequential_packet_socket(stage):
-    """A seqpacket socket is no stream socket."""
+    """A seqpacket socket is not a stream socket."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as packets:
         packets.bind(stage.path("packets"))
         packets.listen()
@@ -141,7 +141,7 @@ def test_fds_are_closed_on_exec(stage):
 
 
 def test_blocking_listener_is_made_non_blocking(stage):
-    """A client that is gone before it is accepted does not block the program in accept()."""
+    """A client that leaves before it is accepted does not block the program in accept(2)."""
     listener = stage.listener()
     listener.setblocking(True)
     stage.launch(stage.echo(), listeners=[listener])
@@ -149,7 +149,7 @@ def test_blocking_listener_is_made_non_blocking(stage):
     assert stage.proxy.fd_flags(3) & os.O_NONBLOCK
 
 
-@says_nothing
+@not_notified
 @pytest.mark.parametrize("where", ["abstract", "path"])
 def test_ready(stage, where):
     """READY=1 is sent once, when clients are already served."""
@@ -160,7 +160,7 @@ def test_ready(stage, where):
     assert notify.lines().count("READY=1") == 1
 
 
-@says_nothing
+@not_notified
 def test_ready_without_clients(stage):
     """READY=1 does not wait for the first client."""
     notify = stage.notify_socket()
@@ -168,9 +168,9 @@ def test_ready_without_clients(stage):
     notify.wait_for("READY=1")
 
 
-@differs("original", reason="an error at the start is not notified either way, READY=1 never sent")
-def test_no_ready_after_an_error(stage):
-    """A program that cannot start never says READY=1; one that can says it."""
+@differs("original", reason="never sends READY=1")
+def test_no_ready_if_the_start_fails(stage):
+    """A program that cannot start never sends READY=1; one that starts sends it."""
     notify = stage.notify_socket()
     outcome = stage.run("-c0", "a:1", listeners=[stage.listener()], notify=notify)
     assert outcome.status == 1
@@ -179,9 +179,9 @@ def test_no_ready_after_an_error(stage):
     notify.wait_for("READY=1")
 
 
-@says_nothing
+@not_notified
 def test_status_counts_connections(stage):
-    """STATUS= tells how many connections are open, as they come and go."""
+    """STATUS= shows how many connections are open, as they come and go."""
     notify = stage.notify_socket()
     stage.launch(stage.echo(), listeners=[stage.listener()], notify=notify)
 
@@ -202,9 +202,9 @@ def test_status_counts_connections(stage):
     wait_until(lambda: re.search(r"\b(0|no) connections?\b", last_status().lower()), "none open")
 
 
-@says_nothing
+@not_notified
 def test_status_is_sent_on_change_only(stage):
-    """A thousand short connections are a handful of STATUS= lines, and silence is none."""
+    """A thousand short connections are a handful of STATUS= lines, and no connections are none."""
     notify = stage.notify_socket()
     stage.launch(stage.echo("unix"), listeners=[stage.listener("unix")], notify=notify)
     start = time.monotonic()
@@ -221,25 +221,25 @@ def test_status_is_sent_on_change_only(stage):
 
 
 def test_watchdog(stage):
-    """WATCHDOG=1 is sent again and again, well within the interval that was asked for."""
+    """WATCHDOG=1 is sent again and again, well within the interval."""
     notify = stage.notify_socket()
     environment = {"WATCHDOG_USEC": "400000", "WATCHDOG_PID": "own"}
     stage.launch(stage.echo(), listeners=[stage.listener()], notify=notify, environment=environment)
-    wait_until(lambda: notify.lines().count("WATCHDOG=1") >= 4, "four signs of life")
+    wait_until(lambda: notify.lines().count("WATCHDOG=1") >= 4, "four times WATCHDOG=1")
     assert stage.proxy.cpu_share(0.5) < 0.3
 
 
 def test_watchdog_of_another_process(stage):
-    """WATCHDOG_PID of another process: no sign of life is asked of this one."""
+    """With the WATCHDOG_PID of another process, no WATCHDOG=1 is sent."""
     notify = stage.notify_socket()
     environment = {"WATCHDOG_USEC": "100000", "WATCHDOG_PID": "1"}
     stage.launch(stage.echo(), listeners=[stage.listener()], notify=notify, environment=environment)
     greet(stage.connect())
-    never_within(0.4, lambda: "WATCHDOG=1" in notify.lines(), "a sign of life")
+    never_within(0.4, lambda: "WATCHDOG=1" in notify.lines(), "WATCHDOG=1")
 
 
-def test_notification_to_nobody(stage):
-    """A NOTIFY_SOCKET that nobody reads from does not disturb the service."""
+def test_notify_socket_without_a_reader(stage):
+    """A NOTIFY_SOCKET that does not exist does not disturb the service."""
     environment = {"NOTIFY_SOCKET": stage.path("nobody")}
     stage.launch(stage.echo(), listeners=[stage.listener()], environment=environment, wait=False)
     for _ in range(20):
@@ -248,8 +248,7 @@ def test_notification_to_nobody(stage):
 
 @pytest.fixture
 def full_queue(stage):
-    """The service manager's end of a NOTIFY_SOCKET in which there is no room; a program is started
-    with it."""
+    """Start a program whose NOTIFY_SOCKET has no room; return the service manager's end of it."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as queue:
         queue.bind(stage.path("full"))
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as filler:
@@ -264,16 +263,16 @@ def full_queue(stage):
         yield queue
 
 
-def test_notification_socket_that_is_full(stage, full_queue):
+def test_notify_socket_that_is_full(stage, full_queue):
     """A service manager that does not read its notifications does not block the service."""
     for _ in range(20):
         greet(stage.connect())
 
 
-@differs("original", reason="252 does not send it, 262 serves nobody until it is sent", run=False)
-def test_ready_comes_once_there_is_room_for_it(stage, full_queue):
-    """READY=1 finds the service manager's queue full: it is sent once that has been read."""
-    greet(stage.connect())  # it is up, and has tried
+@differs("original", reason="252 does not send it, 262 serves no client before", run=False)
+def test_ready_is_sent_once_there_is_room_for_it(stage, full_queue):
+    """If the service manager's queue is full, READY=1 is sent once it has been read."""
+    greet(stage.connect())  # it is up, and has tried to send
     full_queue.settimeout(patience())
     while not full_queue.recv(4096).startswith(b"READY=1"):
         pass
@@ -290,14 +289,14 @@ def test_journal_prefix(stage):
 
 
 def test_no_journal_prefix_for_another_stderr(stage):
-    """JOURNAL_STREAM of some other file: plain lines."""
+    """With the JOURNAL_STREAM of another file, lines have no prefix."""
     outcome = stage.run("-c0", "a:1", environment={"JOURNAL_STREAM": "1:2"})
     assert outcome.stderr == "Connection limit is too low.\n"
 
 
 @pytest.mark.parametrize("level", ["debug", "7"])
 def test_log_level_debug(stage, level):
-    """SYSTEMD_LOG_LEVEL by name or by number: at debug level each connection is told."""
+    """SYSTEMD_LOG_LEVEL by name or by number: at debug level each connection is logged."""
     environment = {"SYSTEMD_LOG_LEVEL": level}
     stage.launch(stage.echo(), listeners=[stage.listener()], environment=environment)
     client = stage.connect()
@@ -310,9 +309,9 @@ def test_log_level_debug(stage, level):
         wait_until(lambda: stage.proxy.log_lines("5 bytes up, 5 bytes down"), "its end")
 
 
-@differs("original", reason="does not say where to")
-def test_a_connection_that_waits_is_told_when_it_comes(stage):
-    """At debug level, while its target cannot be reached: the client's address, and the target."""
+@differs("original", reason="does not log the target")
+def test_a_held_connection_is_logged_when_it_comes(stage):
+    """At debug level, with its address and target, even if the target cannot be reached."""
     environment = {"SYSTEMD_LOG_LEVEL": "debug"}
     backend = stage.absent()
     stage.launch(backend.target, listeners=[stage.listener("unix")], environment=environment)
@@ -322,7 +321,7 @@ def test_a_connection_that_waits_is_told_when_it_comes(stage):
 
 
 def test_log_level_error(stage):
-    """At the level of errors a warning is not written."""
+    """At level err no warning is written."""
     environment = {"SYSTEMD_LOG_LEVEL": "err"}
     stage.launch("-c1", stage.echo(), listeners=[stage.listener()], environment=environment)
     clients = [stage.connect() for _ in range(5)]
@@ -332,7 +331,7 @@ def test_log_level_error(stage):
 
 
 def test_quiet_by_default(stage):
-    """Connections that come, work and go leave no line in the log."""
+    """Connections that work leave no line in the log."""
     stage.launch(stage.echo(), listeners=[stage.listener()])
     for _ in range(10):
         client = stage.connect()
@@ -342,7 +341,7 @@ def test_quiet_by_default(stage):
 
 
 def test_stderr_closed(stage):
-    """A program started without stdin, stdout and stderr serves all the same."""
+    """A program started without stdin, stdout and stderr serves its clients."""
     listener = stage.listener()
     stage.launch(
         stage.echo(),

@@ -1,4 +1,4 @@
-"""What a peer or another process does to block the program: others are served, SIGTERM is heard."""
+"""A peer or another process tries to block the program: others are served, SIGTERM works."""
 
 import contextlib
 import os
@@ -16,7 +16,7 @@ from kit.waiting import wait_until
 
 LINGER_S = 600
 
-frozen = differs("original", reason="waits in close(2) or accept4(2), and is deaf", run=False)
+blocks = differs("original", reason="waits in close(2) or accept4(2), signals too", run=False)
 with_threads = pytest.mark.parametrize(
     "options", [(), ("--threads=3", "--hand-over=always")], ids=["one", "three"]
 )
@@ -26,7 +26,7 @@ OWN_PID = ["/bin/sh", "-c", 'LISTEN_PID=$$ exec "$0" "$@"']
 """strace(1) starts the program as a child."""
 
 ACCEPT4 = ("288", "242")
-"""Its number on x86-64, and on arm64 and others."""
+"""Its system call number on x86-64, and on arm64 and others."""
 
 OLDER_KERNEL = """
 #define _GNU_SOURCE
@@ -47,7 +47,7 @@ int setsockopt(int fd, int level, int name, const void *value, socklen_t size)
 
 @pytest.fixture(params=["this kernel", "before 6.16"])
 def environment(request, tmp_path):
-    """As the kernel has SO_PASSRIGHTS or not."""
+    """With SO_PASSRIGHTS where this kernel has it, and without."""
     if request.param == "this kernel":
         return {}
     if not shutil.which("cc"):
@@ -61,7 +61,7 @@ def environment(request, tmp_path):
 
 @pytest.fixture
 def slow():
-    """Makes TCP sockets whose close(2) takes LINGER_S: their peers do not read."""
+    """Make TCP sockets whose close(2) takes LINGER_S, because their peers do not read."""
     peers = []
 
     def make():
@@ -81,14 +81,14 @@ def slow():
 
 
 def send_one(connection, one, data=b"!", proxy=None):
-    """Send bytes with a socket that nobody else holds. OSError where the kernel refuses that.
+    """Send bytes with a socket of which the receiver gets the only reference.
 
-    A `proxy` that runs is stopped meanwhile: if it had dropped the socket before we did, we would
-    wait.
+    OSError if the kernel refuses it. A `proxy` that runs is stopped meanwhile: if it dropped its
+    reference before we drop ours, we would be the one that waits.
     """
     if proxy is not None:
         proxy.send_signal(signal.SIGSTOP)
-        wait_until(lambda: state_of(proxy.worker) == "T", "the stop")
+        wait_until(lambda: process_state(proxy.worker) == "T", "the stop")
     try:
         socket.send_fds(connection, [data], [one.fileno()])
     except OSError:
@@ -100,7 +100,7 @@ def send_one(connection, one, data=b"!", proxy=None):
             proxy.send_signal(signal.SIGCONT)
 
 
-def state_of(pid):
+def process_state(pid):
     with open(f"/proc/{pid}/stat") as stat:
         return stat.read().rpartition(")")[2].split()[0]
 
@@ -119,7 +119,7 @@ def ends_on_sigterm(stage):
 # ── file descriptors over UNIX sockets ───────────────────────────────────────────────────────────
 
 
-@frozen
+@blocks
 @with_threads
 def test_descriptors_queued_before_the_start(stage, slow, options, environment):
     listener = stage.listener("unix")
@@ -131,7 +131,7 @@ def test_descriptors_queued_before_the_start(stage, slow, options, environment):
     ends_on_sigterm(stage)
 
 
-@frozen
+@blocks
 @with_threads
 def test_descriptors_sent_later(stage, slow, options, environment):
     listener = stage.listener("unix")
@@ -145,7 +145,7 @@ def test_descriptors_sent_later(stage, slow, options, environment):
     ends_on_sigterm(stage)
 
 
-@frozen
+@blocks
 @with_threads
 def test_descriptors_from_a_target(stage, slow, options, environment):
     listener, backend = stage.listener("unix"), stage.backend("unix")
@@ -161,7 +161,7 @@ def test_descriptors_from_a_target(stage, slow, options, environment):
     ends_on_sigterm(stage)
 
 
-@frozen
+@blocks
 def test_descriptors_of_refused_clients(stage, slow, environment):
     listener = stage.listener("unix")
     stage.launch("-c1", stage.echo(), listeners=[listener], environment=environment)
@@ -175,9 +175,9 @@ def test_descriptors_of_refused_clients(stage, slow, environment):
     ends_on_sigterm(stage)
 
 
-@frozen
+@blocks
 def test_descriptors_of_held_clients(stage, slow, environment):
-    """They are given up, or cut by SIGTERM, with what they have sent unread."""
+    """They are given up, or cut by SIGTERM, while what they have sent is unread."""
     listener = stage.listener("unix")
     where = stage.path("target")
     stage.launch("--connect-timeout=200ms", where, listeners=[listener], environment=environment)
@@ -189,9 +189,9 @@ def test_descriptors_of_held_clients(stage, slow, environment):
     ends_on_sigterm(stage)
 
 
-@frozen
+@blocks
 @pytest.mark.parametrize("how", ["drain", "idle exit"])
-def test_a_close_that_waits_is_no_connection(stage, slow, environment, how):
+def test_a_close_that_waits_does_not_count_as_a_connection(stage, slow, environment, how):
     """Neither a drain nor an idle exit waits for it, and it is counted once."""
     listener = stage.listener("unix")
     options = ["--drain-timeout=1min"] if how == "drain" else ["--exit-idle-time=300ms"]
@@ -204,7 +204,7 @@ def test_a_close_that_waits_is_no_connection(stage, slow, environment, how):
     send_one(refused, slow())
     proxy.send_signal(signal.SIGCONT)
     assert read_to_end(refused)[0] == b""
-    wait_until(lambda: any_waits(proxy.worker), "a close that waits")
+    wait_until(lambda: a_close_waits(proxy.worker), "a close that waits")
     proxy.send_signal(signal.SIGUSR1)
     proxy.wait_for_log("2 accepted, 1 open, 0 waiting, 1 refused, 0 failed;")
     served.close()
@@ -213,19 +213,19 @@ def test_a_close_that_waits_is_no_connection(stage, slow, environment, how):
     assert proxy.wait(timeout=20) == 0
 
 
-def any_waits(pid):
-    return any("linger" in waits or "wait_woken" in waits for waits in waits_of(pid))
+def a_close_waits(pid):
+    return any("linger" in waits or "wait_woken" in waits for waits in wait_channels(pid))
 
 
-def waits_of(pid):
+def wait_channels(pid):
     for task in os.listdir(f"/proc/{pid}/task"):
         with open(f"/proc/{pid}/task/{task}/wchan") as wchan:
             yield wchan.read()
 
 
-@frozen
+@blocks
 def test_descriptors_in_the_backlog_at_the_end(stage, slow, environment):
-    """Of a listener that is ours, and full of clients that nobody accepts any more."""
+    """A listener of our own is closed while clients are in its backlog."""
     where = stage.path("own")
     proxy = stage.launch("-c1", f"--listen={where}", stage.echo(), environment=environment)
     with contextlib.closing(stage.connect_to(where, socket.AF_UNIX)) as served:
@@ -240,14 +240,14 @@ def test_descriptors_in_the_backlog_at_the_end(stage, slow, environment):
     assert not os.path.exists(where)
 
 
-# ── what a listener has ──────────────────────────────────────────────────────────────────────────
+# ── settings of a listener ───────────────────────────────────────────────────────────────────────
 
 
-@frozen
+@blocks
 @pytest.mark.parametrize("seconds", [0, LINGER_S])
 @pytest.mark.parametrize("when", ["before", "later"])
 def test_linger_of_the_listener(stage, seconds, when):
-    """It is inherited by clients: close(2) would wait for a slow reader, or cut it."""
+    """Clients inherit it: close(2) would wait for a slow reader, or reset it."""
     listener, backend = stage.listener("tcp4"), stage.backend("tcp4")
 
     def set_linger():
@@ -274,10 +274,10 @@ def test_linger_of_the_listener(stage, seconds, when):
     assert (len(data), end) == (size, "eof")
 
 
-@frozen
+@blocks
 def test_a_listener_that_another_process_makes_blocking(stage):
-    """It clears O_NONBLOCK and takes the client just before accept4(2), which then waits: SIGTERM
-    is heard all the same."""
+    """It clears O_NONBLOCK and accepts the client just before accept4(2), which then waits.
+    SIGTERM ends the program all the same."""
     if not shutil.which("strace"):
         pytest.skip("SKIPPED LOUDLY: no strace here")
     listener = stage.listener("tcp4")
@@ -313,7 +313,7 @@ def waits_in(pid, what):
 @differs("original", reason="SIGHUP kills it")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
 def test_an_ignored_signal_stays_ignored(stage, number):
-    """As a shell's `&` and nohup(1) want it."""
+    """As for a program started with `&` or nohup(1)."""
     ignore = "HUP" if number == signal.SIGHUP else "INT"
     stage.launch(
         stage.echo(),
@@ -328,7 +328,7 @@ def test_an_ignored_signal_stays_ignored(stage, number):
 
 @differs("original", reason="SIGHUP kills it")
 def test_sighup_ends_it(stage):
-    """As SIGTERM does, with connections finishing meanwhile."""
+    """As SIGTERM does, after open connections have finished."""
     stage.launch("--drain-timeout=1min", stage.echo(), listeners=[stage.listener()])
     client = stage.connect()
     greet(client)

@@ -1,4 +1,4 @@
-"""The command line: options as getopt_long reads them, messages word for word, exit codes."""
+"""The command line: options as getopt_long(3) reads them, messages word for word, exit status."""
 
 import os
 import re
@@ -14,12 +14,12 @@ NO_SOCKETS = "Didn't get any sockets passed in."
 
 
 def is_accepted(outcome):
-    """The command line was accepted: what is missing is only the sockets."""
+    """Whether the command line was accepted, so that only the sockets are missing."""
     return outcome.status == 1 and outcome.stderr.splitlines()[0] == NO_SOCKETS
 
 
 def fails_with(outcome, line):
-    """Exit status 1, nothing on stdout and exactly this line on stderr."""
+    """Assert exit status 1, nothing on stdout and exactly this line on stderr."""
     assert (outcome.status, outcome.stdout, outcome.stderr) == (1, "", line + "\n")
 
 
@@ -46,7 +46,7 @@ def fails_with(outcome, line):
     ],
 )
 def test_message_of_the_original(stage, arguments, message):
-    """Bad parameters are one line on stderr, in the original's words, and exit status 1."""
+    """Bad parameters are one line on stderr, with the original's message, and exit status 1."""
     fails_with(stage.run(*arguments), message)
 
 
@@ -65,7 +65,7 @@ def test_message_of_the_original(stage, arguments, message):
     ],
 )
 def test_message_of_getopt(stage, arguments, message):
-    """What getopt_long says, it says after the name that the program was called by."""
+    """Messages of getopt_long(3) begin with the name that the program was called by."""
     fails_with(stage.run(*arguments), f"{stage.executable}: {message}")
 
 
@@ -113,7 +113,7 @@ def test_posixly_correct(stage):
 
 @pytest.mark.parametrize("arguments", [["-h"], ["--help"], ["--he"], ["-hc0"], ["a", "b", "-h"]])
 def test_help(stage, arguments):
-    """--help goes to stdout, names every option and exits 0, whatever else is on the line."""
+    """--help writes every option to stdout and exits 0, whatever else is on the command line."""
     outcome = stage.run(*arguments)
     assert (outcome.status, outcome.stderr) == (0, "")
     for option in ("--connections-max=", "--exit-idle-time=", "--help", "--version"):
@@ -122,7 +122,7 @@ def test_help(stage, arguments):
 
 @differs("original", reason="does not have these options")
 def test_help_names_the_new_options(stage):
-    """--help names every option there is, and no line is wider than a terminal."""
+    """--help names every option, and no line is wider than a terminal."""
     outcome = stage.run("--help")
     names = "proxy-protocol connect-timeout idle-timeout drain-timeout listen"
     for name in names.split():
@@ -132,14 +132,14 @@ def test_help_names_the_new_options(stage):
 
 @pytest.mark.parametrize("arguments", [["--version"], ["--v"]])
 def test_version(stage, arguments):
-    """--version goes to stdout, with a number in it, and exits 0."""
+    """--version writes a number to stdout and exits 0."""
     outcome = stage.run(*arguments)
     assert (outcome.status, outcome.stderr) == (0, "")
     assert re.match(r"\S+ \d+(\.\d+)*", outcome.stdout)
 
 
 def test_help_that_cannot_be_written(stage):
-    """--help into a full device is not a traceback."""
+    """--help into a full device causes no traceback."""
     outcome = stage.run("--help", prefix=["sh", "-c", 'exec "$@" >/dev/full', "sh"])
     assert "Traceback" not in outcome.stderr
     assert outcome.status in (0, 1)
@@ -164,14 +164,14 @@ def test_span_accepted(stage, span):
 
 @pytest.mark.parametrize("span", NOT_SPANS.split("|"))
 def test_span_refused(stage, span):
-    """What systemd.time(7) does not have is refused, with the text as it was given."""
+    """Anything else is refused, with the text as it was given."""
     outcome = stage.run(f"--exit-idle-time={span}", "a:1")
     fails_with(outcome, f"Failed to parse --exit-idle-time= argument: {span}")
 
 
-@differs("original", reason="says it on one line, without a way out")
-def test_no_sockets_says_what_to_do(stage):
-    """Without sockets a second line names the two ways to get some."""
+@differs("original", reason="says it on one line, without a hint")
+def test_a_hint_says_how_to_pass_sockets(stage):
+    """Without sockets a second line names the two ways to pass some."""
     outcome = stage.run("127.0.0.1:80")
     first, second = outcome.stderr.splitlines()
     assert (outcome.status, first) == (1, NO_SOCKETS)
@@ -183,7 +183,7 @@ def test_no_sockets_says_what_to_do(stage):
     "target", ["127.0.0.1:80", "127.0.0.1", "localhost", "::1:80", "/run/x", "@x", "a:http"]
 )
 def test_target_accepted(stage, target):
-    """The forms of a target that the original knows; without a port it is port 80."""
+    """The forms of a target that the original knows; the default port is 80."""
     assert is_accepted(stage.run(target))
 
 
@@ -218,8 +218,8 @@ def test_bad_value_of_a_new_option(stage, arguments, named):
 
 
 @pytest.mark.parametrize("target", ["\x80\xff", "a\nb:1x", "é:1", " ", ":", "::", ":80", "a:b:c:1"])
-def test_strange_target_is_no_traceback(stage, target):
-    """Whatever the target: at most two lines on stderr, exit status 1."""
+def test_strange_target_causes_no_traceback(stage, target):
+    """Whatever the target, there are at most two lines on stderr, and exit status 1."""
     outcome = stage.run(os.fsencode(target) if "\x80" not in target else b"\x80\xff")
     assert outcome.status == 1
     assert "Traceback" not in outcome.stderr
@@ -255,7 +255,7 @@ def test_garbage_in_the_activation(stage, variable, value):
 
 @pytest.mark.parametrize("names", ["web@127.0.0.1:8080.socket", "one:two:three", ""])
 def test_names_that_do_not_fit(stage, names):
-    """A unit with a colon in its name looks like more names than sockets; nobody needs them."""
+    """A colon in the name of a unit makes more names than sockets, which are not needed here."""
     stage.launch(stage.echo(), listeners=[stage.listener()], names=names)
     client = stage.connect()
     client.sendall(b"hello")
@@ -275,12 +275,12 @@ def test_names_that_do_not_fit_where_they_are_needed(stage):
 
 
 def test_sockets_of_another_process(stage):
-    """LISTEN_PID of another process: the sockets are not ours, as if there were none."""
+    """With the LISTEN_PID of another process there are no sockets for us."""
     outcome = stage.run("127.0.0.1:1", listeners=[stage.listener()], listen_pid="1")
     assert is_accepted(outcome)
 
 
-@differs("original", reason="says it on one line, without a way out")
+@differs("original", reason="says it on one line, without a hint")
 @pytest.mark.parametrize(
     ("arguments", "environment", "redirect", "hint"),
     [
@@ -292,8 +292,8 @@ def test_sockets_of_another_process(stage):
         (["version"], {}, "", "did you mean --version?"),
     ],
 )
-def test_no_sockets_says_what_is_missing(stage, arguments, environment, redirect, hint):
-    """The original's line comes first; the second one says what has gone wrong."""
+def test_a_hint_says_why_there_are_no_sockets(stage, arguments, environment, redirect, hint):
+    """The original's line comes first; a second one says what is wrong."""
     outcome = stage.run(
         *arguments,
         listeners=[stage.listener()],
@@ -308,7 +308,7 @@ def test_no_sockets_says_what_is_missing(stage, arguments, environment, redirect
 
 
 def test_accepted_socket_as_standard_input(stage):
-    """Accept=yes with StandardInput=socket, as inetd does it: there is nobody to serve."""
+    """Accept=yes with StandardInput=socket, as with inetd: no socket was passed."""
     listener = stage.listener()
     client = stage.connect(listener)
     connection, _ = listener.accept()
@@ -326,7 +326,7 @@ def test_accepted_socket_as_standard_input(stage):
     client.close()
 
 
-WRONG = [
+WRONG_INPUTS = [
     (["--buffer-size=256q", "a:1"], ["256q", "4096", "2047M", "K or M", "auto"]),
     (["--buffer-size=1k", "a:1"], ["1k", "4096"]),
     (["--buffer-size=", "a:1"], ["4096"]),
@@ -359,13 +359,13 @@ WRONG = [
     (["vsock:x:1"], ["CID from 0 to 4294967295"]),
     (["wbe=a:1"], ["'web'", "'wbe'", "is 'wbe' meant for it?"]),
 ]
-"""Arguments, and what the line about them must say: what was given, and what is allowed."""
+"""Arguments, and what the message about them contains: what was given, and what is allowed."""
 
 
 @differs("original", reason="knows none of these options, and takes any text for a target")
-@pytest.mark.parametrize(("arguments", "words"), WRONG)
-def test_a_wrong_input_says_what_is_allowed(stage, arguments, words):
-    """One line, which helps somebody who sees the program for the first time."""
+@pytest.mark.parametrize(("arguments", "words"), WRONG_INPUTS)
+def test_the_message_about_a_wrong_input_says_what_is_allowed(stage, arguments, words):
+    """One line that is enough for a first-time user."""
     outcome = stage.run(*arguments, listeners=[stage.listener()], names="web")
     assert outcome.status == 1
     (line,) = outcome.stderr.splitlines()
@@ -373,9 +373,9 @@ def test_a_wrong_input_says_what_is_allowed(stage, arguments, words):
         assert word in line
 
 
-@differs("original", reason="takes the port for a host name without a word", run=False)
+@differs("original", reason="takes the port for a host name without a warning", run=False)
 def test_a_port_alone_is_a_host_name(stage):
-    """As in the original; but hardly anybody means that, so there is a warning."""
+    """As in the original; but this is hardly ever meant, so there is a warning."""
     proxy = stage.launch("8080", listeners=[stage.listener()])
     (line,) = proxy.log_lines()
     assert "localhost:8080" in line
@@ -394,7 +394,7 @@ def test_more_sockets_announced_than_passed(stage, count):
 @pytest.mark.parametrize(
     ("variable", "value"),
     [
-        pytest.param(variable, value, marks=differs("original", reason="ignores it without a word"))
+        pytest.param(variable, value, marks=differs("original", reason="ignores it silently"))
         for variable, value in [
             ("NOTIFY_SOCKET", "garbage"),
             ("NOTIFY_SOCKET", "@"),
@@ -410,7 +410,7 @@ def test_more_sockets_announced_than_passed(stage, count):
     ],
 )
 def test_garbage_in_the_environment(stage, variable, value):
-    """Garbage in the other variables is one line that names the variable, and service goes on."""
+    """Garbage in other variables is one line that names the variable, and clients are served."""
     listener = stage.listener()
     environment = {variable: value}
     if variable == "WATCHDOG_PID":
@@ -424,8 +424,8 @@ def test_garbage_in_the_environment(stage, variable, value):
 
 
 @pytest.mark.parametrize("value", ["", None])
-def test_empty_variables_are_no_garbage(stage, value):
-    """An empty NOTIFY_SOCKET is the same as none."""
+def test_empty_variables_are_ignored(stage, value):
+    """An empty variable is the same as none."""
     names = ("NOTIFY_SOCKET", "JOURNAL_STREAM")
     environment = dict.fromkeys(names, value)
     proxy = stage.launch(
@@ -458,8 +458,8 @@ class TestListen:
         stage.launch(f"--listen=127.0.0.1:{port}", stage.echo())
         assert self.served_at(stage, ("127.0.0.1", port))
 
-    def test_it_says_where(self, stage):
-        """One line for each, at info level, once it is up: with the port that the kernel chose."""
+    def test_listening_is_logged(self, stage):
+        """One line for each, at info level, once it is up, with the port that the kernel chose."""
         path = stage.path("one")
         proxy = stage.launch(f"--listen={path}", "--listen=127.0.0.1:0", stage.echo())
         first, second = proxy.log_lines()
@@ -505,7 +505,7 @@ class TestListen:
         assert self.served_at(stage, inherited.getsockname(), socket.AF_UNIX)
 
     def test_stale_socket_file_is_replaced(self, stage):
-        """A socket file that nobody listens on any more is in nobody's way."""
+        """A socket file without a listener is replaced."""
         path = stage.path("stale")
         stale = socket.socket(socket.AF_UNIX)
         stale.bind(path)
@@ -514,7 +514,7 @@ class TestListen:
         assert self.served_at(stage, path, socket.AF_UNIX)
 
     def test_live_socket_file_is_an_error(self, stage):
-        """A socket file that somebody listens on is left alone: one line, exit status 1."""
+        """A socket file with a listener is left alone: one line, exit status 1."""
         live = stage.listener("unix")
         path = live.getsockname()
         outcome = stage.run(f"--listen={path}", "127.0.0.1:1")
@@ -525,7 +525,7 @@ class TestListen:
 
     @pytest.mark.parametrize("round_", range(3))
     def test_many_starts_at_the_same_moment(self, stage, round_):
-        """On one stale path: one serves and is reachable, all others end with one clear line."""
+        """With one stale path, one program serves and all others end with one clear line."""
         path, target = stage.path("stale"), stage.echo()
         with socket.socket(socket.AF_UNIX) as stale:
             stale.bind(path)
@@ -557,7 +557,7 @@ class TestListen:
         assert os.listdir(stage.directory) == []
 
     def test_other_file_is_left_alone(self, stage):
-        """A file that is not a socket is not removed: one line, exit status 1."""
+        """A file that is not a socket is not replaced: one line, exit status 1."""
         path = stage.path("precious")
         with open(path, "w") as file:
             file.write("data")
@@ -567,7 +567,7 @@ class TestListen:
         with open(path) as file:
             assert file.read() == "data"
 
-    def test_somebody_elses_file_survives_our_exit(self, stage):
+    def test_file_of_another_process_survives_our_exit(self, stage):
         """A socket file that has replaced ours is not unlinked at our exit."""
         path = stage.path("ours")
         proxy = stage.launch(f"--listen={path}", stage.echo())
@@ -578,15 +578,15 @@ class TestListen:
             assert os.path.exists(path)
 
     def test_port_in_use_is_an_error(self, stage):
-        """A port that somebody listens on: one line that names it, exit status 1."""
+        """A port in use is one line that names it, and exit status 1."""
         port = stage.listener().getsockname()[1]
         outcome = stage.run(f"--listen=127.0.0.1:{port}", "127.0.0.1:1")
         assert outcome.status == 1
         assert len(outcome.stderr.splitlines()) == 1
         assert str(port) in outcome.stderr
 
-    def test_port_can_be_taken_again_at_once(self, stage):
-        """A restart finds its port although old connections linger in TIME_WAIT."""
+    def test_port_can_be_bound_again_at_once(self, stage):
+        """A restart can bind its port although old connections are in TIME_WAIT."""
         port = self.free_port()
         target = stage.echo()
         first = stage.launch(f"--listen=127.0.0.1:{port}", target)
@@ -596,13 +596,13 @@ class TestListen:
         assert self.served_at(stage, ("127.0.0.1", port))
 
     def test_missing_folder_is_an_error(self, stage):
-        """A path in a folder that is not there: one line, exit status 1."""
+        """A path in a folder that does not exist is one line, and exit status 1."""
         outcome = stage.run("--listen=/nonexistent/folder/socket", "127.0.0.1:1")
         assert outcome.status == 1
         assert len(outcome.stderr.splitlines()) == 1
 
     def test_socket_file_is_gone_after_an_error(self, stage):
-        """When the second address fails, the first one's file is not left behind."""
+        """If the second address fails, the socket file of the first one is removed."""
         path = stage.path("first")
         outcome = stage.run(f"--listen={path}", "--listen=/nonexistent/socket", "127.0.0.1:1")
         assert outcome.status == 1

@@ -1,4 +1,4 @@
-"""One bulk stream cannot starve small ones: each gets its turn while the bulk goes on."""
+"""Bulk streams starve no other connection: each gets its turn."""
 
 import threading
 
@@ -11,7 +11,7 @@ ROUNDS = 50
 
 
 class Bulk:
-    """A stream without end through the program, from a thread, until `stop()`."""
+    """An endless stream through the program, in threads, until `stop()`."""
 
     def __init__(self, sender, receiver):
         self.moved = 0
@@ -40,7 +40,7 @@ class Bulk:
 
 
 @main_pairs
-def test_small_messages_beside_bulk(stage, listen, target):
+def test_small_messages_alongside_bulk(stage, listen, target):
     """Fifty round trips are completed while two bulk streams keep the program busy."""
     backend = stage.forward(listen, target)
     small, its_server = stage.connect(), backend.accept()
@@ -53,8 +53,8 @@ def test_small_messages_beside_bulk(stage, listen, target):
     before = [stream.moved for stream in streams]
     rounds = 0
 
-    def a_round():
-        """One more; whether all have moved meanwhile. Fifty may take no time at all."""
+    def one_more_round():
+        """Whether fifty are done and all streams have moved: fifty alone may take no time."""
         nonlocal rounds
         small.sendall(b"ping")
         assert read_exactly(its_server, 4) == b"ping"
@@ -65,13 +65,13 @@ def test_small_messages_beside_bulk(stage, listen, target):
             stream.moved > earlier for stream, earlier in zip(streams, before, strict=True)
         )
 
-    wait_until(a_round, "fifty rounds, and streams that move meanwhile")
+    wait_until(one_more_round, "fifty rounds, and streams that move meanwhile")
     for stream in streams:
         stream.stop()
 
 
 @main_pairs
-def test_new_connections_beside_bulk(stage, listen, target):
+def test_new_connections_alongside_bulk(stage, listen, target):
     """New clients are accepted and served while a bulk stream goes on in each direction."""
     backend = stage.forward(listen, target)
     client, server = stage.connect(), backend.accept()
@@ -79,11 +79,11 @@ def test_new_connections_beside_bulk(stage, listen, target):
     other, its_server = stage.connect(), backend.accept()
     streams.append(Bulk(its_server, other))
     for _ in range(20):
-        visitor = stage.connect()
+        newcomer = stage.connect()
         its_server = backend.accept()
-        visitor.sendall(b"hello")
+        newcomer.sendall(b"hello")
         assert read_exactly(its_server, 5) == b"hello"
-        visitor.close()
+        newcomer.close()
         its_server.close()
     for stream in streams:
         stream.stop()
@@ -91,7 +91,7 @@ def test_new_connections_beside_bulk(stage, listen, target):
 
 @pytest.mark.parametrize(("listen", "target"), [("tcp4", "tcp4"), ("unix", "unix")])
 def test_bulk_streams_share(stage, listen, target):
-    """Of four bulk streams none stands still: each moves megabytes while the others do."""
+    """None of four bulk streams stands still: each moves megabytes while the others do."""
     backend = stage.forward(listen, target)
     streams = []
     for _ in range(4):

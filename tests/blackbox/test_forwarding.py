@@ -27,7 +27,7 @@ def test_first_bytes_each_way(stage, listen, target):
 
 @every_pair
 def test_server_speaks_first(stage, listen, target):
-    """A protocol in which the server greets (SSH, SMTP) works before the client says a word."""
+    """A protocol in which the server speaks first (SSH, SMTP) works."""
     client, server = stage.pair(listen, target)
     server.sendall(b"220 ready\r\n")
     assert read_exactly(client, 11) == b"220 ready\r\n"
@@ -35,7 +35,7 @@ def test_server_speaks_first(stage, listen, target):
 
 @main_pairs
 def test_nothing_at_all(stage, listen, target):
-    """A client that sends nothing and closes is an empty stream and an end at the server."""
+    """A client that sends nothing and closes is an empty stream at the server."""
     client, server = stage.pair(listen, target)
     client.close()
     assert read_to_end(server) == (b"", "eof")
@@ -44,7 +44,7 @@ def test_nothing_at_all(stage, listen, target):
 @main_pairs
 @pytest.mark.parametrize("size", AWKWARD_SIZES)
 def test_awkward_sizes_upward(stage, listen, target, size):
-    """A payload that ends just before, at or after a boundary of some buffer arrives whole."""
+    """A payload that ends just before, at or after the boundary of a buffer arrives whole."""
     client, server = stage.pair(listen, target)
     payload = Payload(size)
     send_payload(client, payload, half_close=False).result()
@@ -54,7 +54,7 @@ def test_awkward_sizes_upward(stage, listen, target, size):
 
 @every_pair
 def test_one_megabyte_each_way_in_turn(stage, listen, target):
-    """A request and an answer that are larger than any one buffer of a small system."""
+    """A request and an answer that are larger than any buffer on the way."""
     client, server = stage.pair(listen, target)
     payload = Payload(MIB)
     for sender, receiver in ((client, server), (server, client)):
@@ -111,8 +111,8 @@ def test_a_gigabyte_both_ways_at_once(stage, listen, target):
 def test_a_message_in_two_writes_is_not_held_back(stage, listen, target):
     """Two small writes and a read: the second does not wait for a delayed acknowledgement.
 
-    TCP delays acknowledgements by 40 ms (after a phase of quick ones), a round takes well under
-    one: rounds of 35 ms or more are counted, and a few of them may be the machine's fault.
+    TCP delays acknowledgements by 40 ms (after a phase of quick ones), and a round takes well
+    under 1 ms. Rounds of 35 ms or more are counted; a few of them may be due to the machine.
     """
     client, server = stage.pair(listen, target)
     held_back = 0
@@ -147,7 +147,7 @@ def test_connections_do_not_mix(stage, listen, target):
 
 @main_pairs
 def test_slow_reader_gets_everything(stage, listen, target):
-    """A reader that takes small bites gets the same bytes in the same order."""
+    """A reader of small pieces gets the same bytes in the same order."""
     client, server = stage.pair(listen, target, target_buffer=8192)
     payload = Payload(MIB)
     sending = send_payload(client, payload, half_close=False)

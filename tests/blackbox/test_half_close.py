@@ -19,7 +19,7 @@ drops_the_rest = differs(
 @drops_the_rest
 @every_pair
 def test_request_after_the_servers_end(stage, listen, target):
-    """The mirror image: the server half-closes first, the client goes on sending."""
+    """The server half-closes first, and the client continues to send."""
     client, server = stage.pair(listen, target)
     server.sendall(b"all I have to say")
     server.shutdown(socket.SHUT_WR)
@@ -32,7 +32,7 @@ def test_request_after_the_servers_end(stage, listen, target):
 @drops_the_rest
 @main_pairs
 def test_end_before_any_byte(stage, listen, target):
-    """A client that half-closes at once, without a byte, still gets what the server says."""
+    """A client that half-closes at once, without a byte, still gets what the server sends."""
     client, server = stage.pair(listen, target)
     client.shutdown(socket.SHUT_WR)
     assert read_to_end(server) == (b"", "eof")
@@ -44,7 +44,7 @@ def test_end_before_any_byte(stage, listen, target):
 @drops_the_rest
 @every_pair
 def test_megabytes_in_flight_both_ways(stage, listen, target):
-    """16 MiB up and 24 MiB down at once, each ended after its last byte; both arrive with ends."""
+    """16 MiB up and 24 MiB down at once; both arrive, and their ends after the last byte."""
     client, server = stage.pair(listen, target)
     exchange(client, server, Payload(16 * MIB, 1), Payload(24 * MIB, 2), half_close=True)
 
@@ -67,8 +67,8 @@ def test_upload_then_large_answer(stage, listen, target):
 def test_both_ends_at_the_same_time(stage, listen, target):
     """Both sides send and half-close at once; both get the other's bytes and end."""
     client, server = stage.pair(listen, target)
-    for side, words in ((client, b"from the client"), (server, b"from the server")):
-        side.sendall(words)
+    for side, message in ((client, b"from the client"), (server, b"from the server")):
+        side.sendall(message)
         side.shutdown(socket.SHUT_WR)
     assert read_to_end(client) == (b"from the server", "eof")
     assert read_to_end(server) == (b"from the client", "eof")
@@ -90,7 +90,7 @@ def test_the_end_is_passed_on_as_a_half_close_only(stage, listen, target):
 def test_everything_is_closed_after_both_ends(stage, listen, target):
     """A connection is two sockets in the program, and none once both directions have ended."""
     backend = stage.forward(listen, target)
-    kept_open = stage.connect()  # so that the program has done all it does for a first client
+    kept_open = stage.connect()  # so that what the program opens for its first client is open
     backend.accept()
     wait_until(lambda: stage.proxy.socket_count() >= 3, "listener and two sockets")
     before = stage.proxy.socket_count()
@@ -101,7 +101,7 @@ def test_everything_is_closed_after_both_ends(stage, listen, target):
     assert read_to_end(server) == (b"", "eof")
     server.close()
     read_to_end(client)
-    wait_until(lambda: stage.proxy.socket_count() == before, "two sockets less")
+    wait_until(lambda: stage.proxy.socket_count() == before, "two sockets fewer")
     assert is_quiet(kept_open)
 
 
@@ -109,6 +109,6 @@ def test_everything_is_closed_after_both_ends(stage, listen, target):
 def test_unix_client_that_closes_is_an_end(stage, target):
     """A UNIX client's full close is the end of its stream, not a reset."""
     client, server = stage.pair("unix", target)
-    client.sendall(b"last words")
+    client.sendall(b"last message")
     client.close()
-    assert read_to_end(server) == (b"last words", "eof")
+    assert read_to_end(server) == (b"last message", "eof")

@@ -1,5 +1,6 @@
-"""Held clients: what becomes of those that leave, and that every client is in one counter."""
+"""Held clients: what happens to those that leave; and every client is in one counter."""
 
+import os
 import random
 import re
 import signal
@@ -14,7 +15,7 @@ pytestmark = differs("original", reason="gives up at the first refusal", run=Fal
 
 
 def counters(stage):
-    """What SIGUSR1 logs, by its words, in a line of its own for each signal."""
+    """What SIGUSR1 logs, as {name: count}."""
     before = len(stage.proxy.log_lines(" accepted, "))
     stage.proxy.send_signal(signal.SIGUSR1)
     wait_until(lambda: len(stage.proxy.log_lines(" accepted, ")) > before, "the counters")
@@ -26,14 +27,14 @@ def counters(stage):
 
 
 def assert_they_add_up(found):
-    """Accepted is the sum of all others."""
+    """Assert that `accepted` is the sum of all others."""
     assert found["accepted"] == sum(found.values()) - found["accepted"], found
 
 
 @pytest.mark.parametrize("listen", ["tcp4", "unix", "abstract"])
 @pytest.mark.parametrize("target", ["tcp4", "unix"])
 def test_a_client_that_sends_and_closes_while_held_is_served(stage, listen, target):
-    """A message is delivered, whether or not its sender waits for it."""
+    """A message is delivered, whether or not its sender waits."""
     backend = stage.absent(target)
     stage.launch(backend.target, listeners=[stage.listener(listen)])
     for number in range(5):
@@ -47,12 +48,12 @@ def test_a_client_that_sends_and_closes_while_held_is_served(stage, listen, targ
     assert_they_add_up(counters(stage))
 
 
-def test_a_message_that_the_relay_had_taken_already(stage):
+def test_a_message_that_the_relay_has_read_already_is_delivered(stage):
     """The first connect takes the bytes from the client before it fails."""
     backend = stage.absent("tcp4")
     stage.launch(backend.target, listeners=[stage.listener("unix")])
     clients = []
-    for number in range(20):  # in one go, so that gates connect some of them
+    for number in range(20):  # at once, so that the relay connects some of them by itself
         clients.append(stage.connect())
         clients[-1].sendall(b"%02d" % number)
     for client in clients:
@@ -65,7 +66,7 @@ def test_a_message_that_the_relay_had_taken_already(stage):
 
 
 @pytest.mark.parametrize("listen", ["tcp4", "unix"])
-def test_who_leaves_while_held_is_counted(stage, listen):
+def test_clients_that_leave_while_held_are_counted(stage, listen):
     backend = stage.absent()
     stage.launch(backend.target, listeners=[stage.listener(listen)])
     clients = [stage.connect() for _ in range(4)]
@@ -88,7 +89,7 @@ def test_whatever_happens_the_counters_add_up(stage, listen):
     )
     clients, listens = [], False
     for step in range(300):
-        what = chance.choice(["come", "come", "come", "speak", "close", "reset", "count"])
+        what = chance.choice(["come", "come", "come", "send", "close", "reset", "count"])
         if step == 150:
             backend.start_listening()
             backend.listener.setblocking(False)
@@ -100,7 +101,7 @@ def test_whatever_happens_the_counters_add_up(stage, listen):
         elif clients:
             client = clients.pop(chance.randrange(len(clients)))
             try:
-                if what == "speak":
+                if what == "send":
                     client.sendall(b"x")
             except OSError:
                 pass  # it was given up or refused
@@ -115,7 +116,7 @@ def test_whatever_happens_the_counters_add_up(stage, listen):
 
 @pytest.mark.parametrize("signals", [1, 2])
 def test_held_clients_are_cut_with_a_reset(stage, signals):
-    """At the end of the program they have not been served: that is no clean end."""
+    """At the end of the program they have not been served, so a clean end would be wrong."""
     backend = stage.absent()
     stage.launch(
         "--connect-timeout=1h",
@@ -133,8 +134,8 @@ def test_held_clients_are_cut_with_a_reset(stage, signals):
     assert read_to_end(client) == (b"", "reset")
 
 
-def test_a_target_hears_of_a_client_that_reset(stage):
-    """Clients that go in the moment in which the target accepts: no clean end for nothing."""
+def test_a_reset_of_a_held_client_is_no_clean_end_at_the_target(stage):
+    """Also of clients that reset at the moment at which the target begins to accept."""
     backend = stage.absent()
     stage.launch(backend.target, listeners=[stage.listener("tcp4")])
     clients = [stage.connect() for _ in range(10)]
@@ -157,23 +158,23 @@ def test_a_target_hears_of_a_client_that_reset(stage):
 
 
 def test_a_full_backlog_is_congestion(stage):
-    """No outage is told, and clients are let in as there is room, in their order."""
+    """No outage is logged, and clients are connected in order as room becomes free."""
     backend = stage.backend("unix", backlog=1)
-    visitors = stage.fill_backlog(backend)
+    connections = stage.fill_backlog(backend)
     stage.launch(backend.target, listeners=[stage.listener("unix")])
     clients = []
     for number in range(20):
         clients.append(stage.connect())
         clients[-1].sendall(b"%02d" % number)
         wait_until(lambda: counters(stage)["accepted"] == len(clients), "the next client")
-    for _ in visitors:
+    for _ in connections:
         backend.accept()
     for number in range(20):
         assert read_exactly(backend.accept(), 2) == b"%02d" % number
     assert stage.proxy.log_lines("holding") == []
 
 
-def test_a_backlog_that_stays_full_is_told_once(stage):
+def test_a_backlog_that_stays_full_is_logged_once(stage):
     backend = stage.backend("unix", backlog=1)
     stage.fill_backlog(backend)
     stage.launch(backend.target, listeners=[stage.listener("unix")])
@@ -183,10 +184,8 @@ def test_a_backlog_that_stays_full_is_told_once(stage):
     assert stage.proxy.cpu_share(0.5) < 0.2
 
 
-def test_a_socket_file_that_is_a_symbolic_link_to_itself(stage):
-    """ELOOP is for ever here, while on TCP it means that nobody listens."""
-    import os
-
+def test_a_symbolic_link_to_itself_is_a_permanent_error(stage):
+    """ELOOP does not pass here, while on TCP it means that nothing listens."""
     os.symlink(stage.path("loop"), stage.path("loop"))
     stage.launch("--connect-timeout=1h", stage.path("loop"), listeners=[stage.listener()])
     assert read_to_end(stage.connect())[0] == b""
@@ -194,7 +193,7 @@ def test_a_socket_file_that_is_a_symbolic_link_to_itself(stage):
 
 
 @pytest.mark.parametrize("kind", [socket.SOCK_DGRAM, socket.SOCK_SEQPACKET])
-def test_a_socket_of_another_kind(stage, kind):
+def test_a_target_of_another_socket_type_is_a_permanent_error(stage, kind):
     with socket.socket(socket.AF_UNIX, kind) as other:
         other.bind(stage.path("other"))
         if kind == socket.SOCK_SEQPACKET:

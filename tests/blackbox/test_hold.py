@@ -17,13 +17,13 @@ from kit.traffic import talk
 from kit.waiting import never_within, wait_until
 
 HOLD = 0.4
-"""Seconds for which a test leaves a target away: longer than the first, quick retries."""
+"""Seconds for which a target does not listen: longer than the first, quick retries."""
 
 pytestmark = differs("original", reason="gives up at the first refusal", run=False)
 
 
-def stays_held(*clients, seconds=HOLD):
-    """Nothing comes to the clients, no byte and no end, for that long."""
+def assert_held(*clients, seconds=HOLD):
+    """Assert that the clients receive nothing, no byte and no end, for that long."""
     for client in clients:
         never_within(
             seconds / len(clients),
@@ -32,8 +32,8 @@ def stays_held(*clients, seconds=HOLD):
         )
 
 
-def are_served(clients, backend):
-    """Each of them, once the target listens."""
+def assert_served(clients, backend):
+    """Assert that all of them are served once the target listens."""
     backend.start_listening()
     for client in clients:
         client.sendall(b"x")
@@ -44,25 +44,25 @@ def are_served(clients, backend):
 @pytest.mark.parametrize("listen", ["tcp4", "unix"])
 @pytest.mark.parametrize("target", ["tcp4", "tcp6", "unix", "abstract"])
 def test_target_that_listens_later(stage, listen, target):
-    """Connection refused (TCP), or a socket file without a listener (UNIX): the client waits."""
+    """Connection refused (TCP) or a socket file without a listener (UNIX): the client waits."""
     backend = stage.absent(target)
     stage.launch(backend.target, listeners=[stage.listener(listen)])
     client = stage.connect()
-    stays_held(client)
+    assert_held(client)
     backend.start_listening()
     talk(client, backend.accept())
 
 
 @pytest.mark.parametrize("stale", [False, True])
 def test_socket_file_that_appears_later(stage, stale):
-    """A missing path, or a stale socket file that the service replaces."""
+    """A path that does not exist, or a stale socket file that the service replaces."""
     path = stage.path("later")
     if stale:
         with socket.socket(socket.AF_UNIX) as dead:
             dead.bind(path)
     stage.launch(path, listeners=[stage.listener()])
     client = stage.connect()
-    stays_held(client)
+    assert_held(client)
     if stale:
         os.unlink(path)
     backend = Backend(socket.socket(socket.AF_UNIX))
@@ -73,11 +73,11 @@ def test_socket_file_that_appears_later(stage, stale):
 
 
 def test_abstract_name_that_appears_later(stage):
-    """An abstract name that nobody has yet."""
+    """An abstract name that is not bound yet."""
     name = f"proxyd-later-{os.getpid()}"
     stage.launch(f"@{name}", listeners=[stage.listener()])
     client = stage.connect()
-    stays_held(client)
+    assert_held(client)
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(f"\0{name}")
         listener.listen()
@@ -86,26 +86,26 @@ def test_abstract_name_that_appears_later(stage):
             talk(client, server)
 
 
-def test_target_that_drops_packets(stage):
-    """A TCP target that answers neither way is given up after --connect-timeout=, in one line."""
+def test_target_that_does_not_answer(stage):
+    """A silent TCP target is given up after --connect-timeout=, with one line."""
     backend = stage.backend("tcp4", backlog=0)
     waiting = fill_backlog(backend.listener.getsockname(), socket.AF_INET)
     stage.launch("--connect-timeout=500ms", backend.target, listeners=[stage.listener()])
     client = stage.connect()
     assert read_to_end(client)[0] == b""
     stage.proxy.wait_for_log("Failed to connect to remote host: ")
-    for visitor in waiting:
-        visitor.close()
+    for connection in waiting:
+        connection.close()
 
 
 def test_what_was_sent_while_held_is_delivered(stage):
-    """Bytes that a client sends while it is held come first, in order."""
+    """Bytes that a client sends while it is held arrive first, in order."""
     backend = stage.absent()
     stage.launch(backend.target, listeners=[stage.listener()])
     client = stage.connect()
     for number in range(10):
         client.sendall(b"part %d " % number)
-    stays_held(client)
+    assert_held(client)
     backend.start_listening()
     client.sendall(b"and the rest")
     client.shutdown(socket.SHUT_WR)
@@ -121,7 +121,7 @@ def test_request_and_half_close_while_held(stage, listen):
     client = stage.connect()
     client.sendall(b"request")
     client.shutdown(socket.SHUT_WR)
-    stays_held_after_half_close(client)
+    assert_held_after_half_close(client)
     backend.start_listening()
     server = backend.accept()
     assert read_to_end(server) == (b"request", "eof")
@@ -130,26 +130,26 @@ def test_request_and_half_close_while_held(stage, listen):
     assert read_to_end(client) == (b"answer", "eof")
 
 
-def stays_held_after_half_close(client):
-    """Nothing comes to a client that has ended its own direction."""
+def assert_held_after_half_close(client):
+    """Assert that a client which has ended its own direction receives nothing."""
     client.settimeout(HOLD)
     with pytest.raises(TimeoutError):
         client.recv(1)
 
 
-def test_held_clients_count(stage):
+def test_held_clients_count_towards_the_limit(stage):
     """Held clients count against --connections-max=."""
     backend = stage.absent()
     stage.launch("-c2", backend.target, listeners=[stage.listener()])
     held = [stage.connect() for _ in range(2)]
-    stays_held(*held)
+    assert_held(*held)
     assert read_to_end(stage.connect())[0] == b""
     stage.proxy.wait_for_log("Hit connection limit, refusing connection.")
-    are_served(held, backend)
+    assert_served(held, backend)
 
 
-def test_one_attempt_only(stage):
-    """--connect-timeout=0 is one attempt: the client is let go at once, as by the original."""
+def test_connect_timeout_of_0_is_one_attempt(stage):
+    """If the one attempt fails, the client is closed at once, as by the original."""
     backend = stage.absent()
     stage.launch("--connect-timeout=0", backend.target, listeners=[stage.listener()])
     assert read_to_end(stage.connect())[0] == b""
@@ -157,8 +157,8 @@ def test_one_attempt_only(stage):
     assert len(stage.proxy.log_lines()) == 1
 
 
-def test_time_is_up(stage):
-    """After --connect-timeout= the client is let go, not earlier, and the reason is logged."""
+def test_client_is_given_up_after_connect_timeout(stage):
+    """The client is closed, not before the time is up, and the reason is logged."""
     backend = stage.absent()
     stage.launch("--connect-timeout=600ms", backend.target, listeners=[stage.listener()])
     start = time.monotonic()
@@ -169,8 +169,8 @@ def test_time_is_up(stage):
     assert not stage.proxy.has_ended()
 
 
-def test_each_client_has_its_own_time(stage):
-    """A client that comes later is held as long as the first, not only as long as is left."""
+def test_each_client_has_its_own_deadline(stage):
+    """A client that comes later is held for as long as the first one."""
     backend = stage.absent()
     stage.launch("--connect-timeout=1s", backend.target, listeners=[stage.listener()])
     first = stage.connect()
@@ -188,28 +188,28 @@ def test_one_line_when_an_outage_starts_and_one_when_it_ends(stage):
     backend = stage.absent()
     stage.launch(backend.target, listeners=[stage.listener()])
     clients = [stage.connect() for _ in range(20)]
-    stays_held(*clients)
+    assert_held(*clients)
     assert len(stage.proxy.log_lines()) == 1
     assert backend.target in stage.proxy.log()
-    are_served(clients, backend)
+    assert_served(clients, backend)
     wait_until(lambda: len(stage.proxy.log_lines()) >= 2, "a line about the end of the outage")
     assert len(stage.proxy.log_lines()) == 2
     assert "20" in stage.proxy.log_lines()[1]
 
 
-def test_second_outage_is_told_again(stage):
-    """A second outage is told too, at the exit at the latest if it follows within seconds."""
+def test_second_outage_is_logged_too(stage):
+    """If it follows within seconds it is logged at the exit at the latest."""
     backend = stage.absent()
     stage.launch(backend.target, listeners=[stage.listener()])
     client = stage.connect()
-    stays_held(client, seconds=0.2)
+    assert_held(client, seconds=0.2)
     backend.start_listening()
     talk(client, backend.accept())
     wait_until(lambda: len(stage.proxy.log_lines()) == 2, "two lines")
     address = backend.listener.getsockname()
     backend.listener.close()
     client = stage.connect()
-    stays_held(client, seconds=0.2)
+    assert_held(client, seconds=0.2)
     backend.listener = socket.create_server(address)
     talk(client, backend.accept())
     assert stage.proxy.end()
@@ -217,11 +217,11 @@ def test_second_outage_is_told_again(stage):
 
 
 def test_no_empty_probe(stage):
-    """The target sees as many connections as there are clients: no probe is thrown away."""
+    """The target sees as many connections as there are clients: every probe serves one."""
     backend = stage.absent()
     stage.launch(backend.target, listeners=[stage.listener()])
     clients = [stage.connect() for _ in range(5)]
-    stays_held(*clients)
+    assert_held(*clients)
     backend.start_listening()
     for number, client in enumerate(clients):
         client.sendall(b"%d" % number)
@@ -234,17 +234,17 @@ def test_no_empty_probe(stage):
 
 @pytest.mark.parametrize("target", ["tcp4", "unix"])
 def test_two_hundred_held_clients_cost_little(stage, target):
-    """Two hundred held clients share one probe: hardly any CPU, and then all are served."""
+    """Two hundred held clients share one probe and use hardly any CPU; then all are served."""
     backend = stage.absent(target)
     stage.launch(backend.target, listeners=[stage.listener("unix")])
     clients = [stage.connect() for _ in range(200)]
-    stays_held(clients[0], clients[-1])
+    assert_held(clients[0], clients[-1])
     assert stage.proxy.cpu_share(0.8) < 0.2
-    are_served(clients, backend)
+    assert_served(clients, backend)
 
 
-def test_open_connections_go_on_during_an_outage(stage):
-    """While others are held, connections that are open are forwarded as ever."""
+def test_open_connections_continue_during_an_outage(stage):
+    """While other clients are held, open connections are forwarded as before."""
     backend = stage.forward("tcp4", "tcp4")
     client = stage.connect()
     server = backend.accept()
@@ -253,7 +253,7 @@ def test_open_connections_go_on_during_an_outage(stage):
     held = stage.connect()
     for _ in range(20):
         talk(client, server)
-    stays_held(held, seconds=0.2)
+    assert_held(held, seconds=0.2)
     backend.listener = socket.create_server(address)
     talk(held, backend.accept())
 
@@ -270,7 +270,7 @@ def test_target_that_accepts_and_resets_is_reached(stage):
 
 
 def test_wrong_kind_of_target_fails_at_once(stage):
-    """A path that is no socket, or a datagram one, will never serve: the client is not held."""
+    """For a datagram socket the client is not held, because it will never serve."""
     file, datagram = stage.path("file"), stage.path("datagram")
     with open(file, "w"), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as receiver:
         receiver.bind(datagram)
@@ -280,7 +280,7 @@ def test_wrong_kind_of_target_fails_at_once(stage):
 
 
 def test_socket_between_bind_and_chmod(stage):
-    """A UNIX target that the program may not open yet is tried again, and that is told at once."""
+    """A UNIX target without permission for us is tried again, with a line in the log at once."""
     prefix = as_unprivileged_user(stage.executable)
     backend = stage.backend("unix")
     path = backend.listener.getsockname()
@@ -288,13 +288,13 @@ def test_socket_between_bind_and_chmod(stage):
     stage.launch(backend.target, listeners=[stage.listener()], prefix=prefix)
     client = stage.connect()
     stage.proxy.wait_for_log("Permission denied")
-    stays_held(client, seconds=1.3)
+    assert_held(client, seconds=1.3)
     os.chmod(path, 0o666)
     talk(client, backend.accept())
 
 
 def test_forbidden_socket(stage):
-    """One that stays forbidden is given up after --connect-timeout=, with the reason."""
+    """If the permission stays missing, the client is given up, with the reason."""
     prefix = as_unprivileged_user(stage.executable)
     backend = stage.backend("unix")
     os.chmod(backend.listener.getsockname(), 0o600)
@@ -308,17 +308,17 @@ def test_forbidden_socket(stage):
 
 
 def test_stop_while_clients_are_held(stage):
-    """SIGTERM ends a program that holds clients at once, with exit status 0."""
+    """A program that holds clients ends at once on SIGTERM, with exit status 0."""
     backend = stage.absent()
     stage.launch("--connect-timeout=1h", backend.target, listeners=[stage.listener()])
     client = stage.connect()
-    stays_held(client, seconds=0.2)
+    assert_held(client, seconds=0.2)
     stage.proxy.send_signal(signal.SIGTERM)
     assert stage.proxy.wait() == 0
     read_to_end(client)
 
 
-def test_a_held_client_is_no_idleness(stage):
+def test_a_held_client_prevents_an_idle_exit(stage):
     """--exit-idle-time= does not end a program that holds a client."""
     backend = stage.absent()
     listener = stage.listener()
@@ -329,7 +329,7 @@ def test_a_held_client_is_no_idleness(stage):
     talk(client, backend.accept())
 
 
-def test_status_tells_who_waits(stage):
+def test_status_shows_held_clients(stage):
     """STATUS= shows the held clients and the target that they wait for."""
     backend = stage.absent()
     stage.launch(backend.target, listeners=[stage.listener()])
@@ -346,19 +346,19 @@ def statuses(stage):
 
 
 def test_name_that_appears_later(stage):
-    """A name that does not exist yet (a container's, say) is looked up again."""
+    """A name that does not exist yet (such as that of a container) is looked up again."""
     prefix = with_hosts(stage.directory, ["127.0.0.1 localhost"])
     backend = stage.backend()
     stage.launch(f"later.test:{backend.port()}", listeners=[stage.listener()], prefix=prefix)
     client = stage.connect()
-    stays_held(client)
+    assert_held(client)
     with open(stage.path("hosts"), "a") as hosts:
         hosts.write("127.0.0.1 later.test\n")
     talk(client, backend.accept())
 
 
-def test_name_that_stays_away(stage):
-    """A name that does not appear within --connect-timeout= is told in the original's words."""
+def test_name_that_does_not_appear(stage):
+    """The line after --connect-timeout= begins as the original's does."""
     prefix = with_hosts(stage.directory, ["127.0.0.1 localhost"])
     stage.launch(
         "--connect-timeout=500ms", "missing.test:80", listeners=[stage.listener()], prefix=prefix
@@ -367,8 +367,8 @@ def test_name_that_stays_away(stage):
     stage.proxy.wait_for_log("Failed to resolve host: ")
 
 
-def test_dead_first_address_does_not_hold_the_second(stage):
-    """An address that drops packets is passed by for the next one, long before any time-out."""
+def test_dead_first_address_does_not_delay_the_second(stage):
+    """The next address is tried long before the timeout of one that drops packets."""
     dead, live = stage.on_one_port(
         lambda: stage.backend(backlog=0),
         lambda port: stage.backend(host="127.0.0.2", port=port),
@@ -383,19 +383,19 @@ def test_dead_first_address_does_not_hold_the_second(stage):
     )
     for _ in range(3):
         talk(stage.connect(), live.accept(timeout=5.0))
-    for visitor in waiting:
-        visitor.close()
+    for connection in waiting:
+        connection.close()
 
 
 def test_network_that_comes_up_later(stage):
-    """A target without a route to it (the network is not up yet) is tried again."""
+    """A target without a route (the network is not up yet) is tried again."""
     prefix = namespace_prefix("true")  # the loopback device of a new namespace is down
     notify = stage.notify_socket(stage.path("notify"))  # abstract names end at the namespace
     stage.launch("127.0.0.1:4000", listeners=[stage.listener()], prefix=prefix, notify=notify)
     listener = in_network_namespace_of(stage.proxy.pid, lambda: socket.create_server(("", 4000)))
     with listener:
         client = stage.connect()
-        stays_held(client)
+        assert_held(client)
         up = ["nsenter", f"--target={stage.proxy.pid}", "--net", "ip", "link", "set", "lo", "up"]
         subprocess.run(up, check=True)
         listener.settimeout(10)
@@ -403,14 +403,14 @@ def test_network_that_comes_up_later(stage):
             talk(client, server)
 
 
-def test_listener_of_another_host_address(stage):
-    """A target that is bound later to an address of its own is found by the retries."""
+def test_target_whose_address_is_bound_later(stage):
+    """A target that listens later, at another loopback address, is found by the retries."""
     probe = open_listener("tcp4", stage.directory, host="127.0.0.9")
     address = probe.getsockname()
     probe.close()
     stage.launch(f"{address[0]}:{address[1]}", listeners=[stage.listener()])
     client = stage.connect()
-    stays_held(client)
+    assert_held(client)
     with socket.create_server(address) as listener:
         listener.settimeout(10)
         with listener.accept()[0] as server:

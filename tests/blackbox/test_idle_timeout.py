@@ -1,4 +1,4 @@
-"""--idle-timeout=: a connection over which nothing has moved for that long is closed."""
+"""--idle-timeout=: a connection is closed after that time without traffic."""
 
 import time
 
@@ -14,7 +14,7 @@ pytestmark = differs("original", reason="has no --idle-timeout=", run=False)
 
 @main_pairs
 def test_idle_connection_is_closed(stage, listen, target):
-    """Both sides are let go, not before the span has passed."""
+    """Both sides are closed, not before the time has passed."""
     client, server = stage.pair(listen, target, "--idle-timeout=400ms")
     client.sendall(b"hello")
     assert read_exactly(server, 5) == b"hello"
@@ -22,13 +22,13 @@ def test_idle_connection_is_closed(stage, listen, target):
     assert read_to_end(client)[0] == b""
     assert time.monotonic() - start >= 0.35
     assert read_to_end(server)[0] == b""
-    wait_until(lambda: write_error(server), "the server is let go")
+    wait_until(lambda: write_error(server), "the server is closed")
 
 
 @pytest.mark.parametrize(("listen", "target"), [("tcp4", "tcp4"), ("unix", "tcp4")])
 @pytest.mark.parametrize("direction", ["up", "down"])
-def test_traffic_one_way_is_enough(stage, listen, target, direction):
-    """A byte now and then in one direction keeps both open."""
+def test_traffic_in_one_direction_is_enough(stage, listen, target, direction):
+    """A byte now and then in one direction keeps the connection open."""
     client, server = stage.pair(listen, target, "--idle-timeout=700ms")
     sender, receiver = (client, server) if direction == "up" else (server, client)
     for _ in range(11):
@@ -37,7 +37,7 @@ def test_traffic_one_way_is_enough(stage, listen, target, direction):
         never_within(0.1, lambda: not is_quiet(sender), "the end of a busy connection")
 
 
-def test_connection_that_never_said_a_word(stage):
+def test_connection_without_any_traffic(stage):
     """A client that connects and does nothing is closed too."""
     client, server = stage.pair("tcp4", "tcp4", "--idle-timeout=300ms")
     assert read_to_end(client)[0] == b""
@@ -45,12 +45,12 @@ def test_connection_that_never_said_a_word(stage):
 
 
 def test_stalled_connection_counts_as_idle(stage):
-    """A sender that is blocked by a reader who does not read moves no byte: it is closed."""
+    """A connection whose reader does not read moves no byte, so it is closed."""
     client, server = stage.pair(
         "tcp4", "tcp4", "--idle-timeout=500ms", listen_buffer=65536, target_buffer=65536
     )
     send_until_stuck(client, Payload(1 << 20).bytes(), still=0.1)
-    wait_until(lambda: hung_up(client), "the client is let go")
+    wait_until(lambda: hung_up(client), "the client is closed")
     wait_until(lambda: stage.proxy.socket_count() <= stage.proxy.sockets_at_start, "all is closed")
     server.close()
 
@@ -64,8 +64,8 @@ def test_half_closed_connection_counts_too(stage):
     wait_until(lambda: stage.proxy.socket_count() <= stage.proxy.sockets_at_start, "all is closed")
 
 
-def test_each_connection_by_itself(stage):
-    """A busy connection does not keep an idle one open, nor the other way round."""
+def test_each_connection_has_its_own_timer(stage):
+    """A busy connection does not keep an idle one open, and stays open itself."""
     backend = stage.forward("tcp4", "tcp4", "--idle-timeout=500ms")
     idle = stage.connect()
     backend.accept()
@@ -81,14 +81,14 @@ def test_each_connection_by_itself(stage):
     assert read_exactly(its_server, 1) == b"!"
 
 
-def test_never_by_default(stage):
+def test_no_idle_timeout_by_default(stage):
     """Without the option an idle connection stays."""
     client, _ = stage.pair("tcp4", "tcp4")
     never_within(0.8, lambda: not is_quiet(client), "the end of an idle connection")
 
 
 def test_hundred_idle_connections_cost_nothing(stage):
-    """Timers of a hundred idle connections use hardly any CPU, and all of them fire."""
+    """The timers of a hundred idle connections use hardly any CPU, and all expire."""
     backend = stage.forward("unix", "unix", "--idle-timeout=1500ms")
     clients = [stage.connect() for _ in range(100)]
     for _ in clients:

@@ -1,4 +1,4 @@
-"""Link-local addresses: their interface is looked up when it is needed, for it may be made anew."""
+"""Link-local addresses: the interface is looked up for each connect, as it may be recreated."""
 
 import socket
 import subprocess
@@ -23,12 +23,12 @@ ADDRESS = f"ip -6 address add fe80::9/64 dev {LINK} nodad"
 
 
 def in_namespace(stage, command):
-    """Run a shell command where the program runs."""
+    """Run a shell command in the network namespace of the program."""
     subprocess.run([*network_of(stage.proxy.pid), "sh", "-ec", command], check=True)
 
 
 def launch(stage, *arguments, setup="true"):
-    """The program in a new network namespace, and a target that listens at all its addresses."""
+    """Start the program in a new network namespace, and a target at all its addresses."""
     prefix = namespace_prefix(f"ip link set lo up\n{setup}")
     notify = stage.notify_socket(stage.path("notify"))  # abstract names end at the namespace
     stage.launch(*arguments, listeners=[stage.listener()], prefix=prefix, notify=notify)
@@ -41,8 +41,8 @@ def launch(stage, *arguments, setup="true"):
 
 
 @differs("original", reason="takes the brackets for part of the name", run=False)
-def test_an_interface_that_comes_later_and_is_made_anew(stage):
-    """As those of containers, VPNs and USB adapters are: its index is another one each time."""
+def test_an_interface_that_appears_later_and_is_recreated(stage):
+    """As with containers, VPNs and USB adapters, its index is a different one each time."""
     backend = launch(stage, f"[fe80::9%{LINK}]:{PORT}")
     client = stage.connect()
     stage.proxy.wait_for_log("Failed to connect to remote host: No such device")
@@ -60,8 +60,8 @@ def test_an_interface_that_comes_later_and_is_made_anew(stage):
 
 
 @differs("original", reason="takes the brackets for part of the name", run=False)
-def test_an_interface_that_is_made_anew_while_nobody_comes(stage):
-    """The next client is not even held."""
+def test_an_interface_that_is_recreated_while_no_client_comes(stage):
+    """The next client is served without being held."""
     backend = launch(stage, f"[fe80::9%{LINK}]:{PORT}", setup=f"{MAKE}\n{ADDRESS}")
     talk(stage.connect(), backend.accept())
     in_namespace(stage, f"ip link delete {LINK}\n{MAKE}\n{ADDRESS}")
@@ -71,8 +71,8 @@ def test_an_interface_that_is_made_anew_while_nobody_comes(stage):
 
 
 @differs("original", reason="takes the brackets for part of the name", run=False)
-def test_a_name_that_is_another_interface_s_now(stage):
-    """The first one is still there, under another name."""
+def test_a_name_that_belongs_to_another_interface_now(stage):
+    """The first one still exists, under another name."""
     backend = launch(stage, f"[fe80::9%{LINK}]:{PORT}", setup=f"{MAKE}\n{ADDRESS}")
     talk(stage.connect(), backend.accept())
     in_namespace(stage, f"ip link set {LINK} down\nip link set {LINK} name old9 up")
@@ -93,8 +93,8 @@ def test_a_name_that_is_another_interface_s_now(stage):
         ("192.0.2.1:80", "Cannot assign requested address", "FreeBind="),
     ],
 )
-def test_listen_where_there_is_no_such_address_yet(stage, address, why, helps):
-    """One line that says what is missing, and what waits for it."""
+def test_listen_at_an_address_that_does_not_exist_yet(stage, address, why, helps):
+    """One line that says what is missing, and which setting helps."""
     outcome = stage.run(f"--listen={address}", "/run/target")
     assert outcome.status == 1
     (line,) = outcome.stderr.splitlines()

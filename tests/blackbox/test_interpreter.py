@@ -1,4 +1,4 @@
-"""What a user has set for Python programs of their own is not for this one."""
+"""Variables that a user has set for Python in general do not affect this program."""
 
 import os
 from pathlib import Path
@@ -13,9 +13,9 @@ IMPORTED = ("errno", "time", "_socket", "socket", "select", "_signal", "selector
 """Modules that the program or a library of Python might import."""
 
 PROXYD = ("proxyd", "proxyd/cli", "cli", "log")
-"""Names that the package's own modules have."""
+"""Names of the package's own modules."""
 
-HARMLESS = [
+SILENT = [
     ("PYTHONASYNCIODEBUG", "1"),
     ("PYTHONBREAKPOINT", "nosuch.module"),
     ("PYTHONCASEOK", "1"),
@@ -41,12 +41,12 @@ HARMLESS = [
     ("PYTHON_CPU_COUNT", "1"),
 ]
 
-TALKATIVE = [("PYTHONPROFILEIMPORTTIME", "1"), ("PYTHONVERBOSE", "1"), ("PYTHONWARNINGS", "bad")]
-"""With these the interpreter itself writes to stderr."""
+VERBOSE = [("PYTHONPROFILEIMPORTTIME", "1"), ("PYTHONVERBOSE", "1"), ("PYTHONWARNINGS", "bad")]
+"""These make the interpreter write to stderr."""
 
 
 def serves(stage, **launch):
-    """It starts, serves and ends with 0; what it wrote to stderr, but for what it cut off."""
+    """Start, serve a client and exit with 0; return stderr without the line about cut clients."""
     proxy = stage.launch(stage.echo(), listeners=[stage.listener()], **launch)
     client = stage.connect()
     client.sendall(b"hello")
@@ -57,20 +57,20 @@ def serves(stage, **launch):
     return "\n".join(line for line in proxy.log_lines() if not line.startswith("Stopped; "))
 
 
-@pytest.mark.parametrize(("variable", "value"), HARMLESS)
+@pytest.mark.parametrize(("variable", "value"), SILENT)
 def test_variable_of_the_interpreter(stage, variable, value):
-    """It serves as ever, and says nothing."""
+    """It serves as usual, and writes nothing."""
     assert serves(stage, environment={variable: value}) == ""
 
 
-@pytest.mark.parametrize(("variable", "value"), TALKATIVE)
-def test_talkative_variable_of_the_interpreter(stage, variable, value):
-    """It serves as ever."""
+@pytest.mark.parametrize(("variable", "value"), VERBOSE)
+def test_verbose_variable_of_the_interpreter(stage, variable, value):
+    """It serves as usual."""
     serves(stage, environment={variable: value})
 
 
 def broken_modules(stage, names):
-    """A folder of a user whose modules have our modules' names."""
+    """A user's folder with modules of these names, which fail."""
     folder = Path(stage.path("modules"))
     folder.mkdir()
     for name in names:
@@ -83,7 +83,7 @@ def broken_modules(stage, names):
 @pytest.mark.parametrize("names", [IMPORTED, PROXYD], ids=["library", "package"])
 @pytest.mark.parametrize("form", ["{}", "/nosuch:{}", "{}:/nosuch", "{}/", "{}/../modules"])
 def test_modules_in_pythonpath(stage, names, form):
-    """They come after the interpreter's own, and after ours where those are installed."""
+    """They come after the interpreter's modules, and after ours where those are installed."""
     folder = broken_modules(stage, names)
     assert serves(stage, environment={"PYTHONPATH": form.format(folder)}) == ""
 
@@ -97,13 +97,13 @@ def test_modules_in_the_current_folder(stage, value):
 
 
 def test_library_in_pythonpath(stage):
-    """Where PYTHONPATH names the interpreter's own folders, they are still found."""
+    """If PYTHONPATH names the interpreter's own folders, they are still found."""
     assert serves(stage, environment={"PYTHONPATH": os.path.dirname(os.__file__)}) == ""
 
 
 @pytest.mark.parametrize("arguments", [["--version"], ["-c0", "a:1"], ["a:1"]])
 def test_inspect_does_not_change_the_exit_status(stage, arguments):
-    """Nor is there a prompt: PYTHONINSPECT would read commands from stdin."""
+    """PYTHONINSPECT, which would read commands from stdin, does not show a prompt."""
     plain = stage.run(*arguments)
     inspected = stage.run(*arguments, environment={"PYTHONINSPECT": "1"})
     assert (inspected.status, inspected.stdout, inspected.stderr) == (

@@ -1,4 +1,4 @@
-"""Both legs of a connection: keepalive on, no Nagle delay, urgent bytes kept in their place."""
+"""Both sockets of a connection: keepalive, no Nagle delay, urgent bytes in their place."""
 
 import socket
 
@@ -8,10 +8,10 @@ from kit.kernel import borrowed_sockets
 from kit.sockets import read_exactly
 
 
-def both_legs(stage, listener, *, early=False):
+def both_sockets(stage, listener, *, early=False):
     """The program's two sockets of one connection from `listener` to a TCP target.
 
-    `early`: of a client that has connected before the program starts.
+    `early`: the client connects before the program starts.
     """
     backend = stage.backend()
     client = stage.connect(listener) if early else None
@@ -19,9 +19,9 @@ def both_legs(stage, listener, *, early=False):
     client = client or stage.connect()
     client.sendall(b"x")
     assert read_exactly(backend.accept(), 1) == b"x"
-    legs = borrowed_sockets(stage.proxy)
-    assert len(legs) == 2
-    return legs
+    sockets = borrowed_sockets(stage.proxy)
+    assert len(sockets) == 2
+    return sockets
 
 
 @differs("original", reason="sets no socket options")
@@ -37,11 +37,11 @@ def both_legs(stage, listener, *, early=False):
     ids=["keepalive", "nodelay", "oobinline"],
 )
 def test_option_is_on(stage, listen, early, level, option):
-    """The option is set on the client's side and on the target's, and for those too who connected
-    before the program could set it on the listener."""
-    for leg in both_legs(stage, stage.listener(listen), early=early):
-        with leg:
-            assert leg.getsockopt(level, option)
+    """The option is set on both sides, even if the client connected before the program could set
+    it on the listener."""
+    for sock in both_sockets(stage, stage.listener(listen), early=early):
+        with sock:
+            assert sock.getsockopt(level, option)
 
 
 def test_settings_of_the_listener_are_kept(stage):
@@ -55,11 +55,11 @@ def test_settings_of_the_listener_are_kept(stage):
     ):
         listener.setsockopt(socket.IPPROTO_TCP, option, value)
     address = listener.getsockname()
-    legs = both_legs(stage, listener)
-    (client_leg,) = (leg for leg in legs if leg.getsockname() == address)
-    assert client_leg.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
-    assert client_leg.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 33
-    assert client_leg.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL) == 7
-    assert client_leg.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT) == 4
-    for leg in legs:
-        leg.close()
+    sockets = both_sockets(stage, listener)
+    (client_sock,) = (sock for sock in sockets if sock.getsockname() == address)
+    assert client_sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+    assert client_sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 33
+    assert client_sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL) == 7
+    assert client_sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT) == 4
+    for sock in sockets:
+        sock.close()

@@ -1,4 +1,4 @@
-"""When writing to one side fails, what that side had already said is still delivered."""
+"""When writing to one side fails, what that side had already sent is still delivered."""
 
 import socket
 import time
@@ -31,7 +31,7 @@ lost_with_the_request = differs(
 @lost_with_the_request
 @every_pair
 def test_server_rejects_after_the_head(stage, listen, target):
-    """The server reads the head of the request only, answers, half-closes and then closes."""
+    """The server reads only the head of the request, answers, half-closes and closes."""
     client, server = stage.pair(listen, target, target_buffer=65536)
     send_until_stuck(client, b"r" * 65536, limit=8 * MIB, still=0.1)
     read_exactly(server, 100)
@@ -46,8 +46,8 @@ def test_server_rejects_after_the_head(stage, listen, target):
     "original", reason="closes at once, which resets a client that is still sending", always=False
 )
 @main_pairs
-def test_answer_is_there_after_a_failed_write(stage, listen, target):
-    """A client that sends until it no longer can still finds the whole answer."""
+def test_answer_can_be_read_after_a_failed_write(stage, listen, target):
+    """A client that sends until its writes fail can still read the whole answer."""
     client, server = stage.pair(listen, target)
     client.sendall(b"head")
     assert read_exactly(server, 4) == b"head"
@@ -65,9 +65,10 @@ def test_answer_is_there_after_a_failed_write(stage, listen, target):
 )
 @main_pairs
 def test_large_answer_of_a_server_that_reads_nothing(stage, listen, target):
-    """Four megabytes of answer, sent whole before the close, reach a client that is being blocked.
+    """Four megabytes of answer, sent before the close, reach a client whose sending is blocked.
 
-    The server half-closes after the answer and closes when the client has it: nothing is reset.
+    The server half-closes after the answer and closes when the client has received it, so nothing
+    is reset.
     """
     client, server = stage.pair(listen, target, target_buffer=65536)
     send_until_stuck(client, b"r" * 65536, limit=8 * MIB, still=0.1)
@@ -82,23 +83,23 @@ def test_large_answer_of_a_server_that_reads_nothing(stage, listen, target):
 def test_answer_of_a_unix_server_that_closes(stage, listen):
     """A UNIX server's large answer, closed at once with the request unread, is delivered whole."""
     client, server = stage.pair(listen, "unix")
-    client.sendall(b"request that nobody reads")
-    wait_unread(server, 25)
+    client.sendall(b"request that is never read")
+    wait_unread(server, 26)
     answer = Payload(MIB)
-    reading = receive_digest_ignoring_reset(client)
+    reading = read_in_background(client)
     send_payload(server, answer, half_close=False).result()
     server.close()
     assert reading.result() == answer.bytes()
 
 
-def receive_digest_ignoring_reset(connection):
-    """Read to whatever end in a thread; `.result()` is the bytes."""
+def read_in_background(connection):
+    """Read to the end, clean or not, in a thread; `.result()` is the bytes."""
     return in_background(lambda: read_to_end(connection)[0])
 
 
 @pytest.mark.parametrize(("listen", "target"), [("tcp4", "tcp4"), ("tcp4", "unix")])
-def test_closed_servers_client_is_let_go(stage, listen, target):
-    """A client that goes on sending to a server that is gone learns of it within seconds."""
+def test_client_of_a_closed_server_learns_of_it(stage, listen, target):
+    """A client that continues to send to a closed server gets an error within seconds."""
     client, server = stage.pair(listen, target)
     server.sendall(b"bye")
     server.close()
@@ -108,9 +109,11 @@ def test_closed_servers_client_is_let_go(stage, listen, target):
 
 
 @every_pair
-def test_server_hears_soon_that_its_client_is_gone(stage, listen, target):
-    """A client sends a byte and closes; the server sends a byte each millisecond. On a direct
-    connection the second is refused; with a grace of a second, 800 were sent into nothing."""
+def test_server_learns_soon_that_its_client_is_gone(stage, listen, target):
+    """A client sends a byte and closes; the server sends a byte every millisecond.
+
+    On a direct connection the second one fails. With a delay of a second, 800 would be lost.
+    """
     client, server = stage.pair(listen, target)
     client.sendall(b"x")
     client.close()

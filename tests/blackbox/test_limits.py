@@ -14,13 +14,13 @@ from kit.waiting import wait_until
 
 MIB = 1 << 20
 RESERVE = 13
-"""Files that an idle program keeps free at most: for connects ahead (4), a thread in quarantine
-(3), a client to refuse and the like (proxyd/limits.py)."""
+"""The maximum of fds that an idle program keeps in reserve: for attempts (4), the thread of the
+quarantine (3), a client to refuse, and so on (proxyd/limits.py)."""
 REFUSED = "Hit connection limit, refusing connection."
 
 
 def limit_that_leaves(proxy, room):
-    """The limit of open files below which the program has just so many numbers left."""
+    """The limit of open files that leaves the program exactly `room` fds."""
     used, limit = proxy.fds(), 0
     while room or limit in used:
         room -= limit not in used
@@ -38,7 +38,7 @@ def served_client(stage):
 @pytest.mark.parametrize("limit", [1, 3])
 @pytest.mark.parametrize("listen", ["tcp4", "unix"])
 def test_exact_connection_limit(stage, listen, limit):
-    """N connections are served; the next is accepted, closed at once, and said so."""
+    """N connections are served; the next one is accepted and closed at once, with a line."""
     stage.launch(f"-c{limit}", stage.echo(), listeners=[stage.listener(listen)])
     served = [stage.connect() for _ in range(limit)]
     for client in served:
@@ -50,21 +50,21 @@ def test_exact_connection_limit(stage, listen, limit):
 
 
 @differs("original", reason="admits one connection more than --connections-max=")
-def test_a_slot_is_freed(stage):
-    """After a connection has ended the next client is served, and the one after refused."""
+def test_a_place_becomes_free(stage):
+    """After a connection has ended the next client is served, and the one after it refused."""
     stage.launch("-c2", stage.echo(), listeners=[stage.listener()])
     clients = [stage.connect() for _ in range(2)]
     for client in clients:
         greet(client)
     clients[0].close()
-    new = wait_until(lambda: served_client(stage), "a freed slot")
+    new = wait_until(lambda: served_client(stage), "a free place")
     greet(new)
     assert not is_served(stage.connect())
 
 
 @differs("original", reason="writes a line for each refused client")
-def test_refusals_are_logged_within_reason(stage):
-    """A hundred refused clients are a few lines, which tell how many were left out."""
+def test_log_lines_about_refusals_are_limited(stage):
+    """A hundred refused clients are a few lines, which say how many were left out."""
     stage.launch("-c1", stage.echo("unix"), listeners=[stage.listener("unix")])
     greet(stage.connect())
     for _ in range(100):
@@ -107,7 +107,7 @@ def test_soft_file_limit_is_raised(stage):
 
 
 def test_soft_file_limit_is_never_lowered(stage):
-    """A soft limit that is more than is needed stays."""
+    """A soft limit that is higher than needed stays."""
     stage.launch(stage.echo(), listeners=[stage.listener()], prefix=nofile(3000, 4000))
     greet(stage.connect())
     assert stage.proxy.fd_limit()[0] >= 3000
@@ -117,20 +117,20 @@ def test_soft_file_limit_is_never_lowered(stage):
     "original-252", reason="the soft limit stays, connections fail and the log overflows", run=False
 )
 def test_tiny_file_limit(stage):
-    """With LimitNOFILE=32 the cap is lowered with one warning: some are served, others refused.
+    """With LimitNOFILE=32 the limit is lowered, with a warning: some are served, others refused.
 
-    No client hangs, nothing spins, and freed slots are used again.
+    No client hangs, there is no busy loop, and places that become free are used again.
     """
     stage.launch(stage.echo("unix"), listeners=[stage.listener("unix")], prefix=nofile(32, 32))
     assert len(stage.proxy.log_lines()) == 1
-    room = 32 - len(stage.proxy.fds())  # threads have some of their own
+    room = 32 - len(stage.proxy.fds())  # threads have fds of their own
     clients = [stage.connect() for _ in range(40)]
     served = [client for client in clients if is_served(client)]
     assert max((room - RESERVE) // 2, 1) <= len(served) <= room // 2
     assert stage.proxy.cpu_share(0.3) < 0.2
     for client in clients:
         client.close()
-    wait_until(lambda: served_client(stage), "a freed slot")
+    wait_until(lambda: served_client(stage), "a free place")
     payload = Payload(4 * MIB)
     client = stage.connect()
     sending = send_payload(client, payload)
@@ -181,7 +181,7 @@ def test_no_pipe_is_kept_after_a_bulk_transfer(stage, listen, target):
         assert receive_digest(server, payload.size).result() == expected(payload)
         sending.result()
         pairs.append((client, server))
-    # A pool shared by all may keep a few pipes, but not two for each connection.
+    # The shared pool may keep a few pipes, but not two for each connection.
     assert len(stage.proxy.fds()) <= before + 2 * len(pairs) + 8
     assert all(is_quiet(client) for client, _ in pairs)
 
@@ -189,10 +189,10 @@ def test_no_pipe_is_kept_after_a_bulk_transfer(stage, listen, target):
 @differs("original", reason="resolves in a thread, literal addresses too", when={"processes": 1})
 @pytest.mark.parametrize("processes", [1, 3])
 @pytest.mark.parametrize("name", ["127.0.0.1", "localhost"])
-def test_few_tasks(stage, name, processes):
-    """With TasksMax=3 or less the program works, names included, whatever threads it would like.
+def test_tasks_max(stage, name, processes):
+    """With TasksMax=3 or less the program works, also with a name, which is looked up in a thread.
 
-    RLIMIT_NPROC stands for TasksMax= here: it makes the same call fail in the same way.
+    RLIMIT_NPROC stands in for TasksMax=: it makes the same call fail in the same way.
     """
     prefix = as_unprivileged_user(stage.executable)
     prefix = ["prlimit", f"--nproc={processes}", *prefix]
@@ -259,14 +259,14 @@ def test_load_leaves_nothing_behind(stage):
     assert stage.proxy.resident_bytes() <= resident + MIB
 
 
-def test_this_machine_can_hold_the_test():
+def test_this_machine_allows_enough_open_files():
     """The test process itself may open as many files as the largest test needs."""
     assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= 1024
 
 
 @differs("original", reason="gives up at the first refusal", run=False)
 def test_out_of_files_when_an_outage_ends(stage):
-    """The target comes back when the one fd that is left goes to the connection itself."""
+    """The target comes back while only one fd is left, which the connection itself needs."""
     backend = stage.absent()
     stage.launch(backend.target, listeners=[stage.listener()])
     limit = stage.proxy.fd_limit()[0]
@@ -284,9 +284,9 @@ def test_out_of_files_when_an_outage_ends(stage):
 
 
 @differs("original", reason="has no counters to log: SIGUSR1 ends it", run=False)
-def test_out_of_files_when_counters_are_asked_for(stage):
-    """SIGUSR1 without a fd to be had is answered with a line, and the service goes on."""
-    # With a service manager the counters have been made into a text before.
+def test_out_of_files_when_counters_are_requested(stage):
+    """Without a free fd SIGUSR1 still causes a line, and clients are still served."""
+    # With a service manager the module for it would be loaded already, because of STATUS=.
     stage.launch(
         stage.echo(),
         listeners=[stage.listener()],

@@ -1,4 +1,4 @@
-"""Lines on stderr, whoever reads them, or does not."""
+"""Lines on stderr, whether or not they are read."""
 
 import os
 import pty
@@ -10,7 +10,7 @@ from kit.namespaces import mount_prefix
 from kit.traffic import read_exactly
 
 CLIENTS = 1500
-"""Whose lines, at debug level, are more than any log takes that is not read."""
+"""Their lines, at debug level, are more than any log takes that is not read."""
 
 
 def greet(client):
@@ -33,11 +33,11 @@ def open_fifo(stage):
     return reader, os.open(path, os.O_WRONLY), path
 
 
-@differs("original", reason="waits for whoever reads its log", run=False)
+@differs("original", reason="waits for the reader of its log", run=False)
 @pytest.mark.parametrize("open_log", [open_terminal, open_fifo])
 @pytest.mark.parametrize("proc", ["proc", "no proc"])
-def test_a_log_that_nobody_reads(stage, open_log, proc):
-    """It costs lines, never a client, and SIGTERM is heard."""
+def test_a_log_that_is_not_read(stage, open_log, proc):
+    """Lines are lost, but no client is, and SIGTERM ends the program."""
     hide = mount_prefix("-t tmpfs none /proc") if proc == "no proc" else []
     reader, writer, path = open_log(stage)
     try:

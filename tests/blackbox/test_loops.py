@@ -1,4 +1,4 @@
-"""A target that leads back to the program is proven at run time, refused in one line, no storm."""
+"""A target that leads back to the program is recognized at run time and refused in one line."""
 
 import os
 import socket
@@ -10,8 +10,8 @@ from kit.traffic import talk
 from kit.waiting import patience, wait_until
 
 
-def is_let_go(stage, listener=None):
-    """A client gets no byte and its end, which may be a reset as early as its connect."""
+def is_closed(stage, listener=None):
+    """Whether a client is closed without a byte; a reset may come as early as its connect."""
     try:
         with stage.connect(listener) as client:
             return read_to_end(client)[0] == b""
@@ -19,35 +19,35 @@ def is_let_go(stage, listener=None):
         return True
 
 
-storms = differs("original", reason="connects to itself until its limit is reached", run=False)
+loops = differs("original", reason="connects to itself until its limit is reached", run=False)
 
 
-@storms
+@loops
 def test_loop_through_another_listener(stage):
     """The target is a second listener of the same program."""
     listeners = [stage.listener(), stage.listener("unix")]
     target = target_text(listeners[1].getsockname(), socket.AF_UNIX)
     stage.launch(target, listeners=listeners)
-    assert is_let_go(stage, listeners[0])
+    assert is_closed(stage, listeners[0])
     wait_until(stage.proxy.log_lines, "a line about the loop")
     assert stage.proxy.cpu_share() < 0.2
 
 
-@storms
+@loops
 def test_loop_does_not_disturb_others(stage):
     """A loop of one pair leaves another pair of the same program alone."""
     listeners, target = [stage.listener(), stage.listener()], stage.echo()
     loop = target_text(listeners[0].getsockname(), socket.AF_INET)
     stage.launch(f"loop={loop}", f"echo={target}", listeners=listeners, names="loop:echo")
     for _ in range(5):
-        assert is_let_go(stage, listeners[0])
+        assert is_closed(stage, listeners[0])
         client = stage.connect(listeners[1])
         client.sendall(b"hello")
         assert read_exactly(client, 5) == b"hello"
 
 
 def test_client_on_the_same_machine_is_no_loop(stage):
-    """Clients and target on one address, as ever on one machine, are not mistaken for a loop."""
+    """Clients and target at one address, as usual on one machine, are not taken for a loop."""
     stage.launch(stage.echo(), listeners=[stage.listener()])
     clients = [stage.connect() for _ in range(30)]
     for client in clients:
@@ -56,7 +56,7 @@ def test_client_on_the_same_machine_is_no_loop(stage):
 
 
 def test_two_programs_in_a_row_are_no_loop(stage):
-    """A program behind a program, on the same machine."""
+    """One program forwards to another on the same machine."""
     inner = stage.listener()
     stage.launch(stage.echo(), listeners=[inner])
     outer = stage.listener()
@@ -78,15 +78,15 @@ def test_same_address_in_another_network_namespace(stage):
     target = target_text(address, socket.AF_INET)
     stage.launch(target, listeners=[listener], prefix=prefix, notify=notify)
     if not stage.is_ours:
-        wait_until(lambda: namespace_of(stage.proxy.pid) != namespace_of("self"), "the namespace")
+        wait_until(lambda: network_of(stage.proxy.pid) != network_of("self"), "the namespace")
         wait_until(lambda: len(stage.proxy.fds()) > 5, "the program")
     inside = in_network_namespace_of(stage.proxy.pid, lambda: socket.create_server(address))
     with inside:
-        leads_to(stage, inside)
+        assert_forwarded_to(stage, inside)
 
 
-def leads_to(stage, inside):
-    """Clients are forwarded to that listener."""
+def assert_forwarded_to(stage, inside):
+    """Assert that clients are forwarded to that listener."""
     inside.settimeout(patience())
     for _ in range(3):
         client = stage.connect()
@@ -94,8 +94,8 @@ def leads_to(stage, inside):
             talk(client, server)
 
 
-def namespace_of(pid):
-    """Which network namespace a process is in."""
+def network_of(pid):
+    """The network namespace of a process."""
     return os.readlink(f"/proc/{pid}/ns/net")
 
 
@@ -111,4 +111,4 @@ def test_same_path_in_another_mount_namespace(stage):
     with socket.socket(socket.AF_UNIX) as inside:
         inside.bind(root + path)
         inside.listen()
-        leads_to(stage, inside)
+        assert_forwarded_to(stage, inside)

@@ -10,14 +10,14 @@ pytestmark = differs("original", reason="has one target only", run=False)
 
 
 def leads_to(stage, listener, backend):
-    """A client of `listener` ends up at `backend`."""
+    """Whether a client of `listener` is forwarded to `backend`."""
     client = stage.connect(listener)
     client.sendall(b"hello")
     return read_exactly(backend.accept(), 5) == b"hello"
 
 
-def refused(outcome, *words):
-    """Exit status 1 and one line that contains all `words`."""
+def assert_refused(outcome, *words):
+    """Assert exit status 1 and one line that contains all `words`."""
     assert outcome.status == 1
     assert len(outcome.stderr.splitlines()) == 1
     for word in words:
@@ -35,7 +35,7 @@ def test_each_listener_has_its_target(stage):
 
 
 def test_listeners_with_the_same_name(stage):
-    """A unit with several ListenStream= lines gives them all one name and so one target."""
+    """A unit with several ListenStream= lines gives all of them one name, and so one target."""
     backend, other = stage.backend(), stage.backend("unix")
     listeners = [stage.listener(), stage.listener("unix"), stage.listener("tcp6")]
     pairs = [f"web={backend.target}", f"other={other.target}"]
@@ -47,21 +47,21 @@ def test_listeners_with_the_same_name(stage):
 
 @pytest.mark.parametrize("name", ["proxy@web.socket", "connection", "a.b-c_d", "é", "8080"])
 def test_names_as_systemd_makes_them(stage, name):
-    """A socket unit's name, the default, is a NAME, and other texts without `:` and `=`."""
+    """A NAME is the name of a socket unit, the default, or another text without `:` and `=`."""
     backend, listener = stage.backend(), stage.listener()
     stage.launch(f"{name}={backend.target}", listeners=[listener], names=name)
     assert leads_to(stage, listener, backend)
 
 
 def test_listener_without_a_target(stage):
-    """A listener that no pair names is an error at the start, which names it."""
+    """A listener without a pair is an error at the start, which names it."""
     listeners = [stage.listener(), stage.listener()]
     outcome = stage.run("web=127.0.0.1:1", listeners=listeners, names="web:forgotten")
-    refused(outcome, "forgotten")
+    assert_refused(outcome, "forgotten")
 
 
 def test_target_without_a_listener(stage):
-    """A pair that no listener has is a warning, which names it, and the rest is served."""
+    """A pair without a listener is a warning, which names it, and the rest is served."""
     backend, listener = stage.backend(), stage.listener()
     pairs = [f"web={backend.target}", "unused=127.0.0.1:1"]
     stage.launch(*pairs, listeners=[listener], names="web")
@@ -71,7 +71,7 @@ def test_target_without_a_listener(stage):
 
 
 def test_pair_among_plain_targets(stage):
-    """A plain target beside pairs is an error: whose should it be?"""
+    """A plain target alongside pairs is an error."""
     outcome = stage.run("web=127.0.0.1:1", "127.0.0.1:2", listeners=[stage.listener()], names="web")
     assert outcome.status == 1
     assert len(outcome.stderr.splitlines()) == 1
@@ -80,14 +80,14 @@ def test_pair_among_plain_targets(stage):
 def test_same_name_twice(stage):
     """Two targets for one name are an error."""
     arguments = ["web=127.0.0.1:1", "web=127.0.0.1:2"]
-    refused(stage.run(*arguments, listeners=[stage.listener()], names="web"), "web")
+    assert_refused(stage.run(*arguments, listeners=[stage.listener()], names="web"), "web")
 
 
 @pytest.mark.parametrize(
     "path", ["a=b", "a=b:c", "=x"], ids=["pair in a path", "colon too", "first"]
 )
 def test_path_with_an_equals_sign(stage, path):
-    """A target that begins with a slash is a path, whatever else is in it."""
+    """A target that begins with a slash is a path, whatever else it contains."""
     path = stage.path(path)
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(path)
@@ -101,7 +101,7 @@ def test_path_with_an_equals_sign(stage, path):
 
 
 def test_connected_socket_by_its_name(stage):
-    """With Accept=yes the connection is called `connection`, and a pair may say so."""
+    """With Accept=yes the connection has the name `connection`, which a pair may use."""
     listener, backend = stage.listener(), stage.backend()
     client = stage.connect(listener)
     connection, _ = listener.accept()
@@ -139,8 +139,8 @@ def test_port_of_the_client_in_a_pair(stage):
     assert leads_to(stage, listeners[1], fixed)
 
 
-def test_port_of_a_unix_client(stage):
-    """`HOST:*` with a UNIX listener is an error at the start: it has no port."""
+def test_any_port_needs_a_tcp_listener(stage):
+    """`HOST:*` with a UNIX listener, which has no port, is an error at the start."""
     outcome = stage.run("127.0.0.2:*", listeners=[stage.listener("unix")])
     assert outcome.status == 1
     assert len(outcome.stderr.splitlines()) == 1
@@ -151,7 +151,7 @@ def test_listen_with_a_name(stage, form):
     """--listen=NAME=ADDRESS gives a listener of its own the name that a pair refers to."""
     first, second = stage.backend(), stage.backend()
     one = stage.path("one")
-    # Nobody else listens or calls from there, so that the port stays free.
+    # Nothing else uses this address, so the port stays free.
     with socket.create_server(("127.0.0.3", 0)) as probe:
         port = probe.getsockname()[1]
     two = stage.path("two") if form == "path" else f"127.0.0.3:{port}"
@@ -173,7 +173,7 @@ def test_listen_with_a_name(stage, form):
 
 
 def test_one_target_waits_while_the_other_serves(stage):
-    """An outage of one target does not touch the clients of another."""
+    """An outage of one target does not affect the clients of another."""
     absent, backend = stage.absent(), stage.backend()
     listeners = [stage.listener(), stage.listener()]
     pairs = [f"away={absent.target}", f"here={backend.target}"]

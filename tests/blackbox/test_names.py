@@ -1,4 +1,4 @@
-"""Names as targets, with name servers that answer, fail, are silent, or change their mind."""
+"""Names as targets, with name servers that answer, fail, are silent or change their answer."""
 
 import pytest
 from kit.differences import differs
@@ -11,7 +11,7 @@ from kit.traffic import talk
 from kit.waiting import never_within, wait_until
 
 FRESH = 1.1
-"""Seconds after which an answer does not serve any more."""
+"""Seconds after which an answer is not used any more."""
 
 pytestmark = differs("original", reason="looks each name up for each client, once", run=False)
 
@@ -25,30 +25,30 @@ def names():
 
 
 def age(stage, seconds=FRESH):
-    """Let the last answer grow old."""
+    """Let the last answer expire."""
     never_within(seconds, stage.proxy.has_ended, "the end")
 
 
 def start(stage, names, target, **options):
-    """A program with this target and name server."""
+    """Start the program with this target and name server."""
     prefix = with_name_server(stage.directory, names.address, **options)
     stage.launch(target, listeners=[stage.listener()], prefix=prefix)
 
 
 def two_backends(stage):
-    """Two targets on one port of two addresses."""
+    """Two targets with one port at two addresses."""
     return stage.on_one_port(
         lambda: stage.backend(host="127.0.0.2"),
         lambda port: stage.backend(host="127.0.0.3", port=port),
     )
 
 
-# ── clients are not held for what is known ───────────────────────────────────────────────────────
+# ── clients are not held for known addresses ──────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("host", ["localhost", "known.test"])
 def test_a_unix_client_that_sends_and_closes_is_served(stage, names, host):
-    """A message and the end, before the look-up that it causes has ended: nothing is lost."""
+    """It sends a message and closes before the look-up has ended: nothing is lost."""
     backend = stage.backend()
     names.zone["known.test"] = ["127.0.0.1"]
     prefix = with_name_server(stage.directory, names.address)
@@ -63,22 +63,22 @@ def test_a_unix_client_that_sends_and_closes_is_served(stage, names, host):
 
 
 def test_clients_that_come_keep_the_answer_fresh(stage, names):
-    """While clients come, nobody waits for the name servers, although they have become slow."""
+    """While clients come, none waits for the name servers, although they have become slow."""
     backend = stage.backend()
     names.zone["known.test"] = ["127.0.0.1"]
     start(stage, names, f"known.test:{backend.port()}")
     talk(stage.connect(), backend.accept())
     names.zone["known.test"] = SILENCE
     before = names.count("known.test")
-    while names.count("known.test") == before:  # the answer has not grown old meanwhile
+    while names.count("known.test") == before:  # the answer has not expired meanwhile
         with stage.connect() as client, backend.accept() as server:
             talk(client, server)
-    assert stage.proxy.log() == ""  # where one has waited, it says: no answer yet
+    assert stage.proxy.log() == ""  # if one had waited, it would say: no answer yet
     assert stage.proxy.end()  # without the look-up that still goes on
 
 
 def test_an_address_that_changes_is_followed(stage, names):
-    """After a second at the latest, by clients who come all the time and by one who comes late."""
+    """After a second at the latest, for clients that come all the time and for a late one."""
     first, second = two_backends(stage)
     names.zone["moves.test"] = ["127.0.0.2"]
     start(stage, names, f"moves.test:{first.port()}")
@@ -98,7 +98,7 @@ def test_an_address_that_changes_is_followed(stage, names):
     names.zone["moves.test"] = ["127.0.0.2"]
     age(stage)
     first.listener.setblocking(False)
-    while True:  # those that went there before the move
+    while True:  # connections from before the move
         try:
             first.listener.accept()[0].close()
         except BlockingIOError:
@@ -118,7 +118,7 @@ FAILURES = {
 
 @pytest.mark.parametrize("failure", FAILURES)
 def test_the_last_good_answer_serves_when_name_servers_fail(stage, names, failure):
-    """RFC 8767: a failure is no answer. The first client that meets it waits 1.8 s at most."""
+    """RFC 8767: a failure is not an answer. The first client to meet it waits 1.8 s at most."""
     backend = stage.backend()
     names.zone["flaky.test"] = ["127.0.0.1"]
     start(stage, names, f"flaky.test:{backend.port()}")
@@ -136,8 +136,8 @@ def test_the_last_good_answer_serves_when_name_servers_fail(stage, names, failur
 
 
 @pytest.mark.parametrize("answer", [NXDOMAIN, NO_ERROR], ids=["nxdomain", "nodata"])
-def test_a_name_that_is_gone_is_not_answered_from_memory(stage, names, answer):
-    """Its address may be another service's by now: clients are held, and that one gets nothing."""
+def test_a_name_that_is_gone_loses_its_last_addresses(stage, names, answer):
+    """Its address may belong to another service by now: clients are held, and it gets nothing."""
     first, second = two_backends(stage)
     names.zone["gone.test"] = ["127.0.0.2"]
     start(stage, names, f"gone.test:{first.port()}")
@@ -148,7 +148,7 @@ def test_a_name_that_is_gone_is_not_answered_from_memory(stage, names, answer):
     for client in clients:
         client.sendall(b"secret")
     stage.proxy.wait_for_log("Failed to resolve host: ")
-    names.zone["gone.test"] = SERVFAIL  # nor does a failure bring it back
+    names.zone["gone.test"] = SERVFAIL  # a failure does not bring it back
     never_within(2.5, lambda: not all(map(is_quiet, clients)), "the end of a held client")
     assert len(stage.proxy.log_lines()) == 1
     first.listener.setblocking(False)
@@ -179,8 +179,8 @@ def test_a_name_that_is_gone_from_the_hosts_file(stage):
 # ── look-ups that hang ───────────────────────────────────────────────────────────────────────────
 
 
-def test_look_ups_that_hang_stop_no_other_name(stage, names):
-    """Ten names whose servers are silent, and one of /etc/hosts with its clients."""
+def test_look_ups_that_hang_delay_no_other_name(stage, names):
+    """Ten names whose servers are silent, and a name from /etc/hosts with clients."""
     slow = [f"slow{number}.test" for number in range(10)]
     names.zone.update(dict.fromkeys(slow, SILENCE))
     backend = stage.backend()
@@ -199,10 +199,10 @@ def test_look_ups_that_hang_stop_no_other_name(stage, names):
         talk(stage.connect(listeners[10]), backend.accept())
         age(stage)
     assert all(map(is_quiet, waiting))
-    assert stage.proxy.end()  # and the end waits for none of them
+    assert stage.proxy.end()  # without waiting for any of them
 
 
-def test_threads_that_the_system_refuses(stage, names):
+def test_look_up_threads_that_cannot_be_started(stage, names):
     """With TasksMax= for one look-up the names share a thread, and one line says so."""
     prefix = with_name_server(stage.directory, names.address, timeout=1)
     prefix += [*as_unprivileged_user(stage.executable), "prlimit", "--nproc=2"]

@@ -1,4 +1,4 @@
-"""--proxy-protocol=: the target is told who calls, byte for byte as the specification has it."""
+"""--proxy-protocol=: the target gets the client's address, byte for byte as specified."""
 
 import os
 import shutil
@@ -18,8 +18,8 @@ pytestmark = differs("original", reason="has no --proxy-protocol= (262 has one)"
 both_versions = pytest.mark.parametrize("version", ["v1", "v2"])
 
 
-def arrives(server, header):
-    """The header is what the target reads first, to the byte."""
+def assert_arrives(server, header):
+    """Assert that these are the first bytes that the target reads."""
     assert read_exactly(server, len(header)) == header
 
 
@@ -27,17 +27,17 @@ def arrives(server, header):
 @pytest.mark.parametrize(("listen", "family"), [("tcp4", "TCP4"), ("tcp6", "TCP6")])
 @pytest.mark.parametrize("target", ["tcp4", "tcp6", "unix"])
 def test_tcp_client(stage, listen, target, family, version):
-    """The client's address and port, and those that it connected to, whatever the target is."""
+    """The client's address and port, and those that it connected to, for any target."""
     client, server = stage.pair(listen, target, f"--proxy-protocol={version}")
     client.sendall(b"request")
-    arrives(server, header_of(version, client, family) + b"request")
+    assert_arrives(server, header_of(version, client, family) + b"request")
     server.sendall(b"answer")
     assert read_exactly(client, 6) == b"answer"
 
 
 @both_versions
 def test_ipv4_client_of_a_dual_stack_listener(stage, version):
-    """An IPv4-mapped address is told as IPv4."""
+    """An IPv4-mapped address is sent as IPv4."""
     backend = stage.backend()
     listener = socket.create_server(("::", 0), family=socket.AF_INET6, dualstack_ipv6=True)
     with listener:
@@ -45,24 +45,24 @@ def test_ipv4_client_of_a_dual_stack_listener(stage, version):
         address = ("127.0.0.1", listener.getsockname()[1])
         client = stage.connect_to(address, socket.AF_INET)
         client.sendall(b"request")
-        arrives(backend.accept(), header_of(version, client, "TCP4") + b"request")
+        assert_arrives(backend.accept(), header_of(version, client, "TCP4") + b"request")
 
 
 @pytest.mark.parametrize(("version", "header"), [("v1", b"PROXY UNKNOWN\r\n"), ("v2", LOCAL)])
 @pytest.mark.parametrize("listen", ["unix", "abstract"])
 @pytest.mark.parametrize("target", ["tcp4", "unix"])
 def test_unix_client(stage, listen, target, version, header):
-    """A UNIX client has no address to tell: UNKNOWN in v1, LOCAL without addresses in v2."""
+    """A UNIX client has no address to send: UNKNOWN in v1, LOCAL without addresses in v2."""
     client, server = stage.pair(listen, target, f"--proxy-protocol={version}")
     client.sendall(b"request")
-    arrives(server, header + b"request")
+    assert_arrives(server, header + b"request")
 
 
 @both_versions
 def test_header_comes_without_a_request(stage, version):
     """The header does not wait for the client's first byte: the server may speak first."""
     client, server = stage.pair("tcp4", "tcp4", f"--proxy-protocol={version}")
-    arrives(server, header_of(version, client, "TCP4"))
+    assert_arrives(server, header_of(version, client, "TCP4"))
     server.sendall(b"220 ready")
     assert read_exactly(client, 9) == b"220 ready"
     never_within(0.1, lambda: not is_quiet(server), "a second header")
@@ -70,7 +70,7 @@ def test_header_comes_without_a_request(stage, version):
 
 @both_versions
 def test_client_that_ends_at_once(stage, version):
-    """A client that says nothing and half-closes is a header and an end."""
+    """A client that sends nothing and half-closes is a header and an end."""
     client, server = stage.pair("tcp4", "tcp4", f"--proxy-protocol={version}")
     header = header_of(version, client, "TCP4")
     client.shutdown(socket.SHUT_WR)
@@ -79,30 +79,30 @@ def test_client_that_ends_at_once(stage, version):
 
 @both_versions
 def test_header_before_bulk(stage, version):
-    """Megabytes follow the header without a byte lost or doubled in between."""
+    """Megabytes follow the header, and no byte is lost or duplicated."""
     client, server = stage.pair("tcp4", "tcp4", f"--proxy-protocol={version}")
     payload = Payload(8 << 20)
     sending = send_payload(client, payload, half_close=False)
-    arrives(server, header_of(version, client, "TCP4"))
+    assert_arrives(server, header_of(version, client, "TCP4"))
     assert receive_digest(server, payload.size).result() == expected(payload)
     sending.result()
 
 
 @both_versions
 def test_header_of_a_held_client(stage, version):
-    """A client that waited for its target is told with its own address, once."""
+    """A client that was held has a header with its own address, once."""
     backend = stage.absent()
     stage.launch(f"--proxy-protocol={version}", backend.target, listeners=[stage.listener()])
     client = stage.connect()
     client.sendall(b"request")
     never_within(0.3, lambda: not is_quiet(client), "an end of a held client")
     backend.start_listening()
-    arrives(backend.accept(), header_of(version, client, "TCP4") + b"request")
+    assert_arrives(backend.accept(), header_of(version, client, "TCP4") + b"request")
 
 
 @both_versions
 def test_each_client_has_its_own_header(stage, version):
-    """Twenty clients of two listeners: each connection has the header of its own client."""
+    """Each connection of twenty clients of two listeners has the header of its own client."""
     backend = stage.backend()
     listeners = [stage.listener("tcp4"), stage.listener("tcp6")]
     stage.launch(f"--proxy-protocol={version}", backend.target, listeners=listeners)
@@ -122,7 +122,7 @@ def test_each_client_has_its_own_header(stage, version):
 
 @both_versions
 def test_header_of_a_connected_socket(stage, version):
-    """With Accept=yes the one connection has its header too."""
+    """With Accept=yes the connection has its header too."""
     listener, backend = stage.listener(), stage.backend()
     client = stage.connect(listener)
     connection, _ = listener.accept()
@@ -135,17 +135,17 @@ def test_header_of_a_connected_socket(stage, version):
     )
     connection.close()
     server = backend.accept()
-    arrives(server, header_of(version, client, "TCP4"))
+    assert_arrives(server, header_of(version, client, "TCP4"))
 
 
 @both_versions
 @pytest.mark.parametrize(
     ("listen", "family"), [("tcp4", "TCP4"), ("tcp6", "TCP6"), ("dual", "TCP4")]
 )
-def test_client_that_reset_before_it_was_accepted(stage, listen, family, version):
-    """It is announced by its own address. As UNKNOWN or LOCAL it would be the proxy itself, and
-    its request be carried out with what the proxy may do."""
-    backend = stage.backend("unix")  # which is connected at once: all that was sent arrives
+def test_client_that_has_reset_before_it_is_accepted(stage, listen, family, version):
+    """It is announced with its own address. UNKNOWN or LOCAL would mean the proxy itself, and the
+    target would carry out its request with the proxy's rights."""
+    backend = stage.backend("unix")  # connected at once, so all that was sent arrives
     if listen == "dual":
         listener = socket.create_server(("::", 0), family=socket.AF_INET6, dualstack_ipv6=True)
         client = stage.connect_to(("127.0.0.1", listener.getsockname()[1]), socket.AF_INET)
@@ -161,8 +161,8 @@ def test_client_that_reset_before_it_was_accepted(stage, listen, family, version
 
 
 @both_versions
-def test_connected_socket_that_was_reset(stage, version):
-    """With Accept=yes nobody has told the address of a client that has reset: it is refused."""
+def test_connected_socket_that_has_been_reset(stage, version):
+    """With Accept=yes the address of a client that has reset is unknown: it is refused."""
     listener, backend = stage.listener(), stage.backend()
     client = stage.connect(listener)
     connection, _ = listener.accept()
@@ -197,8 +197,8 @@ http {{
 
 @both_versions
 @pytest.mark.parametrize("family", ["tcp4", "unix"])
-def test_nginx_lets_nobody_in_by_a_reset(stage, version, family):
-    """A real receiver that allows the proxy's own address, and not the clients'."""
+def test_a_reset_client_gets_no_access_to_nginx(stage, version, family):
+    """nginx allows requests from the proxy's own address, and none from this client's."""
     nginx = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
     if nginx is None:
         pytest.skip("nginx is not installed")

@@ -1,7 +1,6 @@
-"""A reset is passed on as a reset, after what could still be read; UNIX sees a full close.
+"""A reset is passed on as a reset, after all that was read before; on UNIX it is a full close.
 
-A UNIX socket has no reset: towards it the same event is the end of the stream, and then a failing
-write.
+A UNIX socket has no reset: its peer sees the end of the stream, and then a write that fails.
 """
 
 import pytest
@@ -71,15 +70,15 @@ def test_server_resets(stage, listen, target):
 @reset_becomes_end
 @from_tcp
 def test_reset_waits_for_what_was_read_before(stage, listen, target):
-    """Bytes inside the program when the reset comes are delivered to a reader that is only slow.
+    """Bytes inside the program at the time of the reset are delivered to a slow reader.
 
-    The server reads in small bites; what the program had taken from the client by then is more
-    than fits the server's buffers, and none of it is thrown away by the reset.
+    The program has read more from the client by then than fits into the server's buffers. None of
+    it is dropped because of the reset.
     """
     client, server = stage.pair(listen, target, listen_buffer=65536, target_buffer=8192)
     segment = Payload(MIB).bytes()
     sent = send_until_stuck(client, segment, still=0.1)
-    inside = sent // 4  # at least this much left the client: the server's and program's buffers
+    inside = sent // 4  # at least this much has left the client's buffers
     received = read_exactly(server, 1)
     reset(client)
     rest, end = read_to_end(server)
@@ -91,9 +90,9 @@ def test_reset_waits_for_what_was_read_before(stage, listen, target):
 
 @differs("original", reason="nothing is noticed while a pipe is full, at 100 % CPU", run=False)
 def test_reset_behind_a_reader_that_has_stopped(stage):
-    """The reset of a client behind a full pipe is passed on once the queue has stood for 5 s.
+    """The reset of a client behind a full pipe is passed on once the queue has not moved for 5 s.
 
-    Four kinds of target wait for that together, each behind its own program.
+    This is tested for four kinds of target at once, each with a program of its own.
     """
     servers = {}
     for target in (*TCP, *UNIX):
@@ -108,8 +107,8 @@ def test_reset_behind_a_reader_that_has_stopped(stage):
 
 
 @pytest.mark.parametrize("target", [*TCP, *UNIX])
-def test_unix_client_that_is_gone(stage, target):
-    """A UNIX client that closes without having read the answer lets go of the server too."""
+def test_unix_client_that_closes_without_reading(stage, target):
+    """A UNIX client that closes without having read the answer ends the server's connection too."""
     client, server = stage.pair("unix", target)
     server.sendall(b"never read")
     wait_unread(client, 10)
@@ -120,17 +119,17 @@ def test_unix_client_that_is_gone(stage, target):
 
 @main_pairs
 def test_others_are_not_disturbed(stage, listen, target):
-    """Fifty connections that are reset in every which way leave a quiet one alone."""
+    """Fifty connections that are reset in various ways do not disturb a quiet one."""
     backend = stage.forward(listen, target)
     client = stage.connect()
     server = backend.accept()
     for number in range(50):
-        victim = stage.connect()
-        its_server = backend.accept()
+        other = stage.connect()
+        other_server = backend.accept()
         if number % 2:
-            victim.sendall(b"x" * number * 100)
-        reset(victim if number % 3 else its_server)
-        (its_server if number % 3 else victim).close()
+            other.sendall(b"x" * number * 100)
+        reset(other if number % 3 else other_server)
+        (other_server if number % 3 else other).close()
     client.sendall(b"still there?")
     assert read_exactly(server, 12) == b"still there?"
     server.sendall(b"yes")

@@ -1,4 +1,4 @@
-"""A port that accepts before anybody is there, as docker-proxy's does (--settle-time=)."""
+"""A port that accepts before its application is up, as that of docker-proxy (--settle-time=)."""
 
 import socket
 import threading
@@ -13,14 +13,14 @@ pytestmark = differs("original", reason="has no such option", run=False)
 
 
 class Forwarder:
-    """A port that accepts at once, and lets go until there is an application behind it."""
+    """A port that accepts at once, and closes early until the application behind it is up."""
 
     def __init__(self, listener, resets):
         self.listener = listener
         self.resets = resets
-        self.let_go = 0
+        self.closed_early = 0
         self.heard = b""
-        self.there = threading.Event()
+        self.is_up = threading.Event()
         self.served = []
         self.thread = threading.Thread(target=self._accept, daemon=True)
         self.thread.start()
@@ -31,7 +31,7 @@ class Forwarder:
                 connection, _ = self.listener.accept()
             except OSError:
                 return
-            if self.there.is_set():
+            if self.is_up.is_set():
                 connection.settimeout(15)
                 self.served.append(connection)
                 continue
@@ -40,7 +40,7 @@ class Forwarder:
                 self.heard += connection.recv(100)
             except BlockingIOError:
                 pass
-            self.let_go += 1
+            self.closed_early += 1
             if self.resets:
                 reset(connection)
             else:
@@ -74,13 +74,13 @@ def forwarder(stage):
 
 
 def serve(stage, backend, *options, family="tcp4"):
-    """The program, with such options, before the port."""
+    """Start the program with these options, and the port as its target."""
     stage.launch(*options, backend.target, listeners=[stage.listener(family)])
 
 
 def be_served(stage, port):
-    """(a client, the application's end of its connection): the application is there by now."""
-    port.there.set()
+    """Start the application: (a client, the application's end of its connection)."""
+    port.is_up.set()
     client = stage.connect()
     return client, port.next()
 
@@ -96,8 +96,8 @@ def test_clients_wait_until_the_application_is_there(stage, forwarder, family, r
     for number, client in enumerate(clients):
         client.sendall(b"question %d" % number)
     never_within(0.5, lambda: not all(map(is_quiet, clients)), "an end")
-    assert port.let_go >= 2
-    port.there.set()
+    assert port.closed_early >= 2
+    port.is_up.set()
     heard = []
     for _ in clients:
         server = port.next()
@@ -114,29 +114,29 @@ def test_clients_wait_until_the_application_is_there(stage, forwarder, family, r
     assert port.heard == b""
 
 
-def test_without_it_the_client_sees_what_happened(stage, forwarder):
-    """By default a target that has accepted has been reached."""
+def test_without_it_the_client_sees_the_target_close(stage, forwarder):
+    """By default a target that has accepted counts as reached."""
     backend, port = forwarder(resets=True)
     serve(stage, backend)
     assert read_to_end(stage.connect())[0] == b""
-    wait_until(lambda: port.let_go == 1, "one connection")
+    wait_until(lambda: port.closed_early == 1, "one connection")
 
 
 def test_a_proven_target_is_not_watched(stage, forwarder):
-    """Then its end is the client's to see again, at once."""
+    """When it closes, the client sees it at once."""
     backend, port = forwarder()
     serve(stage, backend, "--settle-time=50ms")
     first, server = be_served(stage, port)
     first.sendall(b"x")
     assert read_exactly(server, 1) == b"x"
-    port.there.clear()
+    port.is_up.clear()
     assert read_to_end(stage.connect()) == (b"", "eof")
-    assert port.let_go == 1
+    assert port.closed_early == 1
     server.close()
 
 
-def test_a_server_that_speaks_first_is_not_waited_for(stage, forwarder):
-    """Its first byte proves it, long before the time is over."""
+def test_a_server_that_speaks_first_is_proven_at_once(stage, forwarder):
+    """Its first byte proves it, long before the time has passed."""
     backend, port = forwarder()
     serve(stage, backend, "--settle-time=1h")
     client, server = be_served(stage, port)
@@ -149,9 +149,9 @@ def test_a_server_that_speaks_first_is_not_waited_for(stage, forwarder):
     server.close()
 
 
-def test_it_ends_with_connect_timeout(stage, forwarder):
+def test_a_client_is_given_up_after_connect_timeout(stage, forwarder):
     backend, _ = forwarder()
-    # 5 s are more than a busy machine takes to let go.
+    # 5 s are longer than a busy machine takes to close.
     serve(stage, backend, "--settle-time=5s", "--connect-timeout=500ms")
     assert read_to_end(stage.connect())[0] == b""
     stage.proxy.wait_for_log(
@@ -159,26 +159,26 @@ def test_it_ends_with_connect_timeout(stage, forwarder):
     )
 
 
-def test_a_client_that_sends_its_request_and_its_end(stage, forwarder):
+def test_a_client_that_sends_its_request_and_closes(stage, forwarder):
     backend, port = forwarder()
     serve(stage, backend, "--settle-time=1s", family="unix")
     client = stage.connect()
     client.sendall(b"message")
     client.close()
-    wait_until(lambda: port.let_go >= 2, "a second attempt")
-    port.there.set()
+    wait_until(lambda: port.closed_early >= 2, "a second attempt")
+    port.is_up.set()
     with port.next() as server:
         assert read_to_end(server) == (b"message", "eof")
 
 
-def test_a_client_that_only_looks_whether_somebody_accepts(stage, forwarder):
-    """It has ended without a word: there is nothing to hold it for."""
+def test_a_client_that_only_tests_the_port(stage, forwarder):
+    """It has ended without sending anything, so there is no reason to hold it."""
     backend, port = forwarder()
     serve(stage, backend, "--settle-time=5s", "--connect-timeout=1h")
     client = stage.connect()
     client.shutdown(socket.SHUT_WR)
     assert read_to_end(client) == (b"", "eof")
-    assert port.let_go == 1
+    assert port.closed_early == 1
 
 
 def test_stop_while_a_target_is_watched(stage, forwarder):

@@ -1,4 +1,4 @@
-"""Signals, the end of the program, and what becomes of open connections."""
+"""Signals, the end of the program, and what happens to open connections."""
 
 import re
 import signal
@@ -33,7 +33,7 @@ def test_clean_end(stage, number):
 @killed
 @both_signals
 def test_clean_end_without_clients(stage, number):
-    """The same for a program that nobody has used."""
+    """The same for a program that has not had a client."""
     stage.launch(stage.echo(), listeners=[stage.listener()])
     if not stage.is_ours:
         greet(stage.connect())
@@ -42,7 +42,7 @@ def test_clean_end_without_clients(stage, number):
 
 
 def test_backlog_stays_with_the_service_manager(stage):
-    """A client that comes after the stop is not refused: the next program serves it."""
+    """A client that comes after the stop is not refused: the next start serves it."""
     listener, target = stage.listener(), stage.echo()
     stage.launch(target, listeners=[listener])
     greet(stage.connect())
@@ -73,7 +73,7 @@ def test_counters(stage):
 
 @differs("original", reason="SIGUSR1 kills it")
 def test_many_counter_signals(stage):
-    """A hundred SIGUSR1 in a row do no harm."""
+    """A hundred SIGUSR1 in a row do not disturb a connection."""
     stage.launch(stage.echo(), listeners=[stage.listener()])
     client = stage.connect()
     for _ in range(100):
@@ -82,8 +82,8 @@ def test_many_counter_signals(stage):
 
 
 @differs("original", reason="dies of SIGPIPE unless its parent ignores it", always=False)
-def test_sigpipe_not_ignored_by_the_parent(stage):
-    """Started from a shell, which leaves SIGPIPE alone, a write to a gone peer is survived."""
+def test_sigpipe_that_the_parent_does_not_ignore(stage):
+    """With the default SIGPIPE, as from a shell, a write to a closed peer is survived."""
     backend = stage.forward("unix", "unix", sigpipe_ignored=False)
     for _ in range(50):
         client = stage.connect()
@@ -106,7 +106,7 @@ class TestDrain:
 
     @both_signals
     def test_open_connections_may_finish(self, stage, number):
-        """A transfer that is under way is completed; then the program exits 0 at once."""
+        """A transfer is completed; then the program exits at once, with status 0."""
         client, server = stage.pair("tcp4", "tcp4", "--drain-timeout=1h")
         client.sendall(b"request")
         assert read_exactly(server, 7) == b"request"
@@ -120,7 +120,7 @@ class TestDrain:
         client.close()
         assert stage.proxy.wait() == 0
 
-    def test_nobody_is_accepted_any_more(self, stage):
+    def test_no_client_is_accepted_any_more(self, stage):
         """A client that comes while the others finish stays in the backlog."""
         backend = stage.forward("tcp4", "tcp4", "--drain-timeout=1h")
         client, server = stage.connect(), backend.accept()
@@ -137,8 +137,8 @@ class TestDrain:
         assert stage.proxy.wait() == 0
         assert is_quiet(late)
 
-    def test_service_manager_is_asked_for_time(self, stage):
-        """EXTEND_TIMEOUT_USEC= is sent while connections finish, so that nobody is killed."""
+    def test_stop_timeout_is_extended(self, stage):
+        """EXTEND_TIMEOUT_USEC= is sent while connections finish, so that nothing kills it."""
         stage.pair("tcp4", "tcp4", "--drain-timeout=1h")
         stage.proxy.send_signal(signal.SIGTERM)
         values = stage.proxy.notify.values
@@ -159,8 +159,8 @@ class TestDrain:
         assert stage.proxy.wait() == 0
         read_to_end(client)
 
-    def test_time_is_up(self, stage):
-        """After the span the rest is cut and counted in the log; the exit status is 0."""
+    def test_connections_are_cut_after_the_drain_timeout(self, stage):
+        """The rest is cut, and counted in the log; the exit status is 0."""
         start = time.monotonic()
         backend = stage.forward("tcp4", "tcp4", "--drain-timeout=300ms")
         clients = [stage.connect() for _ in range(3)]
@@ -180,11 +180,11 @@ class TestDrain:
 
 
 class TestIdleExit:
-    """--exit-idle-time= ends a program that nobody uses any more."""
+    """--exit-idle-time= ends a program that is not used any more."""
 
     @differs("original", reason="counts only from the end of the first connection")
     def test_from_the_start(self, stage):
-        """A program that nobody ever uses ends too."""
+        """A program that is never used ends too."""
         stage.launch("--exit-idle-time=200ms", stage.echo(), listeners=[stage.listener()])
         assert stage.proxy.wait() == 0
 
@@ -200,8 +200,8 @@ class TestIdleExit:
         second.close()
         assert stage.proxy.wait() == 0
 
-    def test_a_new_connection_starts_the_clock_anew(self, stage):
-        """A program that is used again and again, with pauses below the span, stays."""
+    def test_a_new_connection_restarts_the_timer(self, stage):
+        """A program that is used again and again, with shorter pauses, does not exit."""
         stage.launch("--exit-idle-time=2s", stage.echo(), listeners=[stage.listener()])
         for _ in range(6):
             client = stage.connect()
@@ -211,7 +211,7 @@ class TestIdleExit:
 
     @differs("original-252", reason="exits without STOPPING=1", always=False)
     def test_stopping_is_notified(self, stage):
-        """The exit for idleness says STOPPING=1 as well."""
+        """An idle exit sends STOPPING=1 as well."""
         stage.launch("--exit-idle-time=100ms", stage.echo(), listeners=[stage.listener()])
         client = stage.connect()
         greet(client)
@@ -222,7 +222,7 @@ class TestIdleExit:
     @differs("original", reason="a span of 0 is not an exit after the first use", always=False)
     @pytest.mark.parametrize("span", ["0", "1us", "1ms"])
     def test_the_client_that_started_it_is_served(self, stage, span):
-        """However short the span: who is in the backlog at the start is served, then it exits."""
+        """However short the time, clients in the backlog at the start are served first."""
         for _ in range(5):
             listener, target = stage.listener(), stage.echo()
             clients = [stage.connect(listener) for _ in range(3)]
@@ -238,8 +238,8 @@ class TestIdleExit:
                 client.close()
             assert proxy.wait() == 0
 
-    def test_infinity_is_never(self, stage):
-        """`infinity`, the default, is no exit."""
+    def test_infinity_means_no_exit(self, stage):
+        """With `infinity`, the default, there is no idle exit."""
         stage.launch("--exit-idle-time=infinity", stage.echo(), listeners=[stage.listener()])
         client = stage.connect()
         greet(client)
@@ -248,9 +248,9 @@ class TestIdleExit:
 
     @pytest.mark.parametrize("listen", ["tcp4", "unix"])
     def test_no_client_is_lost_at_the_exit(self, stage, listen):
-        """Clients that come all the time while programs exit and are started anew: all are served.
+        """Clients that come while the program exits and is restarted repeatedly are all served.
 
-        This is what a service manager does with the socket of a service that is idle now and then.
+        A service manager does this with the socket of a service that is idle now and then.
         """
         listener, target = stage.listener(listen), stage.echo()
         starts = 0
@@ -272,7 +272,7 @@ class TestIdleExit:
             assert read_exactly(client, 5) == b"hello"
             client.close()
             if number % 8 < 7:
-                time.sleep(0.001 * (number % 8))  # the clients' own rhythm, around the span
+                time.sleep(0.001 * (number % 8))  # the rhythm of the clients, around the idle time
             else:
                 proxy.wait()
         assert starts >= 5

@@ -1,4 +1,4 @@
-"""A host that is silent, and errors that pass: networks of their own, as root."""
+"""Silent hosts and temporary errors, in network namespaces (needs root)."""
 
 import socket
 import subprocess
@@ -24,30 +24,30 @@ ip neigh add {HOST6} lladdr 02:00:00:00:00:77 dev v0 nud permanent &&
 {{ [ ! -e /proc/sys/net/ipv4/tcp_syn_linear_timeouts ] ||
   echo 0 >/proc/sys/net/ipv4/tcp_syn_linear_timeouts; }}
 """.strip()
-"""HOST swallows what is sent to it: nobody has its MAC address. SYNs go at 0, 1, 3, 7, 15 s."""
+"""HOST never answers: its MAC address does not exist. SYNs are sent at 0, 1, 3, 7 and 15 s."""
 
 
 def start(stage, *arguments, setup=NETWORK):
-    """Start the program in a network of its own, with a listener of ours."""
+    """Start the program in a network namespace of its own, with a listener from outside."""
     prefix = namespace_prefix(setup)
     notify = stage.notify_socket(stage.path("notify"))  # abstract names end at the namespace
     listener = stage.listener()
     stage.launch(*arguments, listeners=[listener], prefix=prefix, notify=notify)
 
 
-def within(stage, *command):
-    """Run a command in the program's network."""
+def in_namespace(stage, *command):
+    """Run a command in the network namespace of the program."""
     enter = ["nsenter", f"--target={stage.proxy.pid}", "--net"]
     subprocess.run([*enter, *command], check=True)
 
 
 def serve_within(stage, host, port):
-    """A listener in the program's network, for as soon as `host` is there."""
+    """A listener in the program's network namespace, which clients reach once `host` exists."""
 
     def listen():
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listener = socket.socket(family)
-        # The address may be another's yet, or nobody's.
+        # The address may not be ours yet.
         listener.setsockopt(socket.IPPROTO_IP, 15, 1)  # IP_FREEBIND
         listener.bind((host, port))
         listener.listen()
@@ -76,13 +76,13 @@ def accept_used(listener):
         return server, address
 
 
-def appear(stage, host=HOST):
-    """The host is there from now on."""
-    within(stage, "ip", "addr", "add", f"{host}/{128 if ':' in host else 32}", "dev", "lo")
+def add_address(stage, host=HOST):
+    """Let the host exist from now on."""
+    in_namespace(stage, "ip", "addr", "add", f"{host}/{128 if ':' in host else 32}", "dev", "lo")
 
 
 def test_a_host_that_wakes_up_is_found_before_the_kernel_finds_it(stage):
-    """A connect of the kernel's alone, begun at the same time, is still waiting by then."""
+    """A plain connect(2) that has begun at the same time is still waiting by then."""
     start(stage, "--connect-timeout=1min", f"{HOST}:4000")
     client = stage.connect()
     client.sendall(b"x")
@@ -96,7 +96,7 @@ def test_a_host_that_wakes_up_is_found_before_the_kernel_finds_it(stage):
     alone = in_network_namespace_of(stage.proxy.pid, connect)
     never_within(3.3, lambda: not is_quiet(client), "an answer")
     with alone, serve_within(stage, HOST, 4000) as listener:
-        appear(stage)
+        add_address(stage)
         server, address = accept_used(listener)
         assert address != alone.getsockname(), "the kernel's SYN of 7 s was faster"
         with server:
@@ -104,14 +104,14 @@ def test_a_host_that_wakes_up_is_found_before_the_kernel_finds_it(stage):
     stage.proxy.wait_for_log("Connection timed out (10.99.0.2:4000), holding clients until it")
 
 
-def test_all_who_wait_are_served_then_and_nobody_is_probed_for_nothing(stage):
+def test_all_held_clients_are_served_then_without_an_empty_probe(stage):
     start(stage, "--connect-timeout=1min", f"{HOST}:4000")
     clients = [stage.connect() for _ in range(12)]
     for number, client in enumerate(clients):
         client.sendall(b"%02d" % number)
     never_within(2.5, lambda: not all(map(is_quiet, clients)), "an answer")
     with serve_within(stage, HOST, 4000) as listener:
-        appear(stage)
+        add_address(stage)
         heard = []
         for _ in clients:
             server, _ = accept_used(listener)
@@ -121,7 +121,7 @@ def test_all_who_wait_are_served_then_and_nobody_is_probed_for_nothing(stage):
 
 
 def test_silent_targets_leave_the_fds_to_others(stage):
-    """LimitNOFILE= is small, and many wait for a host that is silent."""
+    """Even if LimitNOFILE= is small and many clients wait for a silent host."""
     silent, healthy = stage.listener(), stage.listener()
     prefix = ["prlimit", "--nofile=64", *namespace_prefix(NETWORK)]
     notify = stage.notify_socket(stage.path("notify"))
@@ -145,7 +145,7 @@ def test_silent_targets_leave_the_fds_to_others(stage):
 
 
 def _sockets_within(stage):
-    """The lines of /proc/net/tcp of the program's network, states by name."""
+    """The lines of /proc/net/tcp in the program's network namespace, with SYN_SENT by name."""
     with open(f"/proc/{stage.proxy.pid}/net/tcp") as table:
         return [line.replace(" 02 ", " SYN_SENT ") for line in table.read().splitlines()[1:]]
 
@@ -161,7 +161,7 @@ ROUTES = [
 @pytest.mark.parametrize("host", ["10.98.0.2", "fd98::2"])
 @pytest.mark.parametrize(("kind", "word"), ROUTES)
 def test_a_route_that_comes_later(stage, kind, word, host):
-    """A route that forbids the way is no word for ever."""
+    """A route that forbids a connection may be replaced."""
     network = host.rpartition("2")[0]
     network += "/64" if ":" in host else "0/24"
     target = f"[{host}]:4000" if ":" in host else f"{host}:4000"
@@ -171,8 +171,8 @@ def test_a_route_that_comes_later(stage, kind, word, host):
     client.sendall(b"x")
     stage.proxy.wait_for_log(f"Failed to connect to remote host: {word} ({target}), holding")
     with serve_within(stage, host, 4000) as listener:
-        within(stage, "ip", "route", "del", kind, network)
-        appear(stage, host)
+        in_namespace(stage, "ip", "route", "del", kind, network)
+        add_address(stage, host)
         with listener.accept()[0] as server:
             assert read_exactly(server, 1) == b"x"
 
@@ -200,7 +200,7 @@ def test_a_firewall_that_opens_later(stage, answer, word):
     client.sendall(b"x")
     stage.proxy.wait_for_log(f"Failed to connect to remote host: {word} (127.0.0.1:4000), holding")
     with serve_within(stage, "127.0.0.1", 4000) as listener:
-        within(stage, "nft", "flush", "ruleset")
+        in_namespace(stage, "nft", "flush", "ruleset")
         with listener.accept()[0] as server:
             assert read_exactly(server, 1) == b"x"
 
@@ -216,19 +216,19 @@ def test_a_firewall_that_drops_and_opens_later(stage):
     client.sendall(b"x")
     stage.proxy.wait_for_log("Connection timed out (127.0.0.1:4000), holding clients")
     with serve_within(stage, "127.0.0.1", 4000) as listener:
-        within(stage, "nft", "flush", "ruleset")
+        in_namespace(stage, "nft", "flush", "ruleset")
         with accept_used(listener)[0] as server:
             assert read_exactly(server, 1) == b"x"
 
 
-def test_link_local_without_a_scope_is_never_there(stage):
+def test_link_local_without_a_scope_is_a_permanent_error(stage):
     stage.launch("--connect-timeout=1h", "[fe80::1]:4000", listeners=[stage.listener()])
     assert read_to_end(stage.connect())[0] == b""
     stage.proxy.wait_for_log("Failed to connect to remote host: Invalid argument ([fe80::1]:4000).")
 
 
-def test_a_vsock_machine_that_is_not_started(stage):
-    """ENODEV, or another word for it: the client waits."""
+def test_a_vsock_machine_that_is_not_running(stage):
+    """ENODEV or a similar error: the client waits."""
     try:
         with socket.socket(socket.AF_VSOCK) as probe:
             probe.settimeout(3)

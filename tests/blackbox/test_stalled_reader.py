@@ -19,7 +19,7 @@ KIB = 1 << 10
 MIB = 1 << 20
 
 IDLE = 0.2
-"""A share of one CPU that no program reaches which waits for something; a busy one has 1.0."""
+"""A share of one CPU that a waiting program does not reach; a busy loop takes 1.0."""
 
 BURNS = "burns a core: the pipe is out of slots before it is out of bytes"
 burns = differs("original", reason=BURNS, always=False)
@@ -31,7 +31,7 @@ small_buffers = {"listen_buffer": 64 * KIB, "target_buffer": 64 * KIB}
 @pytest.mark.parametrize("segment", [100, 1448])
 @pytest.mark.parametrize(("listen", "target"), [("tcp4", "tcp4"), ("unix", "tcp4")])
 def test_stalled_client_costs_no_cpu(stage, listen, target, segment):
-    """The same the other way: a client that does not read its download."""
+    """A client that does not read its download."""
     client, server = stage.pair(listen, target, **small_buffers)
     sent = send_in_segments(server, segment)
     assert stage.proxy.cpu_share() < IDLE
@@ -54,9 +54,9 @@ def test_both_directions_stalled(stage, segment):
 @burns
 @main_pairs
 def test_a_stalled_direction_does_not_stop_the_other(stage, listen, target):
-    """While the upload is stuck the download goes on, at no CPU once it pauses.
+    """While the upload is stuck the download continues, and no CPU is used once it pauses.
 
-    Smaller segments the kernel may leave unable to acknowledge the download: see RELIABILITY.md.
+    With smaller segments the kernel may be unable to acknowledge the download: see RELIABILITY.md.
     """
     client, server = stage.pair(listen, target, **small_buffers)
     sent = send_in_segments(client, 16 * KIB)
@@ -71,7 +71,7 @@ def test_a_stalled_direction_does_not_stop_the_other(stage, listen, target):
 @burns
 @pytest.mark.parametrize("target", [*TCP, *UNIX])
 def test_trickle_into_a_stalled_reader(stage, target):
-    """Small segments that arrive one by one while nobody reads never start a busy loop."""
+    """Small segments that arrive one by one without being read cause no busy loop."""
     client, server = stage.pair("tcp4", target, **small_buffers)
     message = b"0123456789" * 10
     sent = 0
@@ -84,7 +84,7 @@ def test_trickle_into_a_stalled_reader(stage, target):
 
 @main_pairs
 def test_memory_behind_a_stalled_reader_is_bounded(stage, listen, target):
-    """What one sender can put into the program stops growing, and its memory hardly grows."""
+    """What one sender can send is bounded, and the program's memory hardly grows."""
     backend = stage.forward(listen, target, **small_buffers)
     client = stage.connect()
     server = backend.accept()
@@ -97,7 +97,7 @@ def test_memory_behind_a_stalled_reader_is_bounded(stage, listen, target):
 
 
 def test_fifty_stalled_readers_cost_no_cpu(stage):
-    """Fifty stuck downloads together cost as little as one, and leave a fresh client alone."""
+    """Fifty stuck downloads cost as little as one, and do not disturb a new client."""
     backend = stage.forward("tcp4", "tcp4", **small_buffers)
     sent = []
     for _ in range(50):
@@ -123,8 +123,8 @@ def test_idle_connection_costs_no_cpu(stage, listen, target):
 
 
 @main_pairs
-def test_reader_that_stops_and_goes_on(stage, listen, target):
-    """A reader that stops five times gets every byte; each resumption empties what was stuck."""
+def test_reader_that_stops_and_continues(stage, listen, target):
+    """A reader that stops five times gets every byte; each time it reads all that was stuck."""
     client, server = stage.pair(listen, target, **small_buffers)
     segment = Payload(MIB).bytes()
     sent = received = 0

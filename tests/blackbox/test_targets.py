@@ -1,4 +1,4 @@
-"""Where a connection goes: literal addresses, names, several addresses of one name."""
+"""Targets: literal addresses, names, several addresses of one name."""
 
 import re
 import socket
@@ -25,7 +25,7 @@ def test_literal_target(stage, family):
 
 @differs("original", reason="takes the brackets for part of the name")
 def test_bracketed_ipv6(stage):
-    """`[V6]:PORT`, as everybody writes it."""
+    """`[V6]:PORT`, the usual form."""
     stage.launch(f"[::1]:{port_of(stage.echo('tcp6'))}", listeners=[stage.listener()])
     greet(stage.connect())
 
@@ -35,7 +35,7 @@ def test_bracketed_ipv6_with_scope(stage):
     """`[V6%SCOPE]:PORT` with the loopback device as the scope of a link-local address."""
     target = f"[fe80::1%lo]:{port_of(stage.echo('tcp6'))}"
     stage.launch(*stage.one_attempt, target, listeners=[stage.listener()])
-    assert read_to_end(stage.connect())[0] == b""  # nobody has that address: refused, not misread
+    assert read_to_end(stage.connect())[0] == b""  # parsed, but no host has it
     stage.proxy.wait_for_log("Failed to connect to remote host:")
 
 
@@ -54,7 +54,7 @@ def test_name(stage):
 
 
 def test_many_clients_of_a_name(stage):
-    """Fifty clients at once that all wait for the same name."""
+    """Fifty clients at once wait for the same name."""
     stage.launch(f"localhost:{port_of(stage.echo())}", listeners=[stage.listener()])
     clients = [stage.connect() for _ in range(50)]
     for client in clients:
@@ -63,7 +63,7 @@ def test_many_clients_of_a_name(stage):
 
 @differs("original-252", reason="tries the first address only")
 def test_every_address_of_a_name_is_tried(stage):
-    """Of three addresses only one listens, and not the one that the look-up puts first."""
+    """Only one of three addresses listens, and not the one that the look-up puts first."""
     hosts = ["127.0.0.3 many.test", "127.0.0.2 many.test", "127.0.0.1 many.test"]
     for host in ("127.0.0.2", "127.0.0.3"):
         target = f"many.test:{port_of(stage.echo(host=host))}"
@@ -75,7 +75,7 @@ def test_every_address_of_a_name_is_tried(stage):
 
 @differs("original-252", reason="tries the first address only")
 def test_both_protocols_of_a_name_are_tried(stage):
-    """A name with an IPv6 and an IPv4 address, of which only IPv4 listens, and the reverse."""
+    """Of a name's IPv6 and IPv4 addresses only the IPv4 one listens, and the reverse."""
     prefix = with_hosts(stage.directory, ["::1 both.test", "127.0.0.1 both.test"])
     for family in TCP:
         listener = stage.listener()
@@ -86,7 +86,7 @@ def test_both_protocols_of_a_name_are_tried(stage):
 
 
 def test_name_that_does_not_exist(stage):
-    """One line in the original's words for a name that cannot be resolved; the client is let go."""
+    """For a name that cannot be resolved the client is closed, with one line as by the original."""
     prefix = with_hosts(stage.directory, ["127.0.0.1 localhost"])
     stage.launch(*stage.one_attempt, "missing.test:80", listeners=[stage.listener()], prefix=prefix)
     assert read_to_end(stage.connect())[0] == b""
@@ -94,7 +94,7 @@ def test_name_that_does_not_exist(stage):
     assert len(stage.proxy.log_lines()) == 1
 
 
-def test_service_goes_on_after_a_failed_look_up(stage):
+def test_clients_are_served_after_a_failed_look_up(stage):
     """A name that appears later serves the clients that come after it."""
     prefix = with_hosts(stage.directory, ["127.0.0.1 localhost"])
     target = stage.echo()
@@ -112,7 +112,7 @@ def test_service_goes_on_after_a_failed_look_up(stage):
 
 @pytest.mark.parametrize("family", ["tcp4", "unix"])
 def test_refused_connection(stage, family):
-    """Nobody listens: the client is let go, one line tells why, and the service goes on."""
+    """Without a listener the client is closed, one line says why, and the program continues."""
     backend = stage.backend(family)
     target = backend.target
     backend.close()
@@ -125,14 +125,14 @@ def test_refused_connection(stage, family):
 
 
 def test_missing_path(stage):
-    """A path that is not there: the same, with its own reason."""
+    """For a path that does not exist it is the same, with another reason."""
     stage.launch(*stage.one_attempt, stage.path("missing"), listeners=[stage.listener()])
     assert read_to_end(stage.connect())[0] == b""
     stage.proxy.wait_for_log("Failed to connect to remote host: No such file or directory")
 
 
 def test_path_that_is_no_socket(stage):
-    """A file at the path of the target is one line; the kernel says refused, not what it is."""
+    """A file at the path of the target is one line; the kernel says only: refused."""
     path = stage.path("file")
     with open(path, "w"):
         pass
@@ -142,7 +142,7 @@ def test_path_that_is_no_socket(stage):
 
 
 def test_failures_do_not_disturb_other_connections(stage):
-    """A target that goes away while a connection is open: that one goes on."""
+    """When a target stops listening, an open connection to it continues."""
     backend = stage.forward("tcp4", "unix", *stage.one_attempt)
     client, server = stage.connect(), backend.accept()
     backend.listener.close()
@@ -153,8 +153,8 @@ def test_failures_do_not_disturb_other_connections(stage):
 
 
 @differs("original", reason="each failure is a line of its own")
-def test_repeated_failures_are_logged_within_reason(stage):
-    """Fifty clients that find nobody are a few lines of log, with the number left out."""
+def test_log_lines_about_failures_are_limited(stage):
+    """Fifty clients without a target are a few lines, with the number left out."""
     stage.launch(*stage.one_attempt, stage.path("missing"), listeners=[stage.listener("unix")])
     for _ in range(50):
         assert read_to_end(stage.connect())[0] == b""
@@ -162,7 +162,7 @@ def test_repeated_failures_are_logged_within_reason(stage):
 
 
 def test_target_that_accepts_and_resets(stage):
-    """A target that can be reached but ends at once is not tried again."""
+    """A target that accepts and closes at once is not tried again."""
     client, server = stage.pair("tcp4", "tcp4")
     server.close()
     assert read_to_end(client)[0] == b""
@@ -170,8 +170,8 @@ def test_target_that_accepts_and_resets(stage):
 
 
 @differs("original", reason="has one target only", run=False)
-def test_look_up_that_hangs_stalls_nobody(stage):
-    """While a name server does not answer, the others' clients come and go, bytes flow, it ends."""
+def test_look_up_that_hangs_delays_no_other_client(stage):
+    """While a name server does not answer, other clients are served, and the program can end."""
     silent = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     try:
         silent.bind(("127.0.0.53", 53))
@@ -190,7 +190,7 @@ def test_look_up_that_hangs_stalls_nobody(stage):
         before = stage.connect(listeners[1])
         greet(before)
         waiting = [stage.connect(listeners[0]) for _ in range(6)]
-        silent.recv(512)  # the look-up is under way, and nobody will answer it
+        silent.recv(512)  # the look-up has begun, and gets no answer
         for _ in range(50):
             greet(before)
             greet(stage.connect(listeners[1]))
@@ -198,4 +198,4 @@ def test_look_up_that_hangs_stalls_nobody(stage):
             client.setblocking(False)
             with pytest.raises(BlockingIOError):
                 client.recv(1)
-        assert stage.proxy.end()  # and the end waits for no look-up
+        assert stage.proxy.end()  # which waits for no look-up

@@ -22,22 +22,22 @@ STREAMS = 8
 MIB = 1 << 20
 THREE = ("--threads=3", "--hand-over=busy")
 SLOW = "--buffer-size=4096"
-"""The program has more to do with each byte than its peers have."""
+"""Makes each byte more work for the program than for its peers."""
 
 
 def tasks(proxy):
-    """How many threads it has."""
+    """The number of threads of the program."""
     return len(os.listdir(f"/proc/{proxy.worker}/task"))
 
 
 def summary(proxy):
-    """The lines that it logs on SIGUSR1: what comes before those of a second one."""
+    """The lines that the program logs on SIGUSR1, up to those of a second SIGUSR1."""
     first = len(proxy.log_lines())
-    told = len(proxy.log_lines(" accepted, "))
+    before = len(proxy.log_lines(" accepted, "))
     for count in (1, 2):
         proxy.send_signal(signal.SIGUSR1)
         wait_until(
-            lambda count=count: len(proxy.log_lines(" accepted, ")) == told + count, "counters"
+            lambda count=count: len(proxy.log_lines(" accepted, ")) == before + count, "counters"
         )
     lines = proxy.log_lines()[first:]
     second = [number for number, line in enumerate(lines) if " accepted, " in line][1]
@@ -45,22 +45,22 @@ def summary(proxy):
 
 
 def handed_over(proxy):
-    """(how many threads it has, how many connections went from one to another), as it says."""
+    """(the number of threads, the number of connections handed over), as the program logs them."""
     found = re.search(r"(\d+) threads, (\d+) connections handed over$", summary(proxy)[-1])
     return (int(found[1]), int(found[2])) if found else (1, 0)
 
 
-def after_all_others(stage, stat):
-    """A prefix that has the program wait for a CPU, so that work piles up before it and it never
-    sleeps; and that lets it read `stat` as what /proc/stat says of the machine."""
+def at_lowest_priority(stage, stat):
+    """A prefix with which the program waits for a CPU, so that work piles up and it never sleeps,
+    and with which it reads `stat` as /proc/stat."""
     file = Path(stage.path("stat"))
     file.write_text(stat)
     return ["nice", "-n", "19", *mount_prefix(f"--bind {file} /proc/stat")]
 
 
 class Flow:
-    """Bytes through one connection, as many as go, until it is told to stop; they are thrown away
-    without being looked at, so that the program has more to do than its peers."""
+    """As many bytes through one connection as possible, until stop(). They are discarded without
+    being read, so that the program has more work than its peers."""
 
     def __init__(self, client, server):
         self.client, self.server = client, server
@@ -83,7 +83,7 @@ class Flow:
         return count
 
     def stop(self):
-        """End it. Everything has arrived, and an answer still comes back."""
+        """Stop; assert that everything has arrived and that an answer still comes back."""
         self.stopped.set()
         assert self.sent.result() == self.received.result()
         self.server.sendall(b"hello")
@@ -91,7 +91,7 @@ class Flow:
 
 
 def keep_busy(stage, backend, until):
-    """Let bytes flow until it is so, and others beside them that are looked at."""
+    """Let bytes flow until a condition is true, and check a payload alongside."""
     flows = [Flow(stage.connect(), backend.accept()) for _ in range(STREAMS)]
     try:
         number = 0
@@ -112,8 +112,8 @@ def keep_busy(stage, backend, until):
 
 
 def test_threads_start_when_one_is_too_busy(stage):
-    """And what is under way then goes on, in one thread or another."""
-    prefix = after_all_others(stage, "")  # says nothing: a CPU is taken to be idle
+    """Transfers continue, in one thread or another."""
+    prefix = at_lowest_priority(stage, "")  # without figures a CPU counts as idle
     backend = stage.forward("tcp4", "tcp4", *THREE, SLOW, prefix=prefix)
     before = tasks(stage.proxy)
     keep_busy(stage, backend, lambda: handed_over(stage.proxy)[1] >= 1)
@@ -121,8 +121,8 @@ def test_threads_start_when_one_is_too_busy(stage):
     assert tasks(stage.proxy) == before + 2
 
 
-def test_one_thread_stays_where_no_cpu_is_idle(stage):
-    prefix = after_all_others(stage, "cpu  1 1 1 1000 1000 1 1 0 0 0\n")
+def test_no_thread_starts_while_no_cpu_is_idle(stage):
+    prefix = at_lowest_priority(stage, "cpu  1 1 1 1000 1000 1 1 0 0 0\n")
     backend = stage.forward("tcp4", "tcp4", *THREE, SLOW, prefix=prefix)
     before = tasks(stage.proxy)
     keep_busy(stage, backend, lambda: stage.proxy.cpu_seconds() > 0.5)
@@ -130,7 +130,7 @@ def test_one_thread_stays_where_no_cpu_is_idle(stage):
     assert handed_over(stage.proxy) == (1, 0)
 
 
-def test_all_threads_start_at_once(stage):
+def test_all_threads_start_at_once_with_hand_over_always(stage):
     stage.launch("--threads=3", "--hand-over=always", stage.echo(), listeners=[stage.listener()])
     assert tasks(stage.proxy) >= 3
     for _ in range(6):
@@ -141,8 +141,8 @@ def test_all_threads_start_at_once(stage):
 
 
 @pytest.mark.parametrize("threads", [2, 8])
-def test_threads_that_may_not_start(stage, threads):
-    """As with TasksMax=1: one warning, and one thread."""
+def test_threads_that_cannot_be_started(stage, threads):
+    """As with TasksMax=1: one warning, and the program continues with one thread."""
     prefix = ["prlimit", "--nproc=1", *as_unprivileged_user(stage.executable)]
     stage.launch(
         f"--threads={threads}",

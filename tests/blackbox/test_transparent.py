@@ -1,6 +1,6 @@
-"""`HOST:*` behind Transparent=yes: a firewall leads every port to one listener (TPROXY).
+"""`HOST:*` behind Transparent=yes: a firewall redirects every port to one listener (TPROXY).
 
-All of it in a network namespace of its own, in which 198.51.100.0/24 is this machine.
+The tests run in a network namespace of their own, in which 198.51.100.0/24 is local.
 """
 
 import contextlib
@@ -36,11 +36,11 @@ pytestmark = differs("original", reason="has no HOST:*", run=False)
 
 
 class Diverted(Namespace):
-    """A network namespace, and what a test has in it: `listener` is where the rules lead to."""
+    """A network namespace and the sockets in it. The rules redirect to `listener`."""
 
     def __init__(self):
         if shutil.which("nft") is None:
-            pytest.skip("no nft, to have TPROXY rules")
+            pytest.skip("no nft, for TPROXY rules")
         self.stack = contextlib.ExitStack()
         super().__init__()
         self.listener = self.open(("127.0.0.1", 0), transparent=True)
@@ -78,7 +78,7 @@ class Diverted(Namespace):
         return self.stack.enter_context(client)
 
     def close(self):
-        """End all of it."""
+        """Close all sockets, and the namespace."""
         self.stack.close()
         super().close()
 
@@ -95,15 +95,15 @@ def namespace():
 
 
 def launch(stage, namespace, *arguments, **options):
-    """The program, in the namespace."""
+    """Start the program in the namespace."""
     notify = stage.notify_socket(stage.path("notify"))  # abstract names end at the namespace
     options |= {"prefix": namespace.prefix, "notify": notify}
     stage.launch(*arguments, listeners=[namespace.listener], **options)
 
 
-@pytest.mark.parametrize("arguments", [[], ["--proxy-protocol=v1"]], ids=["express", "asked"])
-def test_each_client_is_led_to_the_port_that_it_connected_to(stage, namespace, arguments):
-    """Not to the listener's, where there is only the program itself."""
+@pytest.mark.parametrize("arguments", [[], ["--proxy-protocol=v1"]], ids=["relay", "policy"])
+def test_each_client_is_forwarded_to_the_port_that_it_connected_to(stage, namespace, arguments):
+    """Not to the port of the listener."""
     backends = {port: namespace.backend(port) for port in DIVERTED[:3]}
     launch(stage, namespace, *arguments, f"{HOST}:*")
     for port, backend in [*backends.items()] * 2:
@@ -118,7 +118,7 @@ def test_each_client_is_led_to_the_port_that_it_connected_to(stage, namespace, a
 
 
 def test_a_port_whose_target_comes_later(stage, namespace):
-    """Each port has its own outage: the others' clients are served meanwhile."""
+    """Each port has an outage of its own: clients of other ports are served meanwhile."""
     absent, there = DIVERTED[:2]
     launch(stage, namespace, f"{HOST}:*")
     waiting = [namespace.connect(absent) for _ in range(3)]
@@ -143,12 +143,12 @@ def test_many_ports_are_not_kept(stage, namespace):
 
 
 def test_a_target_that_leads_back_is_a_loop(stage, namespace):
-    """What leads every port to the program leads its own connections to it, too."""
+    """Rules that redirect every port to the program redirect its own connections, too."""
     launch(stage, namespace, f"{OURS}:*")
     try:
         client = namespace.connect(DIVERTED[0])
     except ConnectionResetError:
-        pass  # the reset was there before connect(2) had returned
+        pass  # the reset came before connect(2) had returned
     else:
         assert read_to_end(client, timeout=patience())[0] == b""
     stage.proxy.wait_for_log("leads back to our own listener")

@@ -60,7 +60,7 @@ def test_many_urgent_bytes(stage, listen, target):
 
 @from_tcp
 def test_urgent_byte_in_bulk(stage, listen, target):
-    """Urgent bytes between megabytes, where the program has no reason to look at single bytes."""
+    """Urgent bytes between megabytes, which the program forwards in bulk."""
     client, server = stage.pair(listen, target)
     block = Payload(300_000).bytes()
     whole = b""
@@ -81,7 +81,7 @@ def test_urgent_byte_behind_a_stalled_reader(stage, listen, target):
     try:
         urgent = client.send(b"!", socket.MSG_OOB)
     except BlockingIOError:
-        urgent = 0  # no room for it: then the reader must make some first
+        urgent = 0  # no room for it until the reader has read
     assert stage.proxy.cpu_share() < 0.2
     assert read_exactly(server, sent) == stuck_bytes(segment, sent)
     if not urgent:

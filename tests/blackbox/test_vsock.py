@@ -23,7 +23,7 @@ STANDIN = Path(__file__).with_name("vsock_standin.c")
 
 @pytest.fixture(scope="module")
 def standin(tmp_path_factory):
-    """A library to preload that has AF_VSOCK be TCP, with the errors of a real one."""
+    """A library to preload that implements AF_VSOCK with TCP, with the errors of a real one."""
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
         pytest.skip("no C compiler for the stand-in of vsock")
@@ -50,7 +50,7 @@ class Loopback:
         return cls(vsock_listener())
 
     def stop(self):
-        """Listen no more; the address of where to start again."""
+        """Stop listening; return the address at which to start again."""
         address = self.listener.getsockname()
         self.listener.close()
         return address
@@ -119,7 +119,7 @@ def has_vsock():
 
 
 def test_target(stage):
-    """A vsock target, as of a virtual machine."""
+    """A vsock target, such as a virtual machine."""
     with vsock_listener() as backend:
         cid, port = backend.getsockname()
         stage.launch(f"vsock:{cid}:{port}", listeners=[stage.listener()])
@@ -131,8 +131,8 @@ def test_target(stage):
         assert read_to_end(client) == (b"world", "eof")
 
 
-def test_words_that_come_before_the_connect_is_done(stage, vsock):
-    """ENOTCONN, which TCP answers with EAGAIN, is not the end of the client."""
+def test_bytes_that_come_before_the_connect_is_done(stage, vsock):
+    """send(2) fails with ENOTCONN, and not with EAGAIN as on TCP: the client must not be cut."""
     stage.launch(vsock.target, listeners=[stage.listener()], environment=vsock.environment)
     for number in range(60):
         client = stage.connect()
@@ -142,7 +142,7 @@ def test_words_that_come_before_the_connect_is_done(stage, vsock):
             assert read_to_end(server) == (b"hello %d" % number, "eof")
 
 
-def test_header_and_words_before_the_connect_is_done(stage, vsock):
+def test_header_and_bytes_before_the_connect_is_done(stage, vsock):
     stage.launch(
         "--proxy-protocol=v1",
         vsock.target,
@@ -155,8 +155,8 @@ def test_header_and_words_before_the_connect_is_done(stage, vsock):
         assert read_exactly(server, 20) == b"PROXY UNKNOWN\r\nhello"
 
 
-def test_nobody_listens_yet(stage, vsock):
-    """ECONNRESET is how a vsock connect is refused: the clients wait, words and all."""
+def test_target_that_does_not_listen_yet(stage, vsock):
+    """A vsock connect is refused with ECONNRESET: the clients wait, and no byte is lost."""
     address = vsock.stop()
     stage.launch(vsock.target, listeners=[stage.listener()], environment=vsock.environment)
     clients = [stage.connect() for _ in range(10)]
@@ -172,7 +172,7 @@ def test_nobody_listens_yet(stage, vsock):
     assert seen == {b"%d" % number for number in range(10)}
 
 
-def test_nobody_listens_and_nobody_waits(stage, vsock):
+def test_target_that_does_not_listen_without_connect_timeout(stage, vsock):
     vsock.stop()
     stage.launch(
         "--connect-timeout=0",
@@ -186,7 +186,7 @@ def test_nobody_listens_and_nobody_waits(stage, vsock):
 
 
 def test_listen(stage):
-    """--listen=vsock:CID:PORT, and a vsock client counts as one without an address."""
+    """--listen=vsock:CID:PORT; a vsock client counts as one without an address."""
     with vsock_listener() as probe:
         port = probe.getsockname()[1] + 1
     backend = stage.backend()
@@ -209,7 +209,7 @@ def test_inherited_listener(stage):
 
 
 def test_target_that_is_not_there(stage):
-    """A vsock target that cannot be reached is one line, as any other, and no crash."""
+    """A vsock target that cannot be reached is one line, like any other."""
     stage.launch("--connect-timeout=0", "vsock:1:4294967294", listeners=[stage.listener()])
     assert read_to_end(stage.connect())[0] == b""
     stage.proxy.wait_for_log("Failed to connect to remote host: ")
@@ -228,7 +228,7 @@ def test_listen_without_vsock(stage):
 
 @pytest.mark.parametrize("text", ["vsock:x:1", "vsock:1:x", "vsock:1:99999999999"])
 def test_bad_address(stage, text):
-    """What is not CID:PORT is one line that shows it, exit status 1."""
+    """Anything else than CID:PORT is one line that shows it, and exit status 1."""
     for arguments in ([text], [f"--listen={text}", "127.0.0.1:1"]):
         outcome = stage.run(*arguments)
         assert outcome.status == 1

@@ -1,10 +1,10 @@
 /* AF_VSOCK for the program under test, on a kernel without it: TCP on loopback, with the errors of the
  * virtio transport.
  *
- * What differs there from TCP, as af_vsock.c and virtio_transport_common.c have it:
+ * What differs from TCP, according to af_vsock.c and virtio_transport_common.c:
  *   send before the connect is done    ENOTCONN, not EAGAIN
- *   nobody listens on that port        ECONNRESET, not ECONNREFUSED, and always later
- * A connect is done once the program has waited for events. Preloaded; not for several threads.
+ *   no listener on that port           ECONNRESET, not ECONNREFUSED, and always later
+ * A connect is done once the program has waited for events. To be preloaded; not for several threads.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -57,11 +57,11 @@ ssize_t send(int fd, const void *data, size_t size, int flags)
     return REAL(send)(fd, data, size, flags);
 }
 
-int epoll_wait(int epoll, struct epoll_event *events, int most, int timeout)
+int epoll_wait(int epoll, struct epoll_event *events, int events_max, int timeout)
 {
     for (int fd = 0; fd < FDS; fd++)
         known[fd].connecting = 0;
-    return REAL(epoll_wait)(epoll, events, most, timeout);
+    return REAL(epoll_wait)(epoll, events, events_max, timeout);
 }
 
 int getpeername(int fd, struct sockaddr *address, socklen_t *size)

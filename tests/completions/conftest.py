@@ -1,4 +1,4 @@
-"""Completions in real shells: keys are typed into a terminal, and its screen is read."""
+"""Completions in real shells: keys are sent to a terminal, and its screen is read."""
 
 import shutil
 import socket
@@ -50,7 +50,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def place():
-    """A home, socket units and sockets, in a folder of a short name."""
+    """A home folder, socket units and sockets, in a folder with a short name."""
     with tempfile.TemporaryDirectory(prefix="sp-") as name:
         place = Path(name)
         home = place / "home"
@@ -70,7 +70,7 @@ FILES = ("app.sock", "folder/in.sock", "with space.sock")
 
 @pytest.fixture(scope="session")
 def sockets(place):
-    """The folder of UNIX sockets, with a file that is none; there is an abstract one as well.
+    """A folder with UNIX sockets and another file; there is an abstract socket as well.
 
     Abstract names are the whole machine's, and other runs may be under way: it begins with `place`.
     """
@@ -89,7 +89,7 @@ def sockets(place):
 
 
 def open_terminal(place, kind):
-    """Start a shell, one of those in START."""
+    """Start a terminal with a shell of this kind."""
     shell = program(kind)
     for needed in (shell, "tmux", "unshare", "mount", "awk"):
         if not shutil.which(needed):
@@ -124,7 +124,7 @@ def shell(session):
 
 @pytest.fixture
 def bash_with_package(place):
-    """A bash with the package bash-completion, which finds completions and loads them."""
+    """A bash with the package bash-completion, which loads completions on demand."""
     if not BASH_COMPLETION.exists():
         pytest.skip("no package bash-completion here")
     terminal = open_terminal(place, "bash-completion")

@@ -1,4 +1,4 @@
-"""What Tab makes of a command line, in each shell."""
+"""Completion of the command line in each shell."""
 
 import re
 import subprocess
@@ -13,7 +13,7 @@ OPTION = re.compile(r"(?<![\w-])--?[a-z][a-z-]*")
 
 
 def options_of_help():
-    """The options that the installed command has."""
+    """The options in the --help of the installed command."""
     text = subprocess.run([COMMAND, "--help"], check=True, capture_output=True, text=True).stdout
     heads = [line[:28] for line in text.splitlines() if re.match(r" +-", line)]
     return set(OPTION.findall(" ".join(heads)))
@@ -43,7 +43,7 @@ def test_the_options_are_those_of_help(shell):
         ("--connections-max=25", "--connections-max=256 "),
     ],
 )
-def test_values(shell, typed, line):
+def test_values_of_options(shell, typed, line):
     shell.completed(typed, "+", line + "+")
 
 
@@ -52,7 +52,7 @@ def test_every_span_is_offered(shell):
     assert not is_listed("localhost:", listed)
 
 
-def test_an_idle_timeout_of_0_is_not(shell):
+def test_an_idle_timeout_of_0_is_not_offered(shell):
     assert not is_listed("0", shell.offers("--idle-timeout ", {"10s", "infinity"}))
 
 
@@ -69,7 +69,7 @@ def test_an_idle_timeout_of_0_is_not(shell):
         ("-- gam", "-- gamma.example:"),
     ],
 )
-def test_hosts(shell, typed, line):
+def test_hosts_are_completed(shell, typed, line):
     shell.completed(typed, "+", line + "+")
 
 
@@ -83,7 +83,7 @@ def test_ipv6_in_brackets(shell, name, typed, host):
     shell.completed(name + typed, "80", f"{name}{host}80")
 
 
-def test_what_is_no_host_is_not_offered(shell):
+def test_only_hosts_are_offered(shell):
     listed = shell.offers("", {"alpha:", "localhost:", "six.example:", "/", "unix:", "vsock:"})
     for part in ("beta", "ip6-allnodes", "blocked", "0.0.0.0", "|1|", "epsilon", "zeta", "eta"):
         assert not re.search(rf"(^|\s){re.escape(part)}", listed, re.MULTILINE), part
@@ -112,7 +112,7 @@ def test_paths_of_sockets(shell, sockets, before):
     shell.completed(f"{before}{sockets}/fo", "in", f"{before}{sockets}/folder/in")
 
 
-def test_a_file_that_is_no_socket_is_not_offered(shell, sockets):
+def test_a_file_that_is_not_a_socket_is_not_offered(shell, sockets):
     listed = shell.offers(f"{sockets}/", {"app.sock", "folder/"})
     assert "file.sock" not in listed
 

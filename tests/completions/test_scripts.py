@@ -1,4 +1,4 @@
-"""What the shells, and shellcheck, say about the scripts themselves."""
+"""The scripts themselves, checked by the shells and by shellcheck."""
 
 import shutil
 import subprocess
@@ -19,7 +19,7 @@ CHECKS = {
 
 
 @pytest.mark.parametrize("program", CHECKS)
-def test_nothing_is_to_be_said(program):
+def test_no_complaint(program):
     if not shutil.which(CHECKS[program][0]):
         pytest.skip(f"no {program} here")
     done = subprocess.run(CHECKS[program], capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""What Tab makes of the command line of systemd-socket-proxyd-units, in each shell."""
+"""Completion of the command line of systemd-socket-proxyd-units in each shell."""
 
 import re
 import subprocess
@@ -13,7 +13,7 @@ OPTION = re.compile(r"(?<![\w-])--?[a-z][a-z-]*")
 
 
 def options_of_help(*command):
-    """The options in the --help of the command, or of a command of it."""
+    """The options in the --help of systemd-socket-proxyd-units, or of one of its commands."""
     done = subprocess.run([COMMAND, *command, "--help"], check=True, capture_output=True, text=True)
     heads = [line for line in done.stdout.splitlines() if re.match(r" +-", line)]
     return {option for head in heads for option in OPTION.findall(head.partition("  ")[0] or head)}

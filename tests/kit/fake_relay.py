@@ -4,6 +4,7 @@ import errno
 import os
 from types import SimpleNamespace
 
+from proxyd import happy_eyeballs
 from proxyd._relay import ENDINGS, AcceptFailed, ConnectFailed, Ended, Ready
 
 UP = 0
@@ -99,8 +100,12 @@ class FakeRelay:
         self.wake_at_count = -1
         self.wake_on_first = False
         self.report_ends = False
-        self.accepted = 0
         self.ended = []
+        # totals
+        self.accepted = self.refused = 0
+        self.bytes_to_targets = self.bytes_to_clients = 0
+        self.spliced = self.copied = 0
+        self.endings = {}
         # threads
         self.thread_count = 1
         self.threads_max = 100
@@ -111,6 +116,11 @@ class FakeRelay:
         self.pings = 0
 
     # ── for tests ────────────────────────────────────────────────────────────────────────────
+
+    def replace_functions(self, patch):
+        """Put this relay's functions in place of those of the extension."""
+        patch.setattr(happy_eyeballs, "connected", self.connected)
+        patch.setattr(happy_eyeballs, "peek", self.peek)
 
     def at(self, ms, *actions):
         """Call each action `ms` after the start, within run()."""
@@ -263,12 +273,12 @@ class FakeRelay:
     def totals(self):
         return SimpleNamespace(
             accepted=self.accepted,
-            refused=0,
-            bytes_to_targets=10,
-            bytes_to_clients=20,
-            spliced=0,
-            copied=30,
-            endings=dict.fromkeys(ENDINGS, 0),
+            refused=self.refused,
+            bytes_to_targets=self.bytes_to_targets,
+            bytes_to_clients=self.bytes_to_clients,
+            spliced=self.spliced,
+            copied=self.copied,
+            endings=dict.fromkeys(ENDINGS, 0) | self.endings,
         )
 
     def take_over(self, fd, family):

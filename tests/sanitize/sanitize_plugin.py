@@ -27,15 +27,15 @@ REPORTS = Path(os.environ["SANITIZE_REPORTS"])
 
 NO_LEAK_CHECK = {
     "test_calls": "its programs run under strace, and LeakSanitizer needs ptrace(2) for itself",
-    "test_exit_does_not_wait_for_a_look_up": (
+    "test_the_exit_does_not_wait_for_a_look_up": (
         "its program does not load the extension, and so not the check in address.h either, which"
         " knows the frames of threads"
     ),
-    "test_no_fd_is_left_to_write_with": (
+    "test_a_line_is_written_when_no_fd_is_left": (
         "its program cannot open files: LeakSanitizer cannot open its report, and hangs"
     ),
-    "test_few_tasks": "its program cannot start a task, and LeakSanitizer needs one",
-    "test_threads_that_may_not_start": "likewise",
+    "test_tasks_max": "its program cannot start a task, and LeakSanitizer needs one",
+    "test_threads_that_cannot_be_started": "likewise",
 }
 """Tests, and modules of tests, whose programs are not searched for leaks, and why."""
 

@@ -1,9 +1,18 @@
 """Fixtures of several unit tests."""
 
 import pytest
+from kit.fake_relay import FakeListener
 from kit.upstream_world import World
 
-from proxyd import happy_eyeballs, log
+from proxyd import acceptor, log
+
+
+@pytest.fixture(autouse=True)
+def _default_log():
+    """Begin and end with the log as it is without variables, and with nothing left out."""
+    log.setup({})
+    yield
+    log.setup({})
 
 
 @pytest.fixture
@@ -13,17 +22,31 @@ def world(monkeypatch):
 
     def make(*arguments, **keywords):
         one = World(*arguments, **keywords)
-        monkeypatch.setattr(happy_eyeballs, "connected", one.relay.connected)
-        monkeypatch.setattr(happy_eyeballs, "peek", one.relay.peek)
+        one.relay.replace_functions(monkeypatch)
         monkeypatch.setattr(log.time, "monotonic", lambda: one.relay.now_ms / 1000)
         worlds.append(one)
         return one
 
-    log.setup({})
     yield make
-    log.setup({})
     for one in worlds:
         one.close()
+
+
+@pytest.fixture
+def fake_listeners(monkeypatch):
+    """Put fake listeners in place of those of the relay."""
+    monkeypatch.setattr(acceptor, "RelayListener", FakeListener)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The clock of the log, which leaves out lines of one kind within 5 s of each other."""
+
+    class Clock:
+        now = 1000.0
+
+    monkeypatch.setattr(log.time, "monotonic", lambda: Clock.now)
+    return Clock
 
 
 @pytest.fixture

@@ -1,17 +1,14 @@
-"""Which clients are accepted, how many, and when none is."""
+"""Which clients are accepted, how many, and when none are."""
 
 import errno
 import os
 import resource
 import socket
-import struct
 
 import pytest
-from kit.fake_relay import FakeListener
+from kit.sockets import reset
 
-from proxyd import acceptor as acceptor_module
 from proxyd import address as sockaddr
-from proxyd import log
 from proxyd._relay import Accepted, AcceptFailed, ConnectFailed, Refused
 from proxyd.acceptor import PAUSE_MS, Acceptor
 from proxyd.event_loop import EventLoop
@@ -20,7 +17,7 @@ from proxyd.target import parse_target
 from proxyd.upstream import Upstream
 
 PATIENCE = 20
-"""Seconds until what does not come counts as lost."""
+"""Seconds after which something that has not happened counts as failed."""
 
 
 class World:
@@ -35,7 +32,7 @@ class World:
         self.backend = None
 
     def listen(self, kind=socket.AF_INET):
-        """TCP, unless told: on a UNIX listener the clients of this process would be a loop."""
+        """Listen on TCP by default: on UNIX, clients in this process would be taken for a loop."""
         sock = self.keep(socket.socket(kind))
         number = len(self.sockets)
         sock.bind(str(self.tmp_path / f"s{number}") if kind == socket.AF_UNIX else ("127.0.0.1", 0))
@@ -48,7 +45,7 @@ class World:
         return sock
 
     def target(self, state):
-        """Where to forward to: up, absent (fails within connect(2)) or refuses (fails later)."""
+        """A target that is up, absent (connect(2) fails) or refuses (the connect fails later)."""
         if state == "absent":
             return str(self.tmp_path / "absent")
         if state == "refuses":
@@ -85,7 +82,7 @@ class World:
         return sum(len(upstream.held) for upstream in self.upstreams)
 
     def turn(self, timeout_ms=0):
-        """One round of the main loop; its events."""
+        """Run one turn of the main loop; return its events."""
         events = self.loop.run(timeout_ms)
         for event in events:
             if isinstance(event, ConnectFailed):
@@ -106,16 +103,16 @@ class World:
         assert self.relay.connections + self.held <= self.relay.connections_max
 
     def until(self, condition):
-        """Go on until something is true."""
+        """Run turns until a condition is true."""
         for _ in range(PATIENCE * 100):
             if condition():
                 return
             self.turn(10)
         raise TimeoutError
 
-    def settle(self, clients):
-        """Go on until every one of so many clients was accepted, and none is in between."""
-        self.until(lambda: self.relay.totals().accepted >= clients)
+    def settle(self, count):
+        """Run turns until `count` clients have been accepted, and all their events handled."""
+        self.until(lambda: self.relay.totals().accepted >= count)
         self.turn()
         self.turn()
 
@@ -139,7 +136,7 @@ class World:
 
 
 def closed(sock):
-    """Whether our client was closed without a word."""
+    """Whether a client has been closed without receiving anything."""
     try:
         return sock.recv(1) == b""
     except ConnectionResetError:
@@ -150,22 +147,9 @@ def closed(sock):
 
 @pytest.fixture
 def world(tmp_path):
-    log.setup({})
     made = World(tmp_path)
     yield made
     made.close()
-    log.setup({})
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    """The log's: it leaves out lines of one kind that follow each other within 5 s."""
-
-    class Clock:
-        now = 1000.0
-
-    monkeypatch.setattr(log.time, "monotonic", lambda: Clock.now)
-    return Clock
 
 
 # ── the limit ─────────────────────────────────────────────────────────────────────────────────────
@@ -173,22 +157,22 @@ def clock(monkeypatch):
 LIMIT_LINE = "Hit connection limit, refusing connection."
 
 
-@pytest.mark.parametrize("most", [1, 2, 3])
+@pytest.mark.parametrize("limit", [1, 2, 3])
 @pytest.mark.parametrize("proxy_protocol", [0, 1])
-def test_the_limit_and_not_one_more(world, capfd, clock, most, proxy_protocol):
+def test_the_limit_is_exact(world, capfd, clock, limit, proxy_protocol):
     sock = world.listen()
     world.listener(sock, world.target("up"))
-    acceptor = world.start(most, proxy_protocol)
-    clients = [world.client(sock) for _ in range(most + 3)]
-    world.settle(most + 3)
-    assert world.relay.connections == most
-    assert [closed(client) for client in clients] == [False] * most + [True] * 3
-    assert world.relay.totals().accepted == most + 3
+    acceptor = world.start(limit, proxy_protocol)
+    clients = [world.client(sock) for _ in range(limit + 3)]
+    world.settle(limit + 3)
+    assert world.relay.connections == limit
+    assert [closed(client) for client in clients] == [False] * limit + [True] * 3
+    assert world.relay.totals().accepted == limit + 3
     assert world.relay.totals().refused + acceptor.refused == 3
     assert capfd.readouterr().err.splitlines() == [LIMIT_LINE]
 
 
-def test_a_place_that_is_free_again_is_used(world, capfd):
+def test_a_place_that_has_become_free_is_used(world, capfd):
     sock = world.listen()
     world.listener(sock, world.target("up"))
     world.start(1)
@@ -204,7 +188,7 @@ def test_a_place_that_is_free_again_is_used(world, capfd):
 
 
 @pytest.mark.parametrize("state", ["absent", "refuses"])
-def test_held_clients_count(world, state):
+def test_held_clients_count_towards_the_limit(world, state):
     sock = world.listen()
     world.listener(sock, world.target(state))
     world.start(2)
@@ -214,7 +198,7 @@ def test_held_clients_count(world, state):
     assert sum(map(closed, clients)) == 3
 
 
-def test_clients_of_two_listeners_that_fail_in_one_batch_count(world):
+def test_two_connects_that_fail_in_one_batch_count_towards_the_limit(world):
     """The relay connects both, and both connects fail before the policy hears of the first."""
     target = world.target("absent")
     first, second = world.listen(), world.listen()
@@ -228,7 +212,7 @@ def test_clients_of_two_listeners_that_fail_in_one_batch_count(world):
 
 
 def test_a_connect_that_fails_does_not_make_room_for_another_client(world):
-    """Its own client is going to be held. Both are there in one batch of events."""
+    """Its own client will be held. One batch has both: the failure, and the next client."""
     sock = world.listen()
     world.listener(sock, world.target("refuses"))
     world.start(1)
@@ -238,15 +222,15 @@ def test_a_connect_that_fails_does_not_make_room_for_another_client(world):
     assert sum(map(closed, clients)) == 2
 
 
-def test_many_clients_whose_connects_fail_count(world):
-    """Where many come in turn after turn, several are accepted at a time."""
+def test_many_connects_that_fail_count_towards_the_limit(world):
+    """If clients come turn after turn, several are accepted at a time."""
     sock = world.listen()
     up = world.target("up")
     listener = world.listener(sock, up)
     world.start(60)
     for _ in range(40):
         world.client(sock)
-    world.until(lambda: world.relay.connections > 30)  # in turn after turn
+    world.until(lambda: world.relay.connections > 30)  # turn after turn
     os.unlink(up)
     for _ in range(40):
         world.client(sock)
@@ -267,12 +251,6 @@ def test_the_relay_leaves_room_for_held_clients(world):
 # ── where the relay connects by itself ────────────────────────────────────────────────────────────
 
 
-@pytest.fixture
-def fake_listeners(monkeypatch):
-    """The relay's listeners are fake."""
-    monkeypatch.setattr(acceptor_module, "RelayListener", FakeListener)
-
-
 def test_the_relay_connects_to_a_literal_target_that_is_up(world, fake_listeners):
     listener = world.listener(world.listen(), "/run/x", timeout_ms=7000)
     world.start()
@@ -280,12 +258,12 @@ def test_the_relay_connects_to_a_literal_target_that_is_up(world, fake_listeners
     assert listener.relay_listener.auto_connects == (sockaddr.pack_unix("/run/x"), 1000)
 
 
-@pytest.mark.parametrize(("timeout_ms", "told"), [(None, 1000), (0, 0), (1, 1)])
-def test_how_long_a_connect_may_take(world, fake_listeners, timeout_ms, told):
+@pytest.mark.parametrize(("timeout_ms", "kernel_ms"), [(None, 1000), (0, 0), (1, 1)])
+def test_how_long_a_connect_of_the_relay_may_take(world, fake_listeners, timeout_ms, kernel_ms):
     listener = world.listener(world.listen(), "/run/x")
     listener.upstream.timeout_ms = timeout_ms
     world.start()
-    assert listener.relay_listener.auto_connects[1] == told
+    assert listener.relay_listener.auto_connects[1] == kernel_ms
 
 
 def test_the_relay_does_not_connect_to_a_name(world, fake_listeners):
@@ -294,20 +272,20 @@ def test_the_relay_does_not_connect_to_a_name(world, fake_listeners):
     assert listener.relay_listener.auto_connects[0] is None
 
 
-def test_with_a_header_to_send_the_relay_does_not_connect(world, fake_listeners):
+def test_the_relay_does_not_connect_if_there_is_a_header_to_send(world, fake_listeners):
     listener = world.listener(world.listen(), "/run/x")
     world.start(proxy_protocol=1)
     assert listener.relay_listener.auto_connects[0] is None
 
 
-def test_at_debug_level_the_relay_does_not_connect(world, fake_listeners):
+def test_the_relay_does_not_connect_at_debug_level(world, fake_listeners):
     world.loop._labels = {}
     listener = world.listener(world.listen(), "/run/x")
     world.start()
     assert listener.relay_listener.auto_connects[0] is None
 
 
-def test_while_a_client_waits_the_relay_does_not_connect(world):
+def test_the_relay_does_not_connect_while_a_client_is_held(world):
     sock = world.listen()
     listener = world.listener(sock, world.target("absent"))
     world.start()
@@ -318,7 +296,7 @@ def test_while_a_client_waits_the_relay_does_not_connect(world):
     assert listener.upstream.auto_connect_address is None
 
 
-# ── accepted for the policy ───────────────────────────────────────────────────────────────────────
+# ── clients that the policy connects ──────────────────────────────────────────────────────────────
 
 
 def test_a_client_gets_its_header(world):
@@ -336,11 +314,6 @@ def test_a_client_gets_its_header(world):
             received += served.recv(100)
         ports = client.getsockname()[1], client.getpeername()[1]
         assert received == b"PROXY TCP4 127.0.0.1 127.0.0.1 %d %d\r\nhello" % ports
-
-
-def reset(sock):
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    sock.close()
 
 
 @pytest.mark.parametrize("target", ["up", "absent"])
@@ -371,7 +344,7 @@ def test_a_client_that_reset_before_it_was_accepted_keeps_its_address(world, tar
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_a_client_without_an_address_is_refused(world, capfd, version):
-    """Passed in (Accept=yes), and reset by then: another process has called accept(2)."""
+    """With Accept=yes another process has called accept(2): after a reset its address is lost."""
     sock = world.listen()
     client = world.keep(socket.create_connection(sock.getsockname()))
     served, _ = sock.accept()
@@ -389,7 +362,7 @@ def test_a_client_without_an_address_is_refused(world, capfd, version):
         world.backend.accept()
 
 
-def test_a_client_has_a_name_at_debug_level(world):
+def test_a_connection_has_a_label_at_debug_level(world):
     world.loop._labels = {}
     sock = world.listen(socket.AF_INET)
     target = world.target("up")
@@ -401,7 +374,7 @@ def test_a_client_has_a_name_at_debug_level(world):
     assert list(world.loop._labels.values()) == [f"127.0.0.1:{port} → {target}"]
 
 
-def test_a_connection_that_was_passed_in(world):
+def test_a_connection_that_was_passed_in_is_served(world):
     """Accept=yes: it is served at once, and no other client is accepted."""
     ours, theirs = socket.socketpair()
     world.keep(ours)
@@ -424,11 +397,11 @@ def test_a_connection_that_was_passed_in(world):
     acceptor.stop()
 
 
-# ── nothing left to accept with ───────────────────────────────────────────────────────────────────
+# ── descriptors or memory have run out ────────────────────────────────────────────────────────────
 
 
 class NoFds:
-    """While this lasts, this process can open nothing."""
+    """A context in which this process cannot open anything."""
 
     def __enter__(self):
         self.limits = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -440,7 +413,7 @@ class NoFds:
         resource.setrlimit(resource.RLIMIT_NOFILE, self.limits)
 
 
-def test_emfile_pauses(world, capfd):
+def test_emfile_pauses_the_listeners(world, capfd):
     sock = world.listen()
     listener = world.listener(sock, world.target("up"))
     acceptor = world.start()
@@ -449,7 +422,7 @@ def test_emfile_pauses(world, capfd):
         assert [event.error for event in world.turn()] == [errno.EMFILE]
         assert not listener.accepting
         assert acceptor.resume_ms == world.relay.now_ms + PAUSE_MS
-        # No hot loop: although the client waits there is nothing to report.
+        # The client still waits, but nothing is reported: no busy loop.
         assert world.loop.run(0) == []
     assert not closed(client)
     assert capfd.readouterr().err == (
@@ -465,7 +438,7 @@ def test_emfile_pauses(world, capfd):
 
 
 @pytest.mark.parametrize("error", [errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM])
-def test_a_pause_is_one_warning_however_often(world, fake_listeners, capfd, clock, error):
+def test_repeated_pauses_are_one_warning(world, fake_listeners, capfd, clock, error):
     listener = world.listener(world.listen(), "/run/x")
     acceptor = world.start()
     for _ in range(20):
@@ -513,7 +486,7 @@ def test_a_pause_ends_when_a_connection_ends(world):
 
 
 def test_no_client_is_accepted_when_a_pause_ends_after_stop(world, fake_listeners):
-    """SIGTERM during a pause: what waits stays with the service manager."""
+    """After SIGTERM, clients in the backlog are left to the next start."""
     listener = world.listener(world.listen(), "/run/x")
     acceptor = world.start()
     acceptor.handle(AcceptFailed(0, errno.EMFILE))
@@ -524,7 +497,7 @@ def test_no_client_is_accepted_when_a_pause_ends_after_stop(world, fake_listener
 
 
 def test_a_listener_that_cannot_start_yet_is_started_later(world, fake_listeners):
-    """epoll_ctl(2) needs memory too, and that had run out."""
+    """epoll_ctl(2) needs memory too, which may have run out."""
     listener = world.listener(world.listen(), "/run/x")
     acceptor = world.start()
     acceptor.handle(AcceptFailed(0, errno.ENOMEM))
@@ -541,7 +514,7 @@ def test_a_listener_that_cannot_start_yet_is_started_later(world, fake_listeners
 
 
 @pytest.mark.parametrize("error", [errno.ECONNABORTED, errno.EPROTO, errno.ENETDOWN])
-def test_an_error_of_one_client_is_not_the_next_one_s(world, fake_listeners, capfd, error):
+def test_an_error_of_one_client_does_not_stop_the_listener(world, fake_listeners, capfd, error):
     listener = world.listener(world.listen(), "/run/x")
     acceptor = world.start()
     acceptor.handle(AcceptFailed(0, error))
@@ -554,9 +527,9 @@ def test_an_error_of_one_client_is_not_the_next_one_s(world, fake_listeners, cap
 
 
 @pytest.mark.parametrize("error", [errno.EACCES, errno.EPERM, errno.ENOSYS])
-def test_an_error_that_may_last_is_no_hot_loop(world, fake_listeners, error):
-    """A security module or a seccomp filter forbids accept(2): the client stays in the backlog,
-    so that the listener is readable for ever."""
+def test_an_error_that_may_last_causes_no_busy_loop(world, fake_listeners, error):
+    """If a security module or a seccomp filter forbids accept(2), the client stays in the backlog
+    and the listener stays readable."""
     listener = world.listener(world.listen(), "/run/x")
     acceptor = world.start()
     acceptor.handle(AcceptFailed(0, error))
@@ -564,7 +537,7 @@ def test_an_error_that_may_last_is_no_hot_loop(world, fake_listeners, error):
     assert acceptor.resume_ms is not None
 
 
-def test_a_broken_listener(world, capfd):
+def test_a_broken_listener_is_stopped(world, capfd):
     sock = world.listen()
     listener = world.listener(sock, world.target("up"))
     acceptor = world.start()
@@ -576,7 +549,7 @@ def test_a_broken_listener(world, capfd):
     assert capfd.readouterr().err == (f"Failed to accept from {listener.text}: Invalid argument.\n")
 
 
-def test_the_other_listeners_go_on(world):
+def test_other_listeners_are_not_stopped_with_it(world):
     bad, good = world.listen(), world.listen()
     target = world.target("up")
     world.listener(bad, target)
@@ -600,7 +573,7 @@ def test_a_broken_listener_stays_stopped_after_a_pause(world, fake_listeners):
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
-def test_a_broken_listener_during_a_pause_is_not_the_end(world, fake_listeners, order):
+def test_a_listener_that_breaks_during_a_pause_is_not_the_end(world, fake_listeners, order):
     listeners = [world.listener(world.listen(), "/run/x") for _ in range(2)]
     acceptor = world.start()
     events = [AcceptFailed(0, errno.EBADF), AcceptFailed(1, errno.EMFILE)]
@@ -611,7 +584,7 @@ def test_a_broken_listener_during_a_pause_is_not_the_end(world, fake_listeners, 
     assert listeners[1].relay_listener.accepting
 
 
-# ── our own tail ──────────────────────────────────────────────────────────────────────────────────
+# ── loops ─────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("kind", [socket.AF_UNIX, socket.AF_INET])
@@ -622,7 +595,7 @@ def test_a_loop_is_refused_with_one_line(world, capfd, clock, kind, proxy_protoc
     listener = world.listener(sock, name)
     world.start(proxy_protocol=proxy_protocol)
     assert listener.text == name
-    # A UNIX client must be another process: it is that which is looked at.
+    # A UNIX client must be another process: its PID is what is compared.
     clients = [connect_elsewhere(sock) for _ in range(3)]
     world.settle(6)
     world.until(lambda: not world.relay.connections)
@@ -636,24 +609,24 @@ def test_a_loop_is_refused_with_one_line(world, capfd, clock, kind, proxy_protoc
 
 
 def connect_elsewhere(sock):
-    """A client in a process of its own, which waits until it is closed; the pid."""
-    ready, told = os.pipe()
+    """Connect from a process of its own, which waits until it is closed; return its PID."""
+    connected, tell = os.pipe()
     pid = os.fork()
     if pid == 0:
         try:
             one = socket.socket(sock.family)
             one.settimeout(PATIENCE)
             one.connect(sock.getsockname())
-            os.write(told, b"x")
+            os.write(tell, b"x")
             try:
                 os._exit(len(one.recv(1)))
             except ConnectionResetError:
                 os._exit(0)
         finally:
             os._exit(9)
-    os.close(told)
-    assert os.read(ready, 1) == b"x"
-    os.close(ready)
+    os.close(tell)
+    assert os.read(connected, 1) == b"x"
+    os.close(connected)
     return pid
 
 

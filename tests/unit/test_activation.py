@@ -4,20 +4,19 @@ import contextlib
 import errno
 import os
 import socket
-import struct
 import subprocess
 import sys
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from kit.sockets import reset
 
 from proxyd import activation
 from proxyd.address import AF_INET, AF_INET6, AF_UNIX
 from proxyd.errors import UsageError
 
 START = 400  # far from the fds of the test runner
-RESET = struct.pack("ii", 1, 0)
 
 
 @pytest.fixture
@@ -68,7 +67,7 @@ def test_the_variables_are_consumed(passed):
         {"LISTEN_FDS": "x"},
     ],
 )
-def test_the_variables_are_consumed_even_if_they_are_of_no_use(environ):
+def test_the_variables_are_consumed_even_if_they_are_unusable(environ):
     with contextlib.suppress(UsageError):
         assert inherited(environ) == []
     assert environ == {}
@@ -99,7 +98,7 @@ def test_the_fd_stays_open(passed):
         assert listeners[0].text.endswith(f":{sock.getsockname()[1]}")
 
 
-def test_connected(passed):
+def test_a_connection(passed):
     left, right = socket.socketpair()
     (listener,) = inherited(passed(left) | {"LISTEN_FDNAMES": "connection"})
     assert (listener.connected, listener.name) == (True, "connection")
@@ -112,15 +111,14 @@ def tcp_pair():
         return server.accept()[0], client
 
 
-def test_connected_and_reset_meanwhile(passed):
+def test_a_connection_that_has_been_reset(passed):
     accepted, client = tcp_pair()
-    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
-    client.close()
+    reset(client)
     (listener,) = inherited(passed(accepted))
     assert listener.connected
 
 
-def test_connected_and_closed_meanwhile(passed):
+def test_a_connection_that_has_been_closed(passed):
     accepted, client = tcp_pair()
     client.close()
     (listener,) = inherited(passed(accepted))
@@ -165,7 +163,7 @@ def test_a_stream_socket_of_another_family(passed, monkeypatch):
         inherited(passed(tcp()))
 
 
-def test_not_there(passed):
+def test_a_descriptor_that_is_not_open(passed):
     environ = passed(tcp()) | {"LISTEN_FDS": str(2**64 - 1)}
     with pytest.raises(UsageError, match=f"fd {START + 1} .'unknown'.: Bad file descriptor"):
         inherited(environ)
@@ -183,7 +181,7 @@ def test_not_there(passed):
     ],
 )
 def test_names_that_do_not_fit_the_sockets(passed, sockets, value, names):
-    """A unit may have a colon in its name, which is what separates names."""
+    """The name of a unit may contain a colon, which also separates names."""
     environ = passed(*(tcp() for _ in range(sockets))) | {"LISTEN_FDNAMES": value}
     assert [listener.name for listener in inherited(environ)] == names
 
@@ -196,7 +194,7 @@ def test_names_must_fit_where_they_are_needed(passed):
 
 @contextlib.contextmanager
 def standard_fds(sock, *fds):
-    """As a service manager passes a socket with StandardInput=socket."""
+    """Put `sock` on these fds, as a service manager does with StandardInput=socket."""
     saved = {fd: os.dup(fd) for fd in fds}
     for fd in fds:
         os.dup2(sock.fileno(), fd)
@@ -216,7 +214,7 @@ def test_sockets_on_standard_fds(tmp_path):
         assert activation.on_standard_fds() == "StandardInput=socket"
     with unix(tmp_path / "s") as listener, standard_fds(listener, 1):
         assert activation.on_standard_fds() == "StandardOutput=socket"
-    left, right = socket.socketpair()  # a remote shell's, or the journal
+    left, right = socket.socketpair()  # such as a remote shell's, or the journal's
     with left, right, standard_fds(left, 0, 1):
         assert activation.on_standard_fds() == ""
     fds = os.listdir("/proc/self/fd")
@@ -268,8 +266,8 @@ def test_pidfdid_garbage(passed):
         inherited(environ | {"LISTEN_PIDFDID": "x"})
 
 
-def test_no_pidfd_to_be_had(monkeypatch):
-    """By a filter of system calls, say: the process id has to do."""
+def test_without_a_pidfd_there_is_no_inode(monkeypatch):
+    """A system call filter may forbid pidfds: then the PID has to be enough."""
 
     def refused(pid):
         raise PermissionError(errno.EPERM, "")
@@ -289,7 +287,7 @@ VALUES = st.one_of(st.text(), st.text("0123456789:x -"), st.integers().map(str))
 
 @given(st.dictionaries(st.sampled_from(activation._VARIABLES), VALUES))
 def test_any_environment_is_sockets_or_a_usage_error(environ):
-    # Nothing is inherited at all from here on.
+    # No descriptor from this number on is open.
     start, activation._FDS_START = activation._FDS_START, 1_000_000
     try:
         assert inherited(environ | {"LISTEN_PID": str(os.getpid())}) == []

@@ -1,4 +1,4 @@
-"""Packed addresses: against the kernel, which is the reader they are made for."""
+"""Packed addresses, compared with those of the kernel, for which they are made."""
 
 import errno
 import os
@@ -12,7 +12,7 @@ from proxyd import address
 
 
 def bound(family, name):
-    """Return what the kernel says a socket bound to `name` has, as `_socket` shows it."""
+    """Return the name that the kernel reports for a socket bound to `name`, as `_socket` does."""
     with socket.socket(family, socket.SOCK_STREAM) as sock:
         sock.bind(name)
         return sock.getsockname()
@@ -103,12 +103,12 @@ def test_the_index_of_an_interface():
     assert caught.value.errno == errno.ENODEV
 
 
-def test_the_index_of_an_interface_without_a_descriptor_to_ask_with(monkeypatch):
+def test_the_index_of_an_interface_when_descriptors_have_run_out(monkeypatch):
     def refuse(*_):
         raise OSError(errno.EMFILE, "Too many open files")
 
     monkeypatch.setattr(address._socket, "socket", refuse)
-    with pytest.raises(OSError, match="Too many"):  # and not: there is no such interface
+    with pytest.raises(OSError, match="Too many"):  # not: there is no such interface
         address.pack_inet("fe80::1%lo", 80)
 
 
@@ -128,7 +128,7 @@ def test_bad_scope(scope):
         address.pack_inet(f"fe80::1%{scope}", 80)
 
 
-def test_what_the_kernel_says_packs_to_what_was_bound(tmp_path):
+def test_names_from_the_kernel_pack_to_what_was_bound(tmp_path):
     for family, name in (
         (socket.AF_INET, ("127.0.0.1", 0)),
         (socket.AF_UNIX, str(tmp_path / "s")),
@@ -147,7 +147,7 @@ def test_a_path_that_fills_sun_path_is_read():
     assert address.text(packed) == "/" + "a" * 107
 
 
-def test_a_vsock_name_is_packed_and_back():
+def test_a_vsock_name_is_packed_and_unpacked():
     packed = address.from_socket_name(socket.AF_VSOCK, (2, 80))
     assert packed == address.pack_vsock(2, 80)
     assert address.to_socket_name(packed) == (2, 80)
@@ -179,7 +179,7 @@ def test_addresses_survive_their_text(ip, port):
 
 
 @given(st.binary(min_size=1, max_size=107))
-def test_paths_survive(raw):
+def test_paths_survive_packing(raw):
     path = b"/" + raw.replace(b"\0", b"x")[:106]
     assert address.unix_name(address.pack_unix(path)) == path
     assert address.unix_name(address.pack_unix(b"@" + raw)) == b"\0" + raw

@@ -24,11 +24,11 @@ def opened():
     """Return a function that opens what --listen= says, and closes it at the end."""
     listeners = []
 
-    def open_it(text):
+    def open_address(text):
         listeners.append(open_listener(parse_listen(text)))
         return listeners[-1]
 
-    yield open_it
+    yield open_address
     for listener in listeners:
         close_listener(listener)
 
@@ -219,20 +219,20 @@ def test_a_live_socket_file_is_an_error(opened, tmp_path, backlog):
 
 
 class Slow(_socket.socket):
-    """A socket whose listen() waits until another process had its chance."""
+    """A socket whose listen() waits until another process has had its chance."""
 
     bound = threading.Event()
     tried = threading.Event()
 
     def listen(self, backlog):
         self.bound.set()
-        self.tried.wait(0.5)  # the other must not get through: it has until then to show
+        self.tried.wait(0.5)  # the other one must not succeed meanwhile
         super().listen(backlog)
 
 
 @pytest.mark.parametrize("stale", [False, True])
 def test_a_socket_that_is_about_to_listen_is_not_stale(opened, tmp_path, monkeypatch, stale):
-    """Of two starts with one path at the same moment one serves, and the other is told."""
+    """Of two programs that start at the same moment with one path, one serves and one fails."""
     path = tmp_path / "s"
     if stale:
         with socket.socket(socket.AF_UNIX) as dead:
@@ -261,7 +261,7 @@ def test_a_socket_that_is_about_to_listen_is_not_stale(opened, tmp_path, monkeyp
 
 @pytest.fixture(params=["held", "unreadable"])
 def no_lock(request, tmp_path, monkeypatch):
-    """The folder cannot be locked; why."""
+    """Keep the folder from being locked; return the reason that the message gives."""
     if request.param == "held":  # by a process that does not release it
         monkeypatch.setattr(bind, "LOCK_S", 0.05)
         fd = os.open(tmp_path, os.O_RDONLY)
@@ -299,7 +299,7 @@ def test_without_the_lock_no_file_is_replaced(opened, tmp_path, no_lock):
     assert path.exists()
 
 
-def test_without_the_lock_one_in_use_is_in_use(opened, tmp_path, no_lock):
+def test_without_the_lock_a_live_socket_file_is_in_use(opened, tmp_path, no_lock):
     path = tmp_path / "s"
     with socket.socket(socket.AF_UNIX) as live:
         live.bind(str(path))
@@ -308,8 +308,8 @@ def test_without_the_lock_one_in_use_is_in_use(opened, tmp_path, no_lock):
             opened(str(path))
 
 
-def test_a_socket_file_is_unlinked_while_it_is_listened_to(opened, tmp_path, monkeypatch):
-    """Once it does not listen any more, another start may replace it, and get the same inode."""
+def test_a_socket_file_is_unlinked_before_its_socket_is_closed(opened, tmp_path, monkeypatch):
+    """Once it has stopped listening, another program may replace the file and get its inode."""
     path = tmp_path / "s"
     listener = opened(str(path))
     seen = []
@@ -326,7 +326,7 @@ def test_a_socket_file_is_unlinked_while_it_is_listened_to(opened, tmp_path, mon
     assert seen == [False]
 
 
-def test_the_lock_is_free_afterwards(opened, tmp_path):
+def test_the_lock_is_released_afterwards(opened, tmp_path):
     close_listener(opened(str(tmp_path / "one")))
     opened(str(tmp_path / "other"))
     fd = os.open(tmp_path, os.O_RDONLY)

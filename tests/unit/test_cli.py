@@ -1,4 +1,4 @@
-"""The command: its exit status, what it prints, and what it says when it cannot start."""
+"""The command: its exit status, what it prints, and its messages when it cannot start."""
 
 import _signal
 import errno
@@ -12,7 +12,7 @@ import types
 
 import pytest
 
-from proxyd import __version__, address, cli, log
+from proxyd import __version__, address, cli
 from proxyd.errors import UsageError
 from proxyd.listen import Listener
 from proxyd.options import OPTIONS, parse_args
@@ -27,7 +27,6 @@ def _unchanged_process():
     handler = _signal.getsignal(_signal.SIGINT)
     yield
     _signal.signal(_signal.SIGINT, handler)
-    log.setup({})
 
 
 @pytest.fixture
@@ -98,7 +97,7 @@ def test_closed_standard_fds_are_not_given_to_sockets():
     assert subprocess.run(["/bin/sh", "-c", script, sys.executable], check=False).returncode == 0
 
 
-def test_a_standard_fd_of_which_nothing_can_be_told_is_not_closed(monkeypatch):
+def test_a_standard_fd_for_which_fstat_fails_is_left_alone(monkeypatch):
     def fstat(fd):
         raise OSError(errno.EIO, "")
 
@@ -135,7 +134,7 @@ def test_main_serves(served, tmp_path):
     assert not os.path.exists(path)
 
 
-def test_a_listener_that_cannot_be_had_takes_the_others_along(served, tmp_path, capfd):
+def test_a_listener_that_cannot_be_opened_closes_the_others(served, tmp_path, capfd):
     path = str(tmp_path / "s")
     assert cli.main([PROG, f"--listen={path}", f"--listen={path}", "/t"]) == 1
     assert capfd.readouterr().err == f"Failed to listen on {path}: Address already in use\n"
@@ -156,7 +155,7 @@ def test_a_listener_without_a_pair_is_an_error(served, capfd):
     assert line == f"No target for listener 'c' ({UNUSED}): the targets are for 'a'."
 
 
-def test_the_trace_of_our_own_faults_is_for_debugging(served, monkeypatch, capfd):
+def test_an_internal_error_has_a_traceback_at_debug_level(served, monkeypatch, capfd):
     monkeypatch.setattr(sys.modules["proxyd.server"], "run", lambda *_: {}["x"])
     monkeypatch.setenv("SYSTEMD_LOG_LEVEL", "debug")
     assert cli.main([PROG, f"--listen={UNUSED}", "/t"]) == 1
@@ -219,7 +218,7 @@ def test_a_connection_and_a_listener_do_not_mix(served, monkeypatch, capfd):
     right.close()
 
 
-def test_sockets_of_an_earlier_process_of_the_same_id():
+def test_sockets_of_an_earlier_process_with_the_same_pid():
     options = parse_args(["x", "a:1"])
     passed = {"LISTEN_FDS": "1", "LISTEN_PID": str(os.getpid())}
     assert "an earlier process with the same PID" in cli._why_no_sockets(options, passed)

@@ -1,4 +1,4 @@
-"""What errors of connect(2) mean, by family; who raises them is tried in tests/blackbox."""
+"""What errors of connect(2) mean, by family; tests/blackbox makes the kernel return them."""
 
 import errno
 import os
@@ -46,21 +46,21 @@ def test_each_error_has_a_verdict_in_each_family(kind, error):
         ("192.0.2.1", True),
     ],
 )
-def test_einval_of_an_address_without_its_scope_is_for_ever(address, passes):
+def test_einval_of_an_address_without_its_scope_is_permanent(address, passes):
     assert is_temporary(errno.EINVAL, sockaddr.pack_inet(address, 80)) == passes
     assert is_temporary(errno.ENETUNREACH, sockaddr.pack_inet(address, 80))
 
 
-def test_a_full_backlog_is_a_unix_matter():
+def test_only_unix_targets_are_congested():
     assert [kind for kind, one in TARGETS.items() if is_congestion(errno.EAGAIN, one)] == ["unix"]
     assert not is_congestion(errno.ECONNREFUSED, TARGETS["unix"])
 
 
-def test_what_is_told_at_once():
+def test_which_errors_are_a_missing_permission():
     assert {error for error in errno.errorcode if is_denied(error)} == DENIED
 
 
-def test_a_reset_is_of_a_target_that_was_reached_but_on_vsock():
+def test_a_reset_shows_that_the_target_was_reached_except_on_vsock():
     for error in (errno.ECONNRESET, errno.EPIPE):
         reached = [kind for kind, one in TARGETS.items() if was_reached(error, one)]
         assert reached == ["inet", "inet6", "unix"]

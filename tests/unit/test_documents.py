@@ -1,4 +1,4 @@
-"""The units that README and manual page show are those in examples/."""
+"""The units that the README and the manual page show are those in examples/."""
 
 import re
 import sys
@@ -12,7 +12,7 @@ INSTALLED = Path(sys.prefix) / "share/doc/systemd-socket-proxyd"
 PAGE = ROOT / "man/systemd-socket-proxyd.1"
 
 NOT_A_FILE = re.compile(r"[#$] \w")
-"""What is to be typed begins with a prompt."""
+"""A command to type begins with a prompt."""
 
 
 def settings(text):
@@ -40,7 +40,7 @@ def blocks_of_page():
 
 
 @pytest.mark.parametrize("block", blocks_of_readme() + blocks_of_page())
-def test_what_is_shown_is_an_example(block):
+def test_units_in_the_documents_are_examples(block):
     shown = settings(block)
     if "[" in block:
         assert shown in examples().values()
@@ -59,14 +59,14 @@ def broken_links(page):
     return links, [link for link in links if not (page.parent / link).exists()]
 
 
-def test_what_the_readme_links_to_is_there():
+def test_links_of_the_readme_lead_somewhere():
     links, broken = broken_links(README)
     assert links
     assert broken == []
 
 
 @pytest.mark.skipif(not INSTALLED.exists(), reason=f"SKIPPED LOUDLY: no {INSTALLED}")
-def test_what_installed_documents_link_to_is_installed():
+def test_links_of_installed_documents_lead_to_installed_files():
     pages = list(INSTALLED.rglob("*.md"))
     assert INSTALLED / "README.md" in pages
     assert {str(page): broken for page in pages if (broken := broken_links(page)[1])} == {}

@@ -1,4 +1,4 @@
-"""The words for what went wrong."""
+"""How errors are put into words."""
 
 import errno
 import os

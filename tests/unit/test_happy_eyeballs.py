@@ -1,5 +1,6 @@
 """The attempts to one target: staggered (RFC 8305), repeated where it is silent, bounded."""
 
+import contextlib
 import errno
 import random
 import socket
@@ -8,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from kit.fake_relay import LATER, UP, Answers, FakeRelay
+from kit.sockets import reset
 
 from proxyd import address as sockaddr
-from proxyd import happy_eyeballs
 from proxyd._relay import connected
 from proxyd.connect_errors import CLOSED_EARLY
 from proxyd.event_loop import EventLoop
@@ -30,8 +31,7 @@ class World:
         if loop is None:
             self.loop.relay = FakeRelay(plan)
         self.relay = self.loop.relay
-        monkeypatch.setattr(happy_eyeballs, "connected", self.relay.connected)
-        monkeypatch.setattr(happy_eyeballs, "peek", self.relay.peek)
+        self.relay.replace_functions(monkeypatch)
         self.expects_end = False
         self.addresses = list(addresses or plan)
         self.attempts = HappyEyeballs(self.loop, lambda: self.expects_end, repeats=True)
@@ -70,7 +70,7 @@ class World:
         self.loop.run(0)
 
     def answer(self, address, outcome, at_ms=None, which=-1):
-        """A connect ends, and the loop says so."""
+        """A connect ends, and the loop reports it."""
         if at_ms is not None:
             self.run(at_ms)
         fd = self.relay.pending(address)[which]
@@ -96,7 +96,7 @@ def world(monkeypatch):
 # ── at once ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_target_that_is_there_at_once(world):
+def test_a_target_that_answers_at_once(world):
     one = world({A: UP, B: UP})
     assert one.begin() == [A]
     assert one.relay.order == [A]
@@ -104,13 +104,13 @@ def test_a_target_that_is_there_at_once(world):
     one.assert_nothing_left()
 
 
-def test_what_fails_at_once_costs_no_time(world):
+def test_attempts_that_fail_at_once_cost_no_time(world):
     one = world({A: errno.ENETUNREACH, B: errno.EACCES, C: UP})
     assert one.begin() == [C]
     assert one.relay.dials == [(0, A), (0, B), (0, C)]
 
 
-def test_all_fail_at_once(world):
+def test_all_attempts_fail_at_once(world):
     one = world({A: errno.ENETUNREACH, B: errno.ENETUNREACH})
     assert one.begin() == []
     assert one.attempts.over
@@ -136,7 +136,7 @@ def test_connected_later(world):
     one.assert_nothing_left()
 
 
-def test_an_event_that_says_nothing_changes_nothing(world):
+def test_an_event_while_still_connecting_changes_nothing(world):
     one = world({A: LATER, B: LATER})
     one.begin()
     assert one.answer(A, LATER, at_ms=10) == []
@@ -159,7 +159,7 @@ def test_a_dead_first_address_costs_250_ms(world):
     one.assert_nothing_left()  # A has lost
 
 
-def test_a_dead_first_address_and_a_second_that_is_there_at_once(world):
+def test_a_dead_first_address_and_a_second_that_answers_at_once(world):
     one = world({A: LATER, B: UP})
     one.begin()
     one.run(250)
@@ -176,14 +176,14 @@ def test_a_failure_starts_the_next_at_once(world):
     assert not one.attempts.over
 
 
-def test_the_first_may_still_win(world):
+def test_the_first_attempt_may_still_win(world):
     one = world(dict.fromkeys((A, B), LATER))
     one.begin()
     assert one.answer(A, UP, at_ms=251) == [A]
     one.assert_nothing_left()
 
 
-def test_the_last_failure_ends_it(world):
+def test_the_last_failure_ends_the_round(world):
     one = world(dict.fromkeys((A, B), LATER))
     one.begin()
     one.answer(A, errno.ECONNREFUSED, at_ms=5)
@@ -193,8 +193,8 @@ def test_the_last_failure_ends_it(world):
     one.assert_nothing_left()
 
 
-def test_what_fails_at_once_does_not_use_up_a_turn(world):
-    """A dead address before it is no reason to wait before the one after it."""
+def test_an_address_that_fails_at_once_does_not_delay_the_next(world):
+    """Only an attempt that is pending makes the next address wait."""
     one = world({A: LATER, B: errno.ENETUNREACH, C: UP})
     one.begin()
     one.run(250)
@@ -232,11 +232,11 @@ def test_a_silent_host_gets_another_attempt_every_second(world):
     one.begin()
     one.run(20_000)
     assert one.relay.times_of(A) == list(range(0, 20_001, SILENT_MS))
-    assert one.attempts.pending == 1 + SPARE  # the oldest makes way, its SYNs are the rarest
+    assert one.attempts.pending == 1 + SPARE  # the oldest makes way, as its SYNs are the rarest
     assert one.relay.closes == []
 
 
-def test_the_first_that_answers_wins_and_another_is_used_too(world):
+def test_the_first_attempt_that_succeeds_wins_and_another_is_used_too(world):
     one = world({A: LATER}, clients=2)
     one.begin()
     one.run(2500)
@@ -244,7 +244,7 @@ def test_the_first_that_answers_wins_and_another_is_used_too(world):
     one.relay.dialled[second] = UP
     assert one.answer(A, UP) == [A, A]
     assert {won.fd for won in one.winners} == {second, youngest}
-    assert one.relay.resets == [first]  # its SYNs are repeated more and more seldom
+    assert one.relay.resets == [first]  # its SYNs are repeated less and less often
 
 
 def test_an_attempt_that_must_give_way_and_has_just_answered_is_used(world):
@@ -257,7 +257,7 @@ def test_an_attempt_that_must_give_way_and_has_just_answered_is_used(world):
     assert [won.fd for won in one.winners] == [oldest]
 
 
-def test_what_is_left_over_is_reset(world):
+def test_attempts_left_over_are_reset(world):
     """An empty probe that ends cleanly would upset a one-shot server."""
     one = world({A: LATER})
     one.begin()
@@ -280,7 +280,7 @@ def test_a_connection_that_is_not_taken_is_reset(world):
     assert one.relay.closes == []
 
 
-def test_silent_addresses_are_bounded(world):
+def test_attempts_at_silent_addresses_are_bounded(world):
     many = [sockaddr.pack_inet(f"192.0.2.{last}", 80) for last in range(1, 31)]
     one = world(dict.fromkeys(many, LATER), clients=150)
     one.begin()
@@ -289,11 +289,11 @@ def test_silent_addresses_are_bounded(world):
         one.run(at_ms)
         highest = max(highest, len(one.relay.dialled))
     assert highest == 1 + SPARE
-    assert one.relay.order[:30] == many  # and yet each has its turn
+    assert one.relay.order[:30] == many  # each has its turn all the same
     assert one.relay.closes == []
 
 
-def test_those_refused_are_tried_again_while_others_are_silent(world):
+def test_addresses_that_refuse_are_tried_again_while_others_are_silent(world):
     one = world({A: LATER, B: Answers(errno.ECONNREFUSED)})
     one.begin()
     one.run(250)
@@ -309,7 +309,7 @@ def test_those_refused_are_tried_again_while_others_are_silent(world):
     assert one.begin() == [B]
 
 
-def test_addresses_that_are_no_longer_the_name_s_are_given_up(world):
+def test_addresses_that_the_name_no_longer_has_are_given_up(world):
     one = world({A: LATER, B: LATER}, addresses=[A])
     one.begin()
     one.addresses = [B]
@@ -320,13 +320,13 @@ def test_addresses_that_are_no_longer_the_name_s_are_given_up(world):
 # ── many at a time ────────────────────────────────────────────────────────────────────────────────
 
 
-def test_as_many_as_are_wanted(world):
+def test_as_many_connections_as_are_wanted(world):
     one = world({A: UP}, clients=10)
     assert one.begin(wanted=10) == [A] * 10
     one.assert_nothing_left()
 
 
-def test_no_more_than_there_may_be(world):
+def test_no_more_attempts_than_the_maximum(world):
     one = world({A: LATER}, clients=1000)
     one.begin(wanted=1000)
     assert one.attempts.pending == ATTEMPTS_MAX
@@ -366,7 +366,7 @@ def test_attempts_that_are_not_wanted_any_more_are_given_up(world):
 
 
 def test_all_targets_share_the_attempts_beyond_their_clients(world):
-    """Each target has its first attempt in any case."""
+    """The first attempt of each target does not count."""
     one = world({A: LATER})
     many = [one] + [world({A: LATER}, loop=one.loop) for _ in range(4)]
     for one in many:
@@ -385,11 +385,11 @@ def test_all_targets_share_the_attempts_beyond_their_clients(world):
     assert not one.loop.budget._surpluses
 
 
-# ── what a failure is called ──────────────────────────────────────────────────────────────────────
+# ── which error is reported ───────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2), (2, 0, 1)])
-def test_the_error_after_which_a_retry_may_help_is_kept(world, order):
+def test_a_temporary_error_is_kept_rather_than_a_permanent_one(world, order):
     errors = [errno.EPROTOTYPE, errno.ECONNREFUSED, errno.EAFNOSUPPORT]
     plan = {address: errors[at] for address, at in zip((A, B, C), order, strict=True)}
     one = world(plan)
@@ -432,7 +432,7 @@ def test_a_reset_refuses_on_vsock(world, error):
     assert one.attempts.error == error
 
 
-# ── a connection is watched before anybody gets it ────────────────────────────────────────────────
+# ── a connection is watched before a client gets it ───────────────────────────────────────────────
 
 
 def test_a_target_that_stays_is_proven(world):
@@ -448,7 +448,7 @@ def test_a_target_that_stays_is_proven(world):
     assert not one.attempts.must_settle
 
 
-def test_a_target_that_speaks_is_proven_at_once(world):
+def test_a_target_that_sends_something_is_proven_at_once(world):
     one = world({A: LATER}, settle_ms=5000)
     one.begin()
     one.answer(A, UP, at_ms=10)
@@ -459,7 +459,7 @@ def test_a_target_that_speaks_is_proven_at_once(world):
 
 
 @pytest.mark.parametrize("error", [0, errno.ECONNRESET])
-def test_a_target_that_lets_go_is_not_there(world, error):
+def test_a_target_that_closes_early_has_failed(world, error):
     one = world({A: UP, B: errno.EPROTOTYPE}, settle_ms=50)
     one.begin()
     (fd,) = one.relay.fds[A]
@@ -472,7 +472,7 @@ def test_a_target_that_lets_go_is_not_there(world, error):
     one.assert_nothing_left()
 
 
-def test_a_target_that_has_reset_before_it_was_noticed_is_not_there(world):
+def test_a_target_that_has_reset_before_it_was_noticed_has_failed(world):
     one = world({A: LATER}, settle_ms=50)
     one.begin()
     assert one.answer(A, errno.ECONNRESET) == []
@@ -480,7 +480,7 @@ def test_a_target_that_has_reset_before_it_was_noticed_is_not_there(world):
 
 
 @pytest.mark.parametrize("error", [0, errno.ECONNRESET])
-def test_a_client_that_has_ended_sees_the_target_let_go(world, error):
+def test_a_client_that_has_ended_sees_the_target_close(world, error):
     one = world({A: UP}, settle_ms=50)
     one.begin()
     one.expects_end = True
@@ -559,44 +559,29 @@ def test_attempts_stay_in_their_bounds_and_leave_nothing(
 # ── real sockets ──────────────────────────────────────────────────────────────────────────────────
 
 
-def bound(listens):
-    """A TCP socket on loopback and its packed address; without `listens` it refuses."""
-    sock = socket.socket()
-    sock.bind(("127.0.0.1", 0))
-    if listens:
-        sock.listen()
-    return sock, sockaddr.pack_inet(*sock.getsockname())
-
-
-def test_real_sockets():
+def test_the_first_real_target_that_listens_is_connected():
     loop = EventLoop()
-    (refuses, bad), (listens, good) = bound(False), bound(True)
-    with refuses, listens:
-        one = HappyEyeballs(loop, lambda: False, repeats=True)
-        one.begin([bad, good], loop.relay.now_ms)
-        one.step(loop.relay.now_ms, 1, 1)
-        while not one._winners:
+    with real_target(listens=False) as (_, bad), real_target() as (listener, good):
+        attempts = real_attempts(loop, bad, good)
+        while not attempts._winners:
             assert loop.run(20_000) == []
-            one.step(loop.relay.now_ms, 1, 1)
-        (won,) = one._winners
+            attempts.step(loop.relay.now_ms, 1, 1)
+        (won,) = attempts._winners
         assert won.address == good
         assert connected(won.fd) == 0
-        client, _ = listens.accept()
-        client.settimeout(20)
-        one.stop()
-        with pytest.raises(ConnectionResetError):
-            client.recv(1)
-        client.close()
+        target, _ = listener.accept()
+        with target:
+            target.settimeout(20)
+            attempts.stop()
+            with pytest.raises(ConnectionResetError):
+                target.recv(1)
         assert loop._handlers == {}
 
 
-def test_real_sockets_that_all_refuse():
+def test_real_targets_that_all_refuse():
     loop = EventLoop()
-    (one, first), (other, second) = bound(False), bound(False)
-    with one, other:
-        attempts = HappyEyeballs(loop, lambda: False, repeats=True)
-        attempts.begin([first, second], loop.relay.now_ms)
-        attempts.step(loop.relay.now_ms, 1, 1)
+    with real_target(listens=False) as (_, first), real_target(listens=False) as (_, second):
+        attempts = real_attempts(loop, first, second)
         while not attempts.over:
             loop.run(20_000)
             attempts.step(loop.relay.now_ms, 1, 1)
@@ -605,51 +590,58 @@ def test_real_sockets_that_all_refuse():
         assert loop._handlers == {}
 
 
-def settling_attempts(loop, address):
-    """A round that has begun, in which a connection has to settle."""
-    attempts = HappyEyeballs(loop, lambda: False, repeats=True)
-    attempts.settle_ms, attempts.must_settle = 20_000, True
-    attempts.begin([address], loop.relay.now_ms)
-    attempts.step(loop.relay.now_ms, 1, 1)
-    return attempts
-
-
-def test_a_real_target_that_speaks_while_it_is_watched():
+def test_a_real_target_that_sends_something_while_it_is_watched():
     loop = EventLoop()
-    listens, good = bound(True)
-    with listens:
-        one = settling_attempts(loop, good)
-        client, _ = listens.accept()
-        with client:
-            client.sendall(b"hello")
-            while not one._winners:
-                loop.run(20_000)
-            assert one._winners[0].proven
-            one.stop()
-
-
-@pytest.mark.parametrize("linger", [False, True])
-def test_a_real_target_that_lets_go_while_it_is_watched(linger):
-    loop = EventLoop()
-    listens, good = bound(True)
-    with listens:
-        one = settling_attempts(loop, good)
-        client, _ = listens.accept()
-        if linger:
-            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-        client.close()
-        while not one.over:
+    with watching_real_target(loop) as (attempts, target):
+        target.sendall(b"hello")
+        while not attempts._winners:
             loop.run(20_000)
-        assert one.error == CLOSED_EARLY
+        assert attempts._winners[0].proven
+        attempts.stop()
+
+
+@pytest.mark.parametrize("close", [reset, socket.socket.close])
+def test_a_real_target_that_closes_early_while_it_is_watched(close):
+    loop = EventLoop()
+    with watching_real_target(loop) as (attempts, target):
+        close(target)
+        while not attempts.over:
+            loop.run(20_000)
+        assert attempts.error == CLOSED_EARLY
         assert loop._handlers == {}
 
 
 def test_a_real_socket_that_was_connected_to_itself():
-    """Of a connect to a free ephemeral port: Linux may give the socket that very port."""
-    loop = EventLoop()
-    sock, address = bound(False)
-    with sock:
+    """A connect to a free ephemeral port may do that: Linux may give the socket that very port."""
+    with real_target(listens=False) as (sock, _):
         sock.connect(sock.getsockname())
         assert connected(sock.fileno()) == errno.ELOOP
-    assert loop._handlers == {}
-    assert address
+
+
+@contextlib.contextmanager
+def watching_real_target(loop):
+    """(attempts that watch a connection to a real target, the target's end of it)."""
+    with real_target() as (listener, address):
+        attempts = real_attempts(loop, address, settle_ms=20_000)
+        target, _ = listener.accept()
+        with target:
+            yield attempts, target
+
+
+@contextlib.contextmanager
+def real_target(listens=True):
+    """(a TCP socket on loopback, its packed address); unless it `listens`, it refuses."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        if listens:
+            sock.listen()
+        yield sock, sockaddr.pack_inet(*sock.getsockname())
+
+
+def real_attempts(loop, *addresses, settle_ms=0):
+    """Attempts at real addresses, of which the first has begun."""
+    attempts = HappyEyeballs(loop, lambda: False, repeats=True)
+    attempts.settle_ms, attempts.must_settle = settle_ms, settle_ms > 0
+    attempts.begin(list(addresses), loop.relay.now_ms)
+    attempts.step(loop.relay.now_ms, 1, 1)
+    return attempts

@@ -1,4 +1,4 @@
-"""Held clients that leave, or are cut or given up."""
+"""Held clients that leave, are cut or are given up."""
 
 import errno
 import socket
@@ -41,7 +41,7 @@ def test_a_client_that_leaves_in_the_batch_in_which_its_attempt_succeeds(world, 
     assert one.relay.closes == []
 
 
-def test_drop_all(world):
+def test_drop_all_closes_every_client(world):
     one = world(plan=errno.ECONNREFUSED)
     clients = [one.come() for _ in range(3)]
     one.relay.plan[one.address] = LATER
@@ -52,7 +52,7 @@ def test_drop_all(world):
 
 
 @pytest.mark.parametrize("taken", [False, True])
-def test_a_unix_client_that_has_spoken_and_hung_up_is_served(world, taken):
+def test_a_unix_client_that_has_sent_something_and_hung_up_is_served(world, taken):
     """It has sent its message and closed: the message is delivered."""
     one = world(plan=LATER if taken else errno.ECONNREFUSED)
     fd = one.come()
@@ -72,16 +72,16 @@ def test_a_unix_client_that_has_spoken_and_hung_up_is_served(world, taken):
     assert one.upstream.held.gone == 0
 
 
-def test_a_unix_client_that_has_hung_up_silently_is_dropped_and_counted(world):
+def test_a_unix_client_that_has_hung_up_without_sending_is_dropped_and_counted(world):
     one = world(plan=errno.ECONNREFUSED)
-    fd = one.come(header=b"PROXY UNKNOWN\r\n")  # this is not of its own
+    fd = one.come(header=b"PROXY UNKNOWN\r\n")  # which is ours, not the client's
     one.peers[fd].shutdown(socket.SHUT_RDWR)
     one.happen(fd, EPOLLHUP)
     assert one.gone(fd)
     assert (one.upstream.held.gone, one.upstream.held.failed, one.upstream.held.cut) == (1, 0, 0)
 
 
-def test_a_header_that_comes_back_is_no_word_of_the_client(world):
+def test_a_header_that_comes_back_does_not_count_as_sent_by_the_client(world):
     one = world()
     fd = one.come(header=b"PROXY")
     one.relay.plan[one.address] = errno.ECONNREFUSED
@@ -91,7 +91,7 @@ def test_a_header_that_comes_back_is_no_word_of_the_client(world):
     assert one.upstream.held.gone == 1
 
 
-def test_a_client_that_leaves_is_told_at_debug_level(world, capfd):
+def test_a_client_that_leaves_is_logged_at_debug_level(world, capfd):
     log.setup({"SYSTEMD_LOG_LEVEL": "debug"})
     one = world(plan=errno.ECONNREFUSED)
     fd = one.come()

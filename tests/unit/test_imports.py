@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 PATIENCE = 30
-"""Seconds until what does not come counts as lost."""
+"""Seconds after which something that has not happened counts as failed."""
 
 COMMAND = Path(sys.executable).parent / "systemd-socket-proxyd"
 
@@ -36,7 +36,7 @@ SLOW = {
     "traceback",
     "typing",
 }
-"""Each of them costs more than all that the program needs. Their submodules count as well."""
+"""Each of them costs more than everything that the program needs. Their submodules count too."""
 
 RARE = {
     "proxyd.bind",
@@ -48,7 +48,7 @@ RARE = {
     "proxyd.timespan",
     "proxyd.workers",
 }
-"""Our own modules that most starts have no use for."""
+"""Our own modules that most starts do not need."""
 
 
 def interpreter():
@@ -60,7 +60,7 @@ def interpreter():
 
 
 def environment(**more):
-    """Nothing that a service manager would not set."""
+    """An environment as a service manager makes it."""
     return {"PATH": os.environ["PATH"]} | more
 
 
@@ -71,8 +71,8 @@ def imported(log):
     return set(found)
 
 
-def of_bare_python():
-    """What an interpreter imports that has nothing to do."""
+def modules_of_bare_python():
+    """What the interpreter itself imports."""
     program = interpreter()[0]
     done = subprocess.run(
         [program, "-X", "importtime", "-I", "-c", "pass"],
@@ -85,12 +85,12 @@ def of_bare_python():
     return imported(done.stderr)
 
 
-def of_a_start(tmp_path, listener, *arguments, answers):
-    """What the installed command has imported when the first byte comes out at `answers`.
+def modules_of_a_start(tmp_path, listener, *arguments, answers):
+    """What the installed command has imported when the first byte arrives at `answers`.
 
-    It inherits `listener`, and the client is there before it is started.
+    It inherits `listener`, to which a client has connected before the start.
     """
-    # No variable: the interpreter may be told to ignore the environment.
+    # Not a variable, as the interpreter may be told to ignore the environment.
     command = [*interpreter(), "-X", "importtime", str(COMMAND), *arguments]
     log = tmp_path / "log"
     with socket.socket(listener.family) as client, log.open("wb") as stderr:
@@ -112,7 +112,7 @@ def of_a_start(tmp_path, listener, *arguments, answers):
             with served:
                 served.settimeout(PATIENCE)
                 assert served.recv(1) == b"x"
-                # What it has written is in the file: stderr was written before the byte was sent.
+                # All that was imported by now is in the file: it was written before the byte.
                 before = log.read_text()
         finally:
             os.kill(pid, 15)
@@ -145,7 +145,7 @@ def target(sock):
 
 
 def unwanted(modules, names):
-    """Those of `names`, and what is in them, that are among `modules`."""
+    """Those of `modules` that are among `names`, or submodules of them."""
     return {one for one in modules if any(f"{one}.".startswith(f"{name}.") for name in names)}
 
 
@@ -153,11 +153,12 @@ def unwanted(modules, names):
 @pytest.mark.parametrize("kind", [socket.AF_INET, socket.AF_UNIX])
 def test_a_start_imports_little(tmp_path, sockets, kind):
     listener, backend = sockets(kind), sockets(kind)
-    modules = of_a_start(tmp_path, listener, target(backend), answers=backend) - of_bare_python()
-    assert "proxyd._relay" in modules  # it is this program that we have looked at
+    modules = modules_of_a_start(tmp_path, listener, target(backend), answers=backend)
+    modules -= modules_of_bare_python()
+    assert "proxyd._relay" in modules  # otherwise this was another program
     assert unwanted(modules, SLOW) == set()
     assert unwanted(modules, RARE) == set()
-    # Ours apart, what comes with the interpreter: a handful of small C modules.
+    # Apart from our own, only a handful of small C modules of the interpreter.
     others = {one for one in modules if not one.startswith("proxyd")}
     assert len(others) <= 8, others
 
@@ -166,21 +167,21 @@ def test_a_start_imports_little(tmp_path, sockets, kind):
 @pytest.mark.parametrize(
     "option", ["--exit-idle-time=5min", "--proxy-protocol=v2", "--connections-max=9"]
 )
-def test_nor_do_options_import_what_is_slow(tmp_path, sockets, option):
+def test_options_import_nothing_slow(tmp_path, sockets, option):
     listener, backend = sockets(socket.AF_UNIX), sockets(socket.AF_UNIX)
     if option == "--proxy-protocol=v2":
         pytest.importorskip("proxyd.proxy_protocol")
-        modules = of_a_start_with_header(tmp_path, listener, option, backend)
+        modules = modules_of_a_start_with_header(tmp_path, listener, option, backend)
     else:
-        modules = of_a_start(tmp_path, listener, option, target(backend), answers=backend)
-    assert unwanted(modules - of_bare_python(), SLOW) == set()
+        modules = modules_of_a_start(tmp_path, listener, option, target(backend), answers=backend)
+    assert unwanted(modules - modules_of_bare_python(), SLOW) == set()
 
 
-def of_a_start_with_header(tmp_path, listener, option, backend):
-    """The same, where a PROXY header comes before the client's byte."""
+def modules_of_a_start_with_header(tmp_path, listener, option, backend):
+    """The same with a PROXY header before the client's byte."""
 
-    class Skips:
-        """Accepts, and hands out what follows the header."""
+    class AfterHeader:
+        """Accepts a connection, and reads the header from it."""
 
         @staticmethod
         def accept():
@@ -189,15 +190,15 @@ def of_a_start_with_header(tmp_path, listener, option, backend):
             assert len(served.recv(16, socket.MSG_WAITALL)) == 16
             return served, name
 
-    return of_a_start(tmp_path, listener, option, target(backend), answers=Skips)
+    return modules_of_a_start(tmp_path, listener, option, target(backend), answers=AfterHeader)
 
 
 @pytest.mark.skipif(not COMMAND.exists(), reason=f"SKIPPED LOUDLY: no {COMMAND}")
 def test_a_name_does_not_load_the_idna_codec(tmp_path, sockets):
     listener, backend = sockets(socket.AF_INET), sockets(socket.AF_INET)
     port = backend.getsockname()[1]
-    modules = of_a_start(tmp_path, listener, f"localhost:{port}", answers=backend)
-    assert unwanted(modules - of_bare_python(), SLOW) == set()
+    modules = modules_of_a_start(tmp_path, listener, f"localhost:{port}", answers=backend)
+    assert unwanted(modules - modules_of_bare_python(), SLOW) == set()
     assert "proxyd.resolver" in modules
 
 

@@ -37,11 +37,11 @@ def fit(soft, hard, wanted, listeners=1, threads=1, names=0):
     return fitting, soft_now, done.stderr
 
 
-def test_the_soft_limit_is_raised_to_what_the_cap_needs():
-    fitting, soft, said = fit(256, 4096, 256)
+def test_the_soft_limit_is_raised_to_what_the_connections_need():
+    fitting, soft, logged = fit(256, 4096, 256)
     assert fitting == 256
-    assert 256 * 2 < soft < 4096  # pipes too, but no more than that
-    assert said == ""
+    assert 256 * 2 < soft < 4096  # for pipes too, but no more
+    assert logged == ""
 
 
 def test_it_is_never_lowered():
@@ -49,15 +49,15 @@ def test_it_is_never_lowered():
 
 
 def test_it_is_raised_to_the_hard_limit_at_most():
-    fitting, soft, said = fit(64, 1024, 256)
-    assert (fitting, soft, said) == (256, 1024, "")
+    fitting, soft, logged = fit(64, 1024, 256)
+    assert (fitting, soft, logged) == (256, 1024, "")
 
 
 def test_a_hard_limit_that_is_too_small_costs_connections_and_one_warning():
-    fitting, soft, said = fit(32, 32, 256)
+    fitting, soft, logged = fit(32, 32, 256)
     assert soft == 32
     assert 4 <= fitting <= 11  # two fds each, and stdio, epoll and the like
-    (line,) = said.splitlines()
+    (line,) = logged.splitlines()
     assert line == (
         f"The limit of 32 open files allows {fitting} connections, not 256: raise LimitNOFILE=."
     )
@@ -65,9 +65,9 @@ def test_a_hard_limit_that_is_too_small_costs_connections_and_one_warning():
 
 @pytest.mark.parametrize("limit", [5, 8, 12])
 def test_one_connection_always_remains(limit):
-    fitting, _, said = fit(limit, limit, 256)
+    fitting, _, logged = fit(limit, limit, 256)
     assert fitting == 1
-    assert len(said.splitlines()) == 1
+    assert len(logged.splitlines()) == 1
 
 
 def test_listeners_and_look_ups_need_fds_too():
@@ -83,11 +83,11 @@ def test_threads_need_fds_too():
     assert fit(64, 64, 256, threads=11)[0] == base - 11  # sixteen more
 
 
-def test_the_largest_cap():
-    fitting, soft, said = fit(1024, 4096, 2**32 - 1)
+def test_the_largest_number_of_connections():
+    fitting, soft, logged = fit(1024, 4096, 2**32 - 1)
     assert soft == 4096
     assert 1900 < fitting < 2048
-    assert len(said.splitlines()) == 1
+    assert len(logged.splitlines()) == 1
 
 
 @given(
@@ -98,7 +98,7 @@ def test_the_largest_cap():
     st.integers(3, 1 << 30),
 )
 def test_what_fits_never_needs_more_fds_than_there_are(wanted, listeners, threads, names, hard):
-    asked, said = [], []
+    asked, logged = [], []
 
     def raise_fd_limit(number):
         asked.append(number)
@@ -106,9 +106,9 @@ def test_what_fits_never_needs_more_fds_than_there_are(wanted, listeners, thread
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(limits, "raise_fd_limit", raise_fd_limit)
-        patch.setattr(log, "_log", lambda level, text: said.append(text))
+        patch.setattr(log, "_log", lambda level, text: logged.append(text))
         fitting = limits.fit_connections(wanted, listeners, threads, names=names)
     assert 1 <= fitting <= wanted
     assert fitting == 1 or listeners + 2 * (threads - 1) + 4 * names + 2 * fitting < hard
-    assert len(said) == (fitting < wanted)
+    assert len(logged) == (fitting < wanted)
     assert asked[0] > 2 * wanted

@@ -49,7 +49,7 @@ def test_a_listener_without_a_pair_is_named():
         ("web", [f"{n:x}0=@{n}" for n in range(30)], "'80', '90' and 20 more."),
     ],
 )
-def test_a_listener_without_a_pair_says_what_there_is(name, given, end):
+def test_the_message_about_a_listener_without_a_pair_tells_what_there_is(name, given, end):
     with pytest.raises(UsageError) as caught:
         match_targets(pairs(*given), [listener(name)])
     assert end in str(caught.value)

@@ -1,4 +1,4 @@
-"""Lines on stderr: one each, escaped, never a block and never an exception."""
+"""Messages on stderr: one escaped line each, written without blocking and without exceptions."""
 
 import errno
 import fcntl
@@ -21,27 +21,15 @@ from hypothesis import strategies as st
 from proxyd import log
 
 PATIENCE = 30
-"""Seconds until what does not come counts as lost."""
+"""Seconds after which something that has not happened counts as failed."""
 
 LOST = b"Lines lost here, because standard error did not take them: %d.\n"
 
 
 @pytest.fixture(autouse=True)
-def _default_setup(monkeypatch):
+def _own_writer(monkeypatch):
     for name in ("_rest", "_lost", "_writer"):
         monkeypatch.setattr(log, name, getattr(log, name))
-    log.setup({})
-    yield
-    log.setup({})
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    class Clock:
-        now = 1000.0
-
-    monkeypatch.setattr(log.time, "monotonic", lambda: Clock.now)
-    return Clock
 
 
 def journal_stream():
@@ -174,10 +162,11 @@ def hide_proc(monkeypatch):
 
 
 def in_a_child(stderr, program):
-    """Run `program` with this stderr, and tell what it printed; a write that waits is a failure.
+    """Run `program` with this stderr and return what it prints. A write that blocks fails the test.
 
-    The extension is there only because an instrumented one looks for leaks before the interpreter
-    ends (tests/sanitize/address.h). Later, what a thread that still waits points to counts as lost.
+    The extension is imported only because an instrumented one looks for leaks before the
+    interpreter ends (tests/sanitize/address.h). Later, the memory of a thread that still waits
+    would count as leaked.
     """
     start = "import os\nimport proxyd._relay\nfrom proxyd import log\nlog.setup({})\n"
     done = subprocess.run(
@@ -209,12 +198,12 @@ def hidden(path, *args, **more):
     return real(path, *args, **more)
 log.os.open = hidden
 """
-"""As behind InaccessiblePaths=/proc; or a stderr that belongs to another user."""
+"""As with InaccessiblePaths=/proc, or with a stderr that belongs to another user."""
 
 
 @pytest.mark.parametrize("proc", ["", HIDDEN], ids=["proc", "no proc"])
 def test_a_full_pipe_costs_lines_which_are_counted(proc):
-    """Others write to it as well: it is filled, and its description stays as it is."""
+    """Other processes write to it as well, so its file description stays blocking."""
     reader, writer = os.pipe()
     fill(writer)
     program = proc + (
@@ -237,7 +226,7 @@ def test_a_full_pipe_costs_lines_which_are_counted(proc):
         assert rest.read() == (LOST % 2 + b"kept\nand more\n")
 
 
-def test_a_pipe_without_proc_takes_lines_in_order(monkeypatch):
+def test_without_proc_a_pipe_takes_lines_in_order(monkeypatch):
     hide_proc(monkeypatch)
     reader, writer = os.pipe()
     with_stderr(writer, lambda: [log.error(f"line {number}") for number in range(10)])
@@ -247,7 +236,7 @@ def test_a_pipe_without_proc_takes_lines_in_order(monkeypatch):
 
 
 def test_a_full_socket_costs_lines_which_are_counted():
-    """The journal's is one."""
+    """Such as the journal's."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
@@ -280,18 +269,18 @@ def test_a_terminal_that_is_not_read_costs_lines(terminal, proc):
 @pytest.mark.parametrize("proc", ["", HIDDEN], ids=["proc", "no proc"])
 def test_a_terminal_that_is_read_takes_every_line(terminal, proc):
     master, slave = terminal
-    said = b""
+    output = b""
 
     def read():
-        nonlocal said
-        said = read_all(master, b"last\n")
+        nonlocal output
+        output = read_all(master, b"last\n")
 
     reading = threading.Thread(target=read)
     reading.start()
     program = proc + "for n in range(20): log.error(f'line {n}')\nlog.error('last'); log.finish()"
     in_a_child(slave, program)
     reading.join(PATIENCE)
-    assert said == b"".join(b"line %d\n" % number for number in range(20)) + b"last\n"
+    assert output == b"".join(b"line %d\n" % number for number in range(20)) + b"last\n"
 
 
 def test_a_line_that_a_terminal_takes_in_part_is_not_torn(terminal):
@@ -306,13 +295,13 @@ def test_a_line_that_a_terminal_takes_in_part_is_not_torn(terminal):
         raise AssertionError("the terminal took everything")
 
     with_stderr(slave, write)
-    said = b""
-    while not said.endswith(b"kept\n"):
-        assert select.select([master], [], [], PATIENCE)[0], said[-2000:]
-        said += os.read(master, 65536)
-        if b"Lines lost" not in said:
+    output = b""
+    while not output.endswith(b"kept\n"):
+        assert select.select([master], [], [], PATIENCE)[0], output[-2000:]
+        output += os.read(master, 65536)
+        if b"Lines lost" not in output:
             with_stderr(slave, lambda: log.error("kept"))
-    got = [line for line in said.decode().splitlines() if line != "kept"]
+    got = [line for line in output.decode().splitlines() if line != "kept"]
     number = next(at for at, line in enumerate(got) if "Lines lost" in line)
     assert got[:number] == lines[:number]
     assert re.fullmatch(
@@ -321,7 +310,7 @@ def test_a_line_that_a_terminal_takes_in_part_is_not_torn(terminal):
 
 
 def test_a_terminal_does_not_stop_us_in_the_background(terminal):
-    """With `stty tostop` a line from the background stops the one that writes it."""
+    """With `stty tostop`, a process in the background is stopped when it writes."""
     master, slave = terminal
     attributes = tty.tcgetattr(slave)
     attributes[tty.LFLAG] |= tty.TOSTOP
@@ -346,8 +335,8 @@ def test_a_terminal_does_not_stop_us_in_the_background(terminal):
     assert read_all(master, b"background\n") == b"from the background\n"
 
 
-def test_no_fd_is_left_to_write_with():
-    """A thread writes then: it needs none."""
+def test_a_line_is_written_when_no_fd_is_left():
+    """A thread writes it then, which needs no further fd."""
     reader, writer = os.pipe()
     program = (
         "import resource; fds = len(os.listdir('/proc/self/fd')) - 1\n"
@@ -361,7 +350,7 @@ def test_no_fd_is_left_to_write_with():
 
 
 def test_the_thread_takes_no_signal(terminal):
-    """SIGTERM to the process is the main thread's, which may not have set its mask yet."""
+    """SIGTERM is for the main thread, which may not have set its mask yet."""
     _, slave = terminal
     program = HIDDEN + (
         "log.error('x'); log.finish()\n"
@@ -374,7 +363,7 @@ def test_the_thread_takes_no_signal(terminal):
     assert in_a_child(slave, program) == "0 True\n"
 
 
-def test_no_thread_to_be_had_costs_the_line(terminal, monkeypatch):
+def test_a_thread_that_cannot_be_started_costs_the_line(terminal, monkeypatch):
     hide_proc(monkeypatch)
 
     def refused(*_):
@@ -395,8 +384,8 @@ def test_the_end_waits_for_the_thread_but_not_for_a_reader(terminal):
     assert time.monotonic() - start < PATIENCE
 
 
-def test_the_end_waits_for_a_thread_that_has_all_it_takes(terminal, monkeypatch):
-    """As where it has not run at all yet: its lines would be lost without a look at the reader."""
+def test_the_end_waits_for_a_thread_with_a_full_queue(terminal, monkeypatch):
+    """It may not even have run yet, and the terminal may have room for all of its lines."""
     hide_proc(monkeypatch)
     monkeypatch.setattr(log._thread, "start_new_thread", lambda *_: None)
     monkeypatch.setattr(log, "_FINISH_S", 0)
@@ -408,11 +397,11 @@ def test_the_end_waits_for_a_thread_that_has_all_it_takes(terminal, monkeypatch)
 
     with_stderr(terminal[1], write)
     assert log._lost == 0
-    assert log._writer[1]._queue[-1] == b""  # the thread will say when it comes to that
+    assert log._writer[1]._queue[-1] == b""  # at which the thread reports that it is done
 
 
-def test_another_file_at_proc_is_not_written_to(tmp_path, monkeypatch):
-    """As in a folder that is the root and only looks like it."""
+def test_another_file_in_place_of_proc_is_not_written_to(tmp_path, monkeypatch):
+    """As in a chroot whose /proc is an ordinary folder."""
     really = os.open
     fake = tmp_path / "fake"
     fake.touch()
@@ -424,20 +413,20 @@ def test_another_file_at_proc_is_not_written_to(tmp_path, monkeypatch):
     with_stderr(writer, lambda: log.error("kept"))
     assert os.read(reader, 100) == b"kept\n"
     assert fake.read_bytes() == b""
-    assert len(os.listdir("/proc/self/fd")) <= len(fds) + 2  # the pipe of our own
+    assert len(os.listdir("/proc/self/fd")) <= len(fds) + 2  # our own pipe
     os.close(reader)
     os.close(writer)
 
 
 def test_a_second_thread_leaves_its_line_to_the_first(capfd, monkeypatch):
-    """A resolver's thread that logs while the main thread writes."""
+    """A thread of the resolver logs while the main thread writes."""
     put = log._put
 
     def slowly(data):
         if data == b"first\n":
             other = threading.Thread(target=log.error, args=["second"])
             other.start()
-            other.join(PATIENCE)  # it does not wait for us
+            other.join(PATIENCE)  # it does not wait for this thread
             assert not other.is_alive()
         return put(data)
 
@@ -446,7 +435,7 @@ def test_a_second_thread_leaves_its_line_to_the_first(capfd, monkeypatch):
     assert capfd.readouterr().err == "first\nsecond\n"
 
 
-def test_what_was_lost_is_told_at_the_end():
+def test_lost_lines_are_reported_at_the_end():
     reader, writer = os.pipe()
     fill(writer)
     with_stderr(writer, lambda: log.error("lost"))
@@ -457,7 +446,7 @@ def test_what_was_lost_is_told_at_the_end():
     os.close(writer)
 
 
-def test_the_description_of_our_own_is_closed_on_exec():
+def test_our_own_file_description_is_closed_on_exec():
     reader, writer = os.pipe()
     with_stderr(writer, lambda: log.error("x"))
     assert fcntl.fcntl(log._writer[1]._fd, fcntl.F_GETFD) & fcntl.FD_CLOEXEC
@@ -483,7 +472,7 @@ def test_a_closed_stderr_costs_the_line():
         os.close(saved)
 
 
-def test_limited(capfd, clock):
+def test_limited_lines(capfd, clock):
     for _ in range(4):
         log.limited("limit", "Hit.")
     log.limited("other", "Other.")
@@ -501,7 +490,7 @@ def test_limited(capfd, clock):
     ]
 
 
-def test_what_was_left_out_is_told_at_the_end(capfd, clock):
+def test_lines_left_out_are_reported_at_the_end(capfd, clock):
     log.limited("a", "First.")
     log.limited("a", "Second.")
     log.limited("a", "Third.")

@@ -67,7 +67,7 @@ def test_a_remembered_address_that_fails_late_is_not_the_only_one(world, capfd):
     one.tick()
     one.run(500)
     assert one.relay.served[-1] == (fd, b"GET")
-    assert one.relay.attempts[-1] == (250, inet(2), None)  # the slow one would be the last
+    assert one.relay.attempts[-1] == (250, inet(2), None)  # the slow one would come last
     assert capfd.readouterr().err == ""
 
 
@@ -102,8 +102,8 @@ def test_a_dead_first_address_costs_250_ms_once(world):
     assert one.served == [fd]
 
 
-def test_a_dead_first_address_and_a_second_that_is_there_at_once(world):
-    """As every address of this machine is: the attempt succeeds within step()."""
+def test_a_dead_first_address_and_a_second_that_answers_at_once(world):
+    """As every address of this machine does: the attempt succeeds within step()."""
     plan = {inet(1): LATER, inet(2): UP}
     one = world(NAME, plan=plan, answer=([inet(1, 0), inet(2, 0)], None))
     fd = one.come()
@@ -121,7 +121,7 @@ def test_a_round_that_fails_within_step_is_an_outage_at_once(world, capfd):
     assert "holding clients" in capfd.readouterr().err
 
 
-def test_an_address_that_took_long_is_not_remembered(world):
+def test_an_address_that_answered_late_is_not_remembered(world):
     plan = {inet(1): LATER, inet(2): UP}
     one = world(NAME, plan=plan, answer=([inet(1, 0), inet(2, 0)], None))
     one.come()
@@ -162,12 +162,12 @@ def test_each_client_has_an_attempt_of_its_own_without_connect_timeout(world):
     assert one.relay.times == [0] * 6
 
 
-def test_a_connection_is_used_though_the_name_is_just_looked_up_again(world):
+def test_a_connection_is_used_while_the_name_is_looked_up_again(world):
     plan = {inet(1): LATER, inet(2): errno.ECONNREFUSED}
     one = world(NAME, plan=plan, answer=([inet(1, 0), inet(2, 0)], None))
     fd = one.come()
     one.run(255)
-    one.names.answer = None  # from now on the name servers think
+    one.names.answer = None  # from now on no look-up is answered
     one.run(900)
     one.answer(inet(1), 0)
     assert one.served == [fd]
@@ -218,7 +218,7 @@ def test_a_name_that_does_not_appear(world, capfd):
     ("code", "timeout_ms"),
     [(_socket.EAI_FAIL, 10_000), (_socket.EAI_FAMILY, None), *((code, 0) for code in NOT_YET)],
 )
-def test_a_name_that_cannot_be(world, capfd, code, timeout_ms):
+def test_a_look_up_that_fails_for_good_is_not_repeated(world, capfd, code, timeout_ms):
     error = _socket.gaierror(code, "no such thing")
     one = world(NAME, plan={}, answer=([], error), timeout_ms=timeout_ms)
     clients = [one.come(), one.come()]
@@ -254,7 +254,7 @@ def test_a_look_up_that_is_late_is_used_when_it_comes(world, capfd):
     one.tick()
     assert one.relay.served == [(fd, b"")]
     assert one.relay.attempts == [(5000, inet(1), None)]
-    assert one.names.asked == [0, 5000]  # the second was answered at once
+    assert one.names.asked == [0, 5000]  # the second one was answered at once
 
 
 def test_without_connect_timeout_a_late_look_up_is_waited_for(world, capfd):
@@ -281,13 +281,13 @@ def test_the_last_good_answer_stands_in_for_a_late_one(world, capfd):
     assert one.served == clients
     assert one.names.asked == [0]
     one.names.stands_in = []
-    one.names.reply([inet(1, 0)])  # it comes after all
+    one.names.reply([inet(1, 0)])  # the answer comes after all
     one.come()
     assert len(one.served) == 4
     assert capfd.readouterr().err == ""
 
 
-def test_a_client_whose_look_up_is_prompt_does_not_wait_in_the_status(world):
+def test_a_client_whose_look_up_is_prompt_does_not_count_as_waiting(world):
     one = world(NAME, plan={inet(1): UP})
     one.come()
     one.run(STAGGER_MS - 1)
@@ -324,7 +324,7 @@ def test_a_prompt_address_stays_while_it_is_among_the_answers(world):
     assert not one.held
 
 
-def test_the_only_address_of_a_name_has_all_the_time_that_a_literal_one_has(world):
+def test_the_only_address_of_a_name_has_as_much_time_as_a_literal_one(world):
     one = world(NAME, plan={inet(1): UP}, answer=([inet(1, 0)], None), timeout_ms=7000)
     one.come()
     one.tick()
@@ -390,9 +390,8 @@ def scoped(index):
 def test_the_interface_of_a_target_is_looked_up_for_each_client(world, interfaces):
     interfaces["eth0"] = (3,)
     one = world("[fe80::1%eth0]:80", plan={scoped(3): UP, scoped(9): UP})
-    assert (
-        one.upstream.auto_connect_address is None
-    )  # or the relay would connect there without asking
+    # Otherwise the relay would connect without asking for the index.
+    assert one.upstream.auto_connect_address is None
     for index in (3, 9, 3):
         interfaces["eth0"] = (index,)
         one.come()
@@ -415,7 +414,7 @@ def test_an_interface_that_is_not_there_yet_is_waited_for(world, interfaces, cap
 
 
 @pytest.mark.parametrize("error", [errno.ENETUNREACH, errno.ENODEV, errno.EADDRNOTAVAIL])
-def test_an_interface_that_is_made_anew_is_followed_within_an_outage(world, interfaces, error):
+def test_an_interface_that_is_recreated_is_followed_within_an_outage(world, interfaces, error):
     interfaces["eth0"] = (3,)
     one = world("[fe80::1%eth0]:80", plan={scoped(3): error, scoped(9): UP})
     fd = one.come()

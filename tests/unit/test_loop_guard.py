@@ -1,4 +1,4 @@
-"""Which listeners' clients may be ourselves: by network namespace, and by family."""
+"""Which listeners may have ourselves as a client, by network namespace and family."""
 
 import os
 import shutil
@@ -46,7 +46,7 @@ def listening():
 
 
 @pytest.fixture
-def cookies():
+def netns_cookies():
     with socket.socket() as sock:
         try:
             sock.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8)
@@ -61,10 +61,10 @@ TARGETS = ["127.0.0.1:80", "[::1]:80", "backend:80", "127.0.0.1:*", "/run/x"]
 @pytest.mark.parametrize(
     ("kind", "where"), [(socket.AF_INET, ("127.0.0.1", 0)), (socket.AF_INET6, ("::1", 0))]
 )
-def test_a_tcp_listener_in_our_network(listening, cookies, kind, where, target):
+def test_a_tcp_listener_in_our_network_is_checked(listening, netns_cookies, kind, where, target):
     sock = listening(kind, where)
     assert what_to_check(listener(sock, target)) == CHECK_TCP
-    # The check has borrowed the fd, and not closed it.
+    # The check has not closed the fd that it borrowed.
     assert sock.getsockname()[0] == where[0]
 
 
@@ -72,18 +72,18 @@ def test_a_tcp_listener_in_our_network(listening, cookies, kind, where, target):
     ("target", "check"),
     [("/run/x", CHECK_UNIX), ("@x", CHECK_UNIX), ("127.0.0.1:80", 0), ("backend:80", 0)],
 )
-def test_a_unix_listener_matters_if_the_target_is_unix_too(listening, tmp_path, target, check):
+def test_a_unix_listener_is_checked_if_the_target_is_unix_too(listening, tmp_path, target, check):
     sock = listening(socket.AF_UNIX, str(tmp_path / "socket"))
     assert what_to_check(listener(sock, target)) == check
 
 
-def test_another_family():
+def test_other_families_are_not_checked():
     one = Listener(-1, "x", sockaddr.pack_vsock(1, 80))
     one.target = parse_target("127.0.0.1:80")
     assert what_to_check(one) == 0
 
 
-def test_a_kernel_that_cannot_tell_is_no_proof(listening, monkeypatch):
+def test_without_the_cookie_nothing_is_checked(listening, monkeypatch):
     def too_old(sock):
         raise OSError(92, "Protocol not available")
 
@@ -93,7 +93,7 @@ def test_a_kernel_that_cannot_tell_is_no_proof(listening, monkeypatch):
     assert sock.getsockname()
 
 
-def test_no_fd_left_to_compare_with_is_no_proof(listening, monkeypatch):
+def test_without_an_fd_to_compare_with_nothing_is_checked(listening, monkeypatch):
     sock = listening(socket.AF_INET, ("127.0.0.1", 0))
     one = listener(sock, "127.0.0.1:80")
 
@@ -119,7 +119,7 @@ socket.send_fds(channel, [b"x"], [sock.fileno()])
 
 
 def listen_elsewhere(unshare):
-    """The fd of a listener in another network namespace, None where there can be none."""
+    """The fd of a listener in another network namespace; None if one cannot be made."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
         done = subprocess.run(
@@ -135,8 +135,8 @@ def listen_elsewhere(unshare):
         return fd
 
 
-def test_a_listener_in_another_network(cookies):
-    """There an equal address is somebody else's."""
+def test_a_listener_in_another_network_is_not_checked(netns_cookies):
+    """There, an equal address is another one."""
     if shutil.which("unshare") is None:
         pytest.skip("SKIPPED LOUDLY: no unshare(1): listeners of other networks are not tested")
     fd = listen_elsewhere(["unshare", "--net"])

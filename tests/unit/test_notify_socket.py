@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxyd import log
 from proxyd.sd_notify import NotifySocket
 
 
@@ -30,7 +29,6 @@ def notifier(request):
         request.addfinalizer(made.close)
         return made
 
-    log.setup({})
     return make
 
 
@@ -82,7 +80,7 @@ def test_a_manager_that_is_gone_is_one_warning(manager, notifier, capfd):
 
 
 @pytest.mark.parametrize("value", ["x", "vsock:2:80", "@", "/" + "a" * 200, "\udcff"])
-def test_garbage_socket(notifier, capfd, value):
+def test_garbage_in_notify_socket(notifier, capfd, value):
     out = notifier(NOTIFY_SOCKET=value)
     assert not out.enabled
     assert not out.send("READY=1")
@@ -101,7 +99,7 @@ def test_garbage_socket(notifier, capfd, value):
         ({"WATCHDOG_PID": "x"}, 0),
     ],
 )
-def test_watchdog(notifier, capfd, environ, usec):
+def test_the_interval_of_the_watchdog(notifier, capfd, environ, usec):
     assert notifier(NOTIFY_SOCKET="@x", **environ).watchdog_usec == usec
     assert capfd.readouterr().err == ""
 
@@ -110,7 +108,7 @@ def test_watchdog(notifier, capfd, environ, usec):
 @pytest.mark.parametrize(
     "value", ["", "x", "0", "-1", "1s", "18446744073709551615", "٣", "9" * 5000]
 )
-def test_garbage_watchdog(notifier, capfd, name, value):
+def test_garbage_in_the_variables_of_the_watchdog(notifier, capfd, name, value):
     environ = {"WATCHDOG_USEC": "1000"} | {name: value}
     assert notifier(NOTIFY_SOCKET="@x", **environ).watchdog_usec == 0
     (line,) = capfd.readouterr().err.splitlines()

@@ -1,4 +1,4 @@
-"""The command line. Messages that the original has too were read off the original."""
+"""The command line. Messages that the original has too were copied from its output."""
 
 import contextlib
 import os
@@ -144,7 +144,7 @@ def test_messages_of_our_own(args, text):
     assert message(*args) == text
 
 
-def test_ambiguous():
+def test_an_ambiguous_option():
     names = " ".join(f"'--{option.long}'" for option in OPTIONS)
     assert message("--=x") == f"{PROG}: option '--=x' is ambiguous; possibilities: {names}"
 
@@ -240,7 +240,7 @@ def test_not_numbers_to_systemd(text):
         options._unsigned(text)
 
 
-def test_after_two_dashes_everything_is_a_target():
+def test_two_dashes_end_the_options():
     assert parse("--", "-c5").targets[0][1].text == "-c5"
     assert parse("-").targets[0][1].text == "-"
 

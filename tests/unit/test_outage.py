@@ -11,7 +11,7 @@ from kit.upstream_world import EPOLLHUP, NAME, REFUSED, TCP, UNIX, inet, up_at
 from proxyd import log, outage
 
 
-def test_a_target_that_is_still_starting_is_no_warning(world, levels):
+def test_no_warning_while_a_target_is_starting(world, levels):
     one = world(plan=up_at(3000))
     one.come()
     one.run(5000)
@@ -38,7 +38,7 @@ def test_a_target_that_has_been_reached_before_is_a_warning(world, levels):
     assert [level for level, _ in levels] == [log.WARNING]
 
 
-def test_clients_that_came_back_do_not_mean_that_it_was_reached(world, levels):
+def test_clients_that_came_back_are_no_sign_that_it_was_reached(world, levels):
     one = world()
     clients = [one.come(), one.come()]
     one.relay.plan[one.address] = errno.ECONNREFUSED
@@ -58,7 +58,7 @@ def test_a_connection_of_the_relay_counts_as_reached(world, levels):
 
 
 @pytest.mark.parametrize("error", [errno.EACCES, errno.EPERM])
-def test_a_permission_that_is_missing_is_a_warning_at_once(world, levels, error):
+def test_a_missing_permission_is_a_warning_at_once(world, levels, error):
     one = world(UNIX, plan=error)
     one.come()
     one.run(20_000)
@@ -82,7 +82,7 @@ def test_one_line_when_an_outage_begins_and_one_when_it_ends(world, capfd):
     assert capfd.readouterr().err == ""
 
 
-def test_the_end_of_an_outage_when_nothing_can_be_loaded(world, capfd, monkeypatch):
+def test_the_end_of_an_outage_when_no_module_can_be_loaded(world, capfd, monkeypatch):
     monkeypatch.setitem(sys.modules, "proxyd.timespan", None)  # as if no fd were left
     one = world(plan=up_at(20))
     one.come()
@@ -93,14 +93,14 @@ def test_the_end_of_an_outage_when_nothing_can_be_loaded(world, capfd, monkeypat
     )
 
 
-def test_a_single_client(world, capfd):
+def test_a_single_client_is_in_the_singular(world, capfd):
     one = world(plan=up_at(20))
     one.come()
     one.run(20)
     assert capfd.readouterr().err.splitlines()[1] == f"{TCP} answers after 20ms, 1 client was held."
 
 
-def test_every_outage_is_told(world, capfd):
+def test_every_outage_is_logged(world, capfd):
     one = world(plan=lambda now_ms: UP if now_ms % 20_000 >= 5000 else errno.ECONNREFUSED)
     for at_ms in (0, 20_000, 40_000):
         one.run(at_ms)
@@ -129,10 +129,10 @@ def test_an_outage_ends_even_if_the_last_follower_hangs_up(world, capfd):
     one.relay.plan[one.address] = errno.ECONNREFUSED
     one.come()
     one.tick()
-    assert "holding clients" in capfd.readouterr().err, "the second outage is not told"
+    assert "holding clients" in capfd.readouterr().err, "the second outage is not logged"
 
 
-def test_clients_that_are_given_up_are_told_with_the_last_error(world, capfd):
+def test_clients_that_are_given_up_are_logged_with_the_last_error(world, capfd):
     one = world(UNIX, plan=lambda now_ms: errno.ENOENT if now_ms < 300 else errno.ECONNREFUSED)
     one.come()
     one.run(10_000)
@@ -141,7 +141,7 @@ def test_clients_that_are_given_up_are_told_with_the_last_error(world, capfd):
     assert last == f"Failed to connect to remote host: Connection refused ({UNIX})."
 
 
-def test_many_that_are_given_up_are_one_line(world, capfd):
+def test_many_clients_that_are_given_up_are_one_line(world, capfd):
     one = world(plan=errno.ECONNREFUSED)
     for _ in range(50):
         one.come()
@@ -150,7 +150,7 @@ def test_many_that_are_given_up_are_one_line(world, capfd):
     assert len(capfd.readouterr().err.splitlines()) == 2
 
 
-def test_the_reason_is_not_an_earlier_outage_s(world, capfd):
+def test_the_reason_is_not_that_of_an_earlier_outage(world, capfd):
     one = world(NAME, plan={inet(1): up_at(500)}, answer=([inet(1)], None))
     one.come()
     one.run(30_000)

@@ -1,10 +1,10 @@
-"""`HOST:*`: the upstreams to ports that are no listener's, made when needed and not kept."""
+"""`HOST:*`: upstreams to ports without a listener are made when needed, and few are kept."""
 
 import os
 import socket
 
 import pytest
-from kit.fake_relay import FakeListener
+from kit.sockets import reset
 
 from proxyd import acceptor as acceptor_module
 from proxyd import ports as ports_module
@@ -54,19 +54,19 @@ def test_each_port_has_an_upstream_of_its_own(world):
     assert world.made == [80, 443]
     assert world.all == upstreams[:2]
     assert upstreams[1].auto_connect_address == pack_inet("127.0.0.2", 443)
-    # The log limits their lines together, or a port scan would flood it.
+    # Their log lines are limited together, or a port scan would flood the log.
     assert [one.group for one in upstreams] == [TARGET] * 3
     assert upstreams[0]._outage.group == TARGET
 
 
-def test_the_port_of_a_listener_has_its_upstream_already(world):
+def test_the_port_of_a_listener_uses_its_upstream(world):
     fixed = world.make(80)
     world.ports.add_fixed(fixed)
     assert world.ports.upstream(80) is fixed
     assert world.made == [80]
 
 
-def test_upstreams_are_not_kept(world):
+def test_few_upstreams_are_kept(world):
     for port in range(1, 1001):
         upstream = world.ports.upstream(port)
         upstream.served += 1
@@ -78,7 +78,7 @@ def test_upstreams_are_not_kept(world):
     assert sum(one.held.failed for one in world.all) == 2000
 
 
-def test_those_used_last_are_kept(world):
+def test_the_upstreams_used_last_are_kept(world):
     for port in range(1, IDLE_MAX + 1):
         world.ports.upstream(port)
     first = world.ports.upstream(1)
@@ -87,7 +87,7 @@ def test_those_used_last_are_kept(world):
     assert 2 not in [upstream.port for upstream in world.all]
 
 
-def test_upstreams_on_which_clients_wait_are_kept(world):
+def test_upstreams_with_held_clients_are_kept(world):
     busy = [world.ports.upstream(port) for port in range(1, IDLE_MAX)]
     for upstream in busy[:5]:
         fd = os.open("/dev/null", os.O_RDONLY)
@@ -101,9 +101,8 @@ def test_upstreams_on_which_clients_wait_are_kept(world):
 
 
 @pytest.fixture
-def fakes(monkeypatch):
-    """The relay's listeners are fake."""
-    monkeypatch.setattr(acceptor_module, "RelayListener", FakeListener)
+def unchecked_listeners(fake_listeners, monkeypatch):
+    """Fake listeners, without the check for loops, which needs real ones."""
     monkeypatch.setattr(acceptor_module, "what_to_check", lambda listener: 0)
 
 
@@ -115,7 +114,7 @@ def listener_with(world, ports):
     return listener
 
 
-def test_the_upstream_of_a_client_is_that_of_its_port(world, fakes, monkeypatch):
+def test_the_upstream_of_a_client_is_that_of_its_port(world, unchecked_listeners, monkeypatch):
     one = listener_with(world, world.ports)
     assert one.relay_listener.check == CHECK_PORT
     world.ports.add_fixed(one.upstream)
@@ -125,21 +124,20 @@ def test_the_upstream_of_a_client_is_that_of_its_port(world, fakes, monkeypatch)
         assert upstream_of(one, 7).text == text
 
 
-def test_a_client_that_has_reset_still_has_its_port(world, fakes):
+def test_a_client_that_has_reset_still_has_its_port(world, unchecked_listeners):
     one = listener_with(world, world.ports)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         client = socket.create_connection(listener.getsockname())
         accepted, _ = listener.accept()
         with accepted:
-            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-            client.close()
+            reset(client)
             with pytest.raises(ConnectionResetError):
                 accepted.recv(1)
             port = listener.getsockname()[1]
             assert upstream_of(one, accepted.fileno()).port == port
 
 
-def test_other_targets_ask_no_client_for_its_port(world, fakes, monkeypatch):
+def test_other_targets_need_no_port_of_a_client(world, unchecked_listeners, monkeypatch):
     monkeypatch.setattr(acceptor_module, "socket_names", None)
     one = listener_with(world, None)
     assert upstream_of(one, 7) is one.upstream

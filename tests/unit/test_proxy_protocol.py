@@ -1,10 +1,11 @@
-"""PROXY headers, byte for byte as proxy-protocol.txt has them, of real sockets."""
+"""PROXY headers of real sockets, byte for byte as proxy-protocol.txt defines them."""
 
 import os
 import socket
 import struct
 
 import pytest
+from kit.sockets import reset
 
 from proxyd._relay import socket_names
 from proxyd.proxy_protocol import UnknownAddressError, header
@@ -14,7 +15,7 @@ SIGNATURE = bytes.fromhex("0d0a0d0a000d0a515549540a")
 
 @pytest.fixture
 def accepted(tmp_path):
-    """Connect to a listener; the client's socket and the accepted one."""
+    """Connect to a listener; return the client's socket and the accepted one."""
     opened = []
 
     def make(listen_kind, listen_to, connect_kind=None, connect_to=None, bind_to=None):
@@ -57,12 +58,7 @@ def header_of(version, served):
 def test_tcp4(accepted):
     client, served = accepted(socket.AF_INET, ("127.0.0.1", 0), bind_to=("127.0.0.2", 0))
     theirs, ours = ports(client)
-    assert header(
-        1, served.fileno(), peer_of(served)
-    ) == b"PROXY TCP4 127.0.0.2 127.0.0.1 %d %d\r\n" % (
-        theirs,
-        ours,
-    )
+    assert header_of(1, served) == b"PROXY TCP4 127.0.0.2 127.0.0.1 %d %d\r\n" % (theirs, ours)
     assert header_of(2, served) == (
         SIGNATURE
         + b"\x21\x11\x00\x0c"
@@ -74,10 +70,7 @@ def test_tcp4(accepted):
 def test_tcp6(accepted):
     client, served = accepted(socket.AF_INET6, ("::1", 0))
     theirs, ours = ports(client)
-    assert header_of(1, served) == b"PROXY TCP6 ::1 ::1 %d %d\r\n" % (
-        theirs,
-        ours,
-    )
+    assert header_of(1, served) == b"PROXY TCP6 ::1 ::1 %d %d\r\n" % (theirs, ours)
     assert header_of(2, served) == (
         SIGNATURE
         + b"\x21\x21\x00\x24"
@@ -92,12 +85,7 @@ def test_mapped_addresses_are_ipv4(accepted):
     )
     assert served.getpeername()[0] == "::ffff:127.0.0.3"
     theirs, ours = ports(client)
-    assert header(
-        1, served.fileno(), peer_of(served)
-    ) == b"PROXY TCP4 127.0.0.3 127.0.0.1 %d %d\r\n" % (
-        theirs,
-        ours,
-    )
+    assert header_of(1, served) == b"PROXY TCP4 127.0.0.3 127.0.0.1 %d %d\r\n" % (theirs, ours)
     assert header_of(2, served) == (
         SIGNATURE
         + b"\x21\x11\x00\x0c"
@@ -114,14 +102,14 @@ def assert_unknown(fd):
 
 @pytest.mark.parametrize("bound", [False, True])
 @pytest.mark.parametrize("abstract", [False, True])
-def test_unix(accepted, tmp_path, bound, abstract):
+def test_unix_clients_are_unknown(accepted, tmp_path, bound, abstract):
     path = f"\0test{os.getpid()}" if abstract else str(tmp_path / "listener")
     bind_to = str(tmp_path / "client") if bound else None
     _, served = accepted(socket.AF_UNIX, path, bind_to=bind_to)
     assert_unknown(served.fileno())
 
 
-def test_a_pair():
+def test_a_socket_pair():
     one, other = socket.socketpair()
     with one, other:
         assert_unknown(one.fileno())
@@ -137,23 +125,22 @@ def test_a_pair():
     ],
 )
 def test_a_client_that_has_reset_already(accepted, listen, connect, version):
-    """What accept(2) has told is still known, and so is our own address."""
+    """The address from accept(2) is still known, and so is our own."""
     client, served = accepted(*listen, *connect)
     peer = peer_of(served)
     expected = header(version, served.fileno(), peer)
-    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    client.close()
+    reset(client)
     with pytest.raises(ConnectionResetError):
         served.recv(1)
     assert peer_of(served) == b""
     assert header(version, served.fileno(), peer) == expected
     assert b"UNKNOWN" not in expected
-    # It must not be taken for the proxy itself where the address is not known.
+    # Without an address it must not be announced as a connection of the proxy itself.
     with pytest.raises(UnknownAddressError):
         header(version, served.fileno(), b"")
 
 
-def test_what_is_no_socket_is_nobody():
+def test_a_file_has_no_address():
     with open("/dev/null") as file, pytest.raises(UnknownAddressError):
         header(1, file.fileno(), b"")
 

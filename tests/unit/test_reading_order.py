@@ -36,7 +36,7 @@ FILES = [
 """Each file cimports only from files further down."""
 
 JUMPS_BACK = {}
-"""Calls that go up in a file, {(caller, callee): why}."""
+"""{(caller, callee): why} of the calls that go up in a file."""
 
 LINES_MAX = 400
 
@@ -57,7 +57,7 @@ def functions(text):
 
 
 def upward_calls(text):
-    """{(caller, callee)}, the callee standing above its caller, or being the caller."""
+    """{(caller, callee)} of all calls to a function above, or to the caller itself."""
     found, above = set(), []
     for name, body in functions(text):
         above.append(name)
@@ -95,7 +95,7 @@ def test_no_exception_is_left_over():
 
 
 def test_a_call_that_goes_up_is_found():
-    """And recursion is; a name in a comment is none."""
+    """So is recursion; a name in a comment is not a call."""
     text = """
 cdef inline int lower() noexcept nogil:
     return 1

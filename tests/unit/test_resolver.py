@@ -1,4 +1,4 @@
-"""Look-ups: off the main thread, one for all who ask, remembered, and never waited for."""
+"""Look-ups: off the main thread, shared, remembered, and never waited for."""
 
 import _socket
 import itertools
@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxyd import address as sockaddr
-from proxyd import log, resolver
+from proxyd import resolver
 from proxyd.resolver import (
     AHEAD_MS,
     FAILING_MS,
@@ -27,7 +27,7 @@ from proxyd.resolver import (
 )
 
 PATIENCE = 20
-"""Seconds until what does not come counts as lost."""
+"""Seconds after which something that has not happened counts as failed."""
 
 HOST = b"backend.example"
 V4 = sockaddr.pack_inet("192.0.2.1", 0)
@@ -48,8 +48,8 @@ def found(*addresses):
     ]
 
 
-class NameServer:
-    """Stands for getaddrinfo(3): `answers` by host; those in `hanging` do not return."""
+class FakeGetaddrinfo:
+    """Stands in for getaddrinfo(3): `answers` by host; for a host in `hanging` it blocks."""
 
     def __init__(self):
         self.answers = {}
@@ -84,17 +84,10 @@ class NameServer:
 
 @pytest.fixture
 def server(monkeypatch):
-    one = NameServer()
+    one = FakeGetaddrinfo()
     monkeypatch.setattr(resolver._socket, "getaddrinfo", one)
     yield one
     one.let_go.set()
-
-
-@pytest.fixture(autouse=True)
-def _own_log():
-    log.setup({})
-    yield
-    log.setup({})
 
 
 @pytest.fixture
@@ -125,13 +118,13 @@ def ask(names, host, now_ms):
 
 
 def collect(names, now_ms):
-    """What the main loop does when it hears of an answer, which is waited for."""
+    """Wait for an answer, and do what the main loop then does."""
     assert select.select([names.fd], [], [], PATIENCE)[0]
     names.collect(now_ms)
 
 
 def look_up(names, host, now_ms):
-    """Ask, and wait for the answer, which must not have been there at once."""
+    """Ask, and wait for the answer, which must not come at once."""
     asker = ask(names, host, now_ms)
     assert asker.heard == []
     while not asker.heard:
@@ -152,7 +145,7 @@ def test_nothing_to_collect(names):
     names.collect(0)
 
 
-def test_an_interrupted_look_for_answers_is_none(names, monkeypatch):
+def test_an_interrupted_collect_is_no_error(names, monkeypatch):
     def interrupted(fd):
         raise InterruptedError
 
@@ -166,23 +159,23 @@ def test_error(names, server):
 
 
 @pytest.mark.parametrize("error", [OSError(24, "Too many open files"), MemoryError()])
-def test_errors_that_are_not_the_resolver_s_are_answers_too(names, server, error):
+def test_errors_of_other_kinds_are_answers_too(names, server, error):
     server.answers[HOST] = error
-    ((addresses, told),) = look_up(names, HOST, 0)
+    ((addresses, answer),) = look_up(names, HOST, 0)
     assert addresses == []
-    assert isinstance(told, _socket.gaierror)
-    assert told.errno in RETRYABLE  # fds and memory come back
-    # And the thread has survived it.
+    assert isinstance(answer, _socket.gaierror)
+    assert answer.errno in RETRYABLE  # fds and memory become free again
+    # The thread has survived it.
     server.answers[HOST] = found(V4)
     assert look_up(names, HOST, FRESH_MS) == [([V4], None)]
 
 
-def test_the_same_address_twice_is_one(names, server):
+def test_duplicate_addresses_are_dropped(names, server):
     server.answers[HOST] = found(V4, V4, V6, V4)
     assert look_up(names, HOST, 0) == [([V4, V6], None)]
 
 
-def test_scope_is_kept(names, server):
+def test_the_scope_is_kept(names, server):
     address = sockaddr.pack_inet6("fe80::1", 0, 7)
     server.answers[HOST] = found(address)
     assert look_up(names, HOST, 0) == [([address], None)]
@@ -191,7 +184,7 @@ def test_scope_is_kept(names, server):
 # ── reuse ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_concurrent_look_ups_of_a_name_are_one(names, server):
+def test_concurrent_look_ups_of_a_name_are_shared(names, server):
     server.answers[HOST] = found(V4)
     server.hanging.add(HOST)
     askers = [ask(names, HOST, now_ms) for now_ms in (0, 1, 5000)]
@@ -209,13 +202,13 @@ def test_two_names_are_two_look_ups(names, server):
     assert look_up(names, b"other", 0) == [([V6], None)]
 
 
-def test_an_answer_serves_for_a_second(names, server):
+def test_an_answer_is_reused_for_a_second(names, server):
     assert FRESH_MS == 1000
     server.answers[HOST] = found(V4)
     assert names.current(HOST, 100) == []
     look_up(names, HOST, 100)
     server.answers[HOST] = found(V6)
-    server.hanging.add(HOST)  # what looks it up again before the second is over
+    server.hanging.add(HOST)  # so that the look-up ahead of time does not end
     assert names.current(HOST, 100 + FRESH_MS - 1) == [V4]
     assert ask(names, HOST, 100 + FRESH_MS - 1).heard == [([V4], None)]
     assert names.current(HOST, 100 + FRESH_MS) == []
@@ -235,7 +228,7 @@ def test_the_second_counts_from_the_answer(names, server):
 
 
 @pytest.mark.parametrize("took_ms", [0, 100, FRESH_MS - AHEAD_MS])
-def test_clients_keep_an_answer_fresh_and_wait_for_none(names, server, took_ms):
+def test_clients_keep_an_answer_fresh_without_waiting(names, server, took_ms):
     server.answers[HOST] = found(V4)
     look_up(names, HOST, 0)
     now_ms = 0
@@ -244,7 +237,7 @@ def test_clients_keep_an_answer_fresh_and_wait_for_none(names, server, took_ms):
         assert names.current(HOST, due_ms - 1) == [sockaddr.pack_inet(f"192.0.2.{last}", 0)]
         assert len(server.asked) == last
         server.answers[HOST] = found(sockaddr.pack_inet(f"192.0.2.{last + 1}", 0))
-        for ms in (0, took_ms // 2, took_ms):  # one look-up, whoever comes meanwhile
+        for ms in (0, took_ms // 2, took_ms):  # one look-up for all clients that come meanwhile
             if due_ms + ms < now_ms + FRESH_MS:
                 assert names.current(HOST, due_ms + ms) == [
                     sockaddr.pack_inet(f"192.0.2.{last}", 0)
@@ -273,7 +266,7 @@ def test_the_list_of_addresses_is_the_same_until_there_is_another_answer(names, 
     assert names.current(HOST, FRESH_MS) is not known
 
 
-def test_a_failure_serves_for_a_second_too(names, server):
+def test_a_failure_is_reused_for_a_second_too(names, server):
     server.answers[HOST] = NONAME
     look_up(names, HOST, 0)
     assert names.current(HOST, 0) == []
@@ -301,18 +294,18 @@ def test_the_last_good_answer_serves_when_a_look_up_fails(names, server, capfd, 
 
 
 @pytest.mark.parametrize("error", FAILURES)
-def test_while_look_ups_fail_no_client_waits_for_them(names, server, error):
+def test_no_client_waits_for_look_ups_that_fail(names, server, error):
     server.answers[HOST] = found(V4)
     look_up(names, HOST, 0)
     server.answers[HOST] = error
     look_up(names, HOST, 5000)
-    for number in range(1, 4):  # and they go on, one per second
+    for number in range(1, 4):  # look-ups continue, one per second
         now_ms = 5000 + number * FRESH_MS
         assert names.current(HOST, now_ms - 1) == [V4]
         assert len(server.asked) == number + 1
         assert names.current(HOST, now_ms) == [V4]
         collect(names, now_ms)
-    # A failure long ago says nothing of the next look-up.
+    # A failure long ago says nothing about the next look-up.
     assert names.current(HOST, now_ms + FAILING_MS - 1) == [V4]
     collect(names, now_ms)
     server.answers[HOST] = found(V6)
@@ -326,7 +319,7 @@ def test_a_name_that_is_gone_has_no_address(names, server, capfd, answer):
     server.answers[HOST] = answer
     assert look_up(names, HOST, FRESH_MS) == [([], answer)]
     assert names.current(HOST, FRESH_MS) == []
-    # Its address does not come back by a failure, not even of those that stand for one.
+    # A later failure does not bring its address back.
     server.answers[HOST] = AGAIN
     assert look_up(names, HOST, 2 * FRESH_MS) == [([], AGAIN)]
     assert names.current(HOST, 2 * FRESH_MS) == []
@@ -349,7 +342,7 @@ def test_a_look_up_without_a_waiting_client_sees_that_a_name_is_gone(names, serv
 def test_no_data_of_one_family_and_no_answer_for_the_other_is_a_failure(
     names, server, failure, failing
 ):
-    """glibc says NODATA then: measured with name servers that answer SERVFAIL to one."""
+    """glibc then says NODATA, as measured with servers that answer SERVFAIL for one family."""
     server.answers[HOST] = found(V4)
     look_up(names, HOST, 0)
     both = {0: NODATA, socket.AF_INET: NODATA, socket.AF_INET6: NODATA}
@@ -367,7 +360,7 @@ def test_an_address_that_one_family_has_after_all(names, server):
 
 
 def test_the_last_good_answer_serves_while_the_next_is_late(names, server, capfd):
-    """RFC 8767 section 5: a client waits for no longer than 1.8 s, and the next not at all."""
+    """RFC 8767 section 5: a client waits for 1.8 s at most, and the next one not at all."""
     assert LATE_MS == 1800
     server.answers[HOST] = found(V4)
     look_up(names, HOST, 0)
@@ -377,7 +370,7 @@ def test_the_last_good_answer_serves_while_the_next_is_late(names, server, capfd
     assert names.current(HOST, 5000 + LATE_MS - 1) == []
     assert names.current(HOST, 5000 + LATE_MS) == [V4]
     assert ask(names, HOST, 5000 + LATE_MS).heard == [([V4], None)]
-    assert first.heard == []  # who waits looks at current() once it is late
+    assert first.heard == []  # a client that waits asks current() once the look-up is late
     assert server.asked == [HOST, HOST]
     (line,) = capfd.readouterr().err.splitlines()
     assert line == (
@@ -390,7 +383,7 @@ def test_the_last_good_answer_serves_while_the_next_is_late(names, server, capfd
     assert names.current(HOST, 9000) == []
 
 
-def test_a_late_answer_has_nothing_to_stand_in_where_none_was_good(names, server):
+def test_nothing_stands_in_for_a_late_answer_if_no_other_was_good(names, server):
     server.hanging.add(HOST)
     server.answers[HOST] = found(V4)
     asker = ask(names, HOST, 0)
@@ -429,7 +422,7 @@ def test_the_warning_about_old_addresses_is_limited(names, server, capfd):
 # ── threads ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_hanging_look_ups_block_neither_us_nor_others(names, server):
+def test_hanging_look_ups_block_no_others(names, server):
     hosts = [f"slow{number}".encode() for number in range(50)]
     server.hanging.update(hosts)
     server.answers = dict.fromkeys([*hosts, HOST], found(V4))
@@ -467,7 +460,7 @@ def test_a_thread_for_each_name_and_no_more(started, names, server):
     assert len(started) == 8
 
 
-def test_one_look_up_after_the_other_needs_one_thread(started, names, server):
+def test_successive_look_ups_need_one_thread(started, names, server):
     server.answers[HOST] = found(V4)
     for number in range(20):
         look_up(names, HOST, number * FRESH_MS)
@@ -481,7 +474,7 @@ def test_a_thread_that_has_just_taken_a_job_is_not_idle(server, monkeypatch):
     idle, taken, go_on = threading.Event(), threading.Event(), threading.Event()
 
     class Slow(_queue.SimpleQueue):
-        """Hands out the job called slow late."""
+        """Delivers the job for the host `slow` late."""
 
         def get(self):
             idle.set()
@@ -526,13 +519,13 @@ def test_without_threads_names_are_resolved_once(server, monkeypatch, capfd, err
     assert "No thread can be started" in line
     server.answers = {}
     for now_ms in (0, FRESH_MS, STALE_MS * 10):
-        assert names.current(HOST, now_ms) == [V6, V4]  # nobody is held for it
+        assert names.current(HOST, now_ms) == [V6, V4]  # no client is held for it
         assert ask(names, HOST, now_ms).heard == [([V6, V4], None)]
         assert ask(names, b"other", now_ms).heard == [([V4_TOO], None)]
     assert server.asked == [HOST, b"other"]
 
 
-def test_without_threads_a_failure_is_told_and_stays(server, monkeypatch, capfd):
+def test_without_threads_a_failure_is_logged_and_final(server, monkeypatch, capfd):
     refuse_threads(monkeypatch, RuntimeError())
     server.answers[HOST] = NONAME
     names = Resolver()
@@ -542,7 +535,7 @@ def test_without_threads_a_failure_is_told_and_stays(server, monkeypatch, capfd)
     assert ask(names, HOST, FRESH_MS).heard == [([], NONAME)]
 
 
-def test_one_thread_is_enough_where_the_system_gives_no_more(names, server, monkeypatch, capfd):
+def test_one_thread_is_enough_if_no_more_can_be_started(names, server, monkeypatch, capfd):
     hosts = [f"other{number}".encode() for number in range(5)]
     server.answers = {HOST: found(V4), **dict.fromkeys(hosts, found(V6))}
     server.hanging.add(HOST)
@@ -573,13 +566,13 @@ def test_one_thread_is_enough_where_the_system_gives_no_more(names, server, monk
         (ValueError("address family 99 is not supported"), [], _socket.EAI_FAIL),
     ],
 )
-def test_what_a_thread_does(server, answer, addresses, code):
+def test_the_result_of_a_look_up(server, answer, addresses, code):
     server.answers[HOST] = answer
-    told, error = resolver._look_up(HOST)
-    assert (told, error and error.errno) == (addresses, code)
+    found_addresses, error = resolver._look_up(HOST)
+    assert (found_addresses, error and error.errno) == (addresses, code)
 
 
-def test_exit_does_not_wait_for_a_look_up():
+def test_the_exit_does_not_wait_for_a_look_up():
     program = """
 import _socket, _thread, sys
 stuck, begun = _thread.allocate_lock(), _thread.allocate_lock()
@@ -603,7 +596,7 @@ def test_the_eventfd_is_not_inherited(names):
     assert not os.get_inheritable(names.fd)
 
 
-# ── the real thing ────────────────────────────────────────────────────────────────────────────────
+# ── the real getaddrinfo(3) ───────────────────────────────────────────────────────────────────────
 
 
 def test_localhost():

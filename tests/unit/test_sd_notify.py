@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kit.fake_relay import FakeRelay
 
-from proxyd import log
 from proxyd.sd_notify import (
     EXTEND_BY_USEC,
     EXTEND_EVERY_MS,
@@ -24,7 +23,7 @@ FILLER = "STATUS=of another service"
 
 
 class World:
-    """A Notifier, the clock and the status it shows."""
+    """A Notifier, its clock, and the status that it sends."""
 
     def __init__(self, sock, hear, fill):
         self.now_ms = 0
@@ -36,7 +35,7 @@ class World:
         self.notifier = Notifier(sock, lambda: self.text, self.relay)
 
     def run(self, until_ms, busy=False):
-        """Let time go by; tick() is called when it is asked for. What was heard, and when."""
+        """Let time pass, with a tick() whenever it is due; return what was heard, and when."""
         self.notifier.tick(self.now_ms, busy)  # something has happened
         heard = [(self.now_ms, text) for text in self.hear()]
         while True:
@@ -85,7 +84,7 @@ def world(tmp_path):
         one.close()
 
 
-def test_ready_with_a_status(world):
+def test_ready_contains_a_status(world):
     one = world()
     one.notifier.ready()
     assert one.hear() == ["READY=1\nSTATUS=0 connections"]
@@ -104,7 +103,7 @@ def test_without_a_service_manager(world):
 # ── STATUS= ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_an_idle_manager_sleeps(world):
+def test_without_connections_nothing_is_sent(world):
     one = world()
     one.notifier.ready()
     one.hear()
@@ -125,7 +124,7 @@ def test_status_is_sent_once_in_two_seconds_at_most(world):
     assert heard[0] == (2000, "STATUS=2000 bytes")
 
 
-def test_status_that_says_nothing_new_is_not_sent(world):
+def test_an_unchanged_status_is_not_sent_again(world):
     one = world()
     one.notifier.ready()
     one.hear()
@@ -133,7 +132,7 @@ def test_status_that_says_nothing_new_is_not_sent(world):
     assert one.run(60_000, busy=True) == [(2000, "STATUS=1 connection")]
 
 
-def test_the_last_status_is_sent_after_the_last_connection(world):
+def test_a_last_status_is_sent_after_the_last_connection(world):
     one = world()
     one.notifier.ready()
     one.hear()
@@ -144,7 +143,7 @@ def test_the_last_status_is_sent_after_the_last_connection(world):
     assert one.notifier.next_ms() is None
 
 
-def test_what_ready_has_said_is_not_said_again(world):
+def test_the_status_in_ready_is_not_repeated(world):
     one = world()
     one.notifier.ready()
     one.hear()
@@ -161,7 +160,7 @@ def test_watchdog_at_half_the_interval(world, usec, every_ms):
     assert heard == [(number * every_ms, "WATCHDOG=1") for number in range(1, 11)]
 
 
-def test_watchdog_is_not_sent_oftener_on_a_busy_proxy(world):
+def test_watchdog_is_not_sent_more_often_by_a_busy_proxy(world):
     one = world(WATCHDOG_USEC="2000000")
     heard = []
     for now_ms in range(0, 3001, 10):
@@ -183,14 +182,14 @@ def test_a_thread_that_does_not_answer_stops_the_watchdog(world):
     assert one.relay.pings == 2
     one.relay.workers_answered = False
     assert one.run(10_000) == []
-    assert one.relay.pings == 2  # not again before there is an answer
+    assert one.relay.pings == 2  # no second ping before there is an answer
     one.relay.workers_answered = True
     ((at, text),) = one.run(10_200)
-    assert (at, text) == (10_125, "WATCHDOG=1")  # looked again soon
+    assert (at, text) == (10_125, "WATCHDOG=1")  # checked again soon
     assert one.relay.pings == 3
 
 
-def test_no_thread_is_asked_without_a_watchdog(world):
+def test_no_thread_is_pinged_without_a_watchdog(world):
     one = world()
     one.run(60_000)
     assert one.relay.pings == 0
@@ -218,7 +217,7 @@ def test_the_watchdog_is_fed_in_time(usec):
 # ── STOPPING= ─────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_stopping_at_once(world):
+def test_stopping_is_sent_at_once(world):
     one = world()
     one.notifier.stopping(0, waits=False)
     assert one.hear() == ["STOPPING=1"]
@@ -242,7 +241,7 @@ def test_the_stop_timeout_is_put_off_while_connections_finish(world):
 
 
 def wait(one, until_ms, busy=False):
-    """Let time go by while nothing is read; when tick() was asked for."""
+    """Let time pass while nothing is read; return when tick() was due."""
     asked = []
     while (next_ms := one.notifier.next_ms()) is not None and next_ms <= until_ms:
         one.now_ms = next_ms
@@ -303,7 +302,7 @@ def test_a_pause_begins_short_again(world):
 
 
 @pytest.mark.parametrize("interval_ms", [1, 20, 1000, 30_000])
-def test_a_watchdog_is_told_as_soon_as_there_is_room(world, interval_ms):
+def test_watchdog_is_sent_as_soon_as_there_is_room(world, interval_ms):
     """Within an eighth of the time that is left for it, and in time if there is room in time."""
     one = world(WATCHDOG_USEC=str(interval_ms * 1000))
     half = max(interval_ms // 2, 1)
@@ -315,30 +314,26 @@ def test_a_watchdog_is_told_as_soon_as_there_is_room(world, interval_ms):
     assert heard[0][0] <= half + -(-half // 8)
 
 
-def test_a_watchdog_that_could_not_be_told_in_time_is_logged(world, capfd):
-    log.setup({})
+def test_watchdog_that_could_not_be_sent_in_time_is_logged(world, capfd):
     one = world(WATCHDOG_USEC="2000000")
     one.fill()
     wait(one, 1999)
     assert capfd.readouterr().err == ""
     wait(one, 9000)
-    (line,) = capfd.readouterr().err.splitlines()  # at most one in 5 s of the real time
+    (line,) = capfd.readouterr().err.splitlines()  # at most one in 5 s of real time
     assert line.startswith("WATCHDOG=1 is ")
     assert line.endswith(" ms late: the queue of NOTIFY_SOCKET is full.")
     one.hear()
     wait(one, 10_000)
     assert "WATCHDOG=1" in one.hear()
-    log.setup({})
 
 
 def test_a_thread_that_does_not_answer_in_time_is_logged(world, capfd):
-    log.setup({})
     one = world(WATCHDOG_USEC="2000000")
     one.relay.workers_answered = False
     wait(one, 2500)
     (line,) = capfd.readouterr().err.splitlines()
     assert line.endswith("late: a thread does not answer.")
-    log.setup({})
 
 
 def test_an_old_sign_of_life_is_not_sent_for_a_thread_that_has_stopped(world):
@@ -351,14 +346,13 @@ def test_an_old_sign_of_life_is_not_sent_for_a_thread_that_has_stopped(world):
     assert one.run(10_000) == []
 
 
-def test_the_end_does_not_wait(world):
+def test_stopping_does_not_wait_for_a_full_queue(world):
     one = world()
     one.fill()
     one.notifier.stopping(0, waits=False)  # returns
 
 
 def test_a_socket_without_a_reader_is_tried_seldom(tmp_path, capfd):
-    log.setup({})
     path = tmp_path / "notify"
     one = World(NotifySocket({"NOTIFY_SOCKET": str(path)}), list, None)
     one.notifier.ready()
@@ -371,4 +365,3 @@ def test_a_socket_without_a_reader_is_tried_seldom(tmp_path, capfd):
         wait(one, one.notifier.next_ms())
         assert sock.recv(4096).startswith(b"READY=1")
     one.notifier._sock.close()
-    log.setup({})

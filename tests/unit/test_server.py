@@ -1,4 +1,4 @@
-"""When the program ends, what signals do, and what is looked at meanwhile."""
+"""When the program ends, what signals do, and what the main loop does meanwhile."""
 
 import errno
 import os
@@ -23,15 +23,15 @@ from proxyd.server import Server, run
 from proxyd.target import parse_target
 
 PATIENCE = 20
-"""Seconds until what does not come counts as lost."""
+"""Seconds after which something that has not happened counts as failed."""
 
 START_MS = 7_000_000
 
 
 class World:
-    """A Server on such a relay."""
+    """A Server on a fake relay."""
 
-    def __init__(self, monkeypatch, tmp_path, wanted=True):
+    def __init__(self, monkeypatch, tmp_path):
         self.patch = monkeypatch
         self.relay = FakeRelay(start_ms=START_MS)
         monkeypatch.setattr(server_module, "EventLoop", self.make_loop)
@@ -40,11 +40,11 @@ class World:
         monkeypatch.setattr(acceptor_module, "RelayListener", FakeListener)
         monkeypatch.setattr(log.time, "monotonic", lambda: self.relay.now_ms / 1000)
         self.signals, self.send_signal = os.pipe()
-        self.come = []
+        self.pending_signals = []
         self.manager = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.manager.bind(str(tmp_path / "notify"))
         self.manager.setblocking(False)
-        self.environ = {"NOTIFY_SOCKET": str(tmp_path / "notify")} if wanted else {}
+        self.environ = {"NOTIFY_SOCKET": str(tmp_path / "notify")}
         self.options = Options()
         self.listeners = []
 
@@ -59,8 +59,8 @@ class World:
         return self.signals
 
     def take_signals(self):
-        come, self.come[:] = list(self.come), []
-        return come
+        arrived, self.pending_signals = self.pending_signals, []
+        return arrived
 
     def listen(self, target, address="/listener", connected=False, fd=-1):
         pack = sockaddr.pack_inet if isinstance(address, tuple) else sockaddr.pack_unix
@@ -81,20 +81,20 @@ class World:
         return self.make().serve()
 
     def signal(self, number):
-        """What the test puts into the script: a signal comes."""
+        """An action for the script of the relay: a signal arrives."""
 
-        def come():
-            self.come.append(number)
+        def arrive():
+            self.pending_signals.append(number)
             return [Ready(self.signals, 1)]
 
-        return come
+        return arrive
 
     @property
     def now_ms(self):
         return self.relay.now_ms - START_MS
 
     @property
-    def told(self):
+    def notified(self):
         heard = []
         while True:
             try:
@@ -112,29 +112,27 @@ class World:
 
 @pytest.fixture
 def world(monkeypatch, tmp_path):
-    log.setup({})
     one = World(monkeypatch, tmp_path)
     yield one
     one.close()
-    log.setup({})
 
 
 # ── idle ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_it_ends_after_a_time_without_a_connection_counted_from_the_start(world):
+def test_it_exits_after_the_idle_time_counted_from_the_start(world):
     world.options.exit_idle_time = 5_000_000
     assert world.serve() == 0
     assert world.now_ms == 5000
-    assert world.told == ["READY=1", "STOPPING=1"]
+    assert world.notified == ["READY=1", "STOPPING=1"]
 
 
-def test_without_exit_idle_time_it_waits_forever(world):
+def test_without_an_idle_time_it_waits_forever(world):
     with pytest.raises(SleepsForeverError):
         world.serve()
 
 
-def test_the_time_counts_from_the_last_connection_s_end(world):
+def test_the_idle_time_counts_from_the_end_of_the_last_connection(world):
     world.options.exit_idle_time = 5_000_000
     world.relay.at(1000, world.relay.come)
     world.relay.at(4000, world.relay.come)
@@ -154,7 +152,7 @@ def test_a_connection_in_between_counts_without_an_event(world):
     assert world.now_ms == 9000
 
 
-def test_the_client_that_started_it_is_served_without_idle_time(world):
+def test_with_an_idle_time_of_0_the_client_that_started_it_is_served(world):
     world.options.exit_idle_time = 0
     world.relay.backlog = [STAY]
     world.relay.at(60_000, world.relay.leave)
@@ -163,7 +161,7 @@ def test_the_client_that_started_it_is_served_without_idle_time(world):
     assert world.now_ms == 60_000
 
 
-def test_without_idle_time_and_without_a_client_it_ends_at_once(world):
+def test_with_an_idle_time_of_0_and_no_client_it_exits_at_once(world):
     world.options.exit_idle_time = 0
     assert world.serve() == 0
     assert world.now_ms == 0
@@ -194,7 +192,7 @@ def test_before_an_idle_exit_every_client_is_accepted(world, exit_idle_time):
 
 
 def test_a_signal_at_the_last_moment_does_not_hide_a_client(world):
-    """A batch of events with something for the policy in it has no accepted clients."""
+    """A batch that has other events for the policy accepts no clients."""
     world.options.exit_idle_time = 0
     world.relay.backlog = [STAY]
     world.relay.at(0, world.signal(signal.SIGUSR1))
@@ -204,21 +202,21 @@ def test_a_signal_at_the_last_moment_does_not_hide_a_client(world):
 
 
 @pytest.mark.parametrize("exit_idle_time", [0, 50_000])
-def test_a_client_that_cannot_be_accepted_yet_is_not_idleness(world, exit_idle_time):
-    """No fds were left: the client waits for the end of the pause, and so do we."""
+def test_a_client_that_cannot_be_accepted_yet_prevents_an_idle_exit(world, exit_idle_time):
+    """Without a free fd the client waits for the end of the pause, and so does the program."""
     world.options.exit_idle_time = exit_idle_time
     world.relay.backlog = [NO_FDS]
 
-    def there_are_fds():
+    def fds_become_free():
         world.relay.backlog = [STAY]
 
-    world.relay.at(3 * PAUSE_MS + 10, there_are_fds)
+    world.relay.at(3 * PAUSE_MS + 10, fds_become_free)
     world.relay.at(60_000, world.relay.leave)
     assert world.serve() == 0
     assert world.relay.accepted == 1
 
 
-def test_held_clients_are_connections(world):
+def test_held_clients_prevent_an_idle_exit(world):
     world.options.exit_idle_time = 1_000_000
     world.options.connect_timeout = 8_000_000
     ours, theirs = socket.socketpair()
@@ -237,14 +235,14 @@ def test_held_clients_are_connections(world):
 # ── the connection that was passed in ─────────────────────────────────────────────────────────────
 
 
-def test_with_the_one_connection_all_ends(world):
+def test_it_exits_with_the_connection_that_was_passed_in(world):
     ours, theirs = socket.socketpair()
     with ours:
         world.listen("/run/backend", connected=True, fd=theirs.detach())
         world.relay.at(7000, world.relay.leave)
         assert world.serve() == 0
     assert world.now_ms == 7000
-    assert world.told == ["READY=1", "STOPPING=1"]
+    assert world.notified == ["READY=1", "STOPPING=1"]
 
 
 # ── signals ───────────────────────────────────────────────────────────────────────────────────────
@@ -257,7 +255,7 @@ def test_a_signal_ends_it(world, capfd, number):
     world.relay.at(3000, world.signal(number))
     assert world.serve() == 0
     assert world.now_ms == 3000
-    assert world.told == ["READY=1", "STOPPING=1"]
+    assert world.notified == ["READY=1", "STOPPING=1"]
     assert world.numbers == {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1}
     assert capfd.readouterr().err == ""
 
@@ -272,7 +270,7 @@ def test_without_a_drain_time_connections_are_cut(world, capfd):
 
 
 @pytest.mark.parametrize("drain", [20_000_000, None])
-def test_connections_may_finish(world, capfd, drain):
+def test_with_a_drain_time_connections_may_finish(world, capfd, drain):
     world.options.drain_timeout = drain
     world.relay.at(0, world.relay.come, world.relay.come)
     world.relay.at(3000, world.signal(signal.SIGTERM))
@@ -280,7 +278,7 @@ def test_connections_may_finish(world, capfd, drain):
     world.relay.at(14_000, world.relay.leave)
     assert world.serve() == 0
     assert world.now_ms == 14_000
-    assert world.told == [
+    assert world.notified == [
         "READY=1",
         "STOPPING=1",
         "EXTEND_TIMEOUT_USEC=30000000",
@@ -289,7 +287,7 @@ def test_connections_may_finish(world, capfd, drain):
     assert capfd.readouterr().err == ""
 
 
-def test_the_drain_time_is_an_end(world, capfd):
+def test_after_the_drain_time_connections_are_cut(world, capfd):
     world.options.drain_timeout = 20_000_000
     world.relay.at(0, world.relay.come, world.relay.come)
     world.relay.at(3000, world.signal(signal.SIGTERM))
@@ -316,17 +314,17 @@ def test_while_it_stops_no_client_is_accepted(world):
     world.relay.at(3000, world.signal(signal.SIGTERM), world.relay.come)
     world.relay.at(9000, world.relay.leave)
     assert world.serve() == 0
-    assert world.relay.backlog == [STAY]  # is the service manager's
+    assert world.relay.backlog == [STAY]  # left to the next start
 
 
 def test_while_it_stops_a_pause_that_ends_changes_nothing(world):
     world.options.drain_timeout = None
     world.relay.at(0, world.relay.come)
 
-    def run_out():
+    def fds_run_out():
         world.relay.backlog = [NO_FDS]
 
-    world.relay.at(2000, run_out)
+    world.relay.at(2000, fds_run_out)
     world.relay.at(2010, world.signal(signal.SIGTERM))
     world.relay.at(9000, world.relay.leave)
     assert world.serve() == 0
@@ -334,7 +332,7 @@ def test_while_it_stops_a_pause_that_ends_changes_nothing(world):
     assert not any(one.accepting for one in world.relay.listeners)
 
 
-def test_an_idle_exit_is_none_while_it_stops(world):
+def test_there_is_no_idle_exit_while_it_stops(world):
     world.options.exit_idle_time = 1_000_000
     world.options.drain_timeout = None
     world.relay.at(0, world.relay.come)
@@ -345,10 +343,11 @@ def test_an_idle_exit_is_none_while_it_stops(world):
 
 
 def test_sigusr1_logs_the_counters_and_nothing_else(world, capfd):
+    world.relay.bytes_to_targets = 10
     world.relay.at(0, world.relay.come)
     world.relay.at(3000, world.signal(signal.SIGUSR1))
     with pytest.raises(SleepsForeverError):
-        # The status is told on and on while there is a connection.
+        # Otherwise the status would be sent on and on while there is a connection.
         world.environ.clear()
         world.serve()
     first, second = capfd.readouterr().err.splitlines()
@@ -376,7 +375,7 @@ def test_sigusr1_counts_the_clients_of_its_own_batch(world, capfd):
     assert line.startswith("1 accepted, 0 open, 1 waiting, 0 refused, 0 failed; ")
 
 
-def test_sigusr1_when_nothing_can_be_loaded(world, capfd, monkeypatch):
+def test_sigusr1_when_no_module_can_be_loaded(world, capfd, monkeypatch):
     monkeypatch.setitem(sys.modules, "proxyd.stats", None)  # as if no fd were left
     world.environ.clear()
     world.relay.at(1000, world.signal(signal.SIGUSR1))
@@ -387,14 +386,14 @@ def test_sigusr1_when_nothing_can_be_loaded(world, capfd, monkeypatch):
     assert line.startswith("Failed to load the statistics: ")
 
 
-def test_a_false_alarm_of_the_signals(world):
+def test_a_wake_up_without_a_signal_changes_nothing(world):
     world.relay.at(1000, lambda: [Ready(world.signals, 1)])
     world.relay.at(2000, world.signal(signal.SIGTERM))
     assert world.serve() == 0
     assert world.now_ms == 2000
 
 
-def test_when_it_cannot_go_on_connections_are_cut(world):
+def test_an_internal_error_cuts_connections(world):
     def break_down():
         raise OSError(errno.EBADF, "broken")
 
@@ -406,7 +405,7 @@ def test_when_it_cannot_go_on_connections_are_cut(world):
     assert world.relay.connections == 0
 
 
-def test_when_it_cannot_go_on_held_clients_are_cut_too(world):
+def test_an_internal_error_cuts_held_clients_too(world):
     def break_down():
         raise OSError(errno.EBADF, "broken")
 
@@ -425,22 +424,22 @@ def test_when_it_cannot_go_on_held_clients_are_cut_too(world):
     assert cut == [(fd, True)]
 
 
-# ── the end, and what it is called ────────────────────────────────────────────────────────────────
+# ── the exit status ───────────────────────────────────────────────────────────────────────────────
 
 
-def test_when_no_listener_is_left_it_fails(world, capfd):
+def test_it_fails_when_no_listener_is_left(world, capfd):
     world.relay.at(1000, lambda: [AcceptFailed(0, errno.EINVAL)])
     assert world.serve() == 1
     assert world.now_ms == 1000
     assert "Failed to accept from" in capfd.readouterr().err
 
 
-def test_but_not_before_the_last_connection_has_ended(world):
+def test_it_does_not_fail_before_the_last_connection_has_ended(world):
     world.relay.at(0, world.relay.come)
     world.relay.at(1000, lambda: [AcceptFailed(0, errno.EINVAL)])
     world.relay.at(6000, world.relay.leave)
     assert world.serve() == 1
-    # run() returns for that.
+    # The end of the last connection has woken run().
     assert world.now_ms == 6000
 
 
@@ -455,7 +454,7 @@ def test_a_listener_that_breaks_while_it_stops_is_no_failure(world):
     assert world.serve() == 0
 
 
-def test_what_was_left_out_of_the_log_is_told_at_the_end(world, capfd):
+def test_log_lines_left_out_are_reported_at_the_end(world, capfd):
     log.limited("kind", "First.")
     log.limited("kind", "Second.")
     world.options.exit_idle_time = 0
@@ -478,7 +477,7 @@ def test_the_end_of_a_connection_is_logged_at_debug_level(world, capfd):
     assert server.loop._labels == {}
 
 
-def test_so_is_that_of_one_that_is_cut(world, capfd):
+def test_the_end_of_a_connection_that_is_cut_is_logged_at_debug_level(world, capfd):
     log.setup({"SYSTEMD_LOG_LEVEL": "debug"})
     world.relay.at(0, world.relay.come)
     world.relay.at(1000, world.signal(signal.SIGTERM))
@@ -490,7 +489,7 @@ def test_so_is_that_of_one_that_is_cut(world, capfd):
     )
 
 
-# ── parts ─────────────────────────────────────────────────────────────────────────────────────────
+# ── upstreams and options ─────────────────────────────────────────────────────────────────────────
 
 
 def test_listeners_of_one_target_share_an_upstream(world):
@@ -502,8 +501,8 @@ def test_listeners_of_one_target_share_an_upstream(world):
     assert {one.upstream for one in server.acceptor.listeners} == set(server.upstreams)
 
 
-def test_any_port_is_an_upstream_for_each_port(world):
-    world.patch.setattr(acceptor_module, "what_to_check", lambda listener: 0)  # it needs real ones
+def test_any_port_makes_an_upstream_for_each_port(world):
+    world.patch.setattr(acceptor_module, "what_to_check", lambda listener: 0)  # needs real ones
     target = parse_target("127.0.0.1:*")
     for port in (80, 443, 80):
         world.listen(target, ("127.0.0.1", port))
@@ -549,32 +548,32 @@ def test_a_failed_connect_goes_back_to_its_upstream(world):
         server.upstreams[1].drop_all()
 
 
-def test_names_get_a_resolver_and_literal_addresses_none(world):
+def test_a_literal_address_needs_no_resolver(world):
     assert world.make().resolver is None
 
 
-def test_spans_are_rounded_up():
+def test_time_spans_are_rounded_up():
     milliseconds = server_module._milliseconds
     assert [milliseconds(usec) for usec in (None, 0, 1, 1000, 1001)] == [None, 0, 1, 1, 2]
 
 
-def test_the_idle_timeout_is_the_relay_s(world):
+def test_the_relay_gets_the_idle_timeout(world):
     world.options.idle_timeout = 1_500_000
     world.make()
     assert world.relay.idle_ms == 1500
 
 
-def test_without_an_idle_timeout_there_is_none(world):
+def test_without_an_idle_timeout_the_relay_gets_none(world):
     world.make()
     assert world.relay.idle_ms == 0
 
 
-# ── all of it, on real sockets ────────────────────────────────────────────────────────────────────
+# ── on real sockets ───────────────────────────────────────────────────────────────────────────────
 
 
 def test_a_real_connection(monkeypatch, tmp_path):
-    quiet, told = os.pipe()
-    monkeypatch.setattr(server_module, "signal_fd", lambda numbers: quiet)  # not this process's
+    no_signals, writer = os.pipe()
+    monkeypatch.setattr(server_module, "signal_fd", lambda numbers: no_signals)
     with socket.socket() as listening, socket.socket(socket.AF_UNIX) as backend:
         listening.bind(("127.0.0.1", 0))
         listening.listen()
@@ -608,15 +607,15 @@ def test_a_real_connection(monkeypatch, tmp_path):
             assert client.recv(100) == b"reply"
             assert client.recv(100) == b""
         assert b"".join(got) == b"request"
-    os.close(quiet)
-    os.close(told)
+    os.close(no_signals)
+    os.close(writer)
 
 
 # ── threads ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_threads_start_when_the_relay_asks_for_them(world):
-    """And read how idle the machine is from what /proc/stat says."""
+def test_workers_start_when_the_relay_wants_them(world):
+    """The relay reads in /proc/stat how idle the machine is."""
     world.options.threads = 4
     world.options.exit_idle_time = 5_000_000
     server = world.make()
@@ -631,7 +630,7 @@ def test_threads_start_when_the_relay_asks_for_them(world):
     assert seen == [4]
 
 
-def test_threads_start_at_once_with_hand_over_always(world):
+def test_workers_start_at_once_with_hand_over_always(world):
     world.options.threads = 4
     world.options.always_hand_over = True
     world.make()
@@ -667,7 +666,7 @@ def test_fewer_threads_where_they_are_refused(world, capfd):
     )
 
 
-def test_a_machine_that_does_not_say_how_idle_it_is(world, monkeypatch):
+def test_without_proc_stat_a_cpu_counts_as_idle(world, monkeypatch):
     def refuse(path, flags):
         raise FileNotFoundError(errno.ENOENT, "", path)
 
@@ -680,7 +679,7 @@ def test_a_machine_that_does_not_say_how_idle_it_is(world, monkeypatch):
 # ── --listen= ─────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_it_says_where_it_listens_and_not_where_the_service_manager_does(world, capfd):
+def test_it_logs_its_own_listeners_but_not_those_of_the_service_manager(world, capfd):
     world.listen("/run/backend", "/theirs")
     world.listen("/run/backend", "@ours")
     world.listen("/run/backend", "/ours")

@@ -6,8 +6,9 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from kit.fake_relay import FakeRelay
 
-from proxyd._relay import ENDINGS, Ended, Relay
+from proxyd._relay import Ended, Relay
 from proxyd.stats import bytes_text, ending, status, summary
 
 M = 1024 * 1024
@@ -40,22 +41,14 @@ def test_bytes_text_is_short(count):
     assert len(bytes_text(count)) <= 6
 
 
-def relay(opened=0, up=0, down=0, **more):
-    totals = SimpleNamespace(
-        accepted=more.get("accepted", 0),
-        refused=more.get("refused", 0),
-        bytes_to_targets=up,
-        bytes_to_clients=down,
-        spliced=more.get("spliced", 0),
-        copied=more.get("copied", 0),
-        endings={ending: more.get("endings", {}).get(ending, 0) for ending in ENDINGS},
-    )
-    return SimpleNamespace(
-        connections=opened,
-        totals=lambda: totals,
-        thread_count=more.get("threads", 1),
-        handed_over=more.get("handed_over", 0),
-    )
+def relay(connections=0, **counters):
+    """A relay with these counters."""
+    made = FakeRelay()
+    made.connections = connections
+    for name, count in counters.items():
+        assert hasattr(made, name)
+        setattr(made, name, count)
+    return made
 
 
 class Held(list):
@@ -81,7 +74,8 @@ def acceptor(refused=0):
 
 def test_status():
     upstreams = [upstream("127.0.0.1:8080", held=1), upstream("/run/x")]
-    assert status(relay(3, 700 * M, 512 * M), upstreams) == (
+    busy = relay(3, bytes_to_targets=700 * M, bytes_to_clients=512 * M)
+    assert status(busy, upstreams) == (
         "3 connections, 1 waiting for 127.0.0.1:8080, 1.2G forwarded"
     )
 
@@ -108,8 +102,8 @@ def test_summary():
     other = upstream("b:2", connected=6, failed=4)
     numbers = relay(
         3,
-        10,
-        20,
+        bytes_to_targets=10,
+        bytes_to_clients=20,
         accepted=30,
         refused=2,
         spliced=25,
@@ -135,7 +129,7 @@ def test_held_clients_that_have_ended_count_with_the_others():
 
 
 def test_summary_with_threads():
-    lines = summary(acceptor(), relay(threads=3, handed_over=70), [upstream("a:1")])
+    lines = summary(acceptor(), relay(thread_count=3, handed_over=70), [upstream("a:1")])
     assert lines[1:] == [
         "a:1: 0 served, 0 waiting, 0 failed",
         "3 threads, 70 connections handed over",
@@ -157,7 +151,7 @@ def test_the_real_relay_has_these_counters():
 
 
 @pytest.mark.parametrize(
-    ("how", "errors", "words"),
+    ("name", "errors", "words"),
     [
         ("ended", (0, 0), "ended."),
         ("reset", (errno.ECONNRESET, 0), "reset (client: Connection reset by peer)."),
@@ -172,6 +166,6 @@ def test_the_real_relay_has_these_counters():
         ("client gone", (0, 0), "client gone."),
     ],
 )
-def test_ending(how, errors, words):
-    line = ending("1.2.3.4:5 → /run/x", Ended(9, how, 10, 2000, 31, *errors))
+def test_ending(name, errors, words):
+    line = ending("1.2.3.4:5 → /run/x", Ended(9, name, 10, 2000, 31, *errors))
     assert line == f"1.2.3.4:5 → /run/x: 10 bytes up, 2000 bytes down in 31 ms, {words}"

@@ -1,4 +1,4 @@
-"""doc/SYSCALLS.md says of every call why it cannot wait."""
+"""doc/SYSCALLS.md says for every system call why it cannot wait."""
 
 import re
 from pathlib import Path

@@ -44,7 +44,7 @@ def test_literals_are_packed(text, packed):
         ("localhost:http", b"localhost", HTTP),
         ("unix:8080", b"unix", 8080),
         ("vsock:8080", b"vsock", 8080),
-        ("127.1:8080", b"127.1", 8080),  # getaddrinfo(3) knows what that is
+        ("127.1:8080", b"127.1", 8080),  # which getaddrinfo(3) understands
         ("b\u00fccher.example:8080", b"xn--bcher-kva.example", 8080),
         ("a_b-c.example.:8080", b"a_b-c.example.", 8080),
     ],
@@ -56,13 +56,13 @@ def test_names_are_left_to_the_resolver(text, host, port):
 
 @pytest.mark.parametrize("scope", ["lo", "nope", "a-b.c"])
 @pytest.mark.parametrize(("port", "service"), [("8080", 8080), ("*", None)])
-def test_the_interface_of_a_literal_is_left_until_it_is_needed(scope, port, service):
+def test_the_interface_of_a_literal_is_looked_up_later(scope, port, service):
     target = parse_target(f"[fe80::1%{scope}]:{port}")
     assert (target.host, target.scope, target.service) == (None, scope, service)
     assert target.address == address.pack_inet6("fe80::1", service or 0)
 
 
-def test_the_index_of_an_interface_is_the_present_one(monkeypatch):
+def test_the_index_of_an_interface_is_never_kept(monkeypatch):
     target = parse_target("[fe80::1%eth0]:8080")
     for index in (3, 7):
         monkeypatch.setattr(address, "interface_index", {"eth0": index}.__getitem__)
@@ -161,17 +161,17 @@ def test_brackets_and_last_colon_mean_the_same(ip, port):
 
 
 @pytest.mark.parametrize("name", ["web", "proxy@web.socket", "a b", "-", "0", "a/b", "\u00fc"])
-def test_names(name):
+def test_names_of_pairs(name):
     assert valid_name(name)
     assert split_pair(f"{name}=x=y") == (name, "x=y")
 
 
 @pytest.mark.parametrize("name", ["", "/web", "@web", "[web", "a:b", "unix:x"])
-def test_not_names(name):
+def test_not_names_of_pairs(name):
     assert not valid_name(name)
     assert split_pair(f"{name}=x") == (None, f"{name}=x")
 
 
 @pytest.mark.parametrize("text", ["localhost", "/run/a=b", "@a=b", "[::1]:80", ""])
-def test_plain(text):
+def test_targets_without_a_name(text):
     assert split_pair(text) == (None, text)

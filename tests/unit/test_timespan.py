@@ -1,4 +1,4 @@
-"""Spans as systemd.time(7) has them; the values were read off `systemd-analyze timespan`."""
+"""Time spans as in systemd.time(7); the values come from `systemd-analyze timespan`."""
 
 import pytest
 from hypothesis import given
@@ -68,7 +68,7 @@ def test_infinity(text):
         "5secs",
         "infinityx",
         "5s infinity",
-        "\u0665",  # a digit, but not one of ours
+        "\u0665",  # a digit, but not an ASCII one
         "5 parsecs",
         "9223372036854775808us",
         "18446744073709",

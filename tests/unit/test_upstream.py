@@ -8,10 +8,8 @@ from kit.upstream_world import TCP, inet, up_at
 
 from proxyd.happy_eyeballs import SILENT_MS
 
-# ── all is well ───────────────────────────────────────────────────────────────────────────────────
 
-
-def test_while_all_is_well_the_relay_does_it_all(world):
+def test_the_relay_connects_every_client_at_once(world):
     one = world()
     clients = [one.come(), one.come()]
     assert one.served == clients
@@ -21,13 +19,13 @@ def test_while_all_is_well_the_relay_does_it_all(world):
     assert one.relay.watched == {}
 
 
-def test_what_a_target_must_get_first(world):
+def test_the_relay_gets_the_header_to_send(world):
     one = world()
     fd = one.come(header=b"PROXY UNKNOWN\r\n")
     assert one.relay.served == [(fd, b"PROXY UNKNOWN\r\n")]
 
 
-def test_any_port_is_the_listener_s(world):
+def test_any_port_is_the_port_of_the_listener(world):
     one = world("192.0.2.9:*", plan={inet(9, 443): UP}, port=443)
     one.come()
     assert [address for _, address, _ in one.relay.attempts] == [inet(9, 443)]
@@ -46,7 +44,7 @@ def test_how_long_a_connect_may_take(world, timeout_ms, kernel_ms):
 # ── the log at debug level ────────────────────────────────────────────────────────────────────────
 
 
-def test_connections_have_names_at_debug_level(world):
+def test_connections_have_labels_at_debug_level(world):
     one = world()
     one.loop._labels = {}
     fd = one.come()

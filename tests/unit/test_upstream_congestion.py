@@ -1,4 +1,4 @@
-"""A UNIX target whose backlog is full: clients wait in order, and it is no outage."""
+"""A UNIX target whose backlog is full: clients wait in order, which is not an outage yet."""
 
 import errno
 import os
@@ -13,7 +13,7 @@ def test_a_full_backlog_is_tried_again_steadily(world, capfd):
     one.come()
     one.run(900)
     assert one.relay.times == [0, *range(5, 901, 5)]
-    assert capfd.readouterr().err == ""  # it is no outage
+    assert capfd.readouterr().err == ""  # not an outage
     one.run(1100)
     one.relay.plan[one.address] = UP
     one.run(1105)
@@ -24,7 +24,7 @@ def test_a_full_backlog_is_tried_again_steadily(world, capfd):
     ]
 
 
-def test_as_many_as_fit_are_let_in_in_their_order(world):
+def test_as_many_clients_as_fit_are_connected_in_order(world):
     room = Backlog(0)
     one = world(UNIX, plan=room)
     clients = [one.come() for _ in range(20)]
@@ -39,7 +39,7 @@ def test_as_many_as_fit_are_let_in_in_their_order(world):
     assert one.upstream.auto_connect_address
 
 
-def test_no_client_overtakes_while_others_wait_for_room(world):
+def test_no_client_overtakes_those_that_wait_for_room(world):
     room = Backlog(0)
     one = world(UNIX, plan=room)
     first = one.come()
@@ -51,7 +51,7 @@ def test_no_client_overtakes_while_others_wait_for_room(world):
     assert one.served == [first, second]
 
 
-def test_many_that_find_it_full_in_one_batch_stay_in_order(world):
+def test_clients_that_find_it_full_in_one_batch_stay_in_order(world):
     room = Backlog(3)
     one = world(UNIX, plan=room)
     clients = [one.come() for _ in range(3)]
@@ -63,7 +63,7 @@ def test_many_that_find_it_full_in_one_batch_stay_in_order(world):
     assert one.served == clients
 
 
-def test_a_backlog_that_is_full_ends_an_outage(world):
+def test_a_full_backlog_ends_an_outage(world):
     one = world(UNIX, plan=lambda now_ms: errno.ENOENT if now_ms < 1000 else errno.EAGAIN)
     clients = [one.come() for _ in range(2)]
     one.run(1200)
@@ -73,7 +73,7 @@ def test_a_backlog_that_is_full_ends_an_outage(world):
 
 
 @pytest.mark.parametrize("end", ["cut", "gone", "given up"])
-def test_a_backlog_that_stays_full_does_not_answer(world, capfd, end):
+def test_a_backlog_that_stays_full_is_an_outage(world, capfd, end):
     room = Backlog(0)
     one = world(UNIX, plan=room, timeout_ms=3000)
     fd = one.come()
@@ -86,7 +86,7 @@ def test_a_backlog_that_stays_full_does_not_answer(world, capfd, end):
     one.run(10_000)
     assert not one.held
     assert "answers after" not in capfd.readouterr().err
-    fd = one.come()  # and the next time is told anew
+    fd = one.come()  # the next outage is logged again
     one.run(12_000)
     assert "holding clients" in capfd.readouterr().err
     room.room = 1

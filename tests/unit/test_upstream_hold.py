@@ -1,4 +1,4 @@
-"""Clients that are held: which attempts are made, how long, and which errors are permanent."""
+"""Held clients: which attempts are made, for how long, and which errors are permanent."""
 
 import errno
 import os
@@ -9,7 +9,7 @@ from kit.upstream_world import EPOLLHUP, NAME, TCP, TEMPORARY, UNIX, inet, up_at
 
 from proxyd.event_loop import EPOLLET
 
-# Times of probes after an outage has begun: 10 ms apart for 150 ms, then pauses that double.
+# The times of probes after the start of an outage: 10 ms apart for 150 ms, then pauses double.
 SCHEDULE = [*range(10, 151, 10), 170, 210, 290, 450, 700, 950, 1200]
 
 
@@ -133,7 +133,7 @@ def test_the_next_oldest_probes_when_the_oldest_hangs_up(world):
     assert one.served == [second, third]
 
 
-def test_the_others_wait_while_a_probe_is_under_way(world):
+def test_the_others_wait_while_a_probe_is_pending(world):
     one = world(plan=errno.ECONNREFUSED)
     clients = [one.come(), one.come()]
     one.relay.plan[one.address] = LATER
@@ -146,7 +146,7 @@ def test_the_others_wait_while_a_probe_is_under_way(world):
     assert one.served == clients
 
 
-def test_followers_that_fail_wait_on(world):
+def test_followers_that_fail_keep_waiting(world):
     """A server with a short backlog takes one, and refuses the next."""
     one = world(plan=errno.EAGAIN, target=UNIX)
     clients = [one.come() for _ in range(3)]
@@ -187,7 +187,7 @@ def test_after_the_outage_clients_are_connected_at_once(world):
     assert not one.held
 
 
-def test_a_held_client_is_watched_for_what_is_always_reported(world):
+def test_a_held_client_is_watched_for_errors_and_hangups_only(world):
     """Not for EPOLLRDHUP: a client that has sent FIN is still served."""
     one = world(plan=errno.ECONNREFUSED)
     fd = one.come()
@@ -217,7 +217,7 @@ def test_bytes_taken_from_a_client_are_given_to_the_next_attempt(world):
     assert one.upstream.served - one.upstream.returned == 1
 
 
-def test_no_memory_for_a_connection_that_was_made(world):
+def test_a_connection_that_cannot_be_adopted_for_lack_of_memory(world):
     one = world(plan=up_at(10))
     clients = [one.come(), one.come()]
     one.relay.adopt_error = errno.ENOMEM
@@ -229,7 +229,7 @@ def test_no_memory_for_a_connection_that_was_made(world):
     assert one.served == clients
 
 
-# ── how long ──────────────────────────────────────────────────────────────────────────────────────
+# ── for how long ──────────────────────────────────────────────────────────────────────────────────
 
 
 def test_each_client_has_its_own_deadline(world):
@@ -262,7 +262,7 @@ def test_the_deadline_counts_from_when_the_client_came(world):
     assert one.gone(fd)
 
 
-def test_a_probe_under_way_at_the_deadline_is_given_up(world):
+def test_a_probe_pending_at_the_deadline_is_given_up(world):
     one = world(plan=errno.ECONNREFUSED, timeout_ms=1000)
     first = one.come()
     one.run(5)
@@ -277,8 +277,8 @@ def test_a_probe_under_way_at_the_deadline_is_given_up(world):
     assert one.relay.dialled == {}
 
 
-def test_the_reason_at_the_deadline_is_what_an_address_has_said(world, capfd):
-    """One refuses, the other does not answer: that it was refused is the better word."""
+def test_the_reason_at_the_deadline_is_the_error_of_an_address(world, capfd):
+    """One address refuses, the other does not answer: the refusal is the better reason."""
     plan = {inet(1): errno.ECONNREFUSED, inet(2): LATER}
     one = world(NAME, plan=plan, answer=([inet(1, 0), inet(2, 0)], None), timeout_ms=1000)
     fd = one.come()
@@ -287,7 +287,7 @@ def test_the_reason_at_the_deadline_is_what_an_address_has_said(world, capfd):
     assert "Connection refused" in capfd.readouterr().err
 
 
-def test_no_deadline(world):
+def test_with_an_infinite_timeout_there_is_no_deadline(world):
     one = world(plan=up_at(600_000), timeout_ms=None)
     fd = one.come()
     one.run(599_000)
@@ -306,7 +306,7 @@ def test_without_connect_timeout_there_is_one_attempt(world, capfd, error):
     assert one.upstream.held.failed == 1
     (line,) = capfd.readouterr().err.splitlines()
     assert line == f"Failed to connect to remote host: {os.strerror(error)} ({TCP})."
-    # And the next one has an attempt of its own.
+    # The next client has an attempt of its own.
     one.relay.plan[one.address] = UP
     assert one.come() in one.served
 
@@ -320,7 +320,7 @@ def test_without_connect_timeout_a_late_failure_is_the_end_too(world, capfd):
     assert capfd.readouterr().err.startswith("Failed to connect to remote host: Connection timed")
 
 
-# ── errors that do not pass ───────────────────────────────────────────────────────────────────────
+# ── permanent errors ──────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("target", [TCP, UNIX])
@@ -338,7 +338,7 @@ def test_other_errors_fail_at_once(world, capfd, target, error):
 
 @pytest.mark.parametrize("target", [TCP, UNIX])
 @pytest.mark.parametrize("error", [errno.EACCES, errno.EPERM])
-def test_a_permission_that_is_missing_is_waited_for_and_told_at_once(world, capfd, target, error):
+def test_a_missing_permission_is_waited_for_and_logged_at_once(world, capfd, target, error):
     one = world(target, plan=up_at(8000, error))
     fd = one.come()
     one.tick()
@@ -350,18 +350,18 @@ def test_a_permission_that_is_missing_is_waited_for_and_told_at_once(world, capf
     assert one.served == [fd]
 
 
-def test_a_permission_that_gets_lost_in_an_outage_is_told(world, capfd):
+def test_a_permission_lost_during_an_outage_is_logged(world, capfd):
     one = world(UNIX, plan=lambda now_ms: errno.ENOENT if now_ms < 6000 else errno.EACCES)
     one.come()
     one.run(7000)
-    levels = capfd.readouterr().err.splitlines()
-    assert [line.split(": ")[1].split(" (")[0] for line in levels] == [
+    lines = capfd.readouterr().err.splitlines()
+    assert [line.split(": ")[1].split(" (")[0] for line in lines] == [
         "No such file or directory",
         "Permission denied",
     ]
 
 
-def test_link_local_without_a_scope_is_no_route_that_may_come(world):
+def test_einval_of_a_link_local_address_without_a_scope_is_permanent(world):
     one = world("[fe80::1]:80", plan=errno.EINVAL)
     assert one.gone(one.come())
     assert one.relay.times == [0]

@@ -3,19 +3,19 @@
 import errno
 import os
 import socket
-import struct
 
 import pytest
+from kit.sockets import reset
 
 from proxyd import address as sockaddr
-from proxyd import happy_eyeballs, log
+from proxyd import happy_eyeballs
 from proxyd._relay import ConnectFailed
 from proxyd.event_loop import EventLoop
 from proxyd.target import parse_target
 from proxyd.upstream import Upstream
 
 PATIENCE = 20
-"""Seconds until what does not come counts as lost."""
+"""Seconds after which something that has not happened counts as failed."""
 
 
 class Real:
@@ -27,7 +27,7 @@ class Real:
         self.upstream = Upstream(self.loop, names, target, target.service or 0, timeout_ms)
 
     def come(self, kind=socket.AF_INET):
-        """A client over loopback or UNIX, which the relay now has; its own end."""
+        """Hand over a client, connected over loopback or UNIX; return its own end."""
         with socket.socket(kind) as listening:
             listening.bind(("127.0.0.1", 0) if kind == socket.AF_INET else "")
             listening.listen()
@@ -44,7 +44,7 @@ class Real:
         return list(self.upstream.held)
 
     def turn(self, limit_ms=PATIENCE * 1000):
-        """One turn of the main loop."""
+        """Run one turn of the main loop."""
         next_ms = self.upstream.next_ms() if self.upstream.held else None
         wait = limit_ms if next_ms is None else max(next_ms - self.loop.relay.now_ms, 0)
         for event in self.loop.run(min(wait, limit_ms)):
@@ -54,7 +54,7 @@ class Real:
             self.upstream.step(self.loop.relay.now_ms)
 
     def receive(self, sock):
-        """What comes next on a socket, while the relay runs."""
+        """Run the relay until something arrives at a socket; return it."""
         sock.setblocking(False)
         for _ in range(PATIENCE * 100):
             try:
@@ -81,15 +81,8 @@ def real():
         one.close()
 
 
-@pytest.fixture
-def quiet(capfd):
-    log.setup({})
-    yield
-    log.setup({})
-
-
 @pytest.mark.parametrize("state", ["refused", "stale", "absent"])
-def test_real_clients_wait_until_the_target_listens(real, quiet, tmp_path, state):
+def test_real_clients_wait_until_the_target_listens(real, tmp_path, state):
     if state == "refused":
         backend = socket.socket()
         backend.bind(("127.0.0.1", 0))
@@ -124,12 +117,13 @@ def test_real_clients_wait_until_the_target_listens(real, quiet, tmp_path, state
 
 
 @pytest.mark.parametrize("kind", [socket.AF_INET, socket.AF_UNIX])
-def test_a_real_client_that_resets_is_dropped(real, quiet, tmp_path, kind):
+def test_a_real_client_that_resets_is_dropped(real, tmp_path, kind):
     one = real(str(tmp_path / "absent"))
     gone, stays = one.come(kind), one.come(kind)
     if kind == socket.AF_INET:
-        gone.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    gone.close()
+        reset(gone)
+    else:
+        gone.close()
     while len(one.held) > 1:
         one.turn()
     (client,) = one.upstream.held
@@ -139,7 +133,7 @@ def test_a_real_client_that_resets_is_dropped(real, quiet, tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", [socket.AF_INET, socket.AF_UNIX])
-def test_a_real_client_that_has_sent_its_request_and_half_closed_waits(real, quiet, tmp_path, kind):
+def test_a_real_client_that_has_sent_its_request_and_half_closed_waits(real, tmp_path, kind):
     target = str(tmp_path / "socket")
     one = real(target)
     with one.come(kind) as peer, socket.socket(socket.AF_UNIX) as backend:
@@ -195,7 +189,7 @@ def bound_to_one_port(*hosts):
             return *sockets, port
 
 
-def test_a_real_name_with_a_first_address_that_refuses(real, quiet):
+def test_a_real_name_whose_first_address_refuses(real):
     refuses, backend, port = bound_to_one_port("127.0.0.2", "127.0.0.1")
     with refuses, backend:
         backend.listen()
@@ -211,8 +205,8 @@ def test_a_real_name_with_a_first_address_that_refuses(real, quiet):
                 assert one.receive(served) == b"hello"
 
 
-def test_a_real_target_that_has_reset_before_it_was_noticed(real, quiet, monkeypatch):
-    """It has been reached, and its reset is the client's to see: as a reset."""
+def test_a_real_target_that_has_reset_before_it_was_noticed(real, monkeypatch):
+    """It has been reached, so the client sees the reset."""
     with socket.socket() as backend:
         backend.bind(("127.0.0.1", 0))
         backend.listen()
@@ -220,8 +214,7 @@ def test_a_real_target_that_has_reset_before_it_was_noticed(real, quiet, monkeyp
 
         def reset_then_look(fd):
             accepted, _ = backend.accept()
-            accepted.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            accepted.close()
+            reset(accepted)
             return look(fd)
 
         look = happy_eyeballs.connected

@@ -1,4 +1,4 @@
-"""--settle-time=: a port that accepts before its application is there."""
+"""--settle-time=: a port that accepts before its application is up."""
 
 import errno
 import socket
@@ -31,13 +31,13 @@ def test_the_first_byte_proves_it(world):
     assert one.upstream.auto_connect_address
 
 
-@pytest.mark.parametrize("how", [0, -errno.ECONNRESET])
-def test_a_target_that_lets_go_is_tried_again_as_after_a_refusal(world, capfd, how):
+@pytest.mark.parametrize("end", [0, -errno.ECONNRESET])
+def test_a_target_that_closes_early_is_tried_again_as_after_a_refusal(world, capfd, end):
     one = world(settle_ms=50)
     clients = [one.come() for _ in range(3)]
     one.tick()
     assert len(one.relay.dialled) == 1  # the others wait behind the probe
-    one.say(one.address, how)
+    one.say(one.address, end)
     assert set(one.held) == set(clients)
     assert capfd.readouterr().err == (
         "Failed to connect to remote host: it accepts and closes at once "
@@ -45,13 +45,13 @@ def test_a_target_that_lets_go_is_tried_again_as_after_a_refusal(world, capfd, h
     )
     one.run(10)
     assert one.relay.times == [0, 10]
-    one.say(one.address, how)
+    one.say(one.address, end)
     one.run(70)
     assert one.served == clients
     assert len(one.relay.resets) == 2
 
 
-def test_a_target_that_always_lets_go_is_given_up(world, capfd):
+def test_a_target_that_always_closes_early_is_given_up(world, capfd):
     one = world(settle_ms=50, timeout_ms=300)
     fd = one.come()
     for _ in range(50):
@@ -63,7 +63,7 @@ def test_a_target_that_always_lets_go_is_given_up(world, capfd):
     assert "it accepts and closes at once" in capfd.readouterr().err.splitlines()[-1]
 
 
-def test_a_target_is_watched_to_the_end_though_connect_timeout_is_shorter(world):
+def test_a_target_is_watched_to_the_end_even_if_connect_timeout_is_shorter(world):
     """It has been reached: otherwise no client would ever be served."""
     one = world(settle_ms=500, timeout_ms=300)
     clients = [one.come() for _ in range(3)]
@@ -73,7 +73,7 @@ def test_a_target_is_watched_to_the_end_though_connect_timeout_is_shorter(world)
     assert one.served == clients
 
 
-def test_a_target_that_lets_go_after_connect_timeout(world):
+def test_a_target_that_closes_early_after_connect_timeout(world):
     one = world(settle_ms=500, timeout_ms=300)
     fd = one.come()
     one.run(400)
@@ -100,7 +100,7 @@ def test_a_silent_target_is_watched_as_soon_as_it_answers(world):
     assert fd in one.held
 
 
-def test_a_target_that_has_let_go_is_for_no_client_that_has_spoken(world):
+def test_a_connection_closed_early_is_not_for_a_client_that_has_sent_something(world):
     one = world(settle_ms=50)
     first = one.come()
     second = one.come()
@@ -118,7 +118,7 @@ def test_a_target_that_has_let_go_is_for_no_client_that_has_spoken(world):
     assert one.served == [second]
 
 
-def test_with_no_connect_timeout_letting_go_is_the_end(world):
+def test_without_connect_timeout_a_target_that_closes_early_is_given_up(world):
     one = world(settle_ms=50, timeout_ms=0)
     fd = one.come()
     one.tick()
@@ -127,17 +127,17 @@ def test_with_no_connect_timeout_letting_go_is_the_end(world):
     assert one.relay.times == [0]
 
 
-def test_a_client_that_has_ended_without_a_word_is_not_held(world):
+def test_a_client_that_has_ended_without_sending_is_not_held(world):
     one = world(settle_ms=50)
     fd = one.come()
     one.peers[fd].shutdown(socket.SHUT_WR)
     one.tick()
     one.say(one.address, 0)
     assert one.served == [fd]
-    assert one.upstream.auto_connect_address is None  # it is not proven by that
+    assert one.upstream.auto_connect_address is None  # that does not prove the target
 
 
-def test_a_client_that_has_spoken_and_ended_is_held(world):
+def test_a_client_that_has_sent_something_and_ended_is_held(world):
     one = world(settle_ms=50)
     fd = one.come()
     one.peers[fd].send(b"message")
@@ -158,7 +158,7 @@ def test_a_client_that_leaves_while_the_target_is_watched(world):
     assert len(one.relay.resets) == 1
 
 
-def test_an_outage_has_a_target_proven_anew(world):
+def test_after_an_outage_a_target_has_to_settle_again(world):
     one = world(settle_ms=50)
     fd = one.come()
     one.run(50)
@@ -182,7 +182,7 @@ def test_congestion_leaves_a_target_proven(world):
     assert one.served[-1] == fd
 
 
-def test_a_name_with_an_address_that_lets_go(world):
+def test_a_name_with_an_address_that_closes_early(world):
     plan = {inet(1): UP, inet(2): UP}
     one = world(NAME, plan=plan, answer=([inet(1, 0), inet(2, 0)], None), settle_ms=50)
     fd = one.come()

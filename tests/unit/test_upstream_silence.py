@@ -8,7 +8,7 @@ from kit.fake_relay import LATER, UP
 from kit.upstream_world import NAME, inet, up_at
 
 
-def test_a_connect_without_an_answer_is_ours_after_a_second(world, capfd):
+def test_a_silent_connect_of_the_relay_is_repeated_after_a_second(world, capfd):
     """No outage yet: one lost packet looks the same."""
     one = world()
     fd = one.come()
@@ -44,7 +44,7 @@ def test_a_silent_name_is_an_outage_after_a_second(world, capfd):
 
 
 def test_the_host_comes_up_and_every_client_is_served(world):
-    """By the youngest attempt; the others' connections are for the next clients."""
+    """The connection of the youngest attempt is for the oldest client."""
     one = world(plan=errno.ECONNREFUSED, timeout_ms=None)
     clients = [one.come() for _ in range(6)]
     one.relay.plan[one.address] = LATER
@@ -83,11 +83,11 @@ def test_thirty_silent_addresses_and_many_clients(world):
     one = world(NAME, plan=dict.fromkeys(many, LATER), answer=(many, None), timeout_ms=None)
     for _ in range(150):
         one.come()
-    most = 0
+    highest = 0
     for at_ms in range(0, 20_000, 100):
         one.run(at_ms)
-        most = max(most, len(one.relay.dialled))
-    assert most <= 32
+        highest = max(highest, len(one.relay.dialled))
+    assert highest <= 32
     assert len(one.relay.dialled) <= 4
     assert {address for _, address, _ in one.relay.attempts} == set(many)
 
@@ -130,7 +130,7 @@ def test_a_look_up_that_fails_for_good_while_an_address_is_silent(world, timeout
     fd = one.come()
     one.run(300)
     one.names.answer = ([], _socket.gaierror(_socket.EAI_FAIL, "never"))
-    one.run(3000)  # which does not spin
+    one.run(3000)  # without a busy loop
     if timeout_ms is None:
         assert one.gone(fd)
     else:

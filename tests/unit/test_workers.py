@@ -1,4 +1,4 @@
-"""What further threads may use: how much of the CPUs, as cgroups and the affinity say."""
+"""How much CPU time further threads may use, according to cgroups and the affinity."""
 
 import os
 
@@ -10,7 +10,7 @@ from proxyd import workers
 
 @pytest.fixture
 def machine(tmp_path):
-    """Make a /proc/self/cgroup and files below /sys/fs/cgroup; the root of both."""
+    """Make a /proc/self/cgroup and files below /sys/fs/cgroup; return the root of both."""
 
     def make(cgroup, files):
         (tmp_path / "proc/self").mkdir(parents=True)
@@ -32,8 +32,8 @@ def machine(tmp_path):
         ("0::/a/b\n", {"a/b/cpu.max": "150000 100000\n"}, 150),
         ("0::/a/b\n", {"a/b/cpu.max": "max 100000\n", "a/cpu.max": "50000 100000\n"}, 50),
         ("0::/a/b\n", {"a/b/cpu.max": "5000 10000\n", "a/cpu.max": "9000 10000\n"}, 50),
-        ("0::/\n", {"cpu.max": "200000 100000\n"}, 200),  # a container's own root
-        ("0::/docker/x\n", {"cpu.max": "200000 100000\n"}, 200),  # … seen by its outer name
+        ("0::/\n", {"cpu.max": "200000 100000\n"}, 200),  # the root of a container
+        ("0::/docker/x\n", {"cpu.max": "200000 100000\n"}, 200),  # … with its name outside
         ("0::/a\n", {"a/cpu.max": "1 1000000\n"}, 1),
         ("0::/a\n", {"a/cpu.max": "nonsense\n"}, 0),
         ("0::/a\n", {"a/cpu.max": "5 0\n"}, 0),
@@ -70,7 +70,7 @@ def test_quota_without_proc(tmp_path):
         (set(range(64)), 64, 0, "/proc/uptime", None, 0),
     ],
 )
-def test_what_is_looked_at(monkeypatch, usable, online, quota, stat, cpus, limit):
+def test_which_cpus_count(monkeypatch, usable, online, quota, stat, cpus, limit):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: usable)
     monkeypatch.setattr(os, "sysconf", lambda name: online)
     monkeypatch.setattr(workers, "cpu_quota", lambda: quota)
