@@ -17,7 +17,6 @@ from e2e.seen import (
     active_without_a_client,
     after_a_failed_start,
     cut_at_a_time,
-    cycle,
     dead_socket,
     does_not_start,
     ends_at_once,
@@ -29,6 +28,7 @@ from e2e.seen import (
     idle_in_spite_of_a_client,
     in_its_own_network,
     in_the_hosts_network,
+    left_out_at_boot,
     looping,
     lost_when_slow,
     never_idle,
@@ -42,6 +42,7 @@ from e2e.seen import (
     served,
     served_by_hand,
     slow_loop,
+    started_at_boot,
     started_often,
     starts_again,
     there_without_the_proxy,
@@ -140,6 +141,7 @@ SECOND = "[Socket]\nListenStream=127.0.0.1:9001\nService=heal.service\n"
 
 REQUIRES = [("Wants=back.service\nUpholds", "Requires")]
 RESTARTS = [("[Service]", "[Service]\nRestart=on-failure\nRestartSec=1s")]
+AT_BOOT = (":9000\n", ":9000\n[Install]\nWantedBy=sockets.target\n")
 REVIVES = [("", "[Unit]\nUpholds=heal.socket\n")]
 
 CASES = (
@@ -289,16 +291,13 @@ CASES = (
         {
             S: [
                 ("[Socket]", "[Unit]\nWants=other.service\nAfter=other.service\n[Socket]"),
-                (
-                    "ListenStream=127.0.0.1:9000\n",
-                    "ListenStream=127.0.0.1:9000\n[Install]\nWantedBy=sockets.target\n",
-                ),
+                AT_BOOT,
             ],
             "other.service": [("", "[Service]\nExecStart=/bin/sleep 600\n")],
         },
-        cycle,
-        served,
-        {S: [("[Socket]", "[Socket]\nFreeBind=yes")]},
+        left_out_at_boot,
+        started_at_boot,
+        {S: [("[Socket]", "[Socket]\nFreeBind=yes"), AT_BOOT]},
     ),
     Case(
         "address-without-freebind",
