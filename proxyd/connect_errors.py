@@ -1,7 +1,7 @@
 """What an error of connect(2) says about the target: whether a later attempt may succeed.
 
 The errors are documented in connect(2), ip(7), tcp(7), unix(7) and vsock(7); what causes which is
-tested in tests/blackbox/test_connect_errors.py. An error in none of the tables is permanent.
+tested in tests/unit/test_connect_errors.py. An error in none of the tables is permanent.
 """
 
 import errno

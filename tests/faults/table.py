@@ -171,7 +171,7 @@ SYSTEM_CALLS_LEFT_OUT = {
     "brk": "memory of the interpreter, which dies by its own rules; the extension's is malloc",
     "exit": "does not return",
     "exit_group": "does not return",
-    "flock": "every error is treated alike; tests/unit/test_listen.py holds the lock",
+    "flock": "every error is treated alike; tests/unit/test_bind.py holds the lock",
     "futex": "locks of the C library; does not fail",
     "getdents64": "of a folder that could be opened",
     "getpid": "cannot fail",
