@@ -109,13 +109,7 @@ class HeldClient:
     )
 
     def __init__(
-        self,
-        fd: int,
-        family: int,
-        preamble: bytes | None,
-        name: str,
-        since_ms: int,
-        connection: int = 0,
+        self, fd: int, family: int, preamble: bytes | None, name: str, since_ms: int
     ) -> None:
         self.fd = fd
         self.family = family
@@ -127,7 +121,7 @@ class HeldClient:
         """Its address, for log lines at debug level; "" otherwise."""
         self.since_ms = since_ms
         """When it was accepted."""
-        self.connection = connection
+        self.connection = 0
         """The id of its connection, if that has failed later than at once; otherwise 0."""
         self.number = 0
         """How many clients were held up to this one; 0: it has not been held yet."""

@@ -135,9 +135,8 @@ class Upstream:
         """Hold a client whose connect has failed, at once or later."""
         self.returned += 1
         name = name or self._loop.pop_label(failed.connection).partition(" → ")[0]
-        client = HeldClient(
-            failed.client, family, failed.pending, name, failed.opened_ms, failed.connection
-        )
+        client = HeldClient(failed.client, family, failed.pending, name, failed.opened_ms)
+        client.connection = failed.connection
         # The relay reads nothing from a client before its PROXY header has been sent.
         client.has_unsent = bool(failed.pending) and not self._expects_header
         self._hold(client)
