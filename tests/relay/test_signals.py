@@ -6,7 +6,7 @@ import select
 import signal
 
 import pytest
-from relaykit.child import in_child
+from kit.child import in_child
 
 from proxyd._relay import signal_fd, take_signals
 
