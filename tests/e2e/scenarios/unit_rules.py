@@ -19,7 +19,6 @@ from e2e.seen import (
     cut_at_a_time,
     dead_socket,
     does_not_start,
-    ends_at_once,
     fast_loop,
     gone_with_the_backend,
     gone_with_the_proxy,
@@ -45,6 +44,7 @@ from e2e.seen import (
     started_at_boot,
     started_often,
     starts_again,
+    stopped_at_once,
     there_without_the_proxy,
     unserved,
     wants_a_backend_first,
@@ -221,7 +221,7 @@ CASES = (
     Case(
         "stop-when-unneeded-on-proxy",
         {P: [("[Unit]", "[Unit]\nStopWhenUnneeded=yes")]},
-        ends_at_once,
+        stopped_at_once,
         served,
     ),
     Case(
