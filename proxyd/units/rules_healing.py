@@ -134,7 +134,7 @@ RULES = (
         "holds its clients, and Upholds= tries the backend again. Where the dependency cannot "
         "be changed (a drop-in cannot take Requires= away), Restart=on-failure and "
         "RestartMode=direct (systemd 254) in the backend keep its start going until it "
-        "succeeds.\n"
+        "succeeds. Under systemd 252, Restart=on-failure alone was seen to be enough.\n"
         "Seen as: `systemctl status SOCKET` says failed (Result: trigger-limit-hit).",
         _failing_start,
     ),

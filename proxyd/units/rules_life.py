@@ -269,9 +269,9 @@ RULES = (
         "error",
         "no StopWhenUnneeded= in the proxy; it belongs into the backend",
         "A socket starts its service but does not need it. A proxy with StopWhenUnneeded=yes is "
-        "stopped at once, started again by the client that waits, and so on until the start "
-        "limit is hit and the socket fails. Only systemd 262 gives up stopping it after some "
-        "times.",
+        "stopped at once, which cuts a client that it has taken. One that still waits starts it "
+        "again, and so on until the start limit is hit and the socket fails. Only systemd 262 "
+        "gives up stopping it after some times.",
         _unneeded_proxy,
     ),
     Rule(

@@ -141,6 +141,7 @@ SECOND = "[Socket]\nListenStream=127.0.0.1:9001\nService=heal.service\n"
 
 REQUIRES = [("Wants=back.service\nUpholds", "Requires")]
 RESTARTS = [("[Service]", "[Service]\nRestart=on-failure\nRestartSec=1s")]
+DIRECT = [("[Service]", "[Service]\nRestart=on-failure\nRestartSec=1s\nRestartMode=direct")]
 AT_BOOT = (":9000\n", ":9000\n[Install]\nWantedBy=sockets.target\n")
 REVIVES = [("", "[Unit]\nUpholds=heal.socket\n")]
 
@@ -164,6 +165,14 @@ CASES = (
         healing.failing_start,
         {P: REQUIRES, B: RESTARTS, "sockets.target.d/heal.conf": REVIVES},
         name="socket-revived",
+    ),
+    Case(
+        "failing-start-kills-socket",
+        {P: REQUIRES},
+        dead_socket(healing.failing_start, "trigger-limit-hit"),
+        healing.failing_start,
+        {P: REQUIRES, B: DIRECT},
+        name="start-goes-on",
     ),
     Case(
         "start-limit-kills-socket",
