@@ -157,6 +157,9 @@ def play(name, client, target, *options):
 
 CALL = re.compile(r"^(\w+)\((.*)\)\s+= (-?\d+)", re.MULTILINE)
 
+OF_THE_ALLOCATOR = {"brk", "madvise", "mmap", "munmap"}
+"""Made when malloc() needs memory, which a sanitizer's does at any time."""
+
 
 class Call:
     def __init__(self, name, arguments, result):
@@ -186,7 +189,10 @@ def calls(tmp_path):
         )
         assert done.returncode == 0, done.stderr
         turns = re.findall(rf'{BEGIN}".*\n((?s:.*?)).*"{END}"', out.read_text())
-        return [[Call(*call) for call in CALL.findall(turn)] for turn in turns]
+        return [
+            [Call(*call) for call in CALL.findall(turn) if call[0] not in OF_THE_ALLOCATOR]
+            for turn in turns
+        ]
 
     return trace
 
