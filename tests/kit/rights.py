@@ -60,5 +60,5 @@ def kernel_refuses():
 
 
 def thread_ids():
-    """The ids of the threads of this process."""
+    """The ids of the threads of this process; /proc may show a joined one for a moment longer."""
     return set(os.listdir("/proc/self/task"))

@@ -198,7 +198,7 @@ def test_credentials_are_no_descriptors(rigs):
     assert rig.read(target, 3) == b"one"
     client.send(b"two")
     assert rig.read(target, 3) == b"two"
-    assert thread_ids() == before, "nothing was in quarantine"
+    assert not thread_ids() - before, "nothing was in quarantine"
 
 
 # ── descriptors that are unread when the socket is closed ────────────────────────────────────────
@@ -278,7 +278,7 @@ def test_an_urgent_byte_is_no_descriptor(rigs, before, after):
     assert rig.relay.in_quarantine == 0
     with pytest.raises(ConnectionResetError):
         client.recv(1)
-    assert thread_ids() == threads
+    assert not thread_ids() - threads
 
 
 @pytest.mark.parametrize("place", ["before", "with", "behind"])
@@ -404,7 +404,7 @@ def test_no_thread():
         scene.rig.relay.hang_up(refused_fd)
         scene.rig.accept_at_backend()
         assert scene.rig.is_calm(50)
-        assert thread_ids() == before
+        assert not thread_ids() - before
         assert scene.rig.read_to_end(refused)[0] == b"", "it sees its end"
         client.close()
         for _ in range(20):

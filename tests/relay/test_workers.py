@@ -11,6 +11,7 @@ import time
 import pytest
 from kit.child import in_child
 from kit.rig import PATIENCE_S, open_fds, values
+from kit.rights import thread_ids
 from kit.sockets import reset
 from kit.stepped import Incoming, Outgoing, close, half_close, open_client
 from kit.traffic import payload
@@ -57,11 +58,6 @@ def take_all_fds():
             taken.append(os.open("/dev/null", os.O_RDONLY))
     assert refusal.value.errno == errno.EMFILE
     return taken
-
-
-def threads_now():
-    """The ids of all threads; /proc may show a joined one for a moment longer."""
-    return set(os.listdir("/proc/self/task"))
 
 
 # ── hand-over ────────────────────────────────────────────────────────────────────────────────────
@@ -282,14 +278,14 @@ def test_idle_pipes_are_closed_in_every_worker(start_workers):
 
 
 def test_close_all_cuts_every_connection(start_workers, pair):
-    threads = threads_now()
+    threads = thread_ids()
     workers = start_workers(*pair, count=2)
     rig = workers.rig
     links = [rig.link() for _ in range(7)]
-    worker_threads = threads_now() - threads
+    worker_threads = thread_ids() - threads
     assert len(worker_threads) == 2
     assert rig.relay.close_all() == 7
-    wait_for(lambda: not worker_threads & threads_now())
+    wait_for(lambda: not worker_threads & thread_ids())
     assert rig.relay.connections == 0
     rig.turn()
     assert {event.ending for event in rig.of_kind(Ended)} == {"cut"}
@@ -316,14 +312,14 @@ def test_close_all_during_hand_overs(start_workers):
 
 def test_a_relay_that_is_dropped_while_its_workers_run(rigs, tmp_path):
     """Nothing was closed beforehand: all fds and threads go with the object."""
-    threads, before = threads_now(), open_fds()
+    threads, before = thread_ids(), open_fds()
     rig = rigs()
     Workers(rig, 2)
     links = [rig.link() for _ in range(5)]
     rig.listener.stop()
     del rig.relay, rig.listener
     rigs.forget(rig)
-    wait_for(lambda: threads_now() <= threads)
+    wait_for(lambda: thread_ids() <= threads)
     assert open_fds() == before
     assert len(links) == 5
 
