@@ -139,20 +139,3 @@ def remove_leftovers() -> None:
     """Remove the overlays of killed runs (the lock excludes a run that is still going on)."""
     for folder in cache_folder().glob("run-*"):
         root.remove_tree(folder)
-
-
-def check_machine() -> None:
-    """Install the tools for rooms if possible; raise Unavailable if rooms do not work here."""
-    if os.geteuid() != 0:
-        raise Unavailable("not root")
-    if container.missing_tools() and shutil.which("apt-get"):
-        command = (
-            "apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -qy "
-            "--no-install-recommends debootstrap systemd-container"
-        )
-        subprocess.run(command, shell=True, stdout=subprocess.DEVNULL, check=False)
-    if container.missing_tools():
-        raise Unavailable(f"missing: {' '.join(container.missing_tools())}")
-    probe = ["unshare", "--mount", "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
-    if subprocess.run(probe, capture_output=True, check=False).returncode:
-        raise Unavailable("mounting is not permitted here")

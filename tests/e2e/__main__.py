@@ -27,22 +27,18 @@ There, a scenario that the original is known to fail is reported as "xfail" and 
 """
 
 import argparse
-import fcntl
 import os
 import shutil
-import signal
 import subprocess
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 import e2e.scenarios  # noqa: F401  (fills SCENARIOS)
 from e2e.harness import SCENARIOS, run_all
 from e2e.machine import TOOLS, Machine
-from kit.containers import container, project, root
+from kit.containers import container, host, project, root
 
 REPO = Path(__file__).resolve().parents[2]
-EXIT_CANNOT_RUN = 77
 LOCK = "/run/lock/systemd-socket-proxyd-e2e"
 ORIGINAL = "/lib/systemd/systemd-socket-proxyd"
 
@@ -53,15 +49,14 @@ def main() -> int:
         for one in SCENARIOS.values():
             print(f"{one.name:28} {one.title}")
         return 0
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda received, _: sys.exit(128 + received))
+    host.end_on_signals()
     try:
-        check_machine()
-        with locked():
+        host.check_host()
+        with host.locked(LOCK):  # containers share a group of the host, and its CPUs
             return run(options)
     except root.Unavailable as error:
         print(f"CANNOT RUN HERE: {error}", file=sys.stderr)
-        return EXIT_CANNOT_RUN
+        return host.EXIT_CANNOT_RUN
     except (project.BuildFailed, container.ContainerError) as error:
         print(f"FAIL {error}")
         return 1
@@ -93,38 +88,6 @@ def parse_arguments() -> argparse.Namespace:
     if options.deb and options.executable:
         parser.error("--deb and --executable are two different programs")
     return options
-
-
-def check_machine() -> None:
-    """Unavailable unless this machine can debootstrap and boot; installs the tools if it may."""
-    if os.geteuid() != 0:
-        raise root.Unavailable("not root")
-    if container.missing_tools() and shutil.which("apt-get"):
-        subprocess.run(
-            "apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -qy "
-            "--no-install-recommends debootstrap systemd-container",
-            shell=True,
-            stdout=subprocess.DEVNULL,
-            check=False,
-        )
-    if container.missing_tools():
-        raise root.Unavailable(f"missing: {' '.join(container.missing_tools())}")
-    probe = ["unshare", "--mount", "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
-    if subprocess.run(probe, capture_output=True, check=False).returncode:
-        raise root.Unavailable("mounting is not permitted here")
-
-
-@contextmanager
-def locked():
-    """One run at a time on this machine: containers share a group of the host, and its CPUs."""
-    os.makedirs(os.path.dirname(LOCK), exist_ok=True)
-    with open(LOCK, "w", encoding="ascii") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print("# another run of these scenarios: waiting for it", flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def run(options: argparse.Namespace) -> int:

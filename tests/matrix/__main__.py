@@ -15,22 +15,17 @@ Exit status: 0 all passed, 1 a row failed, 2 wrong usage, 77 this machine cannot
 """
 
 import argparse
-import fcntl
 import os
 import shutil
-import signal
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from kit.containers import container, project, root
+from kit.containers import container, host, project, root
 from matrix import layers
 
 REPO = Path(__file__).resolve().parents[2]
-EXIT_CANNOT_RUN = 77
+TOOLS = ("debootstrap", "unshare", "chroot")
 LOCK = "/run/lock/systemd-socket-proxyd-matrix"
 E2E_LOCK = "/run/lock/systemd-socket-proxyd-e2e"  # held while a root folder is made
 
@@ -136,15 +131,14 @@ def main() -> int:
         for name, row in ROWS.items():
             print(f"{name:15} {row.title}")
         return 0
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda received, _: sys.exit(128 + received))
+    host.end_on_signals()
     try:
-        check_machine()
-        with locked(LOCK):
+        host.check_host(TOOLS, "debootstrap", ("--mount", "--net"))
+        with host.locked(LOCK):
             return run(options)
     except root.Unavailable as error:
         print(f"CANNOT RUN HERE: {error}", file=sys.stderr)
-        return EXIT_CANNOT_RUN
+        return host.EXIT_CANNOT_RUN
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -169,34 +163,6 @@ def parse_arguments() -> argparse.Namespace:
 
 def split(words: list[str], at: int) -> tuple[list[str], list[str]]:
     return words[:at], words[at + 1 :]
-
-
-def check_machine() -> None:
-    """Install debootstrap if possible; raise Unavailable if it or mounts do not work here."""
-    if os.geteuid() != 0:
-        raise root.Unavailable("not root")
-    if not shutil.which("debootstrap") and shutil.which("apt-get"):
-        install = "apt-get update -q && apt-get install -qy --no-install-recommends debootstrap"
-        environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-        subprocess.run(install, shell=True, stdout=subprocess.DEVNULL, check=False, env=environment)
-    missing = [name for name in ("debootstrap", "unshare", "chroot") if not shutil.which(name)]
-    if missing:
-        raise root.Unavailable(f"missing: {' '.join(missing)}")
-    probe = ["unshare", "--mount", "--net", "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
-    if subprocess.run(probe, capture_output=True, check=False).returncode:
-        raise root.Unavailable("mounts and network namespaces are not permitted here")
-
-
-@contextmanager
-def locked(path: str) -> Iterator[None]:
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(path, "w", encoding="ascii") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"# waiting for the run that holds {path}", flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def run(options: argparse.Namespace) -> int:
@@ -244,7 +210,7 @@ def base_root(cache: Path, suite: str) -> Path:
     stamp = cache / suite / ".e2e-recipe"
     if stamp.is_file() and stamp.read_text() == root.recipe_id(root.PACKAGES):
         return cache / suite
-    with locked(E2E_LOCK):
+    with host.locked(E2E_LOCK):
         return root.ensure_root(cache, suite)
 
 

@@ -1,7 +1,6 @@
 """A booted systemd in systemd-nspawn on an overlay of a root folder, and commands inside it."""
 
 import os
-import shutil
 import signal
 import subprocess
 import tempfile
@@ -248,11 +247,3 @@ def status_field(pid: int, name: str) -> str:
             if line.startswith(name + ":"):
                 return line.split(":", 1)[1].strip()
     raise ProcessLookupError(pid)
-
-
-def missing_tools() -> list[str]:
-    return [
-        tool
-        for tool in ("debootstrap", "systemd-nspawn", "nsenter", "setpriv", "chroot")
-        if not shutil.which(tool)
-    ]
