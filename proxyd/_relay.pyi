@@ -10,6 +10,9 @@ CHECK_PORT: int
 ENDINGS: Final[tuple[str, ...]]
 ENDING_CUT: Final[str]
 ENDING_CLIENT_GONE: Final[str]
+STATES: Final[tuple[str, ...]]
+HALF_STATES: Final[tuple[str, ...]]
+CONNECT_BUCKETS_US: Final[tuple[int, ...]]
 
 @final
 class Ready:
@@ -78,6 +81,7 @@ class Ended:
         duration_ms: int,
         client_error: int,
         target_error: int,
+        info: ConnectionInfo | None = ...,
     ) -> None: ...
     @property
     def connection(self) -> int: ...
@@ -93,11 +97,130 @@ class Ended:
     def client_error(self) -> int: ...
     @property
     def target_error(self) -> int: ...
+    @property
+    def info(self) -> ConnectionInfo | None: ...
+
+@final
+class Begun:
+    def __init__(self, info: ConnectionInfo) -> None: ...
+    @property
+    def info(self) -> ConnectionInfo: ...
+
+@final
+class SnapshotRows:
+    def __init__(
+        self,
+        number: int,
+        rows: list[ConnectionInfo],
+        last: bool,
+        missing: int = ...,
+    ) -> None: ...
+    @property
+    def number(self) -> int: ...
+    @property
+    def rows(self) -> list[ConnectionInfo]: ...
+    @property
+    def last(self) -> bool: ...
+    @property
+    def missing(self) -> int: ...
+
+@final
+class Terminated:
+    def __init__(self, connection: int, found: bool) -> None: ...
+    @property
+    def connection(self) -> int: ...
+    @property
+    def found(self) -> bool: ...
 
 @final
 class WorkersWanted: ...
 
-Event: TypeAlias = Ready | Accepted | AcceptFailed | Refused | ConnectFailed | Ended | WorkersWanted
+Event: TypeAlias = (
+    Ready
+    | Accepted
+    | AcceptFailed
+    | Refused
+    | ConnectFailed
+    | Begun
+    | Ended
+    | SnapshotRows
+    | Terminated
+    | WorkersWanted
+)
+
+@final
+class HalfInfo:
+    def __init__(self, bytes: int, in_flight: int, state: str) -> None: ...  # noqa: A002
+    @property
+    def bytes(self) -> int: ...
+    @property
+    def in_flight(self) -> int: ...
+    @property
+    def state(self) -> str: ...
+
+@final
+class ConnectionInfo:
+    def __init__(
+        self,
+        connection: int,
+        state: str,
+        listener: int,
+        upstream: int,
+        client: bytes,
+        client_pid: int,
+        target: bytes,
+        local: bytes,
+        opened_ms: int,
+        active_ms: int,
+        held_ms: int,
+        connect_us: int,
+        up: HalfInfo,
+        down: HalfInfo,
+        thread: int,
+    ) -> None: ...
+    @property
+    def connection(self) -> int: ...
+    @property
+    def state(self) -> str: ...
+    @property
+    def listener(self) -> int: ...
+    @property
+    def upstream(self) -> int: ...
+    @property
+    def client(self) -> bytes: ...
+    @property
+    def client_pid(self) -> int: ...
+    @property
+    def target(self) -> bytes: ...
+    @property
+    def local(self) -> bytes: ...
+    @property
+    def opened_ms(self) -> int: ...
+    @property
+    def active_ms(self) -> int: ...
+    @property
+    def held_ms(self) -> int: ...
+    @property
+    def connect_us(self) -> int: ...
+    @property
+    def up(self) -> HalfInfo: ...
+    @property
+    def down(self) -> HalfInfo: ...
+    @property
+    def thread(self) -> int: ...
+
+@final
+class TargetTotals:
+    @property
+    def bytes_to_target(self) -> int: ...
+    @property
+    def bytes_to_clients(self) -> int: ...
+    @property
+    def endings(self) -> dict[str, int]: ...
+    @property
+    def connects(self) -> tuple[int, ...]: ...
+    @property
+    def connect_us(self) -> int: ...
 
 @final
 class Totals:
@@ -122,7 +245,9 @@ class RelayListener:
     def connected_count(self) -> int: ...
     def start(self) -> None: ...
     def stop(self) -> None: ...
-    def auto_connect(self, address: bytes | None, timeout_ms: int = ...) -> None: ...
+    def auto_connect(
+        self, address: bytes | None, timeout_ms: int = ..., upstream: int = ...
+    ) -> None: ...
 
 class Relay:
     wake_at_count: int
@@ -131,6 +256,7 @@ class Relay:
     held: int
     idle_ms: int
     report_ends: bool
+    report_begins: bool
     def __init__(
         self,
         stream_unit: int = ...,
@@ -147,6 +273,7 @@ class Relay:
     @property
     def now_ms(self) -> int: ...
     def totals(self) -> Totals: ...
+    def target_totals(self, upstream: int) -> TargetTotals: ...
     @property
     def thread_count(self) -> int: ...
     @property
@@ -167,6 +294,7 @@ class Relay:
     def unwatch(self, fd: int) -> None: ...
     def take_over(self, fd: int, family: int) -> None: ...
     def trim_pipes(self) -> None: ...
+    def new_id(self) -> int: ...
     def connect(
         self,
         client: int,
@@ -175,6 +303,10 @@ class Relay:
         preamble: bytes | None = ...,
         listener: int = ...,
         timeout_ms: int = ...,
+        upstream: int = ...,
+        peer: bytes = ...,
+        held_ms: int = ...,
+        connection: int = ...,
     ) -> int | ConnectFailed: ...
     def dial(self, address: bytes) -> int: ...
     def hang_up(self, fd: int, reset: bool = ...) -> None: ...
@@ -185,7 +317,14 @@ class Relay:
         fd: int,
         preamble: bytes | None = ...,
         error: int = ...,
+        listener: int = ...,
+        upstream: int = ...,
+        peer: bytes = ...,
+        held_ms: int = ...,
+        connection: int = ...,
     ) -> int: ...
+    def start_snapshot(self, rows: bool = ...) -> int: ...
+    def terminate(self, connection: int) -> None: ...
     def close_all(self) -> int: ...
     def run(self, timeout_ms: int = ...) -> list[Event]: ...
 

@@ -20,18 +20,21 @@ from cython cimport no_gc_clear
 from proxyd.relay cimport types
 from proxyd.relay.accept cimport listener_count_early, listener_unwatch, listener_watch
 from proxyd.relay.bookkeeping cimport connection_limit, connections_decrement
-from proxyd.relay.clock cimport clock_ms, earlier
+from proxyd.relay.clock cimport clock_ms, clock_ns, earlier
 from proxyd.relay.close cimport connection_free, connections_free
 from proxyd.relay.connect cimport (
     connection_connect, connection_new, connection_place, socket_connect, target_set_rights,
-    worker_hang_up,
+    worker_hang_up, worker_new_id,
 )
 from proxyd.relay.endpoint cimport endpoint_lost
 from proxyd.relay.gauges cimport gauges_connections, gauges_in_quarantine, gauges_set_wake_at_count
 from proxyd.relay.list cimport link_init, list_empty, list_remove
-from proxyd.relay.loop cimport worker_cut, worker_destroy, worker_init, worker_set_up, worker_turn
+from proxyd.relay.loop cimport (
+    worker_cut, worker_destroy, worker_init, worker_read_mailbox, worker_set_up, worker_turn,
+)
 from proxyd.relay.pipe cimport pool_clear
 from proxyd.relay.quarantine cimport quarantine_destroy, quarantine_due, quarantine_init
+from proxyd.relay.row cimport batch_free, batches_keep, row_add
 from proxyd.relay.self_connect cimport (
     local_port, self_connect_add, self_connect_move, self_connect_remove,
     self_connect_table_destroy, self_connect_table_init,
@@ -46,19 +49,26 @@ from proxyd.relay.sys cimport (
     AF_UNIX, AF_VSOCK, ECONNREFUSED, ECONNRESET, EINPROGRESS, ELOOP, ENOMEM, EPOLLET, EPOLLIN,
     EPOLLOUT, EPOLLRDHUP, EPOLL_CTL_ADD, EPOLL_CTL_DEL, MSG_DONTWAIT, MSG_PEEK, RLIMIT_NOFILE,
     SOL_SOCKET, SO_DOMAIN, atomic_get, calloc, close, counter_get, epoll_ctl, epoll_event, errno,
-    free, getpeername, getpid, getrlimit, getsockname, getsockopt, int64_t, memcpy, memset,
-    moment_get, pthread_join, recv, rlimit, setrlimit, sockaddr, sockaddr_storage, socklen_t,
-    uint64_t,
+    free, getpeername, getpid, getrlimit, getsockname, getsockopt, hint_set, int64_t, memcpy,
+    memset, moment_get, pthread_join, recv, rlimit, setrlimit, sockaddr, sockaddr_storage,
+    socklen_t, uint64_t,
 )
 from proxyd.relay.types cimport (
-    CPUS_MAX, ENDING_COUNT, EVENT_ACCEPTED, EVENT_ACCEPT_FAILED, EVENT_READY, EVENT_REFUSED,
-    EVENT_WORKERS_WANTED, KIND_LISTENER, KIND_WATCH, ORDER_TRIM, TO_CLIENT, TO_TARGET, Connection,
-    Gauges, Listener, Machine, PolicyEvent, Quarantine, SelfConnectTable, Watch, Worker,
+    CONNECT_BUCKETS, CPUS_MAX, ENDING_COUNT, EVENT_ACCEPTED, EVENT_ACCEPT_FAILED, EVENT_READY,
+    EVENT_REFUSED, EVENT_WORKERS_WANTED, KIND_LISTENER, KIND_WATCH, ORDER_TRIM, REPORT_BEGINS,
+    REPORT_ENDS, SWEEP_COUNT, SWEEP_CUT, SWEEP_TELL, TO_CLIENT, TO_TARGET, Address, Connection,
+    Gauges, HalfRow, Listener, Machine, Origin, Peer, PolicyEvent, Quarantine, Row, RowBatch,
+    SelfConnectTable, Terms, UpstreamTotals, Watch, Worker, Workers,
 )
+from proxyd.relay.upstream cimport connect_bucket_us
 from proxyd.relay.workers cimport (
-    quarantine_start, worker_close_mailbox, worker_free, workers_answered, workers_order,
-    workers_ping, workers_start_one, workers_stop,
+    quarantine_start, sweep_advance, sweep_until, worker_close_mailbox, worker_free,
+    workers_answered, workers_order, workers_ping, workers_start_one, workers_stop, workers_sweep,
+    workers_wake,
 )
+
+cdef enum:
+    UPSTREAMS_MAX = 1 << 20    # indexes of targets
 
 # what a RelayListener checks each client for
 CHECK_TCP = types.CHECK_TCP
@@ -70,6 +80,13 @@ CHECK_PORT = types.CHECK_PORT
 ENDINGS = ("ended", "reset", "idle", "cut", "client gone")
 ENDING_CUT = ENDINGS[types.ENDING_CUT]
 ENDING_CLIENT_GONE = ENDINGS[types.ENDING_CLIENT_GONE]
+
+# ConnectionInfo.state, and HalfInfo.state
+STATES = ("connecting", "open", "lingering")
+HALF_STATES = ("flowing", "draining", "shut", "dead")
+
+# The longest time, in µs, of each element of TargetTotals.connects but the last.
+CONNECT_BUCKETS_US = tuple([connect_bucket_us(i) for i in range(types.CONNECT_BUCKETS - 1)])
 
 
 # ── events, as run() returns them ────────────────────────────────────────────────────────────────
@@ -152,9 +169,11 @@ cdef class Ended:
     cdef readonly int64_t duration_ms
     cdef readonly int client_error         # errno with which the client's side failed; 0: none
     cdef readonly int target_error
+    cdef readonly ConnectionInfo info      # just before; None without Relay.report_begins
 
     def __init__(self, long long connection, str ending not None, uint64_t bytes_up,
-                 uint64_t bytes_down, int64_t duration_ms, int client_error, int target_error):
+                 uint64_t bytes_down, int64_t duration_ms, int client_error, int target_error,
+                 ConnectionInfo info=None):
         self.connection = connection
         self.ending = ending
         self.bytes_up = bytes_up
@@ -162,10 +181,120 @@ cdef class Ended:
         self.duration_ms = duration_ms
         self.client_error = client_error
         self.target_error = target_error
+        self.info = info
+
+
+cdef class Begun:
+    """A connection has begun, or its connect has. Only with Relay.report_begins."""
+
+    cdef readonly ConnectionInfo info
+
+    def __init__(self, ConnectionInfo info not None):
+        self.info = info
+
+
+cdef class SnapshotRows:
+    """Connections that were there when a snapshot began, and had not ended when they were passed.
+
+    Some are missing if the quarantine blocks, which forwards them, or if there is no memory.
+    """
+
+    cdef readonly int number               # of the snapshot, as start_snapshot() has told it
+    cdef readonly list rows                # of ConnectionInfo; 64 at most
+    cdef readonly bint last                # the snapshot is complete
+    cdef readonly int missing              # with the last rows: how many could not be told of
+
+    def __init__(self, int number, list rows not None, bint last, int missing=0):
+        self.number = number
+        self.rows = rows
+        self.last = last
+        self.missing = missing
+
+
+cdef class Terminated:
+    """What has become of Relay.terminate()."""
+
+    cdef readonly long long connection     # id
+    cdef readonly bint found               # it has been cut; False: there was none with this id
+
+    def __init__(self, long long connection, bint found):
+        self.connection = connection
+        self.found = found
 
 
 cdef class WorkersWanted:
     """One thread has more to do than it can, a CPU is idle, and there are no workers yet."""
+
+
+# ── what a connection is ─────────────────────────────────────────────────────────────────────────
+
+cdef class HalfInfo:
+    """One direction of a connection."""
+
+    cdef readonly uint64_t bytes           # that the receiver has taken, the preamble included
+    cdef readonly uint64_t in_flight       # read from the sender, but not taken yet
+    cdef readonly str state                # one of HALF_STATES
+
+    def __init__(self, uint64_t bytes, uint64_t in_flight, str state not None):
+        self.bytes = bytes
+        self.in_flight = in_flight
+        self.state = state
+
+
+cdef class ConnectionInfo:
+    """A connection, as it was when its thread has looked at it."""
+
+    cdef readonly long long connection     # id
+    cdef readonly str state                # one of STATES
+    cdef readonly int listener             # index
+    cdef readonly int upstream             # index
+    cdef readonly bytes client             # packed address that accept(2) has told; b"": not kept
+    cdef readonly int client_pid           # of a client over a UNIX socket; 0: not known
+    cdef readonly bytes target             # packed address; b"": not known
+    cdef readonly bytes local              # our own towards the target, likewise
+    cdef readonly int64_t opened_ms        # when the connect began
+    cdef readonly int64_t active_ms        # when a byte last moved
+    cdef readonly int held_ms              # how long the policy has held the client before
+    cdef readonly int64_t connect_us       # time to connect; -1: not connected yet, or not known
+    cdef readonly HalfInfo up              # client → target
+    cdef readonly HalfInfo down            # target → client
+    cdef readonly int thread               # 0: the one that calls run(); -1: the quarantine
+
+    def __init__(self, long long connection, str state not None, int listener, int upstream,
+                 bytes client not None, int client_pid, bytes target not None,
+                 bytes local not None, int64_t opened_ms, int64_t active_ms, int held_ms,
+                 int64_t connect_us, HalfInfo up not None, HalfInfo down not None, int thread):
+        self.connection = connection
+        self.state = state
+        self.listener = listener
+        self.upstream = upstream
+        self.client = client
+        self.client_pid = client_pid
+        self.target = target
+        self.local = local
+        self.opened_ms = opened_ms
+        self.active_ms = active_ms
+        self.held_ms = held_ms
+        self.connect_us = connect_us
+        self.up = up
+        self.down = down
+        self.thread = thread
+
+
+# ── numbers ──────────────────────────────────────────────────────────────────────────────────────
+
+cdef class TargetTotals:
+    """What has been counted for one index of `upstream`, over all threads.
+
+    Bytes of a connection that is there are counted when a snapshot passes it. `connects` has one
+    number for each of CONNECT_BUCKETS_US, and one for the connects that took longer.
+    """
+
+    cdef readonly uint64_t bytes_to_target
+    cdef readonly uint64_t bytes_to_clients
+    cdef readonly dict endings             # connections that have ended: {one of ENDINGS: count}
+    cdef readonly tuple connects           # that succeeded, by the time they took
+    cdef readonly uint64_t connect_us      # the sum of these times
 
 
 cdef class Totals:
@@ -228,16 +357,14 @@ cdef class RelayListener:
         """Accept no more clients; those that wait stay in the backlog."""
         listener_unwatch(&self.relay.worker, &self.state)
 
-    def auto_connect(self, bytes address, long long timeout_ms=0):
+    def auto_connect(self, bytes address, long long timeout_ms=0, int upstream=0):
         """Connect each client to the packed `address` from now on, as Relay.connect() does.
 
         None: no longer.
         """
-        self.state.auto_connect = address is not None
         if address is not None:
-            address_unpack(&self.state.target, address)
-            self.state.target_size = <socklen_t>len(address)
-            self.state.timeout_ms = timeout_ms
+            self.relay.fill_terms(&self.state.terms, address, timeout_ms, upstream)
+        self.state.auto_connect = address is not None
 
 
 cdef object raise_errno(int error):
@@ -264,6 +391,10 @@ cdef class Relay:
     cdef bint outlived                 # by the quarantine's thread, which cannot be ended
     cdef Watch **watches               # by fd; NULL: not watched
     cdef int watches_size
+    cdef UpstreamTotals **upstreams    # by index; NULL: not used so far
+    cdef int upstreams_size
+    cdef int sweeps                    # that were asked for
+    cdef list sweeps_waiting           # (what, number, connection) of those that are to begin
     cdef public int wake_at_count      # run() returns at this number of connections; -1: never
     cdef public bint wake_on_first     # … and when the first one comes
 
@@ -282,6 +413,7 @@ cdef class Relay:
         worker.connections_max = 1 << 30
         self.gauges.last_end_ms = worker.ctx.now_ms
         self.wake_at_count = -1
+        self.sweeps_waiting = []
         failure = worker_set_up(worker, stream_unit, pipe_size, may_splice)
         if failure == -ENOMEM:
             raise MemoryError()
@@ -295,6 +427,8 @@ cdef class Relay:
         workers_stop(&self.worker, True)
         if self.worker.workers.quarantine != NULL:  # close_all() would have kept us alive
             pthread_join(self.worker.workers.quarantine.thread, NULL)
+            worker_read_mailbox(&self.worker)
+            batches_keep(&self.worker.batches)
             worker_free(self.worker.workers.quarantine)
         free(self.worker.workers.each)
         if self.worker.workers.machine.stat_fd >= 0:
@@ -304,6 +438,9 @@ cdef class Relay:
             self.unwatch(fd)
         free(self.watches)  # GCOVR_EXCL_LINE - run, but gcov takes it for another function's
         worker_destroy(&self.worker)
+        for index in range(self.upstreams_size):
+            free(self.upstreams[index])
+        free(self.upstreams)
         while not list_empty(&self.quarantine.waiting):  # their sockets end with the process
             c = <Connection *>self.quarantine.waiting.next.owner
             list_remove(&c.live)
@@ -367,11 +504,24 @@ cdef class Relay:
     @property
     def report_ends(self):
         """Whether run() returns an Ended event for each connection."""
-        return bool(self.worker.report_ends)
+        return bool(self.gauges.reports & REPORT_ENDS)
 
     @report_ends.setter
     def report_ends(self, bint value):
-        self.worker.report_ends = value
+        self.set_report(REPORT_ENDS, value)
+
+    @property
+    def report_begins(self):
+        """Whether run() returns a Begun event for each connection, and Ended has its `info`."""
+        return bool(self.gauges.reports & REPORT_BEGINS)
+
+    @report_begins.setter
+    def report_begins(self, bint value):
+        self.set_report(REPORT_BEGINS, value)
+
+    cdef void set_report(self, int report, bint wanted) noexcept:
+        cdef int others = self.gauges.reports & ~report
+        hint_set(&self.gauges.reports, others | report if wanted else others)
 
     def totals(self):
         """What has been counted since the start."""
@@ -385,6 +535,41 @@ cdef class Relay:
         totals.copied = self.sum_of(&worker.ctx.counters.copied)
         totals.endings = {ENDINGS[i]: self.sum_of(&worker.ends[i]) for i in range(ENDING_COUNT)}
         return totals
+
+    def target_totals(self, int upstream):
+        """The TargetTotals of one index. Raises ValueError if it is negative or too large."""
+        cdef UpstreamTotals *counted = self.upstream_at(upstream)
+        cdef TargetTotals totals = TargetTotals()
+        totals.bytes_to_target = counter_get(&counted.bytes[TO_TARGET])
+        totals.bytes_to_clients = counter_get(&counted.bytes[TO_CLIENT])
+        totals.endings = {ENDINGS[i]: counter_get(&counted.endings[i]) for i in range(ENDING_COUNT)}
+        totals.connects = tuple([counter_get(&counted.connects[i]) for i in range(CONNECT_BUCKETS)])
+        totals.connect_us = counter_get(&counted.connect_us)
+        return totals
+
+    cdef UpstreamTotals *upstream_at(self, int index) except NULL:
+        """Where the connections of this index count. It never moves."""
+        cdef int size = max(self.upstreams_size, 4)
+        cdef UpstreamTotals **table
+        if not 0 <= index < UPSTREAMS_MAX:
+            raise ValueError("no such index of a target")
+        while size <= index:
+            size *= 2
+        if size > self.upstreams_size:
+            table = <UpstreamTotals **>calloc(size, sizeof(UpstreamTotals *))
+            if table == NULL:
+                raise MemoryError()
+            if self.upstreams != NULL:
+                memcpy(table, self.upstreams, self.upstreams_size * sizeof(UpstreamTotals *))
+            free(self.upstreams)
+            self.upstreams = table
+            self.upstreams_size = size
+        if self.upstreams[index] == NULL:
+            self.upstreams[index] = <UpstreamTotals *>calloc(1, sizeof(UpstreamTotals))
+            if self.upstreams[index] == NULL:
+                raise MemoryError()
+            self.upstreams[index].index = index
+        return self.upstreams[index]
 
     cdef uint64_t sum_of(self, uint64_t *counter) noexcept:
         """The main worker's `counter`, plus the same one of every other worker."""
@@ -436,8 +621,8 @@ cdef class Relay:
     def start_worker(self):
         """Start one more thread, to which connections are moved. Raises OSError.
 
-        idle_ms and report_ends must be set before: a worker takes them as they are. All workers
-        must be there before run() can move anything to one of them.
+        idle_ms must be set before: a worker takes it as it is. All workers must be there before
+        run() can move anything to one of them.
         """
         cdef int failure = workers_start_one(&self.worker)
         if failure < 0:
@@ -522,28 +707,58 @@ cdef class Relay:
 
     # ── connections ──────────────────────────────────────────────────────────────────────────
 
+    def new_id(self):
+        """An id for a client that is held; connect() and adopt() take it as `connection`."""
+        return worker_new_id(&self.worker)
+
     def connect(self, int client, int client_family, bytes address not None,
-                bytes preamble=None, int listener=0, long long timeout_ms=0):
+                bytes preamble=None, int listener=0, long long timeout_ms=0, int upstream=0,
+                bytes peer=b"", int held_ms=0, long long connection=0):
         """Connect an accepted client to the packed sockaddr `address` and forward; the id.
+
+        It counts under `upstream`. `peer`, the client's packed address, and `held_ms`, how long the
+        caller has held it, are for ConnectionInfo. `connection` is its id from new_id(); 0: a new
+        one.
 
         `preamble` is sent to the target first. If the connect fails, the client is the caller's
         again: a ConnectFailed with this `listener` says so. It is returned if the connect fails at
         once, and an event of run() if it fails later or takes longer than `timeout_ms` (0: as long
         as the kernel tries). Either way the client is no longer watched.
         """
-        cdef sockaddr_storage target
+        cdef Terms terms
+        cdef Origin origin
         cdef long long number
-        address_unpack(&target, address)
+        self.fill_terms(&terms, address, timeout_ms, upstream)
+        self.fill_origin(&origin, listener, upstream, peer, held_ms)
         self.unwatch(client)
         if preamble is None:
             preamble = b""
         number = connection_connect(
-            &self.worker, client, client_family, &target, <socklen_t>len(address),
-            preamble, <size_t>len(preamble), listener, timeout_ms)
+            &self.worker, client, client_family, &terms, preamble, <size_t>len(preamble),
+            &origin, connection)
         if number < 0:
             return ConnectFailed(
                 listener, client, <int>-number, preamble, self.worker.ctx.now_ms, 0)
         return number
+
+    cdef int fill_terms(self, Terms *terms, bytes address, int64_t timeout_ms,
+                        int upstream) except -1:
+        terms.upstream = self.upstream_at(upstream)
+        address_unpack(&terms.target, address)
+        terms.target_size = <socklen_t>len(address)
+        terms.timeout_ms = timeout_ms
+        return 0
+
+    cdef int fill_origin(self, Origin *origin, int listener, int upstream, bytes peer,
+                         int held_ms) except -1:
+        origin.upstream = self.upstream_at(upstream)
+        origin.listener = listener
+        origin.held_ms = held_ms
+        origin.peer.size = 0
+        if peer is not None and <size_t>len(peer) <= sizeof(origin.peer.address):
+            memcpy(&origin.peer.address, <const char *>peer, len(peer))
+            origin.peer.size = <socklen_t>len(peer)
+        return 0
 
     def dial(self, bytes address not None):
         """Start to connect a new socket; its fd, the caller's. It is watched, edge-triggered.
@@ -555,6 +770,7 @@ cdef class Relay:
         cdef bint connecting
         cdef int fd
         cdef Watch *watch
+        cdef int64_t began_ns = clock_ns()
         address_unpack(&target, address)
         fd = socket_connect(&self.worker.ctx, &target, <socklen_t>len(address), &connecting)
         if fd < 0:
@@ -565,6 +781,8 @@ cdef class Relay:
             worker_hang_up(&self.worker, fd, target.ss_family, False)
             raise
         watch = self.watches[fd]
+        watch.began_ns = began_ns
+        watch.connect_us = -1 if connecting else (clock_ns() - began_ns) // 1000
         self_connect_add(&self.self_connects, &watch.self_connect, fd, &target)
         return fd
 
@@ -574,28 +792,37 @@ cdef class Relay:
         self.unwatch(fd)
         worker_hang_up(&self.worker, fd, socket_family(fd), reset)
 
-    def adopt(self, int client, int client_family, int fd, bytes preamble=None, int error=0):
+    def adopt(self, int client, int client_family, int fd, bytes preamble=None, int error=0,
+              int listener=0, int upstream=0, bytes peer=b"", int held_ms=0,
+              long long connection=0):
         """Forward between a client and a connected socket of dial(), both owned from now on; the
-        id. `error`: the target has already reset with it. Raises OSError, and both are still the
-        caller's.
+        id. `error`: the target has already reset with it. For the rest see connect(). Raises
+        OSError, and both are still the caller's.
         """
         cdef Watch *watch = self.watch_of(fd)
+        cdef Origin origin
         cdef Connection *c
+        self.fill_origin(&origin, listener, upstream, peer, held_ms)
         if preamble is None:
             preamble = b""
         c = connection_new(&self.worker, client, client_family, fd, socket_family(fd),
                            preamble, <size_t>len(preamble))
         if c == NULL:
             raise_errno(ENOMEM)
+        if connection == 0:
+            connection = worker_new_id(&self.worker)
+        c.id = connection
+        c.origin = origin
         target_set_rights(&self.worker.ctx, &c.target)
         self.unwatch(client)
         if watch != NULL:
+            c.connect_us = watch.connect_us
             self_connect_move(&self.self_connects, &c.self_connect, &watch.self_connect)
             self.unwatch(fd)
         if error != 0:  # connected() has read it, and reading clears it
             endpoint_lost(&c.target, error)
         connection_place(&self.worker, c, False)
-        return self.worker.last_id
+        return connection
 
     def close_all(self):
         """Cut every connection with a reset, since this is no clean end; how many there were. The
@@ -609,6 +836,39 @@ cdef class Relay:
             self.outlived = True
             Py_INCREF(self)  # for good: the thread goes on using this memory
         return count
+
+    # ── looking at connections ───────────────────────────────────────────────────────────────
+
+    def start_snapshot(self, bint rows=True):
+        """Tell of every connection that is there now; the number of the snapshot.
+
+        SnapshotRows events of run() follow, one at a time. Connections that end before they are
+        passed are left out. Without `rows` there is only the last event: the bytes of all
+        connections are in target_totals() then, as with it. One snapshot follows the other.
+        """
+        return self.start_sweep(SWEEP_TELL if rows else SWEEP_COUNT, 0)
+
+    def terminate(self, long long connection):
+        """Reset both sides of a connection, whichever thread has it. A Terminated event tells
+        whether there was one; it ends as ENDING_CUT."""
+        self.start_sweep(SWEEP_CUT, connection)
+
+    cdef int start_sweep(self, int what, long long connection) except -1:
+        """The number of the sweep."""
+        self.sweeps += 1
+        self.sweeps_waiting.append((what, self.sweeps, connection))
+        self.begin_sweep()
+        return self.sweeps
+
+    cdef int begin_sweep(self) except -1:
+        """Begin the next one, if there is none."""
+        if not self.is_sweeping() and self.sweeps_waiting:
+            what, number, connection = self.sweeps_waiting.pop(0)
+            workers_sweep(&self.worker, what, number, connection)
+        return 0
+
+    cdef bint is_sweeping(self) noexcept:
+        return self.worker.workers.sweep_awaited != 0 or self.worker.workers.sweep_over
 
     # ── the loop ─────────────────────────────────────────────────────────────────────────────
 
@@ -641,7 +901,10 @@ cdef class Relay:
                 return failure  # GCOVR_EXCL_LINE - epoll_wait fails with EINTR only
             if worker.policy_event_count > 0 or not list_empty(&worker.failed):
                 return 0
-            if not list_empty(&worker.ended):
+            sweep_advance(worker)
+            if worker.workers.sweep_over or not list_empty(&worker.ended):
+                return 0
+            if not list_empty(&worker.batches) or not list_empty(&worker.begun):
                 return 0
             if gauges_connections(&self.gauges) <= self.wake_at_count:
                 return 0
@@ -652,6 +915,7 @@ cdef class Relay:
 
     cdef int64_t until(self, int64_t deadline_ms) noexcept nogil:
         """`deadline_ms`, or when to try again to start the quarantine's thread."""
+        deadline_ms = sweep_until(&self.worker, deadline_ms)
         if atomic_get(&self.quarantine.wanted):
             return earlier(deadline_ms, self.quarantine.retry_ms)
         return deadline_ms
@@ -670,16 +934,26 @@ cdef class Relay:
     cdef list take_events(self):
         cdef Worker *worker = &self.worker
         cdef Connection *c
+        cdef RowBatch *batch
         cdef int i
         cdef list events = []
         for i in range(worker.policy_event_count):
             events.append(make_event(&worker.policy_events[i], worker.ctx.now_ms))
         worker.policy_event_count = 0
+        while not list_empty(&worker.begun):
+            batch = <RowBatch *>worker.begun.next.owner
+            for i in range(batch.count):
+                events.append(Begun(connection_info(&batch.rows[i])))
+            batch_free(batch)
         while not list_empty(&worker.failed):
             c = <Connection *>worker.failed.next.owner
             list_remove(&c.live)
+            if self.is_sweeping() and worker.sweep.what == SWEEP_TELL and (
+                    c.sweep < worker.sweep.number):
+                # It was there when the snapshot began, and is the policy's from now on.
+                row_add(worker, &worker.batches, worker.sweep.number, c, worker.number)
             events.append(ConnectFailed(
-                c.listener, c.client.fd, c.target.error, take_pending(c), c.opened_ms, c.id))
+                c.origin.listener, c.client.fd, c.target.error, take_pending(c), c.opened_ms, c.id))
             connections_decrement(worker)
             worker.held += 1
             connection_free(c)
@@ -688,16 +962,45 @@ cdef class Relay:
             list_remove(&c.live)
             events.append(Ended(
                 c.id, ENDINGS[c.ending], c.up.moved, c.down.moved,
-                worker.ctx.now_ms - c.opened_ms, c.client.error, c.target.error))
+                worker.ctx.now_ms - c.opened_ms, c.client.error, c.target.error,
+                None if c.row == NULL else connection_info(c.row)))
             connection_free(c)
+        self.take_sweep(events)
         return events
+
+    cdef int take_sweep(self, list events) except -1:
+        """At most one batch of rows, so that clients are served in between."""
+        cdef Worker *worker = &self.worker
+        cdef Workers *workers = &worker.workers
+        cdef RowBatch *batch
+        cdef bint last
+        cdef int i
+        cdef list rows = []
+        while not rows and not list_empty(&worker.batches):
+            batch = <RowBatch *>worker.batches.next.owner
+            # Otherwise the quarantine has told it too late.
+            if batch.sweep == worker.sweep.number and self.is_sweeping():
+                rows = [connection_info(&batch.rows[i]) for i in range(batch.count)]
+            if batch_free(batch):
+                workers_wake(worker)
+        last = workers.sweep_over and list_empty(&worker.batches)
+        if last and worker.sweep.what == SWEEP_CUT:
+            events.append(Terminated(
+                worker.sweep.connection, atomic_get(&self.gauges.terminated) != 0))
+        elif last or rows:
+            events.append(SnapshotRows(
+                worker.sweep.number, rows, last, workers.sweep_missing if last else 0))
+        if last:
+            workers.sweep_over = False
+            self.begin_sweep()
+        return 0
 
 
 cdef object make_event(const PolicyEvent *event, int64_t now_ms):
     if event.kind == EVENT_READY:
         return Ready(event.fd, event.value)
     if event.kind == EVENT_ACCEPTED:
-        return Accepted(event.listener, event.fd, (<char *>&event.peer)[:event.peer_size])
+        return Accepted(event.listener, event.fd, peer_bytes(&event.peer))
     if event.kind == EVENT_ACCEPT_FAILED:
         return AcceptFailed(event.listener, event.value)
     if event.kind == EVENT_REFUSED:
@@ -705,6 +1008,26 @@ cdef object make_event(const PolicyEvent *event, int64_t now_ms):
     if event.kind == EVENT_WORKERS_WANTED:
         return WorkersWanted()
     return ConnectFailed(event.listener, event.fd, event.value, b"", now_ms, 0)
+
+
+cdef ConnectionInfo connection_info(const Row *row):
+    return ConnectionInfo(
+        row.id, STATES[row.state], row.listener, row.upstream, peer_bytes(&row.client),
+        row.client_pid, address_bytes(&row.target), address_bytes(&row.local), row.opened_ms,
+        row.active_ms, row.held_ms, row.connect_us, half_info(&row.halves[TO_TARGET]),
+        half_info(&row.halves[TO_CLIENT]), row.thread)
+
+
+cdef HalfInfo half_info(const HalfRow *half):
+    return HalfInfo(half.delivered, half.held, HALF_STATES[half.state])
+
+
+cdef bytes peer_bytes(const Peer *peer):
+    return (<const char *>&peer.address)[:peer.size]
+
+
+cdef bytes address_bytes(const Address *address):
+    return (<const char *>&address.name)[:address.size]
 
 
 cdef bytes take_pending(Connection *c):

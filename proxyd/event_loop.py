@@ -8,9 +8,22 @@ from proxyd.limits import AttemptBudget
 
 TYPE_CHECKING = False  # as in typing, which is slow to import
 if TYPE_CHECKING:
-    from proxyd._relay import Accepted, AcceptFailed, ConnectFailed, Ended, Refused, WorkersWanted
+    from proxyd._relay import (
+        Accepted,
+        AcceptFailed,
+        Begun,
+        ConnectFailed,
+        Ended,
+        Refused,
+        SnapshotRows,
+        Terminated,
+        WorkersWanted,
+    )
 
-    PolicyEvent = Accepted | AcceptFailed | Refused | ConnectFailed | Ended | WorkersWanted
+    InspectionEvent = Ended | Begun | SnapshotRows | Terminated
+    PolicyEvent = (
+        Accepted | AcceptFailed | Refused | ConnectFailed | WorkersWanted | InspectionEvent
+    )
 
 EPOLLIN = 1
 EPOLLET = 1 << 31

@@ -9,7 +9,16 @@ import _signal  # type: ignore[import-not-found]
 from _collections_abc import MutableMapping
 
 from proxyd import address, log
-from proxyd._relay import ConnectFailed, Ended, WorkersWanted, signal_fd, take_signals
+from proxyd._relay import (
+    Accepted,
+    AcceptFailed,
+    ConnectFailed,
+    Ended,
+    Refused,
+    WorkersWanted,
+    signal_fd,
+    take_signals,
+)
 from proxyd.acceptor import Acceptor, upstream_of
 from proxyd.errors import reason
 from proxyd.event_loop import EventLoop
@@ -168,7 +177,7 @@ class Server:
             self._log_end(event)
         elif isinstance(event, WorkersWanted):
             self._start_threads()
-        else:
+        elif isinstance(event, Accepted | AcceptFailed | Refused):
             self.acceptor.handle(event)
 
     def _log_end(self, event: Ended) -> None:

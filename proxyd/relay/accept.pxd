@@ -12,7 +12,7 @@ from proxyd.relay.list cimport list_append, list_empty, list_remove
 from proxyd.relay.quarantine cimport quarantine_takes_orphans
 from proxyd.relay.self_connect cimport local_port, self_connect_came_back
 from proxyd.relay.signals cimport alarm_is_handled, alarm_set
-from proxyd.relay.socket cimport peer_is_process, socket_tune, socket_unlinger
+from proxyd.relay.socket cimport socket_peer_pid, socket_tune, socket_unlinger
 from proxyd.relay.sys cimport (
     AF_UNIX, EAGAIN, EINTR, ELOOP, EPOLLIN, EPOLL_CTL_ADD, EPOLL_CTL_DEL, F_GETFL, F_SETFL,
     IPPROTO_TCP, O_NONBLOCK, SOCK_CLOEXEC, SOCK_NONBLOCK, TCP_INFO, accept4, epoll_ctl,
@@ -21,7 +21,7 @@ from proxyd.relay.sys cimport (
 )
 from proxyd.relay.types cimport (
     CHECK_PORT, CHECK_TCP, CHECK_UNIX, EVENT_ACCEPTED, EVENT_ACCEPT_FAILED, EVENT_CONNECT_FAILED,
-    EVENT_REFUSED, POLICY_EVENTS_MAX, Listener, PolicyEvent, Worker,
+    EVENT_REFUSED, POLICY_EVENTS_MAX, Listener, Origin, Peer, PolicyEvent, Worker,
 )
 
 # While clients are few, it is cheapest to accept one per turn: learning that no other waits
@@ -96,7 +96,7 @@ cdef inline int listener_accept(
         listener.early -= 1
         socket_tune(fd, listener.family)
     if (listener.check & CHECK_TCP and self_connect_came_back(worker.self_connects, fd, peer)
-            or listener.check & CHECK_UNIX and peer_is_process(fd, worker.pid)):
+            or listener.check & CHECK_UNIX and socket_peer_pid(fd) == worker.pid):
         worker_hang_up(worker, fd, listener.family, True)
         worker.refused += 1
         return -ELOOP
@@ -141,6 +141,7 @@ cdef inline void listener_admit(
     Worker *worker, Listener *listener, int fd, const sockaddr_storage *peer, socklen_t size
 ) noexcept nogil:
     """A client is let in: it is connected, or handed to the policy."""
+    cdef Origin origin
     cdef long long result
     if not listener.auto_connect or listener.check & CHECK_PORT and local_port(fd) != listener.port:
         listener_hand_to_policy(worker, listener, fd, peer, size)
@@ -151,9 +152,12 @@ cdef inline void listener_admit(
         policy_event_add(worker, EVENT_REFUSED, -1, 0, listener.index)
         return
     listener.connected_count += 1
+    origin.upstream = listener.terms.upstream
+    origin.listener = listener.index
+    origin.held_ms = 0
+    peer_keep(&origin.peer, peer, size)
     result = connection_connect(
-        worker, fd, listener.family, &listener.target, listener.target_size, NULL, 0,
-        listener.index, listener.timeout_ms)
+        worker, fd, listener.family, &listener.terms, NULL, 0, &origin, 0)
     if result < 0:
         listener.auto_connect = False  # later clients must not overtake it
         worker.held += 1
@@ -163,16 +167,24 @@ cdef inline void listener_admit(
 cdef inline void listener_hand_to_policy(
     Worker *worker, Listener *listener, int fd, const sockaddr_storage *peer, socklen_t size
 ) noexcept nogil:
-    """Tell the policy of a client, with the address that accept(2) has told: once a client has
-    reset, the kernel no longer tells it. That of a UNIX client may not fit, but can be asked for
-    later."""
+    """Tell the policy of a client, with its address."""
     cdef PolicyEvent *event = policy_event_add(worker, EVENT_ACCEPTED, fd, 0, listener.index)
     worker.held += 1
     if event == NULL:  # listener_accept_clients() makes sure that there is room
         worker_hang_up(worker, fd, listener.family, True)
-    elif size <= sizeof(event.peer):
-        memcpy(&event.peer, peer, size)
-        event.peer_size = size
+    else:
+        peer_keep(&event.peer, peer, size)
+
+
+cdef inline void peer_keep(
+    Peer *kept, const sockaddr_storage *peer, socklen_t size
+) noexcept nogil:
+    """Keep the address that accept(2) has told: once a client has reset, the kernel no longer
+    tells it. That of a UNIX client may not fit, but can be asked for later."""
+    kept.size = 0
+    if size <= sizeof(kept.address):
+        memcpy(&kept.address, peer, size)
+        kept.size = size
 
 
 # ── start, stop, and wait for room ───────────────────────────────────────────────────────────────

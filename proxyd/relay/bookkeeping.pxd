@@ -20,7 +20,7 @@ cdef inline PolicyEvent *policy_event_add(
     event.fd = fd
     event.value = value
     event.listener = index
-    event.peer_size = 0
+    event.peer.size = 0
     worker.policy_event_count += 1
     return event
 

@@ -25,16 +25,18 @@ from proxyd.relay.half cimport half_abandon, half_drop, half_held
 from proxyd.relay.list cimport list_append, list_empty, list_remove
 from proxyd.relay.quarantine cimport quarantine_put
 from proxyd.relay.rights cimport rights_may_close
+from proxyd.relay.row cimport row_new
 from proxyd.relay.self_connect cimport self_connect_remove
 from proxyd.relay.socket cimport socket_reset, socket_unlinger
 from proxyd.relay.sys cimport (
     AF_INET, AF_INET6, AF_UNIX, EAGAIN, EINTR, SHUT_RDWR, SHUT_WR, SIOCOUTQ, atomic_add, close,
-    counter_add, errno, free, int64_t, ioctl, shutdown, uint64_t,
+    counter_add, errno, free, hint_get, int64_t, ioctl, shutdown, uint64_t,
 )
 from proxyd.relay.types cimport (
-    CLOSED, CONNECTED, DEAD, DRAINING, ENDING_NORMAL, ENDING_RESET, LINGERING, RIGHTS_AHEAD,
-    RIGHTS_ANY, SHUT, Connection, Endpoint, Half, Link, Worker,
+    CLOSED, CONNECTED, DEAD, DRAINING, ENDING_NORMAL, ENDING_RESET, LINGERING, REPORT_BEGINS,
+    REPORT_ENDS, RIGHTS_AHEAD, RIGHTS_ANY, SHUT, Connection, Endpoint, Half, Link, Worker,
 )
+from proxyd.relay.upstream cimport connection_count_end
 
 cdef enum:
     DRAIN_BYTES = 1024 * 1024  # most that is read from a side and thrown away
@@ -199,12 +201,16 @@ cdef inline void connection_close(
     Worker *worker, Connection *c, int ending, bint reset
 ) noexcept nogil:
     """Close whatever is left of it, both sides in the same way."""
+    cdef int reports = hint_get(&worker.gauges.reports)
+    if reports & REPORT_BEGINS and reports & REPORT_ENDS:
+        c.row = row_new(c, worker.number)
     endpoint_close(worker, &c.client, reset)
     endpoint_close(worker, &c.target, reset)
     connection_unlink(worker, c)
     c.ending = ending
+    connection_count_end(c)
     counter_add(&worker.ends[ending], 1)
-    list_append(&worker.ended if worker.report_ends else &worker.dead, &c.live)
+    list_append(&worker.ended if reports & REPORT_ENDS else &worker.dead, &c.live)
     worker_remove_connection(worker)
     connections_decrement(worker)
 
@@ -215,6 +221,7 @@ cdef inline void connection_unlink(Worker *worker, Connection *c) noexcept nogil
     list_remove(&c.timed)
     list_remove(&c.ready)
     list_remove(&c.to_quarantine)
+    list_remove(&c.member)
     self_connect_remove(worker.self_connects, &c.self_connect)
     half_drop(&c.up)
     half_drop(&c.down)
@@ -264,6 +271,8 @@ cdef inline void connections_free(Link *connections) noexcept nogil:
 
 
 cdef inline void connection_free(Connection *c) noexcept nogil:
+    free(c.row)
+    c.row = NULL
     half_drop(&c.up)
     half_drop(&c.down)
     if c.has_orphans:

@@ -6,6 +6,7 @@
 
 from proxyd.relay.balance cimport worker_for_new
 from proxyd.relay.bookkeeping cimport connection_set_timer
+from proxyd.relay.clock cimport clock_ns
 from proxyd.relay.close cimport connection_close, connection_free, endpoint_orphan, linger_step
 from proxyd.relay.connection cimport (
     connect_done, connect_failed, connection_advance, target_was_reached,
@@ -19,44 +20,55 @@ from proxyd.relay.list cimport link_init, list_append, list_empty
 from proxyd.relay.mailbox cimport mailbox_put, mailbox_wake
 from proxyd.relay.pipe cimport pipe_init
 from proxyd.relay.rights cimport rights_may_close, rights_refuse
+from proxyd.relay.row cimport row_add
 from proxyd.relay.self_connect cimport self_connect_add
 from proxyd.relay.socket cimport socket_reset, socket_tune
+from proxyd.relay.sweep cimport sweep_arrive
 from proxyd.relay.sys cimport (
     AF_UNIX, EAGAIN, EINPROGRESS, EINTR, ENOMEM, ENOTCONN, MSG_DONTWAIT, MSG_NOSIGNAL, SHUT_RDWR,
     SOCK_CLOEXEC, SOCK_NONBLOCK, SOCK_STREAM, atomic_add, calloc, close, connect, counter_add,
-    errno, free, int64_t, send, shutdown, sockaddr, sockaddr_storage, socket, socklen_t,
+    errno, free, hint_get, int64_t, send, shutdown, sockaddr, sockaddr_storage, socket, socklen_t,
 )
 from proxyd.relay.types cimport (
     CLOSED, CONNECTED, CONNECTING, DRAINING, ENDING_CLIENT_GONE, ENDING_RESET, FLOWING,
-    KIND_CLIENT, KIND_TARGET, LINGERING, RIGHTS_MAYBE, RIGHTS_NONE, RIGHTS_UNKNOWN, TO_CLIENT,
-    TO_TARGET, Connection, Endpoint, Half, PumpContext, Rights, Worker,
+    KIND_CLIENT, KIND_TARGET, LINGERING, REPORT_BEGINS, RIGHTS_MAYBE, RIGHTS_NONE, RIGHTS_UNKNOWN,
+    TO_CLIENT, TO_TARGET, Connection, Endpoint, Half, Origin, PumpContext, Rights, Terms, Worker,
 )
+from proxyd.relay.upstream cimport connection_count_connect
 
 
 cdef inline long long connection_connect(
-    Worker *worker, int client, int client_family, const sockaddr_storage *address,
-    socklen_t size, const char *preamble, size_t preamble_size, int listener,
-    int64_t timeout_ms
+    Worker *worker, int client, int client_family, const Terms *terms, const char *preamble,
+    size_t preamble_size, const Origin *origin, long long number
 ) noexcept nogil:
-    """Connect a client to `address` and forward. The id; or -errno, and the client is not owned."""
+    """Connect a client on these terms and forward, under the id `number` (0: a new one). The id;
+    or -errno, and the client is not owned."""
     cdef Connection *c
     cdef bint connecting
-    cdef long long number
-    cdef int fd = socket_connect(&worker.ctx, address, size, &connecting)
+    cdef int family = terms.target.ss_family
+    cdef int64_t began_ns = clock_ns()
+    cdef int fd = socket_connect(&worker.ctx, &terms.target, terms.target_size, &connecting)
     if fd < 0:
         return fd
-    c = connection_new(worker, client, client_family, fd, address.ss_family,
-                       preamble, preamble_size)
+    c = connection_new(worker, client, client_family, fd, family, preamble, preamble_size)
     if c == NULL:
-        worker_hang_up(worker, fd, address.ss_family, False)
+        worker_hang_up(worker, fd, family, False)
         return -ENOMEM
-    number = c.id
+    if number == 0:
+        number = worker_new_id(worker)
+    c.id = number
+    c.origin = origin[0]
+    c.began_ns = began_ns
+    c.timeout_ms = terms.timeout_ms
     target_set_rights(&worker.ctx, &c.target)
-    c.listener = listener
-    c.timeout_ms = timeout_ms
-    self_connect_add(worker.self_connects, &c.self_connect, fd, address)
+    self_connect_add(worker.self_connects, &c.self_connect, fd, &terms.target)
     connection_place(worker, c, connecting)
     return number
+
+
+cdef inline long long worker_new_id(Worker *main) noexcept nogil:
+    main.last_id += 1
+    return main.last_id
 
 
 cdef inline int socket_connect(
@@ -88,8 +100,12 @@ cdef inline void target_set_rights(const PumpContext *ctx, Endpoint *target) noe
 cdef inline void connection_place(Worker *main, Connection *c, bint connecting) noexcept nogil:
     """Count a new connection, and have it begin in the worker that is to forward it."""
     cdef Worker *worker = worker_for_new(main)
-    c.opened_ms = main.ctx.now_ms
+    c.opened_ms = c.active_ms = main.ctx.now_ms
     c.state = CONNECTING if connecting else CONNECTED
+    if not connecting:
+        connection_count_connect(c)
+    if hint_get(&main.gauges.reports) & REPORT_BEGINS:
+        row_add(main, &main.begun, 0, c, worker.number)
     gauges_add_connection(main.gauges)
     atomic_add(&worker.connection_count, 1)
     if worker == main:
@@ -109,6 +125,9 @@ cdef inline void connection_begin(Worker *worker, Connection *c) noexcept nogil:
         return
     c.active_ms = worker.ctx.now_ms
     list_append(&worker.live, &c.live)
+    sweep_arrive(worker, c)
+    if c.state == CLOSED:
+        return
     if c.client.family == AF_UNIX and c.client.rights.state == RIGHTS_UNKNOWN:
         socket_tune(c.client.fd, AF_UNIX)
         endpoint_refuse_rights(&worker.ctx, &c.client)
@@ -164,6 +183,8 @@ cdef inline void connecting_send(
     if sent < 0:
         sent = 0
         if target_was_reached(c, error):
+            if c.up.unsent == NULL:
+                c.up.lost += size
             endpoint_lost(&c.target, error)
             connect_done(worker, c)
             return
@@ -175,6 +196,7 @@ cdef inline void connecting_send(
         if c.up.unsent_start == c.up.unsent_end:
             unsent_free(&c.up)
     elif <size_t>sent < size and half_keep(&c.up, data + sent, size - <size_t>sent) < 0:
+        c.up.lost += size - <size_t>sent
         connection_close(worker, c, ENDING_RESET, True)
         return
     counter_add(&worker.ctx.counters.forwarded[TO_TARGET], <size_t>sent)
@@ -230,19 +252,22 @@ cdef inline Connection *connection_new(
     Worker *worker, int client, int client_family, int target, int target_family,
     const char *preamble, size_t preamble_size
 ) noexcept nogil:
-    """`preamble` is to be sent first. Neither fd is owned yet. NULL: no memory."""
+    """`preamble` is to be sent first. Neither fd is owned yet. Id and origin are the caller's to
+    set. NULL: no memory."""
     cdef Connection *c = <Connection *>calloc(1, sizeof(Connection))
     if c == NULL:
         return NULL
     if preamble_size > 0 and half_keep(&c.up, preamble, preamble_size) < 0:
         free(c)
         return NULL
-    worker.last_id += 1
-    c.id = worker.last_id
+    c.up.given = preamble_size
+    c.connect_us = -1
+    c.sweep = worker.sweep.number
     link_init(&c.live, c)
     link_init(&c.timed, c)
     link_init(&c.ready, c)
     link_init(&c.to_quarantine, c)
+    link_init(&c.member, c)
     c.quarantine = worker.quarantine
     endpoint_init(&c.client, KIND_CLIENT, client, client_family, c)
     endpoint_init(&c.target, KIND_TARGET, target, target_family, c)

@@ -23,6 +23,7 @@ from proxyd.relay.types cimport (
     CLOSED, CONNECTED, CONNECTING, DEAD, ENDING_CLIENT_GONE, ENDING_RESET, KIND_CLIENT, LINGERING,
     SHUT, Connection, Endpoint, Half, Worker,
 )
+from proxyd.relay.upstream cimport connection_count_connect
 
 
 # ── timers ───────────────────────────────────────────────────────────────────────────────────────
@@ -158,10 +159,11 @@ cdef inline bint client_has_spoken(const Connection *c) noexcept nogil:
 cdef inline void connect_done(Worker *worker, Connection *c) noexcept nogil:
     list_remove(&c.timed)
     c.timer_ms = 0
-    c.state = CONNECTED
     if c.self_connect.self_possible and socket_self_connected(c.target.fd):
-        c.state = CONNECTING
         connect_failed(worker, c, ELOOP)
+        return
+    c.state = CONNECTED
+    connection_count_connect(c)
 
 
 cdef inline void connect_failed(Worker *worker, Connection *c, int error) noexcept nogil:
@@ -170,6 +172,7 @@ cdef inline void connect_failed(Worker *worker, Connection *c, int error) noexce
     endpoint_unregister(&worker.ctx, &c.client)
     endpoint_close(worker, &c.target, True)  # it may have accepted, but was sent nothing
     list_remove(&c.live)
+    list_remove(&c.member)
     list_remove(&c.timed)
     self_connect_remove(worker.self_connects, &c.self_connect)
     c.state = CLOSED

@@ -1,7 +1,7 @@
 # What a half holds: bytes taken from its source that its destination has not taken yet.
 
 from proxyd.relay.pipe cimport pipe_close
-from proxyd.relay.sys cimport ENOMEM, free, malloc, memcpy
+from proxyd.relay.sys cimport ENOMEM, free, malloc, memcpy, uint64_t
 from proxyd.relay.types cimport DEAD, SHUT, Half
 
 
@@ -15,6 +15,7 @@ cdef inline void half_abandon(Half *half) noexcept nogil:
 
 cdef inline void half_drop(Half *half) noexcept nogil:
     """Give up what is held, and the memory and fds that held it."""
+    half.lost += half_held(half)
     pipe_close(&half.pipe)
     unsent_free(half)
 
@@ -28,6 +29,11 @@ cdef inline int half_keep(Half *half, const char *data, size_t size) noexcept no
     half.unsent_start = 0
     half.unsent_end = size
     return 0
+
+
+cdef inline uint64_t half_delivered(const Half *half) noexcept nogil:
+    """Bytes that dst has taken."""
+    return half.moved + half.given - half.lost - half_held(half)
 
 
 cdef inline size_t half_held(const Half *half) noexcept nogil:

@@ -13,6 +13,13 @@ cdef inline void list_append(Link *head, Link *link) noexcept nogil:
     head.prev = link
 
 
+cdef inline void list_insert_after(Link *place, Link *link) noexcept nogil:
+    link.prev = place
+    link.next = place.next
+    place.next.prev = link
+    place.next = link
+
+
 cdef inline void list_remove(Link *link) noexcept nogil:
     link.prev.next = link.next
     link.next.prev = link.prev

@@ -16,14 +16,16 @@ from proxyd.relay.mailbox cimport mailbox_take
 from proxyd.relay.pipe cimport PIPE_SIZE_MIN, pool_clear
 from proxyd.relay.pump cimport COPY_UNIT, FIRST_UNIT
 from proxyd.relay.quarantine cimport worker_quarantine
+from proxyd.relay.row cimport batches_free
+from proxyd.relay.sweep cimport sweep_begin, sweep_can_walk, sweep_walk
 from proxyd.relay.sys cimport (
     EINTR, ENOMEM, EPOLL_CLOEXEC, atomic_get, atomic_set, close, epoll_create1, epoll_event,
     epoll_wait, errno, free, hint_set, int64_t, malloc, uint32_t,
 )
 from proxyd.relay.types cimport (
     CONNECTED, ENDING_CUT, ENDING_IDLE, EPOLL_EVENTS_MAX, EVENT_READY, KIND_LISTENER, KIND_MAILBOX,
-    KIND_WATCH, ORDER_ANSWER, ORDER_STOP, ORDER_TRIM, Connection, Endpoint, Gauges, Link, Listener,
-    SelfConnectTable, Watch, Worker,
+    KIND_WATCH, ORDER_ANSWER, ORDER_STOP, ORDER_SWEEP, ORDER_SWEEP_END, ORDER_TRIM, Connection,
+    Endpoint, Gauges, Link, Listener, SelfConnectTable, Sweep, Watch, Worker,
 )
 
 cdef enum:
@@ -58,6 +60,8 @@ cdef inline int worker_turn(Worker *worker, int64_t deadline_ms) noexcept nogil:
         worker_run_timers(worker)
     if worker.idle_ms > 0:
         worker_close_idle(worker)
+    if not list_empty(&worker.cursor):
+        sweep_walk(worker)
     connections_free(&worker.dead)
     if not list_empty(&worker.to_quarantine):
         worker_quarantine(worker)
@@ -70,6 +74,8 @@ cdef inline int worker_timeout(Worker *worker, int64_t deadline_ms) noexcept nog
     """Milliseconds that epoll_wait may sleep."""
     cdef int64_t until = deadline_ms
     if not (list_empty(&worker.ready) and list_empty(&worker.failed) and list_empty(&worker.ended)):
+        return 0
+    if not (list_empty(&worker.batches) and list_empty(&worker.begun)) or sweep_can_walk(worker):
         return 0
     if worker.next_timer_ms != 0:
         until = earlier(until, worker.next_timer_ms)
@@ -99,6 +105,8 @@ cdef inline int worker_wait(Worker *worker, int timeout_ms) noexcept nogil:
 cdef inline void worker_dispatch(Worker *worker, epoll_event *event) noexcept nogil:
     cdef Watch *watch = <Watch *>event.data.ptr
     if watch.kind == KIND_WATCH:
+        if watch.began_ns != 0 and watch.connect_us < 0:
+            watch.connect_us = (clock_ns() - watch.began_ns) // 1000
         policy_event_add(worker, EVENT_READY, watch.fd, event.events, 0)
     elif watch.kind == KIND_MAILBOX:
         worker_read_mailbox(worker)
@@ -110,9 +118,11 @@ cdef inline void worker_read_mailbox(Worker *worker) noexcept nogil:
     """What other threads have left: connections to begin, connections to report, orders."""
     cdef Link begin
     cdef Connection *c
+    cdef Sweep sweep
     cdef uint32_t orders
     link_init(&begin, NULL)
-    orders = mailbox_take(&worker.mailbox, &begin, &worker.failed, &worker.ended)
+    orders = mailbox_take(
+        &worker.mailbox, &begin, &worker.failed, &worker.ended, &worker.batches, &sweep)
     while not list_empty(&begin):
         c = <Connection *>begin.next.owner
         list_remove(&c.live)
@@ -121,6 +131,10 @@ cdef inline void worker_read_mailbox(Worker *worker) noexcept nogil:
         pool_clear(&worker.ctx.pool)
     if orders & ORDER_ANSWER:
         atomic_set(&worker.answered_ping, atomic_get(&worker.main.workers.ping_sequence))
+    if orders & ORDER_SWEEP:
+        sweep_begin(worker, &sweep)
+    if orders & ORDER_SWEEP_END:
+        worker.sweep_answer = 2 * worker.sweep.number + 1
     if orders & ORDER_STOP:
         worker.stopping = True
 
@@ -205,6 +219,10 @@ cdef inline void worker_init(
     worker.workers.machine.stat_fd = -1
     worker.busy.since_ns = clock_ns()
     link_init(&worker.live, NULL)
+    link_init(&worker.members, NULL)
+    link_init(&worker.cursor, NULL)
+    link_init(&worker.batches, NULL)
+    link_init(&worker.begun, NULL)
     link_init(&worker.timed, NULL)
     link_init(&worker.ready, NULL)
     link_init(&worker.failed, NULL)
@@ -241,6 +259,8 @@ cdef inline void worker_destroy(Worker *worker) noexcept nogil:
     connections_free(&worker.failed)
     connections_free(&worker.ended)
     connections_free(&worker.dead)
+    batches_free(&worker.batches)
+    batches_free(&worker.begun)
     pool_clear(&worker.ctx.pool)
     if worker.ctx.epoll >= 0:
         close(worker.ctx.epoll)

@@ -9,13 +9,13 @@ from proxyd.relay.sys cimport (
     pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock, uint32_t,
     uint64_t,
 )
-from proxyd.relay.types cimport Link, Mailbox
+from proxyd.relay.types cimport ORDER_SWEEP, ORDER_SWEEP_END, Link, Mailbox, Sweep
 
 
 cdef inline uint32_t mailbox_take(
-    Mailbox *mailbox, Link *begin, Link *failed, Link *ended
+    Mailbox *mailbox, Link *begin, Link *failed, Link *ended, Link *batches, Sweep *sweep
 ) noexcept nogil:
-    """Move what has come to these lists; returns the orders."""
+    """Move what has come to these lists; returns the orders. `sweep` is what ORDER_SWEEP means."""
     cdef uint32_t orders
     cdef uint64_t rings
     eventfd_read(mailbox.wake_fd, &rings)  # before the look: what comes after it wakes again
@@ -23,6 +23,8 @@ cdef inline uint32_t mailbox_take(
     list_move_all(begin, &mailbox.begin)
     list_move_all(failed, &mailbox.failed)
     list_move_all(ended, &mailbox.ended)
+    list_move_all(batches, &mailbox.batches)
+    sweep[0] = mailbox.sweep
     orders = mailbox.orders
     mailbox.orders = 0
     pthread_mutex_unlock(&mailbox.lock)
@@ -41,13 +43,25 @@ cdef inline void mailbox_put(Mailbox *mailbox, Link *place, Link *link) noexcept
         mailbox_wake(mailbox)
 
 
-cdef inline void mailbox_return(Mailbox *mailbox, Link *failed, Link *ended) noexcept nogil:
-    """Leave all that is in these two lists."""
-    if list_empty(failed) and list_empty(ended):
+cdef inline void mailbox_return(
+    Mailbox *mailbox, Link *failed, Link *ended, Link *batches
+) noexcept nogil:
+    """Leave all that is in these lists."""
+    if list_empty(failed) and list_empty(ended) and list_empty(batches):
         return
     pthread_mutex_lock(&mailbox.lock)
     list_move_all(&mailbox.failed, failed)
     list_move_all(&mailbox.ended, ended)
+    list_move_all(&mailbox.batches, batches)
+    pthread_mutex_unlock(&mailbox.lock)
+    mailbox_wake(mailbox)
+
+
+cdef inline void mailbox_order_sweep(Mailbox *mailbox, const Sweep *sweep) noexcept nogil:
+    """Give ORDER_SWEEP. One that has not been begun is forgotten."""
+    pthread_mutex_lock(&mailbox.lock)
+    mailbox.sweep = sweep[0]
+    mailbox.orders = (mailbox.orders | ORDER_SWEEP) & ~<uint32_t>ORDER_SWEEP_END
     pthread_mutex_unlock(&mailbox.lock)
     mailbox_wake(mailbox)
 
@@ -77,6 +91,7 @@ cdef inline int mailbox_init(Mailbox *mailbox, int kind) noexcept nogil:
     link_init(&mailbox.begin, NULL)
     link_init(&mailbox.failed, NULL)
     link_init(&mailbox.ended, NULL)
+    link_init(&mailbox.batches, NULL)
     pthread_mutex_init(&mailbox.lock, NULL)
     return 0
 

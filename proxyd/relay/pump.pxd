@@ -137,7 +137,10 @@ cdef inline ssize_t half_copy(PumpContext *ctx, Half *half, size_t unit) noexcep
     half.moved += <size_t>size
     half_classify(half, <size_t>size, unit)
     sent = half_send(ctx, half, ctx.buffer, <size_t>size)
-    if 0 <= sent < size and half_keep(half, ctx.buffer + sent, <size_t>(size - sent)) < 0:
+    if sent < 0:
+        half.lost += <size_t>size
+    elif sent < size and half_keep(half, ctx.buffer + sent, <size_t>(size - sent)) < 0:
+        half.lost += <size_t>(size - sent)
         half_broke(half)
     return size
 

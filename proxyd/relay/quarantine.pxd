@@ -51,6 +51,7 @@ cdef inline void connection_quarantine(Worker *worker, Connection *c) noexcept n
     endpoint_quarantine(worker, &c.target)
     list_remove(&c.ready)
     list_remove(&c.to_quarantine)
+    list_remove(&c.member)
     list_remove(&c.timed)
     worker_remove_connection(worker)
     atomic_add(&main.workers.quarantine.connection_count, 1)

@@ -120,6 +120,22 @@ cdef inline void self_connect_unlink(SelfConnectTable *table, SelfConnect *entry
     entry.listed = False
 
 
+cdef inline socklen_t self_connect_address(
+    const SelfConnectKey *key, int family, sockaddr_storage *address
+) noexcept nogil:
+    """Fill `address`, which is all zero, with that of a key; its size. A scope is not kept."""
+    cdef sockaddr_in *v4 = <sockaddr_in *>address
+    cdef sockaddr_in6 *v6 = <sockaddr_in6 *>address
+    address.ss_family = family
+    if family == AF_INET:
+        v4.sin_port = key.port
+        memcpy(&v4.sin_addr, &key.address[12], 4)
+        return sizeof(v4[0])
+    v6.sin6_port = key.port
+    memcpy(&v6.sin6_addr, key.address, 16)
+    return sizeof(v6[0])
+
+
 cdef inline uint16_t local_port(int fd) noexcept nogil:
     """The port of a socket, in network byte order; 0 if it has none."""
     cdef sockaddr_storage name

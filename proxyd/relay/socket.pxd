@@ -71,9 +71,10 @@ cdef inline bint socket_self_connected(int fd) noexcept nogil:
     return mine_size == peer_size and memcmp(&mine, &peer, mine_size) == 0
 
 
-cdef inline bint peer_is_process(int fd, int pid) noexcept nogil:
+cdef inline int socket_peer_pid(int fd) noexcept nogil:
+    """The process that has connected a UNIX socket; 0: not known."""
     cdef ucred peer
     cdef socklen_t size = sizeof(peer)
     if getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &size) < 0:
-        return False
-    return peer.pid == pid
+        return 0
+    return peer.pid

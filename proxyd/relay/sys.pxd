@@ -204,12 +204,14 @@ cdef extern from * nogil:
     int SO_PASSRIGHTS          # Linux 6.16
 
 # What more than one thread reads. A counter has one writer, its worker, and is read at any time by
-# others: a plain addition, but never torn. Hints and moments are likewise never torn, and may be
-# stale. An atomic is written by several threads, and all see its changes in the same order.
+# others: a plain addition, but never torn. One with several writers takes counter_add_shared().
+# Hints and moments are likewise never torn, and may be stale. An atomic is written by several
+# threads, and all see its changes in the same order.
 cdef extern from * nogil:
     """
     #define counter_add(place, by) \\
         __atomic_store_n((place), *(place) + (by), __ATOMIC_RELAXED)
+    #define counter_add_shared(place, by) __atomic_fetch_add((place), (by), __ATOMIC_RELAXED)
     #define counter_get(place) __atomic_load_n((place), __ATOMIC_RELAXED)
     #define atomic_add(place, by) __atomic_add_fetch((place), (by), __ATOMIC_SEQ_CST)
     #define atomic_get(place) __atomic_load_n((place), __ATOMIC_SEQ_CST)
@@ -221,6 +223,7 @@ cdef extern from * nogil:
     #define moment_set(place, to) __atomic_store_n((place), (to), __ATOMIC_RELAXED)
     """
     void counter_add(uint64_t *place, uint64_t by)
+    void counter_add_shared(uint64_t *place, uint64_t by)
     uint64_t counter_get(const uint64_t *place)
     int atomic_add(int *place, int by)
     int atomic_get(int *place)

@@ -109,6 +109,9 @@ ctypedef struct Half:
     size_t unsent_start        # offset of the first of them
     size_t unsent_end          # … and behind the last
     uint64_t moved             # bytes taken from src
+    uint64_t given             # bytes for dst that are not from src: the preamble
+    uint64_t lost              # bytes that dst can no longer be given
+    uint64_t counted           # bytes given to dst that UpstreamTotals has already
     uint8_t full_reads         # in a row
     uint8_t small_reads        # in a row, of a stream
     uint8_t streaming          # large units, by splice or by copy as half_splices() decides
@@ -137,6 +140,66 @@ ctypedef struct SelfConnectTable:
     SelfConnect *bucket[SELF_CONNECT_BUCKETS]
 
 
+# ── what is told of connections ──────────────────────────────────────────────────────────────────
+
+# how a connection ended
+cdef enum:
+    ENDING_NORMAL, ENDING_RESET, ENDING_IDLE, ENDING_CUT, ENDING_CLIENT_GONE, ENDING_COUNT
+
+cdef enum:
+    CONNECT_BUCKETS = 17       # of the time that a connect took: see upstream.pxd
+    ROWS_MAX = 64              # of a batch
+
+ctypedef struct UpstreamTotals:
+    int index                  # the policy's
+    uint64_t bytes[2]          # given to the receiver, by direction
+    uint64_t endings[ENDING_COUNT]  # connections that have ended, by ENDING_*
+    uint64_t connects[CONNECT_BUCKETS]  # that succeeded, by the time they took
+    uint64_t connect_us        # the sum of these times
+
+ctypedef struct Peer:
+    sockaddr_in6 address       # of an accepted client: what accept(2) said, if it fits …
+    socklen_t size             # … or 0
+
+ctypedef struct Origin:
+    UpstreamTotals *upstream   # where the connection counts
+    int listener               # index of the one it came from; the policy's
+    int held_ms                # how long the policy has held the client
+    Peer peer                  # the client
+
+ctypedef struct Address:
+    socklen_t size             # 0: not known
+    sockaddr_storage name
+
+ctypedef struct HalfRow:
+    uint64_t delivered         # bytes that dst has taken
+    uint64_t held              # bytes that it is yet to be given
+    int state                  # FLOWING …
+
+ctypedef struct Row:
+    long long id
+    int state                  # CONNECTING …
+    int listener
+    int upstream               # index
+    int thread                 # number of the worker
+    int client_pid             # of a UNIX client; 0: not known
+    int held_ms
+    Peer client
+    Address target
+    Address local              # our own towards the target
+    int64_t opened_ms
+    int64_t active_ms
+    int64_t connect_us         # -1: not connected yet, or not known
+    HalfRow halves[2]          # by direction
+
+ctypedef struct RowBatch:
+    Link link                  # in Worker.batches or Worker.begun, or on its way
+    int sweep                  # number; 0: of no sweep
+    int *on_the_way            # the gauge of its worker; NULL: not counted
+    int count                  # of `rows`
+    Row rows[ROWS_MAX]
+
+
 # ── what threads share ───────────────────────────────────────────────────────────────────────────
 
 # orders to a worker, bits
@@ -144,6 +207,19 @@ cdef enum:
     ORDER_STOP = 1             # cut everything and end the thread
     ORDER_TRIM = 2             # close the idle pipes
     ORDER_ANSWER = 4           # answer the ping
+    ORDER_SWEEP = 8            # begin with Mailbox.sweep
+    ORDER_SWEEP_END = 16       # answer that sweep, since nothing more can come for it
+
+# what a sweep does with each connection
+cdef enum:
+    SWEEP_COUNT                # add its bytes to UpstreamTotals
+    SWEEP_TELL                 # … and tell of it
+    SWEEP_CUT                  # cut it, if it is Sweep.connection
+
+ctypedef struct Sweep:
+    int number                 # 0: there was none yet
+    int what                   # SWEEP_*
+    long long connection       # id
 
 ctypedef struct Mailbox:
     int kind                   # KIND_MAILBOX
@@ -152,7 +228,14 @@ ctypedef struct Mailbox:
     Link begin                 # connections to forward from now on
     Link failed                # connections whose connect failed in another thread
     Link ended                 # connections closed in another thread, to be reported
+    Link batches               # rows of a sweep
+    Sweep sweep                # the last one ordered
     uint32_t orders            # ORDER_*
+
+# what the policy wants to be told, bits
+cdef enum:
+    REPORT_BEGINS = 1          # connections that begin, and rows of those that end
+    REPORT_ENDS = 2            # connections that have ended
 
 ctypedef struct Gauges:
     int connections            # from connect(2) until closed or given back
@@ -160,6 +243,9 @@ ctypedef struct Gauges:
     int wake_at_count          # the main worker sleeps until `connections` falls to this
     int64_t last_end_ms        # when a connection last ended
     int worker_error           # errno of a worker that cannot go on; 0: none
+    int reports                # REPORT_*: what the policy wants to be told
+    int terminated             # the sweep has found what it was to cut
+    int rows_lost              # rows of this sweep for which there was no memory
 
 ctypedef struct Quarantine:
     pthread_mutex_t lock       # of `waiting` and `mailbox`
@@ -202,27 +288,28 @@ ctypedef struct Busy:
 cdef enum:
     CONNECTING, CONNECTED, LINGERING, CLOSED
 
-# how a connection ended
-cdef enum:
-    ENDING_NORMAL, ENDING_RESET, ENDING_IDLE, ENDING_CUT, ENDING_CLIENT_GONE, ENDING_COUNT
-
 ctypedef struct Connection:
     Link live                  # in Worker.live, later in .failed, .ended or .dead, or on its way
     Link timed                 # in Worker.timed
     Link ready                 # in Worker.ready
     Link to_quarantine         # in Worker.to_quarantine
+    Link member                # in Worker.members
     Quarantine *quarantine     # the program's
+    Origin origin
+    int sweep                  # the last one that has passed it, or that began before it
+    Row *row                   # as it was when it ended; NULL: not wanted
     Endpoint client
     Endpoint target
     Half up                    # client → target
     Half down                  # target → client
     SelfConnect self_connect   # the target socket's entry in the table
     long long id
-    int listener               # index of the one it came from; the policy's
     int state                  # CONNECTING …
     int ending                 # ENDING_*, valid once CLOSED
     int64_t timeout_ms         # of the connect; 0: as long as the kernel tries
     int64_t opened_ms          # when the connect began
+    int64_t began_ns           # the same, more exactly; 0: dial() has connected it
+    int64_t connect_us         # how long the connect took; -1: not connected yet, or not known
     int64_t active_ms          # when a byte last moved
     int64_t timer_ms           # when its timer is due; 0: none
     int64_t progress_ms        # when the queue towards the last side last moved
@@ -245,13 +332,20 @@ ctypedef struct PolicyEvent:
     int fd                     # that is ready, or the client's
     uint32_t value             # epoll events, or an errno
     int listener               # index
-    sockaddr_in6 peer          # of an accepted client: what accept(2) said, if it fits …
-    socklen_t peer_size        # … or 0
+    Peer peer                  # of an accepted client
 
 ctypedef struct Watch:
     int kind                   # KIND_WATCH
     int fd                     # the policy's
     SelfConnect self_connect   # of a socket that dial() made
+    int64_t began_ns           # when it did; 0: it did not
+    int64_t connect_us         # how long the connect took; -1: not connected yet
+
+ctypedef struct Terms:
+    sockaddr_storage target
+    socklen_t target_size
+    int64_t timeout_ms         # of a connect; 0: as long as the kernel tries
+    UpstreamTotals *upstream   # where the connections count
 
 # what a listener checks each client for, bits
 cdef enum:
@@ -267,10 +361,8 @@ ctypedef struct Listener:
     int index                  # what the policy calls it
     uint16_t port              # its own, in network byte order; for CHECK_PORT
     bint watched               # registered with epoll
-    bint auto_connect          # connect clients to `target` at once
-    sockaddr_storage target
-    socklen_t target_size
-    int64_t timeout_ms         # of a connect; 0: as long as the kernel tries
+    bint auto_connect          # connect clients at once …
+    Terms terms                # … on these terms
     uint64_t connected_count   # clients connected, or on their way
     int64_t last_turn          # the worker's turn in which it was last ready
     int ready_turns            # in a row, up to READY_TURNS_MAX
@@ -298,6 +390,10 @@ ctypedef struct Workers:
     Worker *quarantine         # the quarantine's; NULL: not needed so far
     bint want_reported         # the policy was told that a worker could help
     int ping_sequence          # number of the last ping
+    int sweep_awaited          # the answer that all workers are to give; 0: no sweep is going on
+    bint sweep_over            # it has ended, which the policy is yet to be told
+    int sweep_missing          # connections of a quarantine that blocks: it could not be asked
+    int64_t sweep_patience_ms  # until when to wait for the quarantine
 
 ctypedef struct Worker:
     PumpContext ctx
@@ -307,6 +403,7 @@ ctypedef struct Worker:
     Mailbox mailbox            # what other threads have left for this one
     Worker *main               # the worker that accepts; NULL: this is the one
     Workers workers            # of the main worker: the others
+    int number                 # 0: the main worker; -1: the quarantine's
     pthread_t thread           # of the others: where it runs
     bint offloads_when_busy    # False: the main worker distributes new connections
     Busy busy                  # its load
@@ -314,6 +411,7 @@ ctypedef struct Worker:
     bint stopping              # it was told to end
     int answered_ping          # the last ping that it has answered
     Link live                  # connections; the one that was silent for the longest comes first
+    Link members               # the same connections, in the order in which they came
     Link timed                 # those with a timer
     Link ready                 # those whose pump spent its budget
     Link failed                # connects that failed, for the policy
@@ -321,6 +419,13 @@ ctypedef struct Worker:
     Link dead                  # closed connections, to be freed after the batch
     Link to_quarantine         # connections to be moved there after the batch
     int cut                    # the quarantine's: connections that it has cut in the end
+    Sweep sweep                # the last one that this worker knows of
+    Link cursor                # in `members`, before the connections that it has yet to pass
+    int sweep_answer           # what answered_sweep is to be after this turn
+    int answered_sweep         # 2 × number: all were passed; 2 × number + 1: … and none can come
+    Link batches               # rows for the policy
+    int batches_on_the_way     # of this worker, that the policy has not fetched
+    Link begun                 # rows of connections that have begun, for the policy
     int connection_count       # of this worker
     int connections_max        # the limit, over all workers; the policy's
     int held                   # clients that the policy has: each takes a place of the limit
@@ -337,5 +442,4 @@ ctypedef struct Worker:
     int policy_event_count
     int64_t next_timer_ms      # when the earliest timer is due; 0: none
     int pid                    # this process
-    bint report_ends           # put closed connections into `ended`
     uint64_t ends[ENDING_COUNT]  # connections that have ended, by ENDING_*

@@ -7,29 +7,35 @@
 #
 # The quarantine's worker is one more, which alone may block: see quarantine.pxd.
 
+from proxyd.relay.clock cimport earlier
 from proxyd.relay.close cimport connections_free
-from proxyd.relay.list cimport list_move_all
+from proxyd.relay.list cimport list_empty, list_move_all
 from proxyd.relay.loop cimport (
     worker_cut, worker_destroy, worker_init, worker_read_mailbox, worker_set_up, worker_turn,
 )
 from proxyd.relay.mailbox cimport (
-    mailbox_destroy, mailbox_init, mailbox_order, mailbox_return, mailbox_wake,
+    mailbox_destroy, mailbox_init, mailbox_order, mailbox_order_sweep, mailbox_return,
+    mailbox_wake,
 )
 from proxyd.relay.quarantine cimport QUARANTINE_RETRY_MS, quarantine_begin, quarantine_end
+from proxyd.relay.row cimport batches_keep
+from proxyd.relay.sweep cimport sweep_begin
 from proxyd.relay.sys cimport (
     CLOCK_REALTIME, ENOMEM, EPOLLIN, EPOLL_CTL_ADD, EPOLL_CTL_DEL, SIG_SETMASK, atomic_add,
     atomic_get, atomic_set, calloc, clock_gettime, counter_add, epoll_ctl, epoll_event, errno,
-    free, pthread_attr_destroy, pthread_attr_init, pthread_attr_setstacksize, pthread_attr_t,
-    pthread_create, pthread_join, pthread_sigmask, pthread_timedjoin_np, realloc, sigfillset,
+    free, int64_t, pthread_attr_destroy, pthread_attr_init, pthread_attr_setstacksize,
+    pthread_attr_t, pthread_create, pthread_join, pthread_sigmask, pthread_timedjoin_np, realloc, sigfillset,
     sigset_t, timespec, uint32_t,
 )
 from proxyd.relay.types cimport (
-    ENDING_COUNT, KIND_MAILBOX, ORDER_ANSWER, ORDER_STOP, Worker, Workers,
+    ENDING_COUNT, KIND_MAILBOX, ORDER_ANSWER, ORDER_STOP, ORDER_SWEEP_END, Sweep, Worker, Workers,
 )
 
 cdef enum:
     STACK_SIZE = 256 * 1024    # bytes of address space; a loop needs a few KiB of it
     QUARANTINE_STOP_MS = 1000  # how long its thread may take to end before it counts as blocked
+    QUARANTINE_ANSWER_MS = 200  # likewise, to answer a sweep
+    QUARANTINE = -1            # its number
 
 
 # ── start ────────────────────────────────────────────────────────────────────────────────────────
@@ -40,7 +46,8 @@ cdef inline int workers_start_one(Worker *main) noexcept nogil:
     cdef int failure = workers_make_room(&main.workers)
     if failure == 0:
         failure = worker_start(
-            main, &main.workers.each[main.workers.count], main.offloads_when_busy, worker_thread)
+            main, &main.workers.each[main.workers.count], main.workers.count + 1,
+            main.offloads_when_busy, worker_thread)
     if failure == 0:
         main.workers.count += 1
     return failure
@@ -64,7 +71,7 @@ cdef inline void quarantine_start(Worker *main) noexcept nogil:
     """A connection is to go into quarantine: start its thread if there is none. If that fails, it
     is tried again later."""
     if main.workers.quarantine == NULL and worker_start(
-            main, &main.workers.quarantine, False, quarantine_thread) < 0:
+            main, &main.workers.quarantine, QUARANTINE, False, quarantine_thread) < 0:
         main.quarantine.retry_ms = main.ctx.now_ms + QUARANTINE_RETRY_MS
         return
     quarantine_begin(main.quarantine, &main.workers.quarantine.mailbox)
@@ -73,7 +80,8 @@ cdef inline void quarantine_start(Worker *main) noexcept nogil:
 
 
 cdef inline int worker_start(
-    Worker *main, Worker **place, bint offloads_when_busy, void *(*work)(void *) noexcept nogil
+    Worker *main, Worker **place, int number, bint offloads_when_busy,
+    void *(*work)(void *) noexcept nogil
 ) noexcept nogil:
     """Make a worker, store it in `place`, and start its thread; 0 or -errno."""
     cdef Worker *worker
@@ -85,8 +93,11 @@ cdef inline int worker_start(
         return -ENOMEM
     worker_init(worker, main.gauges, main.self_connects)
     worker.main = main
+    worker.number = number
     worker.quarantine = main.quarantine
     worker.answered_ping = main.workers.ping_sequence  # earlier pings are not for it
+    worker.sweep = main.sweep  # what comes from other workers may be yet to be passed
+    worker.sweep_answer = worker.answered_sweep = 2 * main.sweep.number
     failure = worker_set_up_like(worker, main)
     worker.offloads_when_busy = offloads_when_busy
     if failure == 0:
@@ -104,7 +115,6 @@ cdef inline int worker_set_up_like(Worker *worker, const Worker *main) noexcept 
         worker, main.ctx.stream_unit, main.ctx.pool.size, main.ctx.may_splice)
     worker.ctx.may_refuse = main.ctx.may_refuse
     worker.idle_ms = main.idle_ms
-    worker.report_ends = main.report_ends
     return worker_open_mailbox(worker) if failure == 0 else failure
 
 
@@ -142,11 +152,96 @@ cdef inline void *worker_thread(void *argument) noexcept nogil:
     cdef int failure = 0
     while failure == 0 and not worker.stopping:
         failure = worker_turn(worker, -1)
-        mailbox_return(&main.mailbox, &worker.failed, &worker.ended)
+        mailbox_return(&main.mailbox, &worker.failed, &worker.ended, &worker.batches)
+        worker_answer_sweep(worker)
     if failure < 0:
         atomic_set(&worker.gauges.worker_error, -failure)  # GCOVR_EXCL_LINE - see worker_turn()
         mailbox_wake(&main.mailbox)  # GCOVR_EXCL_LINE - the same
     return NULL
+
+
+cdef inline void worker_answer_sweep(Worker *worker) noexcept nogil:
+    """After all that it had to tell."""
+    if worker.sweep_answer != worker.answered_sweep:
+        atomic_set(&worker.answered_sweep, worker.sweep_answer)
+        mailbox_wake(&worker.main.mailbox)
+
+
+# ── sweeps ───────────────────────────────────────────────────────────────────────────────────────
+
+cdef inline void workers_sweep(
+    Worker *main, int what, int number, long long connection
+) noexcept nogil:
+    """Begin a sweep, when there is none."""
+    cdef Sweep sweep
+    cdef int i
+    sweep.number = number
+    sweep.what = what
+    sweep.connection = connection
+    atomic_set(&main.gauges.terminated, 0)
+    atomic_set(&main.gauges.rows_lost, 0)
+    sweep_begin(main, &sweep)
+    for i in range(main.workers.count):
+        mailbox_order_sweep(&main.workers.each[i].mailbox, &sweep)
+    if main.workers.quarantine != NULL:
+        mailbox_order_sweep(&main.workers.quarantine.mailbox, &sweep)
+    sweep_await(main, 2 * number)
+
+
+cdef inline void sweep_advance(Worker *main) noexcept nogil:
+    """Go on once every worker has answered. The first answer says that it has passed all of its
+    connections, the second that none can come that was yet to be passed."""
+    while main.workers.sweep_awaited != 0 and list_empty(&main.cursor) and sweep_answered(main):
+        if main.workers.sweep_awaited % 2 == 0:
+            sweep_ask_again(main)
+        else:
+            sweep_finish(main)
+
+
+cdef inline bint sweep_answered(Worker *main) noexcept nogil:
+    """Whether every worker has answered; the quarantine may block, and is not waited for then."""
+    cdef int i
+    for i in range(main.workers.count):
+        if atomic_get(&main.workers.each[i].answered_sweep) < main.workers.sweep_awaited:
+            return False
+    return not sweep_waits_for_quarantine(main) or (
+        main.ctx.now_ms >= main.workers.sweep_patience_ms)
+
+
+cdef inline void sweep_ask_again(Worker *main) noexcept nogil:
+    workers_order(main, ORDER_SWEEP_END)
+    if main.workers.quarantine != NULL and not sweep_waits_for_quarantine(main):
+        mailbox_order(&main.workers.quarantine.mailbox, ORDER_SWEEP_END)
+    sweep_await(main, main.workers.sweep_awaited + 1)
+
+
+cdef inline void sweep_await(Worker *main, int answer) noexcept nogil:
+    main.workers.sweep_awaited = answer
+    main.workers.sweep_patience_ms = main.ctx.now_ms + QUARANTINE_ANSWER_MS
+
+
+cdef inline void sweep_finish(Worker *main) noexcept nogil:
+    cdef Worker *quarantine = main.workers.quarantine
+    if main.mailbox.wake_fd >= 0:
+        worker_read_mailbox(main)  # all that came with the answers
+    main.workers.sweep_missing = atomic_get(&main.gauges.rows_lost)
+    if quarantine != NULL and atomic_get(&quarantine.answered_sweep) < 2 * main.sweep.number:
+        main.workers.sweep_missing += atomic_get(&quarantine.connection_count)
+    main.workers.sweep_awaited = 0
+    main.workers.sweep_over = True
+
+
+cdef inline bint sweep_waits_for_quarantine(Worker *main) noexcept nogil:
+    cdef Worker *quarantine = main.workers.quarantine
+    return quarantine != NULL and (
+        atomic_get(&quarantine.answered_sweep) < main.workers.sweep_awaited)
+
+
+cdef inline int64_t sweep_until(Worker *main, int64_t deadline_ms) noexcept nogil:
+    """`deadline_ms`, or when not to wait for the quarantine any longer."""
+    if main.workers.sweep_awaited != 0 and sweep_waits_for_quarantine(main):
+        return earlier(deadline_ms, main.workers.sweep_patience_ms)
+    return deadline_ms
 
 
 # ── alive? ───────────────────────────────────────────────────────────────────────────────────────
@@ -187,6 +282,8 @@ cdef inline int workers_stop(Worker *main, bint reset) noexcept nogil:
     main.offloads_when_busy = False  # no further workers are asked for
     if main.mailbox.wake_fd >= 0:
         worker_read_mailbox(main)
+    batches_keep(&main.batches)
+    main.batches_on_the_way = 0
     return count
 
 
@@ -234,6 +331,7 @@ cdef inline void worker_inherit(Worker *main, Worker *worker) noexcept nogil:
     counter_add(&main.ctx.counters.copied, worker.ctx.counters.copied)
     list_move_all(&main.failed, &worker.failed)
     list_move_all(&main.ended, &worker.ended)
+    list_move_all(&main.batches, &worker.batches)
 
 
 cdef inline void worker_free(Worker *worker) noexcept nogil:
@@ -267,6 +365,13 @@ cdef inline void worker_close_mailbox(Worker *worker) noexcept nogil:
     if worker.mailbox.wake_fd >= 0:
         epoll_ctl(worker.ctx.epoll, EPOLL_CTL_DEL, worker.mailbox.wake_fd, NULL)
     mailbox_destroy(&worker.mailbox)
+
+
+cdef inline void workers_wake(const Worker *main) noexcept nogil:
+    """Wake every worker, and the quarantine's."""
+    workers_order(main, 0)
+    if main.workers.quarantine != NULL:
+        mailbox_wake(&main.workers.quarantine.mailbox)
 
 
 cdef inline void workers_order(const Worker *main, uint32_t order) noexcept nogil:
