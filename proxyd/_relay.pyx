@@ -17,7 +17,7 @@ which says in which order.
 from cpython.ref cimport Py_INCREF
 from cython cimport no_gc_clear
 
-from proxyd.relay cimport types
+from proxyd.relay cimport records, types
 from proxyd.relay.accept cimport listener_count_early, listener_unwatch, listener_watch
 from proxyd.relay.bookkeeping cimport connection_limit, connections_decrement
 from proxyd.relay.clock cimport clock_ms, clock_ns, earlier
@@ -34,6 +34,10 @@ from proxyd.relay.loop cimport (
 )
 from proxyd.relay.pipe cimport pool_clear
 from proxyd.relay.quarantine cimport quarantine_destroy, quarantine_due, quarantine_init
+from proxyd.relay.records cimport (
+    CONNECT_BUCKETS, ENDING_COUNT, REPORT_BEGINS, REPORT_ENDS, SWEEP_COUNT, SWEEP_CUT, SWEEP_TELL,
+    Address, HalfRow, Origin, Peer, Row, UpstreamTotals,
+)
 from proxyd.relay.row cimport batch_free, batches_keep, row_add
 from proxyd.relay.self_connect cimport (
     local_port, self_connect_add, self_connect_move, self_connect_remove,
@@ -54,11 +58,9 @@ from proxyd.relay.sys cimport (
     socklen_t, uint64_t,
 )
 from proxyd.relay.types cimport (
-    CONNECT_BUCKETS, CPUS_MAX, ENDING_COUNT, EVENT_ACCEPTED, EVENT_ACCEPT_FAILED, EVENT_READY,
-    EVENT_REFUSED, EVENT_WORKERS_WANTED, KIND_LISTENER, KIND_WATCH, ORDER_TRIM, REPORT_BEGINS,
-    REPORT_ENDS, SWEEP_COUNT, SWEEP_CUT, SWEEP_TELL, TO_CLIENT, TO_TARGET, Address, Connection,
-    Gauges, HalfRow, Listener, Machine, Origin, Peer, PolicyEvent, Quarantine, Row, RowBatch,
-    SelfConnectTable, Terms, UpstreamTotals, Watch, Worker, Workers,
+    CPUS_MAX, EVENT_ACCEPTED, EVENT_ACCEPT_FAILED, EVENT_READY, EVENT_REFUSED, EVENT_WORKERS_WANTED,
+    KIND_LISTENER, KIND_WATCH, ORDER_TRIM, TO_CLIENT, TO_TARGET, Connection, Gauges, Listener,
+    Machine, PolicyEvent, Quarantine, RowBatch, SelfConnectTable, Terms, Watch, Worker, Workers,
 )
 from proxyd.relay.upstream cimport connect_bucket_us
 from proxyd.relay.workers cimport (
@@ -75,18 +77,18 @@ CHECK_TCP = types.CHECK_TCP
 CHECK_UNIX = types.CHECK_UNIX
 CHECK_PORT = types.CHECK_PORT
 
-# How a connection can end, by ENDING_* in relay/types.pxd: the words of the log, and the keys of
+# How a connection can end, by ENDING_* in relay/records.pxd: the words of the log, and the keys of
 # Totals.endings. The policy counts held clients under the two that have names of their own.
 ENDINGS = ("ended", "reset", "idle", "cut", "client gone")
-ENDING_CUT = ENDINGS[types.ENDING_CUT]
-ENDING_CLIENT_GONE = ENDINGS[types.ENDING_CLIENT_GONE]
+ENDING_CUT = ENDINGS[records.ENDING_CUT]
+ENDING_CLIENT_GONE = ENDINGS[records.ENDING_CLIENT_GONE]
 
 # ConnectionInfo.state, and HalfInfo.state
 STATES = ("connecting", "open", "lingering")
 HALF_STATES = ("flowing", "draining", "shut", "dead")
 
 # The longest time, in µs, of each element of TargetTotals.connects but the last.
-CONNECT_BUCKETS_US = tuple([connect_bucket_us(i) for i in range(types.CONNECT_BUCKETS - 1)])
+CONNECT_BUCKETS_US = tuple([connect_bucket_us(i) for i in range(records.CONNECT_BUCKETS - 1)])
 
 
 # ── events, as run() returns them ────────────────────────────────────────────────────────────────

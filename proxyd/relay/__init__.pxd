@@ -13,5 +13,6 @@
 #
 # and the loop again for each batch of events. Below these are what they use: balance and quarantine
 # (which thread), half, endpoint, pipe (what is held, and where), mailbox, gauges, busy (threads and
-# their load), self_connect and rights (clients to beware of); types has every structure, sys every
-# system call. workers, at the top, runs the loop in further threads.
+# their load), self_connect and rights (clients to beware of), sweep, row and upstream (what is told
+# of connections); types and records have every structure, sys every system call. workers, at the
+# top, runs the loop in further threads.

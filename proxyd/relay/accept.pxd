@@ -10,6 +10,7 @@ from proxyd.relay.connect cimport connection_connect, worker_hang_up
 from proxyd.relay.gauges cimport gauges_places
 from proxyd.relay.list cimport list_append, list_empty, list_remove
 from proxyd.relay.quarantine cimport quarantine_takes_orphans
+from proxyd.relay.records cimport Origin, Peer
 from proxyd.relay.self_connect cimport local_port, self_connect_came_back
 from proxyd.relay.signals cimport alarm_is_handled, alarm_set
 from proxyd.relay.socket cimport socket_peer_pid, socket_tune, socket_unlinger
@@ -21,7 +22,7 @@ from proxyd.relay.sys cimport (
 )
 from proxyd.relay.types cimport (
     CHECK_PORT, CHECK_TCP, CHECK_UNIX, EVENT_ACCEPTED, EVENT_ACCEPT_FAILED, EVENT_CONNECT_FAILED,
-    EVENT_REFUSED, POLICY_EVENTS_MAX, Listener, Origin, Peer, PolicyEvent, Worker,
+    EVENT_REFUSED, POLICY_EVENTS_MAX, Listener, PolicyEvent, Worker,
 )
 
 # While clients are few, it is cheapest to accept one per turn: learning that no other waits

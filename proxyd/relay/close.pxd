@@ -24,6 +24,7 @@ from proxyd.relay.endpoint cimport (
 from proxyd.relay.half cimport half_abandon, half_drop, half_held
 from proxyd.relay.list cimport list_append, list_empty, list_remove
 from proxyd.relay.quarantine cimport quarantine_put
+from proxyd.relay.records cimport ENDING_NORMAL, ENDING_RESET, REPORT_BEGINS, REPORT_ENDS
 from proxyd.relay.rights cimport rights_may_close
 from proxyd.relay.row cimport row_new
 from proxyd.relay.self_connect cimport self_connect_remove
@@ -33,8 +34,8 @@ from proxyd.relay.sys cimport (
     counter_add, errno, free, hint_get, int64_t, ioctl, shutdown, uint64_t,
 )
 from proxyd.relay.types cimport (
-    CLOSED, CONNECTED, DEAD, DRAINING, ENDING_NORMAL, ENDING_RESET, LINGERING, REPORT_BEGINS,
-    REPORT_ENDS, RIGHTS_AHEAD, RIGHTS_ANY, SHUT, Connection, Endpoint, Half, Link, Worker,
+    CLOSED, CONNECTED, DEAD, DRAINING, LINGERING, RIGHTS_AHEAD, RIGHTS_ANY, SHUT, Connection,
+    Endpoint, Half, Link, Worker,
 )
 from proxyd.relay.upstream cimport connection_count_end
 

@@ -19,6 +19,7 @@ from proxyd.relay.half cimport half_keep, unsent_free
 from proxyd.relay.list cimport link_init, list_append, list_empty
 from proxyd.relay.mailbox cimport mailbox_put, mailbox_wake
 from proxyd.relay.pipe cimport pipe_init
+from proxyd.relay.records cimport ENDING_CLIENT_GONE, ENDING_RESET, REPORT_BEGINS, Origin
 from proxyd.relay.rights cimport rights_may_close, rights_refuse
 from proxyd.relay.row cimport row_add
 from proxyd.relay.self_connect cimport self_connect_add
@@ -30,9 +31,9 @@ from proxyd.relay.sys cimport (
     errno, free, hint_get, int64_t, send, shutdown, sockaddr, sockaddr_storage, socket, socklen_t,
 )
 from proxyd.relay.types cimport (
-    CLOSED, CONNECTED, CONNECTING, DRAINING, ENDING_CLIENT_GONE, ENDING_RESET, FLOWING,
-    KIND_CLIENT, KIND_TARGET, LINGERING, REPORT_BEGINS, RIGHTS_MAYBE, RIGHTS_NONE, RIGHTS_UNKNOWN,
-    TO_CLIENT, TO_TARGET, Connection, Endpoint, Half, Origin, PumpContext, Rights, Terms, Worker,
+    CLOSED, CONNECTED, CONNECTING, DRAINING, FLOWING, KIND_CLIENT, KIND_TARGET, LINGERING,
+    RIGHTS_MAYBE, RIGHTS_NONE, RIGHTS_UNKNOWN, TO_CLIENT, TO_TARGET, Connection, Endpoint, Half,
+    PumpContext, Rights, Terms, Worker,
 )
 from proxyd.relay.upstream cimport connection_count_connect
 

@@ -12,6 +12,7 @@ from proxyd.relay.endpoint cimport endpoint_failed, endpoint_unregister
 from proxyd.relay.half cimport half_held
 from proxyd.relay.list cimport list_append, list_remove
 from proxyd.relay.pump cimport half_pump
+from proxyd.relay.records cimport ENDING_CLIENT_GONE, ENDING_RESET
 from proxyd.relay.self_connect cimport self_connect_remove
 from proxyd.relay.socket cimport socket_self_connected, socket_take_error
 from proxyd.relay.sys cimport (
@@ -20,8 +21,8 @@ from proxyd.relay.sys cimport (
     sockaddr_storage, socklen_t, uint32_t, uint64_t,
 )
 from proxyd.relay.types cimport (
-    CLOSED, CONNECTED, CONNECTING, DEAD, ENDING_CLIENT_GONE, ENDING_RESET, KIND_CLIENT, LINGERING,
-    SHUT, Connection, Endpoint, Half, Worker,
+    CLOSED, CONNECTED, CONNECTING, DEAD, KIND_CLIENT, LINGERING, SHUT, Connection, Endpoint, Half,
+    Worker,
 )
 from proxyd.relay.upstream cimport connection_count_connect
 

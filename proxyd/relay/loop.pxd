@@ -16,6 +16,7 @@ from proxyd.relay.mailbox cimport mailbox_take
 from proxyd.relay.pipe cimport PIPE_SIZE_MIN, pool_clear
 from proxyd.relay.pump cimport COPY_UNIT, FIRST_UNIT
 from proxyd.relay.quarantine cimport worker_quarantine
+from proxyd.relay.records cimport ENDING_CUT, ENDING_IDLE, Sweep
 from proxyd.relay.row cimport batches_free
 from proxyd.relay.sweep cimport sweep_begin, sweep_can_walk, sweep_walk
 from proxyd.relay.sys cimport (
@@ -23,9 +24,9 @@ from proxyd.relay.sys cimport (
     epoll_wait, errno, free, hint_set, int64_t, malloc, uint32_t,
 )
 from proxyd.relay.types cimport (
-    CONNECTED, ENDING_CUT, ENDING_IDLE, EPOLL_EVENTS_MAX, EVENT_READY, KIND_LISTENER, KIND_MAILBOX,
-    KIND_WATCH, ORDER_ANSWER, ORDER_STOP, ORDER_SWEEP, ORDER_SWEEP_END, ORDER_TRIM, Connection,
-    Endpoint, Gauges, Link, Listener, SelfConnectTable, Sweep, Watch, Worker,
+    CONNECTED, EPOLL_EVENTS_MAX, EVENT_READY, KIND_LISTENER, KIND_MAILBOX, KIND_WATCH, ORDER_ANSWER,
+    ORDER_STOP, ORDER_SWEEP, ORDER_SWEEP_END, ORDER_TRIM, Connection, Endpoint, Gauges, Link,
+    Listener, SelfConnectTable, Watch, Worker,
 )
 
 cdef enum:

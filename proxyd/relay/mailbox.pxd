@@ -4,12 +4,13 @@
 # way.
 
 from proxyd.relay.list cimport link_init, list_append, list_empty, list_move_all, list_remove
+from proxyd.relay.records cimport Sweep
 from proxyd.relay.sys cimport (
     EFD_CLOEXEC, EFD_NONBLOCK, close, errno, eventfd, eventfd_read, eventfd_write,
     pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock, uint32_t,
     uint64_t,
 )
-from proxyd.relay.types cimport ORDER_SWEEP, ORDER_SWEEP_END, Link, Mailbox, Sweep
+from proxyd.relay.types cimport ORDER_SWEEP, ORDER_SWEEP_END, Link, Mailbox
 
 
 cdef inline uint32_t mailbox_take(

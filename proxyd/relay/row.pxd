@@ -6,14 +6,13 @@
 
 from proxyd.relay.half cimport half_delivered, half_held
 from proxyd.relay.list cimport link_init, list_append, list_empty, list_remove
+from proxyd.relay.records cimport ROWS_MAX, HalfRow, Row
 from proxyd.relay.self_connect cimport self_connect_address
 from proxyd.relay.socket cimport socket_peer_pid
 from proxyd.relay.sys cimport (
     AF_UNIX, atomic_add, calloc, free, getpeername, getsockname, sockaddr, socklen_t,
 )
-from proxyd.relay.types cimport (
-    CLOSED, CONNECTING, ROWS_MAX, Connection, Half, HalfRow, Link, Row, RowBatch, Worker,
-)
+from proxyd.relay.types cimport CLOSED, CONNECTING, Connection, Half, Link, RowBatch, Worker
 
 cdef enum:
     BATCHES_MAX = 4            # of a worker and a sweep, until the policy has fetched some
@@ -102,6 +101,11 @@ cdef inline RowBatch *batch_new(Worker *worker, int sweep) noexcept nogil:
     return batch
 
 
+cdef inline void batches_free(Link *batches) noexcept nogil:
+    while not list_empty(batches):
+        batch_free(<RowBatch *>batches.next.owner)
+
+
 cdef inline bint batch_free(RowBatch *batch) noexcept nogil:
     """Whether its worker may have waited for that."""
     cdef bint waited = False
@@ -110,11 +114,6 @@ cdef inline bint batch_free(RowBatch *batch) noexcept nogil:
         waited = atomic_add(batch.on_the_way, -1) == BATCHES_MAX - 1
     free(batch)
     return waited
-
-
-cdef inline void batches_free(Link *batches) noexcept nogil:
-    while not list_empty(batches):
-        batch_free(<RowBatch *>batches.next.owner)
 
 
 cdef inline void batches_keep(Link *batches) noexcept nogil:

@@ -11,11 +11,10 @@
 
 from proxyd.relay.close cimport connection_close
 from proxyd.relay.list cimport list_append, list_empty, list_insert_after, list_remove
+from proxyd.relay.records cimport ENDING_CUT, ROWS_MAX, SWEEP_CUT, SWEEP_TELL, Sweep
 from proxyd.relay.row cimport BATCHES_MAX, row_add
 from proxyd.relay.sys cimport atomic_get, atomic_set
-from proxyd.relay.types cimport (
-    ENDING_CUT, ROWS_MAX, SWEEP_CUT, SWEEP_TELL, Connection, Link, Sweep, Worker,
-)
+from proxyd.relay.types cimport Connection, Link, Worker
 from proxyd.relay.upstream cimport connection_count_bytes
 
 cdef enum:

@@ -4,9 +4,10 @@
 # the file whose functions obey them, unless an array has their size. Times end in _ms or _ns and
 # are on CLOCK_MONOTONIC, if they are not durations.
 
+from proxyd.relay.records cimport ENDING_COUNT, ROWS_MAX, Origin, Peer, Row, Sweep, UpstreamTotals
 from proxyd.relay.sys cimport (
-    epoll_event, int64_t, pthread_mutex_t, pthread_t, sockaddr_in6, sockaddr_storage, socklen_t,
-    uint16_t, uint32_t, uint64_t, uint8_t,
+    epoll_event, int64_t, pthread_mutex_t, pthread_t, sockaddr_storage, socklen_t, uint16_t,
+    uint32_t, uint64_t, uint8_t,
 )
 
 
@@ -140,57 +141,7 @@ ctypedef struct SelfConnectTable:
     SelfConnect *bucket[SELF_CONNECT_BUCKETS]
 
 
-# ── what is told of connections ──────────────────────────────────────────────────────────────────
-
-# how a connection ended
-cdef enum:
-    ENDING_NORMAL, ENDING_RESET, ENDING_IDLE, ENDING_CUT, ENDING_CLIENT_GONE, ENDING_COUNT
-
-cdef enum:
-    CONNECT_BUCKETS = 17       # of the time that a connect took: see upstream.pxd
-    ROWS_MAX = 64              # of a batch
-
-ctypedef struct UpstreamTotals:
-    int index                  # the policy's
-    uint64_t bytes[2]          # given to the receiver, by direction
-    uint64_t endings[ENDING_COUNT]  # connections that have ended, by ENDING_*
-    uint64_t connects[CONNECT_BUCKETS]  # that succeeded, by the time they took
-    uint64_t connect_us        # the sum of these times
-
-ctypedef struct Peer:
-    sockaddr_in6 address       # of an accepted client: what accept(2) said, if it fits …
-    socklen_t size             # … or 0
-
-ctypedef struct Origin:
-    UpstreamTotals *upstream   # where the connection counts
-    int listener               # index of the one it came from; the policy's
-    int held_ms                # how long the policy has held the client
-    Peer peer                  # the client
-
-ctypedef struct Address:
-    socklen_t size             # 0: not known
-    sockaddr_storage name
-
-ctypedef struct HalfRow:
-    uint64_t delivered         # bytes that dst has taken
-    uint64_t held              # bytes that it is yet to be given
-    int state                  # FLOWING …
-
-ctypedef struct Row:
-    long long id
-    int state                  # CONNECTING …
-    int listener
-    int upstream               # index
-    int thread                 # number of the worker
-    int client_pid             # of a UNIX client; 0: not known
-    int held_ms
-    Peer client
-    Address target
-    Address local              # our own towards the target
-    int64_t opened_ms
-    int64_t active_ms
-    int64_t connect_us         # -1: not connected yet, or not known
-    HalfRow halves[2]          # by direction
+# ── rows on their way ────────────────────────────────────────────────────────────────────────────
 
 ctypedef struct RowBatch:
     Link link                  # in Worker.batches or Worker.begun, or on its way
@@ -210,17 +161,6 @@ cdef enum:
     ORDER_SWEEP = 8            # begin with Mailbox.sweep
     ORDER_SWEEP_END = 16       # answer that sweep, since nothing more can come for it
 
-# what a sweep does with each connection
-cdef enum:
-    SWEEP_COUNT                # add its bytes to UpstreamTotals
-    SWEEP_TELL                 # … and tell of it
-    SWEEP_CUT                  # cut it, if it is Sweep.connection
-
-ctypedef struct Sweep:
-    int number                 # 0: there was none yet
-    int what                   # SWEEP_*
-    long long connection       # id
-
 ctypedef struct Mailbox:
     int kind                   # KIND_MAILBOX
     int wake_fd                # eventfd; -1: there is only one thread, and nothing ever comes
@@ -231,11 +171,6 @@ ctypedef struct Mailbox:
     Link batches               # rows of a sweep
     Sweep sweep                # the last one ordered
     uint32_t orders            # ORDER_*
-
-# what the policy wants to be told, bits
-cdef enum:
-    REPORT_BEGINS = 1          # connections that begin, and rows of those that end
-    REPORT_ENDS = 2            # connections that have ended
 
 ctypedef struct Gauges:
     int connections            # from connect(2) until closed or given back

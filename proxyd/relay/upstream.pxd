@@ -6,8 +6,9 @@
 
 from proxyd.relay.clock cimport clock_ns
 from proxyd.relay.half cimport half_delivered
+from proxyd.relay.records cimport CONNECT_BUCKETS, UpstreamTotals
 from proxyd.relay.sys cimport counter_add_shared, int64_t, uint64_t
-from proxyd.relay.types cimport CONNECT_BUCKETS, Connection, Half, UpstreamTotals
+from proxyd.relay.types cimport Connection, Half
 
 
 cdef inline void connection_count_connect(Connection *c) noexcept nogil:

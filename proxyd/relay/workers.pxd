@@ -18,17 +18,18 @@ from proxyd.relay.mailbox cimport (
     mailbox_wake,
 )
 from proxyd.relay.quarantine cimport QUARANTINE_RETRY_MS, quarantine_begin, quarantine_end
+from proxyd.relay.records cimport ENDING_COUNT, Sweep
 from proxyd.relay.row cimport batches_keep
 from proxyd.relay.sweep cimport sweep_begin
 from proxyd.relay.sys cimport (
     CLOCK_REALTIME, ENOMEM, EPOLLIN, EPOLL_CTL_ADD, EPOLL_CTL_DEL, SIG_SETMASK, atomic_add,
     atomic_get, atomic_set, calloc, clock_gettime, counter_add, epoll_ctl, epoll_event, errno,
     free, int64_t, pthread_attr_destroy, pthread_attr_init, pthread_attr_setstacksize,
-    pthread_attr_t, pthread_create, pthread_join, pthread_sigmask, pthread_timedjoin_np, realloc, sigfillset,
-    sigset_t, timespec, uint32_t,
+    pthread_attr_t, pthread_create, pthread_join, pthread_sigmask, pthread_timedjoin_np, realloc,
+    sigfillset, sigset_t, timespec, uint32_t,
 )
 from proxyd.relay.types cimport (
-    ENDING_COUNT, KIND_MAILBOX, ORDER_ANSWER, ORDER_STOP, ORDER_SWEEP_END, Sweep, Worker, Workers,
+    KIND_MAILBOX, ORDER_ANSWER, ORDER_STOP, ORDER_SWEEP_END, Worker, Workers,
 )
 
 cdef enum:
@@ -188,6 +189,13 @@ cdef inline void workers_sweep(
     sweep_await(main, 2 * number)
 
 
+cdef inline int64_t sweep_until(Worker *main, int64_t deadline_ms) noexcept nogil:
+    """`deadline_ms`, or when not to wait for the quarantine any longer."""
+    if main.workers.sweep_awaited != 0 and sweep_waits_for_quarantine(main):
+        return earlier(deadline_ms, main.workers.sweep_patience_ms)
+    return deadline_ms
+
+
 cdef inline void sweep_advance(Worker *main) noexcept nogil:
     """Go on once every worker has answered. The first answer says that it has passed all of its
     connections, the second that none can come that was yet to be passed."""
@@ -209,10 +217,14 @@ cdef inline bint sweep_answered(Worker *main) noexcept nogil:
 
 
 cdef inline void sweep_ask_again(Worker *main) noexcept nogil:
+    """A quarantine that has not answered is not asked, and not waited for again."""
+    cdef bint blocked = sweep_waits_for_quarantine(main)
     workers_order(main, ORDER_SWEEP_END)
-    if main.workers.quarantine != NULL and not sweep_waits_for_quarantine(main):
+    if main.workers.quarantine != NULL and not blocked:
         mailbox_order(&main.workers.quarantine.mailbox, ORDER_SWEEP_END)
     sweep_await(main, main.workers.sweep_awaited + 1)
+    if blocked:
+        main.workers.sweep_patience_ms = main.ctx.now_ms
 
 
 cdef inline void sweep_await(Worker *main, int answer) noexcept nogil:
@@ -235,13 +247,6 @@ cdef inline bint sweep_waits_for_quarantine(Worker *main) noexcept nogil:
     cdef Worker *quarantine = main.workers.quarantine
     return quarantine != NULL and (
         atomic_get(&quarantine.answered_sweep) < main.workers.sweep_awaited)
-
-
-cdef inline int64_t sweep_until(Worker *main, int64_t deadline_ms) noexcept nogil:
-    """`deadline_ms`, or when not to wait for the quarantine any longer."""
-    if main.workers.sweep_awaited != 0 and sweep_waits_for_quarantine(main):
-        return earlier(deadline_ms, main.workers.sweep_patience_ms)
-    return deadline_ms
 
 
 # ── alive? ───────────────────────────────────────────────────────────────────────────────────────

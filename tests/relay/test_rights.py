@@ -20,7 +20,7 @@ from kit.stepped import Incoming, Outgoing, half_close, open_client
 from kit.traffic import payload
 from kit.workers import Workers
 
-from proxyd._relay import Refused
+from proxyd._relay import Refused, SnapshotRows, Terminated
 
 ORPHAN_SOCKETS_MAX = 4
 """As in relay/quarantine.pxd: sockets without a connection that may wait to be closed."""
@@ -91,6 +91,64 @@ def play(act, target="tcp4", workers=0, **options):
 targets = pytest.mark.parametrize("target", ["tcp4", "unix"])
 worker_counts = pytest.mark.parametrize("workers", [0, 2])
 forms = pytest.mark.parametrize("may_refuse", [True, False], ids=["refused", "taken"])
+
+
+# ── inspection ───────────────────────────────────────────────────────────────────────────────────
+
+
+def snapshot(rig):
+    """The rows of a snapshot, and how many are missing."""
+    number = rig.relay.start_snapshot()
+
+    def events():
+        return [one for one in rig.of_kind(SnapshotRows) if one.number == number]
+
+    rig.until(lambda: any(one.last for one in events()), "the snapshot")
+    return [row for one in events() for row in one.rows], events()[-1].missing
+
+
+@worker_counts
+def test_a_snapshot_does_not_wait_for_a_thread_that_blocks(workers):
+    """The connection is missing, and is told of again once the thread goes on."""
+
+    def act(scene):
+        client, fd = scene.rig.new_client()
+        scene.send_slow(client, b"one")
+        number = scene.rig.connect(fd)
+        scene.rig.accept_at_backend()
+        scene.until_blocked()
+        for _ in range(2):
+            rows, missing = snapshot(scene.rig)
+            assert [row.connection for row in rows] == [scene.other.id]
+            assert missing == 1
+        scene.release()
+        scene.rig.until(lambda: snapshot(scene.rig)[1] == 0, "the thread to go on")
+        rows, missing = snapshot(scene.rig)
+        assert {row.connection: row.thread == -1 for row in rows} == {
+            scene.other.id: False,
+            number: True,
+        }
+        scene.rig.relay.terminate(number)
+        scene.rig.until_ended(number)
+        scene.rig.until(lambda: scene.rig.of_kind(Terminated), "the answer")
+        assert scene.rig.of_kind(Terminated)[0].found
+
+    play(act, workers=workers, may_refuse=False)
+
+
+@worker_counts
+def test_a_relay_that_is_dropped_during_a_snapshot_that_its_quarantine_has_missed(workers):
+    def act(scene):
+        client, fd = scene.rig.new_client()
+        scene.send_slow(client, b"one")
+        scene.rig.connect(fd)
+        scene.rig.accept_at_backend()
+        scene.until_blocked()
+        assert snapshot(scene.rig)[1] == 1
+        scene.rig.relay.start_snapshot()
+        scene.release()
+
+    play(act, workers=workers, may_refuse=False)
 
 
 # ── descriptors that arrive with bytes ───────────────────────────────────────────────────────────

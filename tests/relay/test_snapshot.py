@@ -3,11 +3,12 @@ it does to one of them: terminate().
 """
 
 import os
+import socket
 import time
 
 import pytest
 from kit.rig import PATIENCE_S
-from kit.sockets import FAMILIES, reset
+from kit.sockets import FAMILIES, open_listener, reset
 from kit.stepped import Incoming, Outgoing, close, half_close, open_client
 from kit.traffic import payload
 from kit.workers import Workers
@@ -199,6 +200,28 @@ def test_states_of_halves_and_of_connections(make):
     assert (row.state, row.up.state, row.down.state) == ("open", "shut", "flowing")
     assert set(STATES) == {"connecting", "open", "lingering"}
     assert set(HALF_STATES) == {"flowing", "draining", "shut", "dead"}
+
+
+def silent_address(rig):
+    """Where a connect neither succeeds nor fails for now: the backlog of the listener is full."""
+    full = rig.keep(open_listener("tcp4", "", backlog=0))
+    for _ in range(3):
+        client = rig.keep(socket.socket())
+        client.setblocking(False)
+        client.connect_ex(full.getsockname())
+    return socket_names(full.fileno())[1]
+
+
+def test_a_connection_that_is_connecting(make):
+    rig = make()
+    rig.address = silent_address(rig)
+    _, fd = rig.new_client()
+    number = rig.connect(fd)
+    row = row_of(rig, number)
+    assert (row.state, row.target, row.connect_us) == ("connecting", rig.address, -1)
+    assert row.local
+    assert terminate(rig, number)
+    assert rig.until_ended(number) == ("cut", 0, 0)
 
 
 def test_a_connection_that_lingers(make):

@@ -34,6 +34,7 @@ FILES = [
     "clock",
     "list",
     "types",
+    "records",
     "sys",
 ]
 """Each file cimports only from files further down."""
