@@ -203,7 +203,7 @@ part_thread() {
     local status=0 files
     use_compiler
     make_ready thread
-    run_suite "$ROOT"/tests/relay/test_{threads,workers,balance}.py || status=1
+    run_suite "$ROOT"/tests/relay/test_{threads,workers,balance,snapshot}.py || status=1
     mapfile -t files < <(blackbox_files)
     # If no thread can be started, the program logs this of relay threads too: one line too many for
     # test_few_tasks. And under this sanitizer, clients are too slow to keep the program busy.
