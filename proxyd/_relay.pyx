@@ -901,9 +901,9 @@ cdef class Relay:
                 failure = -atomic_get(&self.gauges.worker_error)
             if failure < 0:
                 return failure  # GCOVR_EXCL_LINE - epoll_wait fails with EINTR only
+            sweep_advance(worker)
             if worker.policy_event_count > 0 or not list_empty(&worker.failed):
                 return 0
-            sweep_advance(worker)
             if worker.workers.sweep_over or not list_empty(&worker.ended):
                 return 0
             if not list_empty(&worker.batches) or not list_empty(&worker.begun):
