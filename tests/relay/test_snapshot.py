@@ -327,9 +327,9 @@ def test_a_client_whose_connect_fails_during_a_snapshot_is_told(make):
 
 def test_a_snapshot_goes_on_while_every_turn_has_other_events(make):
     rig = make()
+    links = [rig.link() for _ in range(100)]
     fd = os.eventfd(1)
     rig.relay.watch(fd)
-    links = [rig.link() for _ in range(100)]
     rows, _ = snapshot(rig)
     assert len(rows) == len(links)
     rig.relay.unwatch(fd)
