@@ -18,10 +18,11 @@ from proxyd._relay import (
     socket_names,
     tune_socket,
 )
-from proxyd.address import port, text, unmapped
+from proxyd.address import port
 from proxyd.event_loop import EventLoop
 from proxyd.listen import Listener
 from proxyd.loop_guard import what_to_check
+from proxyd.peers import address_note, client_label
 from proxyd.upstream import Upstream
 
 PAUSE_MS = 100
@@ -60,6 +61,10 @@ class Acceptor:
         self.refused = 0
         """Clients refused here, not by the relay: over the limit, or without an address to tell
         the target."""
+        self.unknown = 0
+        """Of these, the ones without an address."""
+        self.refused_ms: int | None = None
+        """When a client was last refused at the limit."""
         self.passed_in = 0
         """Clients that the service manager has accepted (Accept=yes)."""
         self.broken = False
@@ -146,7 +151,7 @@ class Acceptor:
         elif isinstance(event, AcceptFailed):
             self._accept_failed(listener, event.error)
         else:
-            self._log_refusal()
+            self._note_refusal(b"")
 
     def _accepted(self, listener: Listener, fd: int, peer: bytes) -> None:
         relay = self._relay
@@ -155,15 +160,16 @@ class Acceptor:
             return
         relay.hang_up(fd)
         self.refused += 1
-        self._log_refusal()
+        self._note_refusal(peer)
 
     def _held(self) -> int:
         """Return the number of held clients, which count as connections."""
         held = [len(upstream.held) for upstream in self._upstreams]
         return sum(held + [ports.held for ports in self._ports])
 
-    def _log_refusal(self) -> None:
-        log.limited("limit", "Hit connection limit, refusing connection.")
+    def _note_refusal(self, peer: bytes) -> None:
+        self.refused_ms = self._relay.now_ms
+        log.limited("limit", f"Hit connection limit, refusing connection.{address_note(peer)}")
 
     def _admit(self, listener: Listener, fd: int, peer: bytes) -> None:
         """Hand a client to its upstream; `peer` is its packed address, if known."""
@@ -177,7 +183,7 @@ class Acceptor:
         upstream = upstream_of(listener, fd)
         name = ""
         if self._loop.labelled:
-            name = text(unmapped(peer or socket_names(fd)[0]))
+            name = client_label(fd, peer)
             log.debug(f"New connection from {name} to {upstream.text}.")
         upstream.take(fd, listener.family, listener.index, header, name)
 
@@ -189,6 +195,7 @@ class Acceptor:
         """
         self._relay.hang_up(fd, reset=True)
         self.refused += 1
+        self.unknown += 1
         log.limited(
             "unknown",
             f"Refusing connection to {listener.text}: "

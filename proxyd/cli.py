@@ -77,8 +77,13 @@ def _run(argv: list[str]) -> int:
         return _print(_version() if options.long == "version" else _help())
     by_name = any(name is not None for name, _ in options.targets)
     passed = {name: os.environ.get(name, "") for name in ("LISTEN_FDS", "LISTEN_PID")}
+    if not options.log_addresses:
+        log.omit_addresses()
     listeners = inherited(os.environ, os.getpid(), by_name=by_name)
+    entrance: Listener | None = None
     try:
+        if options.inspect is not None and options.inspect.startswith("fd:"):
+            entrance = _take_entrance(options.inspect[3:], listeners)
         _open_all(options.listen, listeners)
         if not listeners:
             log.error("Didn't get any sockets passed in.")
@@ -86,11 +91,12 @@ def _run(argv: list[str]) -> int:
             return 1
         reject_mixture(listeners)
         _assign_targets(options, listeners)
+        entrance = _open_entrance(options, listeners, entrance)
         from proxyd import server  # late: importing it takes longest
 
-        return server.run(options, listeners, os.environ)
+        return server.run(options, listeners, os.environ, entrance)
     finally:
-        for listener in listeners:
+        for listener in [*listeners, *([entrance] if entrance is not None else [])]:
             close_listener(listener)
 
 
@@ -126,6 +132,29 @@ def _help() -> str:
             head = ""
     lines.append("\nSee the systemd-socket-proxyd(1) man page for details.\n")
     return "".join(lines)
+
+
+def _take_entrance(name: str, listeners: list[Listener]) -> Listener:
+    """Take the inherited inspection socket out of `listeners`. Raises UsageError."""
+    from proxyd.inspection.entrance import check_inherited
+
+    entrance = check_inherited(name, listeners)
+    listeners.remove(entrance)
+    return entrance
+
+
+def _open_entrance(
+    options: Options, listeners: list[Listener], entrance: Listener | None
+) -> Listener | None:
+    """Open the inspection socket, if one is wanted and none was inherited. Raises UsageError."""
+    folder = os.environ.get("RUNTIME_DIRECTORY", "").partition(":")[0]
+    if entrance is not None or options.inspect == "":
+        return entrance
+    if options.inspect is None and (not folder or listeners[0].connected):
+        return None  # with Accept=yes there are many processes for one path
+    from proxyd.inspection.entrance import open_at, open_by_default
+
+    return open_by_default(folder) if options.inspect is None else open_at(options.inspect)
 
 
 def _open_all(wanted: "list[ListenAddress]", listeners: list[Listener]) -> None:

@@ -8,19 +8,10 @@ from proxyd.limits import AttemptBudget
 
 TYPE_CHECKING = False  # as in typing, which is slow to import
 if TYPE_CHECKING:
-    from proxyd._relay import (
-        Accepted,
-        AcceptFailed,
-        Begun,
-        ConnectFailed,
-        Ended,
-        Refused,
-        SnapshotRows,
-        Terminated,
-        WorkersWanted,
-    )
+    from proxyd._relay import Accepted, AcceptFailed, ConnectFailed, Ended, Refused, WorkersWanted
+    from proxyd.inspection.border import Began, SnapshotRows
 
-    InspectionEvent = Ended | Begun | SnapshotRows | Terminated
+    InspectionEvent = Ended | SnapshotRows | Began
     PolicyEvent = (
         Accepted | AcceptFailed | Refused | ConnectFailed | WorkersWanted | InspectionEvent
     )
@@ -35,7 +26,15 @@ Handler = Callable[[int], object]
 class EventLoop:
     """A relay, and the handlers of the fds that it watches for the policy."""
 
-    __slots__ = ("_handlers", "_labels", "budget", "had_events", "relay")
+    __slots__ = (
+        "_handlers",
+        "_held_ids",
+        "_labels",
+        "_quiet",
+        "budget",
+        "had_events",
+        "relay",
+    )
 
     def __init__(self, buffer_size: int = 0) -> None:
         """`buffer_size`: bytes under way in each direction; 0: the relay's default."""
@@ -43,8 +42,11 @@ class EventLoop:
         self.budget = AttemptBudget()
         """For the sockets that dial() makes."""
         self.had_events = True
-        """Whether the last run() has returned or handled any event."""
+        """Whether the last run() has returned or handled any event that is not of a quiet fd."""
         self._handlers: dict[int, Handler] = {}
+        self._quiet: set[int] = set()
+        """Fds whose events put off no idle exit."""
+        self._held_ids = 0
         self._labels: dict[int, str] | None = {} if log.enabled(log.DEBUG) else None
         """Connection id → its name in the log. None unless the log is at debug level."""
         self.relay.report_ends = self._labels is not None
@@ -56,11 +58,13 @@ class EventLoop:
         """
         others: list[PolicyEvent] = []
         events = self.relay.run(timeout_ms)
-        self.had_events = bool(events)
+        self.had_events = False
         for event in events:
             if not isinstance(event, Ready):
+                self.had_events = True
                 others.append(event)
                 continue
+            self.had_events = self.had_events or event.fd not in self._quiet
             handler = self._handlers.get(event.fd)
             if handler is not None:  # an earlier event of the batch may have removed it
                 handler(event.events)
@@ -68,10 +72,17 @@ class EventLoop:
 
     # ── fds ───────────────────────────────────────────────────────────────────────────────────────
 
-    def watch(self, fd: int, handler: Handler, events: int = EPOLLIN) -> None:
-        """Call `handler` when `fd` is ready. The fd stays the caller's. Raises OSError."""
+    def watch(
+        self, fd: int, handler: Handler, events: int = EPOLLIN, *, quiet: bool = False
+    ) -> None:
+        """Call `handler` when `fd` is ready. The fd stays the caller's. Raises OSError.
+
+        `quiet`: an idle exit does not wait for it.
+        """
         self.relay.watch(fd, events)
         self._handlers[fd] = handler
+        if quiet:
+            self._quiet.add(fd)
 
     def unwatch(self, fd: int) -> None:
         """Stop watching `fd`; to be called before it is closed. No effect if it is not watched."""
@@ -90,11 +101,17 @@ class EventLoop:
     def forget(self, fd: int) -> None:
         """Drop the handler of a dialled socket; the relay watches it until adopt() or hang_up()."""
         self._handlers.pop(fd, None)
+        self._quiet.discard(fd)
 
     def hang_up(self, fd: int, *, reset: bool = False) -> None:
         """Close a client or a dialled socket, watched or not. Never waits."""
         self.forget(fd)
         self.relay.hang_up(fd, reset)
+
+    def next_held_id(self) -> int:
+        """Return an id for a held client that has no connection: none of these has it."""
+        self._held_ids -= 1
+        return self._held_ids
 
     # ── labels ────────────────────────────────────────────────────────────────────────────────────
 

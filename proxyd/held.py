@@ -5,24 +5,47 @@ from _collections_abc import Callable, Iterator
 from proxyd._relay import peek, socket_error
 from proxyd.event_loop import EPOLLET, EventLoop
 
+WAIT_BUCKETS_MS = (5, 10, 25, 50, 100, 250, 500, 1000, 2500, 5000, 10_000, 60_000)
+"""Upper bounds of the times that clients were held, for the metrics."""
+
 
 class HeldClients:
     """The clients that are held for one target, the oldest first. Owns their fds."""
 
-    __slots__ = ("_added", "_by_fd", "_loop", "_on_leave", "cut", "failed", "gone")
+    __slots__ = (
+        "_added",
+        "_by_fd",
+        "_loop",
+        "_on_leave",
+        "cut",
+        "failed",
+        "failed_ms",
+        "failed_why",
+        "gone",
+        "waited_ms",
+        "waits",
+    )
 
-    def __init__(self, loop: EventLoop, on_leave: "Callable[[HeldClient], None]") -> None:
-        """`on_leave` is called with a client that has left, after it was closed."""
+    def __init__(self, loop: EventLoop, on_leave: "Callable[[HeldClient, str], None]") -> None:
+        """`on_leave` is called with a client that has left or was cut, after it was closed."""
         self._loop = loop
         self._on_leave = on_leave
         self._by_fd: dict[int, HeldClient] = {}
         self._added = 0
         self.failed = 0
-        """Clients given up."""
+        """Clients given up …"""
+        self.failed_ms: int | None = None
+        """… when the last of them was …"""
+        self.failed_why = ""
+        """… and why."""
         self.gone = 0
         """Clients that left."""
         self.cut = 0
-        """Clients that were held when the program ended."""
+        """Clients that were held when the program ended, or that were terminated."""
+        self.waits = [0] * (len(WAIT_BUCKETS_MS) + 1)
+        """How many of the clients served were held for how long, by WAIT_BUCKETS_MS."""
+        self.waited_ms = 0
+        """How long they were held in all."""
 
     def __len__(self) -> int:
         """Return the number of held clients."""
@@ -36,6 +59,7 @@ class HeldClients:
         """Hold a client, in the order in which clients were accepted."""
         self._added += 1
         client.number = client.number or self._added  # it keeps its number if it is held again
+        client.id = client.id or client.connection or self._loop.next_held_id()
         youngest = next(reversed(self._by_fd.values()), client)
         self._by_fd[client.fd] = client
         if client.arrival < youngest.arrival:  # its connect has taken longer to fail
@@ -47,10 +71,18 @@ class HeldClients:
         except OSError:
             pass  # the relay will notice later that it has left
 
-    def give_up(self, client: "HeldClient") -> None:
+    def give_up(self, client: "HeldClient", why: str) -> None:
         """Close a client plainly, as the original does; if it has sent bytes, that is a reset."""
         self._close(client)
         self.failed += 1
+        self.failed_ms = self._loop.relay.now_ms
+        self.failed_why = why
+
+    def terminate(self, client: "HeldClient") -> None:
+        """Reset one client, because an administrator wants it."""
+        self._close(client, reset=True)
+        self.cut += 1
+        self._on_leave(client, "terminated")
 
     def cut_all(self) -> int:
         """Reset all clients; return their number."""
@@ -60,8 +92,18 @@ class HeldClients:
         self.cut += len(clients)
         return len(clients)
 
+    def count_wait(self, client: "HeldClient") -> None:
+        """Count how long a client was held, now that it is served."""
+        waited_ms = self._loop.relay.now_ms - client.since_ms
+        self.waits[sum([waited_ms > bound_ms for bound_ms in WAIT_BUCKETS_MS])] += 1
+        self.waited_ms += waited_ms
+
     def add_counters(self, other: "HeldClients") -> None:
         """Take over the counters of other clients."""
+        self.waits = [one + more for one, more in zip(self.waits, other.waits, strict=True)]
+        self.waited_ms += other.waited_ms
+        if (other.failed_ms or 0) > (self.failed_ms or 0):
+            self.failed_ms, self.failed_why = other.failed_ms, other.failed_why
         self.failed += other.failed
         self.gone += other.gone
         self.cut += other.cut
@@ -82,7 +124,7 @@ class HeldClients:
         if client.has_left():
             self._close(client)
             self.gone += 1
-            self._on_leave(client)
+            self._on_leave(client, "client gone")
 
     def _close(self, client: "HeldClient", *, reset: bool = False) -> None:
         self.remove(client)
@@ -102,6 +144,8 @@ class HeldClient:
         "family",
         "fd",
         "has_unsent",
+        "id",
+        "listener",
         "name",
         "number",
         "preamble",
@@ -112,6 +156,8 @@ class HeldClient:
         self, fd: int, family: int, preamble: bytes | None, name: str, since_ms: int
     ) -> None:
         self.fd = fd
+        self.listener = 0
+        """The index of the one that it came from."""
         self.family = family
         self.preamble = preamble
         """What the target gets first: a PROXY header, or bytes already read from the client."""
@@ -123,6 +169,8 @@ class HeldClient:
         """When it was accepted."""
         self.connection = 0
         """The id of its connection, if that has failed later than at once; otherwise 0."""
+        self.id = 0
+        """For the inspection: `connection`, or else a negative number; 0: it was not held yet."""
         self.number = 0
         """How many clients were held up to this one; 0: it has not been held yet."""
 

@@ -32,12 +32,32 @@ _WITH_PIPES = 6
 """A connection that stalls in both directions holds two pipes."""
 
 
-def fit_connections(
-    wanted: int, listeners: int, threads: int, *, names: int, unix: bool = False
+CALLERS_MAX = 64
+"""How many callers the inspection socket has at once, if the limit of open files allows …"""
+
+CALLERS_MIN = 4
+"""… and if it does not."""
+
+
+def fit_callers(connections: int) -> int:
+    """Return how many callers of the inspection socket fit: connections come first."""
+    needed = _BASE + SPARE_ATTEMPTS + _PER_CONNECTION * connections + 2 * CALLERS_MAX
+    return CALLERS_MAX if raise_fd_limit(0) >= needed else CALLERS_MIN
+
+
+def fit_connections(  # noqa: PLR0913 - each of them needs fds
+    wanted: int,
+    listeners: int,
+    threads: int,
+    *,
+    names: int,
+    unix: bool = False,
+    inspected: bool = False,
 ) -> int:
     """Raise the soft RLIMIT_NOFILE to what `wanted` connections need; return how many fit.
 
-    `names`: the number of names to look up. The limit is never lowered, and never raised beyond
+    `names`: the number of names to look up; `inspected`: there is an inspection socket, whose
+    callers take no place of a connection. The limit is never lowered, and never raised beyond
     the hard one. If it is too small, a warning is logged and fewer connections fit, at least one.
     """
     base = _BASE + SPARE_ATTEMPTS + listeners + _PER_LOOKUP * names
@@ -45,7 +65,9 @@ def fit_connections(
         base += _QUARANTINE
     if threads > 1:
         base += 1 + _STAT + _PER_THREAD * (threads - 1)
-    limit = raise_fd_limit(base + _WITH_PIPES * wanted)
+    if inspected:
+        base += 1 + CALLERS_MIN
+    limit = raise_fd_limit(base + inspected * CALLERS_MAX + _WITH_PIPES * wanted)
     fitting = max((limit - base) // _PER_CONNECTION, 1)
     if fitting >= wanted:
         return wanted

@@ -52,6 +52,7 @@ _FORMAT, _SOCKET, _FILE, _PIPE = 0o170000, 0o140000, 0o100000, 0o010000  # inode
 _SPLICE_F_NONBLOCK = 2
 
 _max_level = INFO
+_addresses = True
 _on_journal = False
 
 # kind -> (time of the last line written, lines left out since; level and text of the last of these)
@@ -78,8 +79,9 @@ def setup(environ: Mapping[str, str]) -> None:
     SYSTEMD_LOG_LEVEL and JOURNAL_STREAM are described in systemd(1) and systemd.exec(5). Garbage in
     either is ignored, with a warning that names the variable.
     """
-    global _max_level, _on_journal
+    global _max_level, _on_journal, _addresses
     _repeats.clear()
+    _addresses = True
     _max_level = INFO
     if os.isatty(2):
         # Otherwise, with `stty tostop`, a line would stop us while we are in the background.
@@ -99,6 +101,17 @@ def setup(environ: Mapping[str, str]) -> None:
 def enabled(level: int) -> bool:
     """Tell whether lines of `level` are written, for callers to whom building one has a cost."""
     return level <= _max_level
+
+
+def omit_addresses() -> None:
+    """Write no addresses of clients, for those who may not keep them."""
+    global _addresses
+    _addresses = False
+
+
+def addresses_wanted() -> bool:
+    """Tell whether lines may contain the addresses of clients."""
+    return _addresses
 
 
 def error(text: str) -> None:
@@ -167,7 +180,7 @@ def _log(level: int, text: str) -> None:
 
 def _line(level: int, text: str) -> bytes:
     prefix = f"<{level}>" if _on_journal else ""  # sd-daemon(3)
-    return f"{prefix}{_printable(text)[:_LINE_MAX]}\n".encode("utf-8", "backslashreplace")
+    return f"{prefix}{printable(text)[:_LINE_MAX]}\n".encode("utf-8", "backslashreplace")
 
 
 def _deliver(line: bytes) -> None:
@@ -340,7 +353,7 @@ class _Thread:
             pass  # the terminal is gone
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """Escape what would break the line or control a terminal; undecodable bytes in hexadecimal."""
     if text.isprintable():
         return text

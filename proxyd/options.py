@@ -32,7 +32,9 @@ class Options:
         "drain_timeout",
         "exit_idle_time",
         "idle_timeout",
+        "inspect",
         "listen",
+        "log_addresses",
         "proxy_protocol",
         "settle_time",
         "targets",
@@ -49,7 +51,11 @@ class Options:
         self.drain_timeout: int | None = 0
         self.exit_idle_time: int | None = None
         self.idle_timeout: int | None = None
+        self.inspect: str | None = None
+        """Where the inspection socket is: a path, fd:NAME, or "" for none; None: by default."""
         self.listen: list[ListenAddress] = []
+        self.log_addresses = True
+        """Whether the log contains the addresses of clients."""
         self.proxy_protocol = 0
         """0: off; otherwise PROXY_V1 or PROXY_V2."""
         self.settle_time = 0
@@ -245,6 +251,16 @@ def _add_listen(options: Options, text: str) -> None:
         raise UsageError(f"Failed to parse --listen= argument: {text}: {error}") from None
 
 
+def _set_inspect(options: Options, text: str) -> None:
+    if text != "no" and not text.startswith("/") and not (text.startswith("fd:") and text[3:]):
+        raise ValueError(text)
+    options.inspect = "" if text == "no" else text
+
+
+def _set_log_addresses(options: Options, text: str) -> None:
+    options.log_addresses = ("no", "yes").index(text) == 1
+
+
 def _set_threads(options: Options, text: str) -> None:
     options.threads = len(os.sched_getaffinity(0)) if text == "auto" else _unsigned(text)
     if not 1 <= options.threads <= 1024:
@@ -368,6 +384,19 @@ OPTIONS: tuple[Option, ...] = (
         _set_buffer_size,
         "BYTES",
     ),
+    Option(
+        "inspect",
+        "Answer socket-proxyctl and other Varlink clients on\nthis socket "
+        "($RUNTIME_DIRECTORY/inspect), or on none",
+        _set_inspect,
+        "PATH|fd:NAME|no",
+    ),
+    Option(
+        "log-addresses",
+        "Whether the log may contain the addresses of\nclients (yes)",
+        _set_log_addresses,
+        "yes|no",
+    ),
     Option("help", "Show this help", short="h"),
     Option("version", "Show package version"),
 )
@@ -376,6 +405,7 @@ OPTIONS: tuple[Option, ...] = (
 _ALLOWED = {
     "BYTES": "a number of bytes from 4096 to 2047M, with K or M for KiB or MiB, or auto",
     "N": "a number from 1 to 1024, or auto",  # --connections-max= has a message of its own
+    "inspect": "an absolute path, fd:NAME for an inherited socket, or no",
     "SPAN": "a time span, such as 90, 5min 20s or infinity",
     "settle-time": "a time span, such as 100ms or 2s",
 }

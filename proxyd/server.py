@@ -30,20 +30,35 @@ from proxyd.upstream import Upstream
 TYPE_CHECKING = False  # as in typing, which is slow to import
 if TYPE_CHECKING:
     from proxyd.event_loop import PolicyEvent
+    from proxyd.inspection.entrance import Entrance
+    from proxyd.inspection.service import Service
     from proxyd.options import Options
     from proxyd.ports import Ports
     from proxyd.resolver import Resolver
     from proxyd.target import Target
 
+STATUS_AGES_MS = 60_000
+"""How long STATUS= says when the last client was refused or has failed."""
 
-def run(options: "Options", listeners: list[Listener], environ: MutableMapping[str, str]) -> int:
-    """Serve until the end; return the exit status. The listeners stay the caller's."""
-    server = Server(options, listeners, environ)
+
+def run(
+    options: "Options",
+    listeners: list[Listener],
+    environ: MutableMapping[str, str],
+    entrance: Listener | None = None,
+) -> int:
+    """Serve until the end; return the exit status. The listeners stay the caller's.
+
+    `entrance`: the inspection socket.
+    """
+    server = Server(options, listeners, environ, entrance)
     try:
         return server.serve()
     finally:
         server.relay.close_all()  # after an error, too: a client that is cut must not see a FIN
         server.acceptor.stop()  # before other processes may get the listeners
+        if server.inspection is not None:
+            server.inspection.close()
         for upstream in server.upstreams:
             upstream.drop_all()
         server.notifier.close()
@@ -54,7 +69,11 @@ class Server:
     """Ties the parts together, and decides when to end."""
 
     def __init__(
-        self, options: "Options", listeners: list[Listener], environ: MutableMapping[str, str]
+        self,
+        options: "Options",
+        listeners: list[Listener],
+        environ: MutableMapping[str, str],
+        entrance: Listener | None = None,
     ) -> None:
         self.options = options
         self.loop = EventLoop(options.buffer_size)
@@ -74,12 +93,14 @@ class Server:
             options.threads,
             names=len(set(hosts)),
             unix=any(_is_unix(one) for one in listeners),
+            inspected=entrance is not None,
         )
         self.acceptor = Acceptor(self.loop, listeners, connections_max, options.proxy_protocol)
         single = len(listeners) == 1 and listeners[0].connected
         if options.threads > 1 and not single:
             self._use_threads()
         self.notifier = Notifier(NotifySocket(environ), self._status, self.relay)
+        self.inspection = self._make_inspection(entrance) if entrance is not None else None
         self.relay.wake_on_first = self.notifier.enabled
         if self.loop.labelled:
             import proxyd.stats  # noqa: F401 - for _log_end(), while there are fds to load it with
@@ -136,6 +157,20 @@ class Server:
         self.upstreams.append(upstream)
         return upstream
 
+    def _make_inspection(self, entrance: Listener) -> "Entrance":
+        from proxyd.inspection.entrance import Entrance
+
+        started_ms = self.relay.now_ms
+
+        def make_service(callers_max: int) -> "Service":
+            from proxyd.inspection.service import Service
+
+            threads, status = self.options.threads, self._status
+            parts = self.loop, self.acceptor, self.upstreams
+            return Service(*parts, status, started_ms, threads, callers_max)
+
+        return Entrance(self.loop, entrance, make_service)
+
     def _use_threads(self) -> None:
         """Let relay threads help, at once or when they are needed."""
         from proxyd import workers
@@ -174,11 +209,16 @@ class Server:
             listener = self.acceptor.listeners[event.listener]
             upstream_of(listener, event.client).take_back(event, listener.family)
         elif isinstance(event, Ended):
-            self._log_end(event)
+            if self.loop.labelled:
+                self._log_end(event)
+            if self.inspection is not None:
+                self.inspection.handle(event)
         elif isinstance(event, WorkersWanted):
             self._start_threads()
         elif isinstance(event, Accepted | AcceptFailed | Refused):
             self.acceptor.handle(event)
+        elif self.inspection is not None:
+            self.inspection.handle(event)
 
     def _log_end(self, event: Ended) -> None:
         from proxyd.stats import ending
@@ -202,7 +242,9 @@ class Server:
         if self.summary_wanted:
             self.summary_wanted = False
             self._log_summary()
-        self.notifier.tick(now_ms, self._busy())
+        if self.inspection is not None:
+            self.inspection.step(now_ms)
+        self.notifier.tick(now_ms, self._busy() or self._status_ages(now_ms))
         ends = self.stopping or self.exit_idle_ms is not None or self.acceptor.broken
         last = 0 if self.relay.connections > 0 and ends else -1
         self.relay.wake_at_count = max(self.acceptor.wake_at_count(), last)
@@ -220,6 +262,8 @@ class Server:
         """Return how long the relay may run without us; -1: until something happens."""
         times = [self.notifier.next_ms(), self.acceptor.resume_ms]
         times += [self.stop_ms, self._idle_exit_ms()]
+        if self.inspection is not None:
+            times.append(self.inspection.next_ms(self.relay.now_ms))
         times += [upstream.next_ms() for upstream in self.upstreams if upstream.held]
         soonest = min((time for time in times if time is not None), default=None)
         return -1 if soonest is None else max(soonest - self.relay.now_ms, 0)
@@ -244,6 +288,8 @@ class Server:
     def _client_came(self) -> bool:
         """Look once more before an idle exit: the client that started the program is served."""
         accepted = -1
+        if self.inspection is not None:
+            self.inspection.rest()  # its callers are not to put off the end
         while not self._busy():
             before, accepted = accepted, self.relay.totals().accepted
             if accepted == before and not self.loop.had_events:
@@ -284,11 +330,28 @@ class Server:
         waiting = sum(upstream.drop_all() for upstream in self.upstreams)
         if cut or waiting:
             log.info(f"Stopped; {cut} open and {waiting} waiting connections were cut.")
+        if self.relay.totals().accepted + self.acceptor.passed_in:
+            self._log_totals()
+
+    def _log_totals(self) -> None:
+        """Log what all the connections were, before nothing knows it any more."""
+        try:
+            from proxyd.stats import summary
+        except (OSError, ImportError):
+            return  # there is no fd left to load it with
+        log.info(f"Totals: {summary(self.acceptor, self.relay, self.upstreams)[0]}.")
 
     def _status(self) -> str:
-        from proxyd.stats import status
+        from proxyd import stats
 
-        return status(self.relay, self.upstreams)
+        if self.stopping:
+            return stats.draining(self.relay, self.upstreams, self.stop_ms)
+        return stats.status(self.acceptor, self.relay, self.upstreams)
+
+    def _status_ages(self, now_ms: int) -> bool:
+        """Tell whether the status says how long ago something was."""
+        times = [self.acceptor.refused_ms, *[one.held.failed_ms for one in self.upstreams]]
+        return any(time is not None and now_ms - time < STATUS_AGES_MS for time in times)
 
 
 def _is_unix(listener: Listener) -> bool:

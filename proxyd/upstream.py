@@ -18,6 +18,7 @@ from proxyd.event_loop import EventLoop
 from proxyd.happy_eyeballs import SILENT_MS, STAGGER_MS, HappyEyeballs, Winner
 from proxyd.held import HeldClient, HeldClients
 from proxyd.outage import Outage
+from proxyd.peers import client_address
 from proxyd.target import Target, address_source
 
 TYPE_CHECKING = False  # as in typing, which is slow to import
@@ -65,7 +66,7 @@ class Upstream:
         self._attempts = HappyEyeballs(loop, self.held.expects_end, repeats=timeout_ms != 0)
         self._proven = True
         """Whether the target counts as up as soon as it accepts a connection."""
-        self._outage = Outage(self.text)
+        self.outage = Outage(self.text)
         self._round_ms = 0
         """When the next round of attempts may begin …"""
         self._round_is_set = False
@@ -89,7 +90,7 @@ class Upstream:
 
     def set_group(self, group: str) -> None:
         """Be logged and counted as one of many."""
-        self.group = self._outage.group = group
+        self.group = self.outage.group = group
 
     def replace(self, other: "Upstream") -> None:
         """Take over the counters of another upstream of the group, which is not used any more."""
@@ -101,7 +102,7 @@ class Upstream:
     @property
     def auto_connect_address(self) -> bytes | None:
         """Where the relay may connect clients by itself; None while the target is in doubt."""
-        return self._source.fixed if self._outage.up and self._proven and not self.held else None
+        return self._source.fixed if self.outage.up and self._proven and not self.held else None
 
     @property
     def waiting(self) -> int:
@@ -109,7 +110,7 @@ class Upstream:
         oldest = self.held.oldest
         if oldest is None:
             return 0
-        prompt = self._outage.up and self._relay.now_ms - oldest.since_ms < STAGGER_MS
+        prompt = self.outage.up and self._relay.now_ms - oldest.since_ms < STAGGER_MS
         return 0 if prompt else len(self.held)
 
     # ── clients ───────────────────────────────────────────────────────────────────────────────────
@@ -121,8 +122,10 @@ class Upstream:
         """
         self._expects_header = bool(header)
         address = self._source.prompt(self._relay.now_ms)
-        if address is None or not self._outage.up or not self._proven or self.held:
-            self._hold(HeldClient(fd, family, header, name, self._relay.now_ms))
+        if address is None or not self.outage.up or not self._proven or self.held:
+            client = HeldClient(fd, family, header, name, self._relay.now_ms)
+            client.listener = index
+            self._hold(client)
             return
         outcome = self._relay.connect(fd, family, address, header, index, self.connect_ms)
         if isinstance(outcome, ConnectFailed):
@@ -136,6 +139,7 @@ class Upstream:
         self.returned += 1
         name = name or self._loop.pop_label(failed.connection).partition(" → ")[0]
         client = HeldClient(failed.client, family, failed.pending, name, failed.opened_ms)
+        client.listener = failed.listener
         client.connection = failed.connection
         # The relay reads nothing from a client before its PROXY header has been sent.
         client.has_unsent = bool(failed.pending) and not self._expects_header
@@ -163,7 +167,7 @@ class Upstream:
         return count
 
     def _hold(self, client: HeldClient) -> None:
-        self._outage.client_held(self._relay.now_ms, first=not self.held)
+        self.outage.client_held(self._relay.now_ms, first=not self.held)
         self.held.add(client)
 
     def _connect_failed(self, client: HeldClient, error: int) -> None:
@@ -179,17 +183,17 @@ class Upstream:
         else:
             self._late_error = error
 
-    def _client_left(self, client: HeldClient) -> None:
+    def _client_left(self, client: HeldClient, how: str) -> None:
         self._rest_if_none_held()
         if client.name:
-            log.debug(f"{client.name} → {self.text}: client gone while it was held.")
+            log.debug(f"{client.name} → {self.text}: {how} while it was held.")
 
     # ── the loop ──────────────────────────────────────────────────────────────────────────────────
 
     def next_ms(self) -> int | None:
         """When to call step() at the latest; None: not before the next event."""
         own = self._deadline_ms, self._next_round_ms()
-        times = [*own, self._attempts.next_ms, self._outage.next_ms]
+        times = [*own, self._attempts.next_ms, self.outage.next_ms]
         return min((time for time in times if time is not None), default=None)
 
     def _next_round_ms(self) -> int | None:
@@ -210,7 +214,7 @@ class Upstream:
             pass
         self._expire(now_ms)
         if self.held:
-            self._outage.step(now_ms)
+            self.outage.step(now_ms)
         self._rest_if_none_held()
 
     def _attempt(self, now_ms: int) -> bool:
@@ -235,7 +239,7 @@ class Upstream:
 
     def _wanted(self) -> int:
         """Return how many connections to attempt at once."""
-        if not self._outage.up or not self._proven:
+        if not self.outage.up or not self._proven:
             return 1
         return len(self.held) if self._attempts.preferred else min(len(self.held), FIRST_FEW)
 
@@ -248,7 +252,7 @@ class Upstream:
                 self._loop.hang_up(winner.fd, reset=True)  # the client that expected it has left
                 continue
             if winner.proven:
-                self._outage.succeed()
+                self.outage.succeed()
                 self._proven = True
                 self._source.succeeded(winner.address, winner.took_ms < STAGGER_MS // 2)
             self._serve(winner)
@@ -266,6 +270,7 @@ class Upstream:
             self._hold(client)
             self._note_outage(self._reason(failed.errno or errno.EIO))
         else:
+            self.held.count_wait(client)
             self._connected(connection, client.name)
 
     def _connected(self, connection: int, name: str) -> None:
@@ -288,7 +293,7 @@ class Upstream:
             else:
                 self._note_outage(self._reason(error), denied=is_denied(error))
             return False
-        for client in list(self.held)[: attempts.failures if self._outage.up else 1]:
+        for client in list(self.held)[: attempts.failures if self.outage.up else 1]:
             self._give_up(client, self._reason(error))
         return True
 
@@ -301,7 +306,7 @@ class Upstream:
         if self._round_is_set or not attempts.tried or self.timeout_ms == 0:
             return
         if attempts.partly_failed:
-            self._round_ms = self._outage.next_probe_ms(now_ms)
+            self._round_ms = self.outage.next_probe_ms(now_ms)
         elif self._source.fixed is None:
             self._round_ms = now_ms + SILENT_MS
         else:
@@ -311,7 +316,7 @@ class Upstream:
     def _note_silence(self, now_ms: int) -> None:
         """A target that has been silent for SILENT_MS is an outage; its attempts go on."""
         since_ms = self._attempts.silent_since_ms
-        if not self._outage.up or self._attempts.settling or self.timeout_ms == 0:
+        if not self.outage.up or self._attempts.settling or self.timeout_ms == 0:
             return
         if since_ms is not None and now_ms - since_ms >= SILENT_MS:
             round_ms = self._round_ms
@@ -322,8 +327,8 @@ class Upstream:
         """Give up the clients whose time is over."""
         while self._deadline_ms is not None and now_ms >= self._deadline_ms:
             if self._attempts.error:
-                self._outage.why = self._reason(self._attempts.error)
-            reason = self._outage.why or self._reason(errno.ETIMEDOUT)
+                self.outage.why = self._reason(self._attempts.error)
+            reason = self.outage.why or self._reason(errno.ETIMEDOUT)
             self._give_up(next(iter(self.held)), reason)
 
     @property
@@ -340,7 +345,7 @@ class Upstream:
         """The target cannot be reached: log it once, and set the next probe."""
         self._proven = self._attempts.settle_ms == 0
         self._attempts.must_settle = not self._proven
-        self._round_ms = self._outage.fail(
+        self._round_ms = self.outage.fail(
             reason, self._relay.now_ms, len(self.held), cold=self.connected <= 0, denied=denied
         )
 
@@ -353,22 +358,23 @@ class Upstream:
     def _note_congestion(self, error: int) -> None:
         """The target is up, but its backlog is full."""
         reason = self._reason(error)
-        self._round_ms = self._outage.congest(reason, self._relay.now_ms, len(self.held))
+        self._round_ms = self.outage.congest(reason, self._relay.now_ms, len(self.held))
 
     def _reason(self, error: int) -> str:
         return describe(error, self._source.only, self.text)
 
     def _give_up(self, client: HeldClient, reason: str) -> None:
-        self.held.give_up(client)
+        address = client_address(client.fd)
+        self.held.give_up(client, reason)
         self._rest_if_none_held()
-        log.limited(f"failed {self.group}", f"{reason}.", log.ERROR)
+        log.limited(f"failed {self.group}", f"{reason}.{address}", log.ERROR)
 
     def _rest_if_none_held(self) -> None:
         """Stop the attempts, and end the outage if there was one, once no client is held."""
         if not self.held:
             self._attempts.stop()
             self._late_error = 0
-            self._outage.end(self._relay.now_ms)
+            self.outage.end(self._relay.now_ms)
 
     # ── addresses ─────────────────────────────────────────────────────────────────────────────────
 

@@ -117,7 +117,7 @@ def test_long_lines_are_cut(capfd):
 
 @given(st.text(st.characters()))
 def test_any_text_is_one_printable_line(text):
-    escaped = log._printable(text)
+    escaped = log.printable(text)
     assert escaped.isprintable()
     assert len(escaped) >= len(text)
 

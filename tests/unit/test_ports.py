@@ -56,7 +56,7 @@ def test_each_port_has_an_upstream_of_its_own(world):
     assert upstreams[1].auto_connect_address == pack_inet("127.0.0.2", 443)
     # Their log lines are limited together, or a port scan would flood the log.
     assert [one.group for one in upstreams] == [TARGET] * 3
-    assert upstreams[0]._outage.group == TARGET
+    assert upstreams[0].outage.group == TARGET
 
 
 def test_the_port_of_a_listener_uses_its_upstream(world):

@@ -1,0 +1,146 @@
+"""The interfaces, in the language that varlink(1) and varlinkctl(1) print."""
+
+PROXY = "net.socketproxyd.Proxy"
+METRICS = "io.systemd.Metrics"
+
+_SERVICE_TEXT = """\
+# The interface that every Varlink service has.
+interface org.varlink.service
+
+# Describes the service.
+method GetInfo() -> (
+  vendor: string,
+  product: string,
+  version: string,
+  url: string,
+  interfaces: []string
+)
+
+# Describes an interface.
+method GetInterfaceDescription(interface: string) -> (description: string)
+
+error InterfaceNotFound(interface: string)
+error MethodNotFound(method: string)
+error MethodNotImplemented(method: string)
+error InvalidParameter(parameter: string)
+error PermissionDenied()
+error ExpectedMore()
+"""
+
+# In here no type is `any`: varlinkctl 257 and the Python package varlink do not know it.
+_PROXY_TEXT = """\
+# What a running systemd-socket-proxyd is doing.
+interface net.socketproxyd.Proxy
+
+# One direction of a connection. bytes: delivered so far; inFlight: read, and not delivered yet.
+type Half (
+  bytes: int,
+  inFlight: int,
+  state: (flowing, draining, shut, dead)
+)
+
+# A client. held: it waits for its target; connecting; open; lingering: one side is closed, and the
+# other has not taken all yet. id: negative while held, unless a connect has failed. client: "" if
+# the address is not known. localAddress: our own, towards the target. thread: 0 is the main one.
+type Connection (
+  id: int,
+  state: (held, connecting, open, lingering),
+  listener: string,
+  client: string,
+  clientPID: ?int,
+  target: string,
+  targetAddress: ?string,
+  localAddress: ?string,
+  sinceUSec: int,
+  ageUSec: int,
+  idleUSec: int,
+  heldUSec: ?int,
+  connectUSec: ?int,
+  up: Half,
+  down: Half,
+  thread: int
+)
+
+type Limits (
+  connectionsMax: int,
+  threadsMax: int,
+  callersMax: int
+)
+
+type Listener (
+  name: string,
+  address: string,
+  target: string,
+  accepting: bool
+)
+
+# failed: clients that were given up. downSinceUSec: null while the target is up.
+type Target (
+  target: string,
+  up: bool,
+  downSinceUSec: ?int,
+  reason: ?string,
+  held: int,
+  served: int,
+  failed: int
+)
+
+# Lists the clients, those of one target or in one state if asked to. Takes 'more'. For root and the
+# user of the service.
+method List(target: ?string, state: ?string) -> (connection: Connection)
+
+# Reports connections that begin and end from now on. Takes 'more'. For root and the user of the
+# service. A caller that does not read is dropped. how: of an end, as in the log.
+method Watch() -> (event: (begin, end), connection: Connection, how: ?string)
+
+# Resets a connection, or a client that is held. For root and the user of the service.
+method Terminate(id: int) -> ()
+
+# For everybody.
+method Status() -> (
+  version: string,
+  pid: int,
+  startedUSec: int,
+  status: string,
+  open: int,
+  held: int,
+  threads: int,
+  limits: Limits,
+  listeners: []Listener,
+  targets: []Target
+)
+
+# There is no client to list, or none with this id.
+error NoSuchConnection()
+"""
+
+_METRICS_TEXT = """\
+# Metrics, as systemd-report(1) reads them.
+interface io.systemd.Metrics
+
+type MetricFamilyType (gauge, counter, string)
+
+# Takes 'more'. For everybody.
+method List() -> (
+  name: string,
+  object: ?string,
+  fields: ?object,
+  value: any
+)
+
+# Takes 'more'. For everybody.
+method Describe() -> (
+  name: string,
+  description: string,
+  type: MetricFamilyType
+)
+
+error NoSuchMetric()
+"""
+
+TEXTS = {
+    "org.varlink.service": _SERVICE_TEXT,
+    PROXY: _PROXY_TEXT,
+    METRICS: _METRICS_TEXT,
+}
+"""All interfaces, by name."""

@@ -1,0 +1,112 @@
+"""List and Terminate: the clients of one snapshot, piece by piece, or one of them."""
+
+from _collections_abc import Callable, Iterable
+
+from proxyd.inspection.interfaces import PROXY
+from proxyd.inspection.snapshot import Snapshot, Snapshots
+from proxyd.inspection.varlink import CallError, Fields, reply
+
+TYPE_CHECKING = False  # as in typing
+if TYPE_CHECKING:
+    from proxyd.inspection.border import InspectedRelay
+
+ROWS_MAX = 64
+"""How many rows a piece has: the relay waits while they are made into text."""
+
+
+class ListStream:
+    """The replies to List."""
+
+    __slots__ = (
+        "_at",
+        "_held_at",
+        "_kept",
+        "_snapshot",
+        "_snapshots",
+        "_state",
+        "_target",
+        "finished",
+    )
+
+    def __init__(self, snapshots: Snapshots, target: str | None, state: str | None) -> None:
+        """Only rows of this target and in this state are wanted, if they are given."""
+        self._snapshots = snapshots
+        self._snapshot: Snapshot = snapshots.request()
+        self._target = target
+        self._state = state
+        self._at = self._held_at = 0
+        self._kept: Fields | None = None
+        """The last row, which is sent after the next one or as the end of all."""
+        self.finished = False
+
+    def on_more(self, wake: Callable[[], None]) -> None:
+        """Call `wake` when there are more rows."""
+        self._snapshot.on_rows(wake)
+
+    def next(self) -> bytes:
+        """Return the next piece. Raises CallError if there is nothing to list."""
+        snapshot = self._snapshot
+        infos = snapshot.rows[self._at : self._at + ROWS_MAX]
+        self._at += len(infos)
+        if infos:
+            return self._take(map(snapshot.makes.connection, infos))
+        if not snapshot.complete:
+            return b""
+        held = snapshot.held[self._held_at : self._held_at + ROWS_MAX]
+        self._held_at += len(held)
+        if held:
+            return self._take(held)
+        self.finished = True
+        if self._kept is None:
+            raise CallError(f"{PROXY}.NoSuchConnection")
+        return reply({"connection": self._kept})
+
+    def _take(self, rows: Iterable[Fields]) -> bytes:
+        """Return all rows but the last, after the one kept before."""
+        messages = []
+        for row in rows:
+            if self._target not in (None, row["target"]) or self._state not in (None, row["state"]):
+                continue
+            if self._kept is not None:
+                messages.append(reply({"connection": self._kept}, continues=True))
+            self._kept = row
+        return b"".join(messages)
+
+    def close(self) -> None:
+        """Release the snapshot."""
+        self._snapshots.release(self._snapshot)
+
+
+class TerminateStream:
+    """The reply to Terminate: only a snapshot knows whether the relay has such a connection."""
+
+    __slots__ = ("_at", "_connection", "_relay", "_snapshot", "_snapshots", "finished")
+
+    def __init__(self, snapshots: Snapshots, relay: "InspectedRelay", connection: int) -> None:
+        self._snapshots = snapshots
+        self._snapshot = snapshots.request()
+        self._relay = relay
+        self._connection = connection
+        self._at = 0
+        self.finished = False
+
+    def on_more(self, wake: Callable[[], None]) -> None:
+        """Call `wake` when there are more rows."""
+        self._snapshot.on_rows(wake)
+
+    def next(self) -> bytes:
+        """Return the reply, once the connection is found. Raises CallError if it is not."""
+        infos = self._snapshot.rows[self._at :]
+        self._at += len(infos)
+        if any(info.connection == self._connection for info in infos):
+            self._relay.terminate(self._connection)
+            self.finished = True
+            return reply({})
+        if self._snapshot.complete:
+            self.finished = True
+            raise CallError(f"{PROXY}.NoSuchConnection")
+        return b""
+
+    def close(self) -> None:
+        """Release the snapshot."""
+        self._snapshots.release(self._snapshot)

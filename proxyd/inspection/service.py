@@ -1,0 +1,203 @@
+"""What the methods do. Imported with the first caller."""
+
+import os
+from _collections_abc import Callable
+
+from proxyd import __version__
+from proxyd._relay import Ended
+from proxyd.acceptor import Acceptor
+from proxyd.event_loop import EventLoop
+from proxyd.inspection.access import Peer
+from proxyd.inspection.border import SnapshotRows, inspected
+from proxyd.inspection.callers import Callers, Stream
+from proxyd.inspection.interfaces import METRICS, PROXY, TEXTS
+from proxyd.inspection.listing import ListStream, TerminateStream
+from proxyd.inspection.metrics import describe, metrics
+from proxyd.inspection.rows import RowMaker
+from proxyd.inspection.snapshot import Snapshots
+from proxyd.inspection.varlink import SERVICE, Call, CallError, Fields, plain, reply
+from proxyd.inspection.watch import Watchers
+from proxyd.stats import short_reason
+from proxyd.upstream import Upstream
+
+TYPE_CHECKING = False  # as in typing
+if TYPE_CHECKING:
+    from proxyd.event_loop import InspectionEvent
+
+_FOR_EVERYBODY = (f"{PROXY}.Status", f"{METRICS}.List", f"{METRICS}.Describe")
+
+_STATES = ("held", "connecting", "open", "lingering")
+
+
+class Service:
+    """Answers the callers of one proxy."""
+
+    def __init__(  # noqa: PLR0913, PLR0917 - the parts of the program that it shows
+        self,
+        loop: EventLoop,
+        acceptor: Acceptor,
+        upstreams: list[Upstream],
+        status: Callable[[], str],
+        started_ms: int,
+        threads_max: int,
+        callers_max: int,
+    ) -> None:
+        self._loop = loop
+        self._relay = inspected(loop.relay)
+        self._acceptor = acceptor
+        self._upstreams = upstreams
+        self._status_text = status
+        self._started_ms = started_ms
+        self._limits: Fields = {
+            "connectionsMax": loop.relay.connections_max,
+            "threadsMax": threads_max,
+            "callersMax": callers_max,
+        }
+        self._snapshots = Snapshots(self._relay, lambda: loop.relay.now_ms, acceptor, upstreams)
+        self._watchers = Watchers(loop, self._relay, self._make_rows)
+        self.callers = Callers(loop, self._answer, callers_max)
+        self._methods: dict[str, Callable[[Call], bytes | Stream]] = {
+            f"{SERVICE}.GetInfo": _get_info,
+            f"{SERVICE}.GetInterfaceDescription": _get_interface_description,
+            f"{PROXY}.List": self._list,
+            f"{PROXY}.Watch": self._watch,
+            f"{PROXY}.Terminate": self._terminate,
+            f"{PROXY}.Status": self._status,
+            f"{METRICS}.List": self._list_metrics,
+            f"{METRICS}.Describe": _describe_metrics,
+        }
+
+    def _make_rows(self) -> RowMaker:
+        return RowMaker(self._acceptor, self._loop.relay.now_ms)
+
+    # ── events ────────────────────────────────────────────────────────────────────────────────────
+
+    def handle(self, event: "InspectionEvent") -> None:
+        """Take an event that the relay has sent because it was asked to."""
+        if isinstance(event, Ended):
+            self._watchers.ended(event)
+        elif isinstance(event, SnapshotRows):
+            self._watchers.learn(event.rows)
+            self._snapshots.handle(event)
+        else:
+            self._watchers.began(event.info)
+
+    # ── methods ───────────────────────────────────────────────────────────────────────────────────
+
+    def _answer(self, call: Call, peer: Peer) -> bytes | Stream:
+        """Answer a call. Raises CallError."""
+        method = self._methods.get(call.method)
+        if method is None:
+            raise _unknown(call.method)
+        public = call.method in _FOR_EVERYBODY or call.method.startswith(f"{SERVICE}.")
+        if not public and not peer.privileged:
+            raise CallError(f"{SERVICE}.PermissionDenied")
+        return method(call)
+
+    def _list(self, call: Call) -> Stream:
+        call.require_more()
+        call.allow("target", "state")
+        state = call.text("state")
+        if state not in (None, *_STATES):
+            raise CallError(f"{SERVICE}.InvalidParameter", parameter="state")
+        return ListStream(self._snapshots, call.text("target"), state)
+
+    def _watch(self, call: Call) -> Stream:
+        call.require_more()
+        call.allow()
+        stream = self._watchers.add()
+        # Its rows teach the watchers which connections there are already.
+        self._snapshots.release_when_complete(self._snapshots.request())
+        return stream
+
+    def _terminate(self, call: Call) -> bytes | Stream:
+        call.allow("id")
+        connection = call.integer("id")
+        for upstream in self._upstreams:
+            for client in upstream.held:
+                if client.id == connection:
+                    upstream.held.terminate(client)
+                    return reply({})
+        return TerminateStream(self._snapshots, self._relay, connection)
+
+    def _status(self, call: Call) -> bytes:
+        call.allow()
+        relay = self._loop.relay
+        makes = self._make_rows()
+        return reply(
+            {
+                "version": __version__,
+                "pid": os.getpid(),
+                "startedUSec": makes.since_us(self._started_ms),
+                "status": plain(self._status_text()),
+                "open": relay.connections,
+                "held": sum(len(one.held) for one in self._upstreams),
+                "threads": relay.thread_count,
+                "limits": self._limits,
+                "listeners": [
+                    {
+                        "name": plain(one.name),
+                        "address": plain(one.text),
+                        "target": plain(one.target.text),
+                        "accepting": one.accepting,
+                    }
+                    for one in self._acceptor.listeners
+                ],
+                "targets": [_target(one, makes) for one in self._upstreams],
+            }
+        )
+
+    def _list_metrics(self, call: Call) -> Stream:
+        call.require_more()
+        call.allow()
+        return metrics(self._acceptor, self._loop.relay, self._upstreams)
+
+
+def _unknown(method: str) -> CallError:
+    interface, _, _ = method.rpartition(".")
+    if interface in TEXTS:
+        return CallError(f"{SERVICE}.MethodNotFound", method=plain(method))
+    return CallError(f"{SERVICE}.InterfaceNotFound", interface=plain(interface))
+
+
+def _get_info(call: Call) -> bytes:
+    call.allow()
+    return reply(
+        {
+            "vendor": "systemd-socket-proxyd for Python",
+            "product": "systemd-socket-proxyd",
+            "version": __version__,
+            "url": "",
+            "interfaces": sorted(TEXTS),
+        }
+    )
+
+
+def _get_interface_description(call: Call) -> bytes:
+    call.allow("interface")
+    interface = call.text("interface")
+    if interface is None:
+        raise CallError(f"{SERVICE}.InvalidParameter", parameter="interface")
+    if interface not in TEXTS:
+        raise CallError(f"{SERVICE}.InterfaceNotFound", interface=plain(interface))
+    return reply({"description": TEXTS[interface]})
+
+
+def _describe_metrics(call: Call) -> Stream:
+    call.require_more()
+    call.allow()
+    return describe()
+
+
+def _target(upstream: Upstream, makes: RowMaker) -> Fields:
+    outage = upstream.outage
+    since_ms = None if outage.up else outage.since_ms
+    return {
+        "target": plain(upstream.text),
+        "up": outage.up,
+        "downSinceUSec": None if since_ms is None else makes.since_us(since_ms),
+        "reason": plain(short_reason(outage.why, upstream.text)) if outage.why else None,
+        "held": len(upstream.held),
+        "served": upstream.connected,
+        "failed": upstream.held.failed,
+    }

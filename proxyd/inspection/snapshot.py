@@ -1,0 +1,151 @@
+"""Snapshots: the clients of one moment, without stopping the proxy.
+
+The relay copies its connections in pieces, and forwards in between. Held clients are Python's. One
+whose connect fails meanwhile may have left the relay before it was copied, so the held ones are
+looked at once more at the end.
+"""
+
+from _collections_abc import Callable, Iterable, Iterator
+
+from proxyd.acceptor import Acceptor
+from proxyd.held import HeldClient
+from proxyd.inspection.rows import RowMaker
+from proxyd.inspection.varlink import Fields
+from proxyd.upstream import Upstream
+
+TYPE_CHECKING = False  # as in typing
+if TYPE_CHECKING:
+    from proxyd.inspection.border import ConnectionInfo, InspectedRelay, SnapshotRows
+
+SNAPSHOTS_MAX = 2
+"""How many may be in memory. Further callers wait, and share the next one."""
+
+
+class Snapshot:
+    """All clients at the moment when it was started."""
+
+    __slots__ = ("_on_rows", "complete", "held", "makes", "number", "rows", "users")
+
+    def __init__(self) -> None:
+        self.number = 0
+        """The relay's; 0: it has not been started."""
+        self.rows: list[ConnectionInfo] = []
+        """Those that the relay has sent so far."""
+        self.held: list[Fields] = []
+        """The rows of the held clients; final once it is complete."""
+        self.complete = False
+        self.users = 0
+        self.makes: RowMaker
+        self._on_rows: list[Callable[[], None]] = []
+
+    def on_rows(self, call: Callable[[], None]) -> None:
+        """Have `call` called whenever there are more rows, and at the end."""
+        self._on_rows.append(call)
+
+    def tell(self) -> None:
+        """Call those who wait for rows."""
+        for call in self._on_rows:
+            call()
+
+
+class Snapshots:
+    """Starts snapshots, one after the other, and collects their rows."""
+
+    __slots__ = (
+        "_acceptor",
+        "_alive",
+        "_clock",
+        "_held",
+        "_next",
+        "_relay",
+        "_running",
+        "_start_ms",
+        "_upstreams",
+    )
+
+    def __init__(
+        self,
+        relay: "InspectedRelay",
+        clock: Callable[[], int],
+        acceptor: Acceptor,
+        upstreams: Iterable[Upstream],
+    ) -> None:
+        """`clock` returns the relay's time in milliseconds; `upstreams` may change."""
+        self._relay = relay
+        self._clock = clock
+        self._acceptor = acceptor
+        self._upstreams = upstreams
+        self._running: Snapshot | None = None
+        self._next: Snapshot | None = None
+        """Asked for, but not started."""
+        self._alive: list[Snapshot] = []
+        """Those started whose rows are not all used up."""
+        self._held: set[int] = set()
+        """The ids of the held clients when the running one was started."""
+        self._start_ms = 0
+
+    def request(self) -> Snapshot:
+        """Return a snapshot that starts now or later. It is used until release()."""
+        if self._next is None:
+            self._next = Snapshot()
+        snapshot = self._next
+        snapshot.users += 1
+        self._start_next()
+        return snapshot
+
+    def release(self, snapshot: Snapshot) -> None:
+        """Record that one of those who requested it does not need it any more."""
+        snapshot.users -= 1
+        if snapshot.users:
+            return
+        if snapshot is self._next:
+            self._next = None
+        if snapshot is not self._running and snapshot in self._alive:
+            self._alive.remove(snapshot)
+        self._start_next()
+
+    def release_when_complete(self, snapshot: Snapshot) -> None:
+        """Keep a snapshot until its rows have all been seen by whoever sees the events."""
+        snapshot.on_rows(lambda: self.release(snapshot) if snapshot.complete else None)
+
+    def _start_next(self) -> None:
+        if self._next is None or self._running is not None or len(self._alive) >= SNAPSHOTS_MAX:
+            return
+        snapshot = self._running = self._next
+        self._next = None
+        self._alive.append(snapshot)
+        self._start_ms = self._clock()
+        snapshot.makes = RowMaker(self._acceptor, self._start_ms)
+        held = list(self._all_held())
+        self._held = {client.id for _, client in held}
+        snapshot.held = [snapshot.makes.held(*one) for one in held]
+        snapshot.number = self._relay.start_snapshot()
+
+    def handle(self, event: "SnapshotRows") -> None:
+        """Take the rows of an event."""
+        snapshot = self._running
+        if snapshot is None or event.number != snapshot.number:
+            return
+        if snapshot.users:
+            snapshot.rows += event.rows
+        if event.last:
+            self._complete(snapshot)
+        snapshot.tell()
+
+    def _complete(self, snapshot: Snapshot) -> None:
+        told = {info.connection for info in snapshot.rows} | self._held
+        snapshot.held += [
+            snapshot.makes.held(upstream, client)
+            for upstream, client in self._all_held()
+            if client.connection and client.id not in told and client.since_ms <= self._start_ms
+        ]
+        snapshot.complete = True
+        self._running = None
+        if not snapshot.users:
+            self._alive.remove(snapshot)
+        self._start_next()
+
+    def _all_held(self) -> Iterator[tuple[Upstream, HeldClient]]:
+        for upstream in self._upstreams:
+            for client in upstream.held:
+                yield upstream, client

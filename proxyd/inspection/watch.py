@@ -1,0 +1,122 @@
+"""Watch: connections that begin and end. Nothing is told, or paid, without a watcher."""
+
+from _collections_abc import Callable
+
+from proxyd.event_loop import EventLoop
+from proxyd.inspection.callers import CallerGoneError
+from proxyd.inspection.rows import RowMaker
+from proxyd.inspection.varlink import Fields, reply
+
+TYPE_CHECKING = False  # as in typing
+if TYPE_CHECKING:
+    from proxyd._relay import Ended
+    from proxyd.inspection.border import ConnectionInfo, InspectedRelay
+
+UNREAD_MAX = 256 * 1024
+"""A watcher for which more bytes than this wait is dropped."""
+
+
+class Watchers:
+    """Tells watchers what begins and ends, and the relay whether there are any."""
+
+    __slots__ = ("_known", "_loop", "_make_rows", "_relay", "_streams")
+
+    def __init__(
+        self, loop: EventLoop, relay: "InspectedRelay", make_rows: Callable[[], RowMaker]
+    ) -> None:
+        self._loop = loop
+        self._relay = relay
+        self._make_rows = make_rows
+        self._streams: list[WatchStream] = []
+        self._known: dict[int, Fields] = {}
+        """Connection id → its row when it began, for its end."""
+
+    def add(self) -> "WatchStream":
+        """Add a watcher."""
+        stream = WatchStream(self._remove)
+        self._streams.append(stream)
+        self._relay.report_begins = self._relay.report_ends = True
+        return stream
+
+    def _remove(self, stream: "WatchStream") -> None:
+        self._streams.remove(stream)
+        if not self._streams:
+            self._known.clear()
+            self._relay.report_begins = False
+            self._relay.report_ends = self._loop.labelled
+
+    def learn(self, rows: "list[ConnectionInfo]") -> None:
+        """Remember connections that began before, so that their ends can be told."""
+        if self._streams:
+            makes = self._make_rows()
+            for info in rows:
+                self._known.setdefault(info.connection, makes.connection(info))
+
+    def began(self, info: "ConnectionInfo") -> None:
+        """Tell that a connection has begun."""
+        if self._streams:
+            row = self._known[info.connection] = self._make_rows().connection(info)
+            self._tell({"event": "begin", "connection": row, "how": None})
+
+    def ended(self, event: "Ended") -> None:
+        """Tell that a connection has ended."""
+        row = self._known.pop(event.connection, None)
+        if row is None:
+            return
+        ages = {"ageUSec": event.duration_ms * 1000, "idleUSec": 0}
+        halves: Fields = {
+            "up": {"bytes": event.bytes_up, "inFlight": 0, "state": "shut"},
+            "down": {"bytes": event.bytes_down, "inFlight": 0, "state": "shut"},
+        }
+        self._tell({"event": "end", "connection": row | ages | halves, "how": event.ending})
+
+    def _tell(self, parameters: Fields) -> None:
+        message = reply(parameters, continues=True)
+        for stream in self._streams:
+            stream.push(message)
+
+
+class WatchStream:
+    """The replies to Watch; they end with the connection of the caller."""
+
+    __slots__ = ("_messages", "_on_close", "_size", "_wake", "finished")
+
+    def __init__(self, on_close: "Callable[[WatchStream], None]") -> None:
+        self._on_close = on_close
+        self._messages: list[bytes] = []
+        self._size = 0
+        self._wake: Callable[[], None] = _nothing
+        self.finished = False
+
+    def push(self, message: bytes) -> None:
+        """Add a message; too much of them is noticed by next()."""
+        if self._size <= UNREAD_MAX:
+            self._messages.append(message)
+            self._size += len(message)
+        self._wake()
+
+    def on_more(self, wake: Callable[[], None]) -> None:
+        """Call `wake` when there is a message."""
+        self._wake = wake
+
+    @property
+    def overflows(self) -> bool:
+        """Tell whether the watcher reads too slowly."""
+        return self._size > UNREAD_MAX
+
+    def next(self) -> bytes:
+        """Return all messages. Raises CallerGoneError if they are too many."""
+        if self.overflows:
+            raise CallerGoneError
+        data = b"".join(self._messages)
+        self._messages.clear()
+        self._size = 0
+        return data
+
+    def close(self) -> None:
+        """Stop watching."""
+        self._on_close(self)
+
+
+def _nothing() -> None:
+    """Stand in for `wake` before the stream has a caller."""

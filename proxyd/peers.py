@@ -1,0 +1,27 @@
+"""The addresses of clients in the log, for those who may log them."""
+
+from proxyd import address, log
+from proxyd._relay import socket_names
+
+
+def client_address(fd: int) -> str:
+    """Return the end of a line about a client, "" if its address is not known or not wanted."""
+    return address_note(socket_names(fd)[0]) if log.addresses_wanted() else ""
+
+
+def address_note(peer: bytes) -> str:
+    """Return the end of a line about a client with this packed address, if any."""
+    if not peer or not log.addresses_wanted() or _is_unnamed(peer):
+        return ""
+    return f" Client: {address.text(address.unmapped(peer))}."
+
+
+def client_label(fd: int, peer: bytes) -> str:
+    """Return what the log calls a client at debug level."""
+    if not log.addresses_wanted():
+        return "client"
+    return address.text(address.unmapped(peer or socket_names(fd)[0]))
+
+
+def _is_unnamed(peer: bytes) -> bool:
+    return address.family(peer) == address.AF_UNIX and not address.unix_name(peer)
