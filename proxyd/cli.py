@@ -12,6 +12,7 @@ from proxyd.activation import inherited, on_standard_fds, reject_mixture
 from proxyd.errors import UsageError, reason
 from proxyd.listen import Listener, close_listener, list_names, match_targets
 from proxyd.options import OPTIONS, Option, Options, parse_args
+from proxyd.peers import log_addresses
 from proxyd.target import looks_like_a_port
 
 TYPE_CHECKING = False  # as in typing, which is slow to import
@@ -77,8 +78,7 @@ def _run(argv: list[str]) -> int:
         return _print(_version() if options.long == "version" else _help())
     by_name = any(name is not None for name, _ in options.targets)
     passed = {name: os.environ.get(name, "") for name in ("LISTEN_FDS", "LISTEN_PID")}
-    if not options.log_addresses:
-        log.omit_addresses()
+    log_addresses(wanted=options.log_addresses)
     listeners = inherited(os.environ, os.getpid(), by_name=by_name)
     entrance: Listener | None = None
     try:

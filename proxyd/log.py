@@ -52,7 +52,6 @@ _FORMAT, _SOCKET, _FILE, _PIPE = 0o170000, 0o140000, 0o100000, 0o010000  # inode
 _SPLICE_F_NONBLOCK = 2
 
 _max_level = INFO
-_addresses = True
 _on_journal = False
 
 # kind -> (time of the last line written, lines left out since; level and text of the last of these)
@@ -79,9 +78,8 @@ def setup(environ: Mapping[str, str]) -> None:
     SYSTEMD_LOG_LEVEL and JOURNAL_STREAM are described in systemd(1) and systemd.exec(5). Garbage in
     either is ignored, with a warning that names the variable.
     """
-    global _max_level, _on_journal, _addresses
+    global _max_level, _on_journal
     _repeats.clear()
-    _addresses = True
     _max_level = INFO
     if os.isatty(2):
         # Otherwise, with `stty tostop`, a line would stop us while we are in the background.
@@ -101,17 +99,6 @@ def setup(environ: Mapping[str, str]) -> None:
 def enabled(level: int) -> bool:
     """Tell whether lines of `level` are written, for callers to whom building one has a cost."""
     return level <= _max_level
-
-
-def omit_addresses() -> None:
-    """Write no addresses of clients, for those who may not keep them."""
-    global _addresses
-    _addresses = False
-
-
-def addresses_wanted() -> bool:
-    """Tell whether lines may contain the addresses of clients."""
-    return _addresses
 
 
 def error(text: str) -> None:

@@ -386,8 +386,8 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option(
         "inspect",
-        "Answer socket-proxyctl and other Varlink clients on\nthis socket "
-        "($RUNTIME_DIRECTORY/inspect), or on none",
+        "Answer Varlink calls, such as those of\nsocket-proxyctl, on this socket, or on none\n"
+        "($RUNTIME_DIRECTORY/inspect)",
         _set_inspect,
         "PATH|fd:NAME|no",
     ),

@@ -1,24 +1,32 @@
 """The addresses of clients in the log, for those who may log them."""
 
-from proxyd import address, log
+from proxyd import address
 from proxyd._relay import socket_names
+
+_wanted = True
+
+
+def log_addresses(*, wanted: bool) -> None:
+    """Set whether lines may contain the addresses of clients."""
+    global _wanted
+    _wanted = wanted
 
 
 def client_address(fd: int) -> str:
     """Return the end of a line about a client, "" if its address is not known or not wanted."""
-    return address_note(socket_names(fd)[0]) if log.addresses_wanted() else ""
+    return address_note(socket_names(fd)[0]) if _wanted else ""
 
 
 def address_note(peer: bytes) -> str:
     """Return the end of a line about a client with this packed address, if any."""
-    if not peer or not log.addresses_wanted() or _is_unnamed(peer):
+    if not peer or not _wanted or _is_unnamed(peer):
         return ""
     return f" Client: {address.text(address.unmapped(peer))}."
 
 
 def client_label(fd: int, peer: bytes) -> str:
     """Return what the log calls a client at debug level."""
-    if not log.addresses_wanted():
+    if not _wanted:
         return "client"
     return address.text(address.unmapped(peer or socket_names(fd)[0]))
 

@@ -10,6 +10,7 @@ import time
 from _collections_abc import Callable
 from typing import Protocol
 
+from proxyd import log
 from proxyd.event_loop import EPOLLET, EPOLLIN, EventLoop
 from proxyd.inspection.access import Peer, peer_of
 from proxyd.inspection.varlink import Call, CallError, MessageError, failure, parse
@@ -134,6 +135,13 @@ class Callers:
                     self._ready[fd] = caller  # at the end of the queue
             except CallerGoneError:
                 self._close(caller)
+            except Exception as error:  # noqa: BLE001 - a fault in here must not end the forwarding
+                self._close(caller)
+                log.limited(
+                    "inspection",
+                    f"Internal error in the inspection: {type(error).__name__}: {error}",
+                    log.ERROR,
+                )
             if time.monotonic() >= end:
                 break
         for caller in list(self._by_fd.values()):

@@ -28,10 +28,6 @@ class RowMaker:
         self._now_ms = now_ms
         self._real_us = time.time_ns() // 1000
 
-    def since_us(self, since_ms: int) -> int:
-        """Convert a moment of the relay's clock to microseconds since 1970."""
-        return self._real_us - (self._now_ms - since_ms) * 1000
-
     def connection(self, info: "ConnectionInfo") -> Fields:
         """Return the row of a connection."""
         listener = self._listeners[info.listener]
@@ -75,6 +71,10 @@ class RowMaker:
             "down": _NOTHING,
             "thread": 0,
         }
+
+    def since_us(self, since_ms: int) -> int:
+        """Convert a moment of the relay's clock to microseconds since 1970."""
+        return self._real_us - (self._now_ms - since_ms) * 1000
 
     def _span(self, since_ms: int) -> int:
         """Return the microseconds since a moment, which another thread may have set just now."""

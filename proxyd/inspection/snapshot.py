@@ -93,6 +93,10 @@ class Snapshots:
         self._start_next()
         return snapshot
 
+    def release_when_complete(self, snapshot: Snapshot) -> None:
+        """Keep a snapshot until its rows have all been seen by whoever sees the events."""
+        snapshot.on_rows(lambda: self.release(snapshot) if snapshot.complete else None)
+
     def release(self, snapshot: Snapshot) -> None:
         """Record that one of those who requested it does not need it any more."""
         snapshot.users -= 1
@@ -103,10 +107,6 @@ class Snapshots:
         if snapshot is not self._running and snapshot in self._alive:
             self._alive.remove(snapshot)
         self._start_next()
-
-    def release_when_complete(self, snapshot: Snapshot) -> None:
-        """Keep a snapshot until its rows have all been seen by whoever sees the events."""
-        snapshot.on_rows(lambda: self.release(snapshot) if snapshot.complete else None)
 
     def _start_next(self) -> None:
         if self._next is None or self._running is not None or len(self._alive) >= SNAPSHOTS_MAX:

@@ -99,14 +99,9 @@ class WatchStream:
         """Call `wake` when there is a message."""
         self._wake = wake
 
-    @property
-    def overflows(self) -> bool:
-        """Tell whether the watcher reads too slowly."""
-        return self._size > UNREAD_MAX
-
     def next(self) -> bytes:
         """Return all messages. Raises CallerGoneError if they are too many."""
-        if self.overflows:
+        if self._size > UNREAD_MAX:
             raise CallerGoneError
         data = b"".join(self._messages)
         self._messages.clear()

@@ -27,6 +27,12 @@ PATIENCE = 20
 
 START_MS = 7_000_000
 
+NOTHING_LEFT = (
+    "0 open, 0 waiting, 0 refused, 0 failed; "
+    "0 bytes to targets, 0 bytes to clients, 0 spliced, 0 copied; none ended"
+)
+"""The end of the totals of a fake relay, which counts no ends."""
+
 
 class World:
     """A Server on a fake relay."""
@@ -266,7 +272,10 @@ def test_without_a_drain_time_connections_are_cut(world, capfd):
     assert world.serve() == 0
     assert world.now_ms == 3000
     assert world.relay.connections == 0
-    assert capfd.readouterr().err == "Stopped; 2 open and 0 waiting connections were cut.\n"
+    assert capfd.readouterr().err.splitlines() == [
+        "Stopped; 2 open and 0 waiting connections were cut.",
+        f"Totals: 2 accepted, {NOTHING_LEFT}.",
+    ]
 
 
 @pytest.mark.parametrize("drain", [20_000_000, None])
@@ -284,7 +293,7 @@ def test_with_a_drain_time_connections_may_finish(world, capfd, drain):
         "EXTEND_TIMEOUT_USEC=30000000",
         "EXTEND_TIMEOUT_USEC=30000000",
     ]
-    assert capfd.readouterr().err == ""
+    assert capfd.readouterr().err == f"Totals: 2 accepted, {NOTHING_LEFT}.\n"
 
 
 def test_after_the_drain_time_connections_are_cut(world, capfd):
@@ -294,7 +303,10 @@ def test_after_the_drain_time_connections_are_cut(world, capfd):
     world.relay.at(5000, world.relay.leave)
     assert world.serve() == 0
     assert world.now_ms == 23_000
-    assert capfd.readouterr().err == "Stopped; 1 open and 0 waiting connections were cut.\n"
+    assert capfd.readouterr().err.splitlines() == [
+        "Stopped; 1 open and 0 waiting connections were cut.",
+        f"Totals: 2 accepted, {NOTHING_LEFT}.",
+    ]
 
 
 @pytest.mark.parametrize("second", STOP)
@@ -371,7 +383,8 @@ def test_sigusr1_counts_the_clients_of_its_own_batch(world, capfd):
     world.relay.at(501, world.signal(signal.SIGTERM))
     with ours:
         assert world.serve() == 0
-    (line,) = [line for line in capfd.readouterr().err.splitlines() if " accepted, " in line]
+    line, last = [line for line in capfd.readouterr().err.splitlines() if " accepted, " in line]
+    assert last.startswith("Totals: 1 accepted, 0 open, 0 waiting, ")
     assert line.startswith("1 accepted, 0 open, 1 waiting, 0 refused, 0 failed; ")
 
 

@@ -1,6 +1,7 @@
 """The numbers in STATUS=, SIGUSR1's lines and the debug log."""
 
 import errno
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -8,10 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kit.fake_relay import FakeRelay
 
+from proxyd import stats
 from proxyd._relay import Ended, Relay
-from proxyd.stats import bytes_text, ending, status, summary
+from proxyd.stats import bytes_text, draining, ending, status, summary
 
 M = 1024 * 1024
+NOW_MS = 7_000_000
 
 
 @pytest.mark.parametrize(
@@ -43,8 +46,9 @@ def test_bytes_text_is_short(count):
 
 def relay(connections=0, **counters):
     """A relay with these counters."""
-    made = FakeRelay()
+    made = FakeRelay(start_ms=NOW_MS)
     made.connections = connections
+    made.connections_max = 256
     for name, count in counters.items():
         assert hasattr(made, name)
         setattr(made, name, count)
@@ -57,44 +61,115 @@ class Held(list):
     def __init__(self, count, failed, gone, cut):
         super().__init__(range(count))
         self.failed, self.gone, self.cut = failed, gone, cut
+        self.failed_ms, self.failed_why = None, ""
 
 
 def upstream(group, held=0, waiting=None, connected=0, failed=0, gone=0, cut=0):
     return SimpleNamespace(
         group=group,
+        text=group,
+        outage=SimpleNamespace(up=True, since_ms=None, why=""),
         held=Held(held, failed, gone, cut),
         waiting=held if waiting is None else waiting,
         connected=connected,
     )
 
 
-def acceptor(refused=0):
-    return SimpleNamespace(passed_in=0, refused=refused)
+def acceptor(refused=0, unknown=0, refused_ms=None):
+    return SimpleNamespace(passed_in=0, refused=refused, unknown=unknown, refused_ms=refused_ms)
 
 
 def test_status():
     upstreams = [upstream("127.0.0.1:8080", held=1), upstream("/run/x")]
     busy = relay(3, bytes_to_targets=700 * M, bytes_to_clients=512 * M)
-    assert status(busy, upstreams) == (
+    assert status(acceptor(), busy, upstreams) == (
         "3 connections, 1 waiting for 127.0.0.1:8080, 1.2G forwarded"
     )
 
 
 def test_status_of_one_and_of_none():
-    assert status(relay(1), []) == "1 connection, 0B forwarded"
-    assert status(relay(0), []) == "0 connections, 0B forwarded"
+    assert status(acceptor(), relay(1), []) == "1 connection, 0B forwarded"
+    assert status(acceptor(), relay(0), []) == "0 connections, 0B forwarded"
 
 
 def test_a_client_that_waits_for_a_prompt_look_up_is_a_connection_already():
     upstreams = [upstream("a:1", held=2, waiting=0), upstream("b:2", held=3)]
-    assert status(relay(1), upstreams) == "3 connections, 3 waiting for b:2, 0B forwarded"
+    assert (
+        status(acceptor(), relay(1), upstreams) == "3 connections, 3 waiting for b:2, 0B forwarded"
+    )
 
 
 def test_status_of_several_targets():
     upstreams = [upstream("a:1", held=1), upstream("b:2"), upstream("c:3", held=12)]
-    assert status(relay(), upstreams) == (
+    assert status(acceptor(), relay(), upstreams) == (
         "0 connections, 1 waiting for a:1, 12 waiting for c:3, 0B forwarded"
     )
+
+
+def test_status_at_the_limit():
+    assert status(acceptor(), relay(256), []) == "256 connections (limit 256), 0B forwarded"
+    held = [upstream("a:1", held=6)]
+    assert status(acceptor(), relay(250), held) == (
+        "250 connections (limit 256), 6 waiting for a:1, 0B forwarded"
+    )
+
+
+def test_status_while_clients_are_refused():
+    line = status(acceptor(1, refused_ms=NOW_MS - 12_900), relay(3, refused=40), [])
+    assert line == "3 connections, 0B forwarded, 41 refused at the limit, last 12 s ago"
+
+
+def test_status_of_clients_refused_long_ago():
+    """Nothing would keep it true how long ago that was."""
+    line = status(acceptor(refused_ms=NOW_MS - 60_000), relay(refused=40), [])
+    assert line == "0 connections, 0B forwarded, 40 refused at the limit"
+
+
+def test_status_of_clients_without_an_address():
+    line = status(acceptor(2, unknown=2), relay(), [])
+    assert line == "0 connections, 0B forwarded, 2 refused without an address to announce"
+
+
+def test_status_of_a_target_that_is_down(monkeypatch):
+    monkeypatch.setattr(stats.time, "time", lambda: 1_800_000_000.0)
+    since = time.strftime("%H:%M:%S", time.localtime(1_800_000_000 - 90))
+    down = upstream("a:1", held=2)
+    why = "Failed to connect to remote host: Connection refused (a:1)"
+    down.outage = SimpleNamespace(up=False, since_ms=NOW_MS - 90_000, why=why)
+    assert status(acceptor(), relay(), [upstream("b:2"), down]) == (
+        f"0 connections, 2 waiting for a:1, down since {since} (Connection refused), 0B forwarded"
+    )
+
+
+def test_status_of_clients_given_up():
+    one, other = upstream("a:1", failed=4), upstream("b:2", failed=8)
+    one.held.failed_ms, one.held.failed_why = NOW_MS - 9000, "not this"
+    other.held.failed_ms = NOW_MS - 3000
+    other.held.failed_why = "Failed to connect to remote host: Connection refused (b:2)"
+    assert status(acceptor(), relay(), [one, other]) == (
+        "0 connections, 0B forwarded, 12 failed, last 3 s ago (Connection refused)"
+    )
+
+
+def test_status_while_connections_drain(monkeypatch):
+    monkeypatch.setattr(stats.time, "time", lambda: 1_800_000_000.0)
+    until = time.strftime("%H:%M:%S", time.localtime(1_800_000_005))
+    assert draining(relay(1), [upstream("a:1", held=1)], NOW_MS + 5000) == (
+        f"Draining: 2 connections left, until {until}"
+    )
+    assert draining(relay(1), [], None) == "Draining: 1 connection left"
+
+
+def test_status_is_short_and_printable_whatever_the_targets_are_called():
+    """sd_notify(3) drops a message of more than 4096 bytes, or that is not UTF-8."""
+    upstreams = [upstream(f"/run/{n}\udcff\n" + "é" * 500, held=1) for n in range(20)]
+    line = status(acceptor(), relay(), upstreams)
+    assert "12 waiting for 12 other targets" in status(
+        acceptor(), relay(), [upstream(f"/{n}", held=1) for n in range(20)]
+    )
+    assert len(f"STATUS={line}".encode()) <= 4096
+    assert line.isprintable()
+    assert "\\xff" in line
 
 
 def test_summary():
@@ -146,7 +221,8 @@ def test_summary_before_anything_has_happened():
 
 def test_the_real_relay_has_these_counters():
     real = Relay()
-    assert status(real, []) == "0 connections, 0B forwarded"
+    real.connections_max = 256
+    assert status(acceptor(), real, []) == "0 connections, 0B forwarded"
     assert summary(acceptor(), real, [])[0].endswith("none ended")
 
 
