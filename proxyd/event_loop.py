@@ -9,9 +9,9 @@ from proxyd.limits import AttemptBudget
 TYPE_CHECKING = False  # as in typing, which is slow to import
 if TYPE_CHECKING:
     from proxyd._relay import Accepted, AcceptFailed, ConnectFailed, Ended, Refused, WorkersWanted
-    from proxyd.inspection.border import Began, SnapshotRows
+    from proxyd.inspection.border import Begun, SnapshotRows, Terminated
 
-    InspectionEvent = Ended | SnapshotRows | Began
+    InspectionEvent = Ended | Begun | SnapshotRows | Terminated
     PolicyEvent = (
         Accepted | AcceptFailed | Refused | ConnectFailed | WorkersWanted | InspectionEvent
     )

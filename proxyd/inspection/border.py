@@ -1,8 +1,11 @@
-"""What the relay tells about its connections, as far as the inspection uses it."""
+"""What the relay tells about its connections, as far as the inspection uses it.
+
+To be replaced by the classes of `_relay`, which have the same names and fields.
+"""
 
 from typing import Protocol, cast, runtime_checkable
 
-from proxyd._relay import Relay
+from proxyd._relay import Ended, Relay
 
 
 class HalfInfo(Protocol):
@@ -41,6 +44,10 @@ class ConnectionInfo(Protocol):
         """Packed; b"" if it is not known."""
 
     @property
+    def client_pid(self) -> int:
+        """The process of a UNIX client; 0 if it is not known."""
+
+    @property
     def target(self) -> bytes:
         """Packed; b"" if it is not known."""
 
@@ -55,6 +62,10 @@ class ConnectionInfo(Protocol):
     @property
     def active_ms(self) -> int:
         """When it last moved a byte."""
+
+    @property
+    def held_ms(self) -> int:
+        """How long the client was held before."""
 
     @property
     def connect_us(self) -> int:
@@ -90,12 +101,33 @@ class SnapshotRows(Protocol):
         """Whether the snapshot is complete."""
 
 
-class Began(Protocol):
+class Begun(Protocol):
     """An event: a connection has begun."""
 
     @property
     def info(self) -> ConnectionInfo:
         """The connection."""
+
+
+class EndedWithInfo(Protocol):
+    """What the event of an end has, too."""
+
+    @property
+    def info(self) -> ConnectionInfo | None:
+        """The connection as it was at its end; None unless `report_begins` was set."""
+
+
+@runtime_checkable
+class Terminated(Protocol):
+    """An event: the answer to terminate()."""
+
+    @property
+    def connection(self) -> int:
+        """The id."""
+
+    @property
+    def found(self) -> bool:
+        """Whether there was such a connection; it is reset."""
 
 
 class InspectedRelay(Protocol):
@@ -108,9 +140,14 @@ class InspectedRelay(Protocol):
         """Begin to collect the rows of all connections; return the snapshot's number."""
 
     def terminate(self, connection: int) -> None:
-        """Reset a connection in both directions, if there still is one with this id."""
+        """Reset a connection in both directions; a Terminated event says whether there was one."""
 
 
 def inspected(relay: Relay) -> InspectedRelay:
     """Return the relay as it is asked here."""
     return cast(InspectedRelay, relay)
+
+
+def info_of(ended: Ended) -> ConnectionInfo | None:
+    """Return the connection that has ended, if the relay has been asked to keep it."""
+    return cast(EndedWithInfo, ended).info

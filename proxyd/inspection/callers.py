@@ -41,9 +41,12 @@ class Stream(Protocol):
     def next(self) -> bytes:
         """Return the next messages; b"" if there are none at the moment, or not any more.
 
-        Raises CallError for a call that fails late, and CallerGoneError if the caller is not worth
-        waiting for.
+        Raises CallError for a call that fails late.
         """
+
+    @property
+    def overflows(self) -> bool:
+        """Tell whether more waits for the caller than it is worth."""
 
     def on_more(self, wake: Callable[[], None]) -> None:
         """Have `wake` called whenever there is something after next() has returned b""."""
@@ -228,6 +231,8 @@ class Caller:
 
         Raises CallerGoneError.
         """
+        if self._stream is not None and self._stream.overflows:
+            raise CallerGoneError
         if self._output:
             return self._send(now_ms)
         if self._stream is not None:

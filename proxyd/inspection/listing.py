@@ -1,14 +1,10 @@
-"""List and Terminate: the clients of one snapshot, piece by piece, or one of them."""
+"""List: the clients of one snapshot, piece by piece."""
 
 from _collections_abc import Callable, Iterable
 
 from proxyd.inspection.interfaces import PROXY
 from proxyd.inspection.snapshot import Snapshot, Snapshots
 from proxyd.inspection.varlink import CallError, Fields, reply
-
-TYPE_CHECKING = False  # as in typing
-if TYPE_CHECKING:
-    from proxyd.inspection.border import InspectedRelay
 
 ROWS_MAX = 64
 """How many rows a piece has: the relay waits while they are made into text."""
@@ -38,6 +34,11 @@ class ListStream:
         self._kept: Fields | None = None
         """The last row, which is sent after the next one or as the end of all."""
         self.finished = False
+
+    @property
+    def overflows(self) -> bool:
+        """Tell that the rest is made only when the caller has read."""
+        return False
 
     def on_more(self, wake: Callable[[], None]) -> None:
         """Call `wake` when there are more rows."""
@@ -71,41 +72,6 @@ class ListStream:
                 messages.append(reply({"connection": self._kept}, continues=True))
             self._kept = row
         return b"".join(messages)
-
-    def close(self) -> None:
-        """Release the snapshot."""
-        self._snapshots.release(self._snapshot)
-
-
-class TerminateStream:
-    """The reply to Terminate: only a snapshot knows whether the relay has such a connection."""
-
-    __slots__ = ("_at", "_connection", "_relay", "_snapshot", "_snapshots", "finished")
-
-    def __init__(self, snapshots: Snapshots, relay: "InspectedRelay", connection: int) -> None:
-        self._snapshots = snapshots
-        self._snapshot = snapshots.request()
-        self._relay = relay
-        self._connection = connection
-        self._at = 0
-        self.finished = False
-
-    def on_more(self, wake: Callable[[], None]) -> None:
-        """Call `wake` when there are more rows."""
-        self._snapshot.on_rows(wake)
-
-    def next(self) -> bytes:
-        """Return the reply, once the connection is found. Raises CallError if it is not."""
-        infos = self._snapshot.rows[self._at :]
-        self._at += len(infos)
-        if any(info.connection == self._connection for info in infos):
-            self._relay.terminate(self._connection)
-            self.finished = True
-            return reply({})
-        if self._snapshot.complete:
-            self.finished = True
-            raise CallError(f"{PROXY}.NoSuchConnection")
-        return b""
 
     def close(self) -> None:
         """Release the snapshot."""

@@ -46,6 +46,11 @@ class Messages:
         self._replies = list(replies)
         self.finished = False
 
+    @property
+    def overflows(self) -> bool:
+        """Tell that the rest is made only when the caller has read."""
+        return False
+
     def on_more(self, wake: Callable[[], None]) -> None:
         """Do nothing: next() returns everything."""
 

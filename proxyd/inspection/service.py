@@ -8,13 +8,14 @@ from proxyd._relay import Ended
 from proxyd.acceptor import Acceptor
 from proxyd.event_loop import EventLoop
 from proxyd.inspection.access import Peer
-from proxyd.inspection.border import SnapshotRows, inspected
+from proxyd.inspection.border import SnapshotRows, Terminated, inspected
 from proxyd.inspection.callers import Callers, Stream
 from proxyd.inspection.interfaces import METRICS, PROXY, TEXTS
-from proxyd.inspection.listing import ListStream, TerminateStream
+from proxyd.inspection.listing import ListStream
 from proxyd.inspection.metrics import describe, metrics
 from proxyd.inspection.rows import RowMaker
 from proxyd.inspection.snapshot import Snapshots
+from proxyd.inspection.terminate import Terminations
 from proxyd.inspection.varlink import SERVICE, Call, CallError, Fields, plain, reply
 from proxyd.inspection.watch import Watchers
 from proxyd.stats import short_reason
@@ -54,6 +55,7 @@ class Service:
             "callersMax": callers_max,
         }
         self._snapshots = Snapshots(self._relay, lambda: loop.relay.now_ms, acceptor, upstreams)
+        self._terminations = Terminations(self._relay)
         self._watchers = Watchers(loop, self._relay, self._make_rows)
         self.callers = Callers(loop, self._answer, callers_max)
         self._methods: dict[str, Callable[[Call], bytes | Stream]] = {
@@ -77,10 +79,11 @@ class Service:
         if isinstance(event, Ended):
             self._watchers.ended(event)
         elif isinstance(event, SnapshotRows):
-            self._watchers.learn(event.rows)
             self._snapshots.handle(event)
+        elif isinstance(event, Terminated):
+            self._terminations.answer(event)
         else:
-            self._watchers.began(event.info)
+            self._watchers.begun(event.info)
 
     # ── methods ───────────────────────────────────────────────────────────────────────────────────
 
@@ -105,10 +108,7 @@ class Service:
     def _watch(self, call: Call) -> Stream:
         call.require_more()
         call.allow()
-        stream = self._watchers.add()
-        # Its rows teach the watchers which connections there are already.
-        self._snapshots.release_when_complete(self._snapshots.request())
-        return stream
+        return self._watchers.add()
 
     def _terminate(self, call: Call) -> bytes | Stream:
         call.allow("id")
@@ -118,7 +118,7 @@ class Service:
                 if client.id == connection:
                     upstream.held.terminate(client)
                     return reply({})
-        return TerminateStream(self._snapshots, self._relay, connection)
+        return self._terminations.begin(connection)
 
     def _status(self, call: Call) -> bytes:
         call.allow()

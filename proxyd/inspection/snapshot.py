@@ -93,10 +93,6 @@ class Snapshots:
         self._start_next()
         return snapshot
 
-    def release_when_complete(self, snapshot: Snapshot) -> None:
-        """Keep a snapshot until its rows have all been seen by whoever sees the events."""
-        snapshot.on_rows(lambda: self.release(snapshot) if snapshot.complete else None)
-
     def release(self, snapshot: Snapshot) -> None:
         """Record that one of those who requested it does not need it any more."""
         snapshot.users -= 1

@@ -3,7 +3,7 @@
 from _collections_abc import Callable
 
 from proxyd.event_loop import EventLoop
-from proxyd.inspection.callers import CallerGoneError
+from proxyd.inspection.border import info_of
 from proxyd.inspection.rows import RowMaker
 from proxyd.inspection.varlink import Fields, reply
 
@@ -19,7 +19,7 @@ UNREAD_MAX = 256 * 1024
 class Watchers:
     """Tells watchers what begins and ends, and the relay whether there are any."""
 
-    __slots__ = ("_known", "_loop", "_make_rows", "_relay", "_streams")
+    __slots__ = ("_loop", "_make_rows", "_relay", "_streams")
 
     def __init__(
         self, loop: EventLoop, relay: "InspectedRelay", make_rows: Callable[[], RowMaker]
@@ -28,8 +28,6 @@ class Watchers:
         self._relay = relay
         self._make_rows = make_rows
         self._streams: list[WatchStream] = []
-        self._known: dict[int, Fields] = {}
-        """Connection id → its row when it began, for its end."""
 
     def add(self) -> "WatchStream":
         """Add a watcher."""
@@ -41,36 +39,26 @@ class Watchers:
     def _remove(self, stream: "WatchStream") -> None:
         self._streams.remove(stream)
         if not self._streams:
-            self._known.clear()
             self._relay.report_begins = False
             self._relay.report_ends = self._loop.labelled
 
-    def learn(self, rows: "list[ConnectionInfo]") -> None:
-        """Remember connections that began before, so that their ends can be told."""
-        if self._streams:
-            makes = self._make_rows()
-            for info in rows:
-                self._known.setdefault(info.connection, makes.connection(info))
-
-    def began(self, info: "ConnectionInfo") -> None:
+    def begun(self, info: "ConnectionInfo") -> None:
         """Tell that a connection has begun."""
-        if self._streams:
-            row = self._known[info.connection] = self._make_rows().connection(info)
-            self._tell({"event": "begin", "connection": row, "how": None})
+        self._tell("begin", info, None)
 
     def ended(self, event: "Ended") -> None:
         """Tell that a connection has ended."""
-        row = self._known.pop(event.connection, None)
-        if row is None:
-            return
-        ages = {"ageUSec": event.duration_ms * 1000, "idleUSec": 0}
-        halves: Fields = {
-            "up": {"bytes": event.bytes_up, "inFlight": 0, "state": "shut"},
-            "down": {"bytes": event.bytes_down, "inFlight": 0, "state": "shut"},
-        }
-        self._tell({"event": "end", "connection": row | ages | halves, "how": event.ending})
+        info = info_of(event) if self._streams else None
+        if info is not None:
+            self._tell("end", info, event.ending)
 
-    def _tell(self, parameters: Fields) -> None:
+    def _tell(self, event: str, info: "ConnectionInfo", how: str | None) -> None:
+        if not self._streams:
+            return  # the last one has left in this turn
+        row = self._make_rows().connection(info)
+        parameters: Fields = {"event": event, "connection": row}
+        if how is not None:
+            parameters["how"] = how
         message = reply(parameters, continues=True)
         for stream in self._streams:
             stream.push(message)
@@ -89,7 +77,7 @@ class WatchStream:
         self.finished = False
 
     def push(self, message: bytes) -> None:
-        """Add a message; too much of them is noticed by next()."""
+        """Add a message; too many of them are noticed by next()."""
         if self._size <= UNREAD_MAX:
             self._messages.append(message)
             self._size += len(message)
@@ -99,10 +87,13 @@ class WatchStream:
         """Call `wake` when there is a message."""
         self._wake = wake
 
+    @property
+    def overflows(self) -> bool:
+        """Tell whether the caller reads too slowly."""
+        return self._size > UNREAD_MAX
+
     def next(self) -> bytes:
-        """Return all messages. Raises CallerGoneError if they are too many."""
-        if self._size > UNREAD_MAX:
-            raise CallerGoneError
+        """Return all messages."""
         data = b"".join(self._messages)
         self._messages.clear()
         self._size = 0

@@ -1,0 +1,76 @@
+"""Terminate: the worker that has a connection resets it, and answers."""
+
+from _collections_abc import Callable
+
+from proxyd.inspection.interfaces import PROXY
+from proxyd.inspection.varlink import CallError, reply
+
+TYPE_CHECKING = False  # as in typing
+if TYPE_CHECKING:
+    from proxyd.inspection.border import InspectedRelay, Terminated
+
+
+class Terminations:
+    """The calls of Terminate that wait for the relay's answer."""
+
+    __slots__ = ("_relay", "_streams")
+
+    def __init__(self, relay: "InspectedRelay") -> None:
+        self._relay = relay
+        self._streams: list[TerminateStream] = []
+
+    def begin(self, connection: int) -> "TerminateStream":
+        """Have a connection terminated."""
+        stream = TerminateStream(connection, self._streams.remove)
+        self._streams.append(stream)
+        self._relay.terminate(connection)
+        return stream
+
+    def answer(self, event: "Terminated") -> None:
+        """Take an answer of the relay: it is for the oldest call with this id."""
+        for stream in self._streams:
+            if stream.connection == event.connection and stream.found is None:
+                stream.answer(found=event.found)
+                return
+
+
+class TerminateStream:
+    """The reply to Terminate."""
+
+    __slots__ = ("_on_close", "_wake", "connection", "finished", "found")
+
+    def __init__(self, connection: int, on_close: "Callable[[TerminateStream], None]") -> None:
+        self.connection = connection
+        self.found: bool | None = None
+        """The answer, once there is one."""
+        self.finished = False
+        self._on_close = on_close
+        self._wake: Callable[[], None] | None = None
+
+    def answer(self, *, found: bool) -> None:
+        """Record whether there was such a connection."""
+        self.found = found
+        if self._wake is not None:
+            self._wake()
+
+    @property
+    def overflows(self) -> bool:
+        """Tell that the rest is made only when the caller has read."""
+        return False
+
+    def on_more(self, wake: Callable[[], None]) -> None:
+        """Call `wake` when there is an answer."""
+        self._wake = wake
+
+    def next(self) -> bytes:
+        """Return the reply, once there is one. Raises CallError."""
+        if self.found is None:
+            return b""
+        self.finished = True
+        if not self.found:
+            raise CallError(f"{PROXY}.NoSuchConnection")
+        return reply({})
+
+    def close(self) -> None:
+        """Forget the call."""
+        self._on_close(self)
