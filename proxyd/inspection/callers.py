@@ -38,8 +38,8 @@ class Stream(Protocol):
     finished: bool
     """Whether next() has returned everything."""
 
-    def next(self) -> bytes:
-        """Return the next messages; b"" if there are none at the moment, or not any more.
+    def next(self) -> bytes | None:
+        """Return the next messages, which may be b""; None if there are none at the moment.
 
         Raises CallError for a call that fails late.
         """
@@ -49,7 +49,7 @@ class Stream(Protocol):
         """Tell whether more waits for the caller than it is worth."""
 
     def on_more(self, wake: Callable[[], None]) -> None:
-        """Have `wake` called whenever there is something after next() has returned b""."""
+        """Have `wake` called whenever there is something after next() has returned None."""
 
     def close(self) -> None:
         """Forget the caller: it has got everything, or is gone."""
@@ -263,15 +263,17 @@ class Caller:
 
     def _continue(self, stream: Stream, now_ms: int) -> bool:
         try:
-            data = stream.next()
+            data: bytes | None = stream.next()
         except CallError as error:
             data = failure(error)
+        if data is None:
+            return False
         if not self._oneway:
             self._output = data
         if stream.finished:
             self._end_stream()
             return True
-        return bool(self._output) and self._send(now_ms)
+        return not self._output or self._send(now_ms)
 
     def _serve(self, message: bytes) -> None:
         try:

@@ -44,15 +44,15 @@ class ListStream:
         """Call `wake` when there are more rows."""
         self._snapshot.on_rows(wake)
 
-    def next(self) -> bytes:
-        """Return the next piece. Raises CallError if there is nothing to list."""
+    def next(self) -> bytes | None:
+        """Return the next piece; None before it is there. Raises CallError if there is nothing to list."""
         snapshot = self._snapshot
         infos = snapshot.rows[self._at : self._at + ROWS_MAX]
         self._at += len(infos)
         if infos:
             return self._take(map(snapshot.makes.connection, infos))
         if not snapshot.complete:
-            return b""
+            return None
         held = snapshot.held[self._held_at : self._held_at + ROWS_MAX]
         self._held_at += len(held)
         if held:

@@ -118,6 +118,8 @@ class Service:
                 if client.id == connection:
                     upstream.held.terminate(client)
                     return reply({})
+        if connection <= 0:
+            raise CallError(f"{PROXY}.NoSuchConnection")
         return self._terminations.begin(connection)
 
     def _status(self, call: Call) -> bytes:

@@ -62,10 +62,10 @@ class TerminateStream:
         """Call `wake` when there is an answer."""
         self._wake = wake
 
-    def next(self) -> bytes:
+    def next(self) -> bytes | None:
         """Return the reply, once there is one. Raises CallError."""
         if self.found is None:
-            return b""
+            return None
         self.finished = True
         if not self.found:
             raise CallError(f"{PROXY}.NoSuchConnection")

@@ -92,12 +92,12 @@ class WatchStream:
         """Tell whether the caller reads too slowly."""
         return self._size > UNREAD_MAX
 
-    def next(self) -> bytes:
-        """Return all messages."""
+    def next(self) -> bytes | None:
+        """Return all messages; None if there are none."""
         data = b"".join(self._messages)
         self._messages.clear()
         self._size = 0
-        return data
+        return data or None
 
     def close(self) -> None:
         """Stop watching."""

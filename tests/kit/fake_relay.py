@@ -20,6 +20,10 @@ RUNS_MAX = 100
 """The number of calls of run() after which time must have passed."""
 
 
+ROWS_MAX = 64
+"""How many rows of a snapshot come in one event."""
+
+
 class SleepsForeverError(Exception):
     """The policy waits, but nothing will ever happen."""
 
@@ -100,7 +104,15 @@ class FakeRelay:
         self.wake_at_count = -1
         self.wake_on_first = False
         self.report_ends = False
+        self.report_begins = False
         self.ended = []
+        # inspection
+        self.infos = []
+        """What a snapshot tells; see connection_info()."""
+        self.snapshots = 0
+        self.terminated = []
+        self.answers = []
+        """Events for the next run()."""
         # totals
         self.accepted = self.refused = 0
         self.bytes_to_targets = self.bytes_to_clients = 0
@@ -238,6 +250,9 @@ class FakeRelay:
         return events
 
     def _turn(self, until_ms):
+        if self.answers:
+            answers, self.answers = self.answers, []
+            return answers
         while self.script and self.script[0][0] <= self.now_ms:
             before = self.connections
             events = self.script.pop(0)[1]()
@@ -287,6 +302,25 @@ class FakeRelay:
     def trim_pipes(self):
         pass
 
+    # ── inspection ───────────────────────────────────────────────────────────────────────────
+
+    def start_snapshot(self):
+        self.snapshots += 1
+        infos = list(self.infos)
+        while len(infos) > ROWS_MAX:
+            self._tell_rows(infos[:ROWS_MAX], last=False)
+            del infos[:ROWS_MAX]
+        self._tell_rows(infos, last=True)
+        return self.snapshots
+
+    def _tell_rows(self, rows, last):
+        self.answers.append(SimpleNamespace(number=self.snapshots, rows=rows, last=last))
+
+    def terminate(self, connection):
+        found = any(info.connection == connection for info in self.infos)
+        self.terminated.append(connection)
+        self.answers.append(SimpleNamespace(connection=connection, found=found))
+
     # ── threads ──────────────────────────────────────────────────────────────────────────────
 
     def offload_when_busy(self, stat, **rules):
@@ -300,3 +334,25 @@ class FakeRelay:
 
     def ping_workers(self):
         self.pings += 1
+
+
+def connection_info(connection, **fields):
+    """What the relay tells about a connection."""
+    half = SimpleNamespace(bytes=0, in_flight=0, state="flowing")
+    usual = {
+        "state": "open",
+        "listener": 0,
+        "client": b"",
+        "client_pid": 0,
+        "target": b"",
+        "local": b"",
+        "opened_ms": 0,
+        "active_ms": 0,
+        "held_ms": 0,
+        "connect_us": -1,
+        "up": half,
+        "down": half,
+        "thread": 0,
+    }
+    assert fields.keys() <= usual.keys()
+    return SimpleNamespace(connection=connection, **usual | fields)

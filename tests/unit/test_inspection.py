@@ -1,0 +1,688 @@
+"""The inspection: its callers, and what its methods say, on a fake relay."""
+
+import array
+import errno
+import json
+import os
+import re
+import socket
+from types import SimpleNamespace
+
+import pytest
+from kit.fake_relay import FakeRelay, connection_info
+
+from proxyd import __version__
+from proxyd import address as sockaddr
+from proxyd._relay import Ended
+from proxyd.event_loop import EventLoop
+from proxyd.held import WAIT_BUCKETS_MS, HeldClient
+from proxyd.inspection import callers as callers_module
+from proxyd.inspection.callers import CALL_MAX, STALL_MS
+from proxyd.inspection.interfaces import METRICS, PROXY, TEXTS
+from proxyd.inspection.service import Service
+from proxyd.inspection.watch import UNREAD_MAX
+from proxyd.target import parse_target
+from proxyd.upstream import Upstream
+
+SERVICE = "org.varlink.service"
+TARGET = "/run/backend"
+LISTENER = "127.0.0.1:80"
+START_MS = 7_000_000
+
+
+class Gone(Exception):
+    """The service has closed the connection."""
+
+
+class World:
+    """A service, and its callers."""
+
+    def __init__(self, callers_max):
+        self.relay = FakeRelay(start_ms=START_MS)
+        self.relay.connections_max = 256
+        self.loop = EventLoop()
+        self.loop.relay = self.relay
+        target = parse_target(TARGET)
+        self.upstream = Upstream(self.loop, None, target, 0, None)
+        self.listener = SimpleNamespace(
+            text=LISTENER, name="web", target=target, upstream=self.upstream, accepting=True
+        )
+        acceptor = SimpleNamespace(
+            listeners=[self.listener], refused=1, unknown=0, passed_in=0, refused_ms=None
+        )
+        parts = self.loop, acceptor, [self.upstream]
+        self.service = Service(*parts, lambda: "fine", START_MS - 5000, 3, callers_max)
+        self.callers = self.service.callers
+        self.sockets = []
+
+    def connect(self):
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        theirs.setblocking(False)
+        self.sockets.append(ours)
+        self.callers.add(theirs.detach())
+        self.settle()
+        return ours
+
+    def settle(self):
+        """Let the service do what it can."""
+        while True:
+            for fd in list(self.callers._by_fd):
+                self.loop._handlers[fd](5)
+            self.callers.step(self.relay.now_ms)
+            busy = self.callers.next_ms(self.relay.now_ms) == self.relay.now_ms
+            answers, self.relay.answers = self.relay.answers, []
+            for event in answers:
+                self.service.handle(event)
+            if not busy and not answers:
+                return
+
+    def pass_time(self, ms):
+        self.relay.now_ms += ms
+        self.settle()
+
+    def ask(self, caller, method, more=False, oneway=False, **parameters):
+        call = {"method": method, "parameters": parameters, "more": more, "oneway": oneway}
+        caller.send(json.dumps(call).encode() + b"\0")
+
+    def replies(self, caller):
+        """All messages that have come."""
+        data = b""
+        while True:
+            self.settle()
+            try:
+                piece = caller.recv(1 << 20)
+            except BlockingIOError:
+                break
+            if not piece:
+                if data:
+                    break
+                raise Gone
+            data += piece
+        assert data.endswith(b"\0") or not data
+        return [json.loads(message) for message in data.split(b"\0")[:-1]]
+
+    def call(self, method, more=False, **parameters):
+        """The replies to one call; all but the last have `continues`."""
+        caller = self.connect()
+        self.ask(caller, method, more, **parameters)
+        replies = self.replies(caller)
+        caller.close()
+        self.settle()
+        assert [one.get("continues", False) for one in replies] == [True for _ in replies[1:]] + [
+            False
+        ]
+        return replies
+
+    def listed(self, **parameters):
+        replies = self.call(f"{PROXY}.List", more=True, **parameters)
+        return [one["parameters"]["connection"] for one in replies]
+
+    def hold(self, since_ms=START_MS, connection=0, kind=socket.AF_UNIX):
+        ours, theirs = socket.socketpair(kind)
+        self.sockets.append(ours)
+        client = HeldClient(theirs.detach(), kind, None, "", since_ms)
+        client.connection = connection
+        self.upstream.held.add(client)
+        return client, ours
+
+    def closed(self, caller):
+        try:
+            self.replies(caller)
+        except (Gone, ConnectionResetError):
+            return True
+        return False
+
+    def close(self):
+        self.callers.close_all()
+        self.upstream.drop_all()
+        for sock in self.sockets:
+            sock.close()
+
+
+@pytest.fixture
+def world():
+    worlds = []
+
+    def make(callers_max=64):
+        worlds.append(World(callers_max))
+        return worlds[-1]
+
+    yield make
+    for one in worlds:
+        one.close()
+
+
+@pytest.fixture
+def stranger(monkeypatch):
+    """Have all callers be another user than root and our own."""
+    monkeypatch.setattr(
+        callers_module, "peer_of", lambda _sock: SimpleNamespace(uid=7, privileged=False)
+    )
+
+
+def error(name, **fields):
+    return [{"error": name, "parameters": fields}]
+
+
+# ── interfaces ────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_service_describes_itself(world):
+    (info,) = world().call(f"{SERVICE}.GetInfo")
+    assert info["parameters"]["interfaces"] == sorted(TEXTS)
+    assert info["parameters"]["version"] == __version__
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_interfaces_are_described(world, name):
+    one = world()
+    (text,) = one.call(f"{SERVICE}.GetInterfaceDescription", interface=name)
+    assert text["parameters"]["description"] == TEXTS[name]
+    methods = {f"{name}.{word}" for word in re.findall(r"^method (\w+)", TEXTS[name], re.MULTILINE)}
+    assert methods == {known for known in one.service._methods if known.startswith(f"{name}.")}
+
+
+def test_our_own_interface_has_no_type_that_older_readers_do_not_know():
+    code = re.sub("#.*", "", TEXTS[PROXY])
+    assert not re.search(r"\bany\b", code)
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters", "answer"),
+    [
+        ("a.b.C", {}, error(f"{SERVICE}.InterfaceNotFound", interface="a.b")),
+        ("nothing", {}, error(f"{SERVICE}.InterfaceNotFound", interface="")),
+        (f"{PROXY}.X", {}, error(f"{SERVICE}.MethodNotFound", method=f"{PROXY}.X")),
+        (f"{PROXY}.List", {}, error(f"{SERVICE}.ExpectedMore")),
+        (f"{PROXY}.Watch", {}, error(f"{SERVICE}.ExpectedMore")),
+        (f"{METRICS}.List", {}, error(f"{SERVICE}.ExpectedMore")),
+        (f"{METRICS}.Describe", {}, error(f"{SERVICE}.ExpectedMore")),
+        (f"{PROXY}.Status", {"x": 1}, error(f"{SERVICE}.InvalidParameter", parameter="x")),
+        (f"{PROXY}.Terminate", {}, error(f"{SERVICE}.InvalidParameter", parameter="id")),
+        (
+            f"{SERVICE}.GetInterfaceDescription",
+            {"interface": "a.b"},
+            error(f"{SERVICE}.InterfaceNotFound", interface="a.b"),
+        ),
+        (
+            f"{SERVICE}.GetInterfaceDescription",
+            {},
+            error(f"{SERVICE}.InvalidParameter", parameter="interface"),
+        ),
+    ],
+)
+def test_errors_of_calls(world, method, parameters, answer):
+    assert world().call(method, **parameters) == answer
+
+
+@pytest.mark.parametrize("method", ["List", "Watch", "Terminate"])
+def test_single_connections_are_not_for_everybody(world, stranger, method):
+    one = world()
+    denied = error(f"{SERVICE}.PermissionDenied")
+    assert one.call(f"{PROXY}.{method}", more=True, id=1) == denied
+    assert one.relay.snapshots == 0
+    assert one.relay.terminated == []
+
+
+@pytest.mark.usefixtures("stranger")
+def test_status_and_metrics_are_for_everybody(world):
+    one = world()
+    assert one.call(f"{PROXY}.Status")[0]["parameters"]["status"] == "fine"
+    for method in ("List", "Describe"):
+        assert len(one.call(f"{METRICS}.{method}", more=True)) > 10
+
+
+# ── callers ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_several_calls_at_once_are_answered_in_order(world):
+    one = world()
+    caller = one.connect()
+    calls = [json.dumps({"method": name}).encode() for name in ("a.B", f"{SERVICE}.GetInfo", "c.D")]
+    caller.send(b"\0".join(calls) + b"\0")
+    first, second, third = one.replies(caller)
+    assert first["parameters"] == {"interface": "a"}
+    assert "vendor" in second["parameters"]
+    assert third["parameters"] == {"interface": "c"}
+
+
+def test_a_call_may_come_byte_by_byte(world):
+    one = world()
+    caller = one.connect()
+    for byte in b'{"method": "a.B"}\0':
+        caller.send(bytes([byte]))
+        one.settle()
+    assert len(one.replies(caller)) == 1
+
+
+def test_oneway_calls_are_not_answered(world):
+    one = world()
+    caller = one.connect()
+    one.ask(caller, f"{SERVICE}.GetInfo", oneway=True)
+    one.ask(caller, f"{PROXY}.Status", oneway=True)
+    one.ask(caller, "a.B")
+    assert len(one.replies(caller)) == 1
+
+
+def test_a_caller_that_has_shut_down_its_side_gets_its_replies(world):
+    one = world()
+    caller = one.connect()
+    one.ask(caller, f"{SERVICE}.GetInfo")
+    caller.shutdown(socket.SHUT_WR)
+    assert len(one.replies(caller)) == 1
+    assert one.closed(caller)
+
+
+@pytest.mark.parametrize(
+    "message", [b"GET / HTTP/1.1\r\n\r\n\0", b"\0", b"{}\0", b"[" * 9000 + b"\0"]
+)
+def test_what_is_not_a_call_ends_the_connection(world, message):
+    one = world()
+    caller = one.connect()
+    caller.send(message)
+    assert one.closed(caller)
+    assert len(one.callers) == 0
+
+
+@pytest.mark.parametrize(("size", "kept"), [(CALL_MAX, True), (CALL_MAX + 1, False)])
+def test_a_call_has_a_maximum_size(world, size, kept):
+    one = world()
+    caller = one.connect()
+    data = b'{"method": "a.B", "parameters": {"x": "' + b"x" * size
+    data = data[: size - 3] + b'"}}' + b"\0"
+    while data:
+        try:
+            data = data[caller.send(data) :]
+        except (BrokenPipeError, ConnectionResetError):
+            break
+        one.settle()
+    assert one.closed(caller) != kept
+
+
+def test_a_caller_that_stalls_is_dropped(world):
+    one = world()
+    caller, idle = one.connect(), one.connect()
+    caller.send(b"{")
+    one.settle()
+    one.pass_time(STALL_MS - 1)
+    assert len(one.callers) == 2
+    one.pass_time(1)
+    assert one.closed(caller)
+    one.pass_time(STALL_MS * 100)
+    assert not one.closed(idle)  # it asks nothing, and may do so
+
+
+def test_a_caller_that_does_not_read_is_dropped(world):
+    one = world()
+    one.relay.infos = [connection_info(n) for n in range(10_000)]
+    caller = one.connect()
+    one.ask(caller, f"{PROXY}.List", more=True)
+    one.settle()
+    one.pass_time(STALL_MS - 1)
+    assert len(one.callers) == 1
+    one.pass_time(1)
+    assert len(one.callers) == 0
+    assert one.listed(state="open")  # its snapshot is not in the way
+
+
+def test_a_caller_that_reads_slowly_is_not_dropped(world):
+    one = world()
+    one.relay.infos = [connection_info(n) for n in range(2000)]
+    caller = one.connect()
+    one.ask(caller, f"{PROXY}.List", more=True)
+    data = b""
+    while data.count(b"\0") < 2000:
+        one.pass_time(STALL_MS - 1)
+        data += caller.recv(100_000)
+    assert len(one.callers) == 1
+
+
+def test_descriptors_are_not_taken(world):
+    one = world()
+    caller = one.connect()
+    rd, wr = os.pipe()
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [wr]))]
+    before = len(os.listdir("/proc/self/fd"))
+    caller.sendmsg([b'{"method": "a.B"}\0'], rights)
+    assert one.closed(caller)
+    assert len(os.listdir("/proc/self/fd")) == before - 1  # the caller's
+    os.close(rd)
+    os.close(wr)
+
+
+def test_places_are_limited(world):
+    one = world(callers_max=8)
+    callers = [one.connect() for _ in range(8)]
+    for caller in callers:
+        caller.send(b"{")
+    one.settle()
+    late = one.connect()
+    assert one.closed(late)
+    assert len(one.callers) == 8
+
+
+def test_an_idle_caller_makes_room(world):
+    one = world(callers_max=8)
+    callers = []
+    for _ in range(9):
+        callers.append(one.connect())
+        one.pass_time(10)
+    assert [one.closed(caller) for caller in callers] == [True] + [False] * 8
+
+
+def test_strangers_leave_places_for_others(world, monkeypatch):
+    one = world(callers_max=16)
+    kinds = [SimpleNamespace(uid=7, privileged=False)] * 20 + [
+        SimpleNamespace(uid=0, privileged=True)
+    ] * 8
+    monkeypatch.setattr(callers_module, "peer_of", lambda _sock: kinds.pop(0))
+    callers = []
+    for _ in range(28):
+        callers.append(one.connect())
+        if not one.closed(callers[-1]):
+            callers[-1].send(b"{")
+            one.settle()
+    assert sum(not one.closed(caller) for caller in callers[:20]) == 8
+    assert sum(not one.closed(caller) for caller in callers[20:]) == 8
+
+
+def test_a_fault_of_ours_ends_one_caller_only(world, capfd):
+    one = world()
+    one.service._methods[f"{PROXY}.Status"] = lambda _call: 1 // 0
+    caller, other = one.connect(), one.connect()
+    one.ask(caller, f"{PROXY}.Status")
+    assert one.closed(caller)
+    assert not one.closed(other)
+    assert "Internal error in the inspection: ZeroDivisionError" in capfd.readouterr().err
+
+
+# ── List ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_nothing_to_list(world):
+    one = world()
+    assert one.call(f"{PROXY}.List", more=True) == error(f"{PROXY}.NoSuchConnection")
+
+
+@pytest.mark.parametrize("count", [1, 2, 63, 64, 65, 128, 1000])
+def test_all_connections_are_listed_once(world, count):
+    one = world()
+    one.relay.infos = [connection_info(n) for n in range(1, count + 1)]
+    assert [row["id"] for row in one.listed()] == list(range(1, count + 1))
+
+
+def test_a_row(world):
+    one = world()
+    half = SimpleNamespace(bytes=10, in_flight=3, state="draining")
+    one.relay.infos = [
+        connection_info(
+            5,
+            state="lingering",
+            client=sockaddr.pack_inet6("::ffff:10.0.0.1", 5000),
+            client_pid=77,
+            target=sockaddr.pack_unix(b"/run/\xff"),
+            local=sockaddr.pack_inet("10.0.0.2", 81),
+            opened_ms=START_MS - 2000,
+            active_ms=START_MS - 500,
+            held_ms=20,
+            connect_us=120,
+            up=half,
+            thread=2,
+        )
+    ]
+    (row,) = one.listed()
+    since = row.pop("sinceUSec")
+    assert since > 1_700_000_000_000_000
+    assert row == {
+        "id": 5,
+        "state": "lingering",
+        "listener": LISTENER,
+        "client": "10.0.0.1:5000",
+        "clientPID": 77,
+        "target": TARGET,
+        "targetAddress": "/run/\\xff",
+        "localAddress": "10.0.0.2:81",
+        "ageUSec": 2_000_000,
+        "idleUSec": 500_000,
+        "heldUSec": 20_000,
+        "connectUSec": 120,
+        "up": {"bytes": 10, "inFlight": 3, "state": "draining"},
+        "down": {"bytes": 0, "inFlight": 0, "state": "flowing"},
+        "thread": 2,
+    }
+    fields = re.search(r"type Connection \((.*?)^\)", TEXTS[PROXY], re.DOTALL | re.MULTILINE)[1]
+    assert set(re.findall(r"^  (\w+):", fields, re.MULTILINE)) == {*row, "sinceUSec"}
+
+
+def test_what_is_not_known_is_null(world):
+    one = world()
+    one.relay.infos = [connection_info(5, local=sockaddr.from_socket_name(socket.AF_UNIX, ""))]
+    (row,) = one.listed()
+    null = {"clientPID", "targetAddress", "localAddress", "heldUSec", "connectUSec"}
+    assert {name for name, value in row.items() if value is None} == null
+    assert row["client"] == ""
+
+
+def test_held_clients_are_listed(world):
+    one = world()
+    one.hold(since_ms=START_MS - 300)
+    one.relay.infos = [connection_info(1)]
+    rows = one.listed()
+    assert [row["state"] for row in rows] == ["open", "held"]
+    assert rows[1]["id"] < 0
+    assert rows[1]["heldUSec"] == 300_000
+    assert rows[1]["target"] == TARGET
+    assert [row["id"] for row in one.listed(state="open")] == [1]
+    assert [row["state"] for row in one.listed(state="held", target=TARGET)] == ["held"]
+    assert one.call(f"{PROXY}.List", more=True, target="/other") == error(
+        f"{PROXY}.NoSuchConnection"
+    )
+    wrong = error(f"{SERVICE}.InvalidParameter", parameter="state")
+    assert one.call(f"{PROXY}.List", more=True, state="closed") == wrong
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_client_whose_connect_fails_meanwhile_is_listed_once(world, told):
+    """The relay may have told of it, or it may have left the relay before."""
+    one = world()
+    caller = one.connect()
+    one.relay.infos = [connection_info(4, state="connecting")] if told else []
+    one.ask(caller, f"{PROXY}.List", more=True)
+    for fd in list(one.callers._by_fd):
+        one.loop._handlers[fd](5)
+    for _ in range(3):
+        one.callers.step(one.relay.now_ms)  # the snapshot has begun, and no row has come
+    assert one.relay.snapshots == 1
+    one.relay.now_ms += 5
+    one.hold(since_ms=START_MS - 3, connection=4)
+    one.hold(since_ms=START_MS + 5)  # this one came later
+    rows = [reply["parameters"]["connection"] for reply in one.replies(caller)]
+    assert [row["id"] for row in rows] == [4]
+
+
+def test_callers_that_come_meanwhile_share_the_next_snapshot(world):
+    one = world()
+    one.relay.infos = [connection_info(n) for n in range(5)]
+    callers = [one.connect() for _ in range(6)]
+    for caller in callers:
+        one.ask(caller, f"{PROXY}.List", more=True)
+    assert [len(one.replies(caller)) for caller in callers] == [5] * 6
+    assert one.relay.snapshots == 2
+
+
+# ── Watch ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def _events(monkeypatch):
+    """Take the stand-in for an event of the relay."""
+    monkeypatch.setattr("proxyd.inspection.service.Ended", (Ended, EndedStandIn))
+
+
+class EndedStandIn(SimpleNamespace):
+    """An end with its row, which the relay's own class is to have."""
+
+
+@pytest.mark.usefixtures("_events")
+def test_begins_and_ends_are_reported(world):
+    one = world()
+    caller = one.connect()
+    one.ask(caller, f"{PROXY}.Watch", more=True)
+    assert one.replies(caller) == []
+    assert one.relay.report_begins
+    assert one.relay.report_ends
+    info = connection_info(9)
+    one.service.handle(SimpleNamespace(info=info))
+    one.service.handle(EndedStandIn(connection=9, ending="reset", info=info))
+    begin, end = one.replies(caller)
+    assert begin["continues"]
+    assert end["continues"]
+    assert begin["parameters"]["event"] == "begin"
+    assert begin["parameters"]["connection"]["id"] == 9
+    assert "how" not in begin["parameters"]
+    assert end["parameters"]["event"] == "end"
+    assert end["parameters"]["how"] == "reset"
+    caller.close()
+    one.callers.close_all()
+    assert not one.relay.report_begins
+    assert not one.relay.report_ends
+
+
+def test_a_watcher_that_does_not_read_is_dropped_alone(world):
+    one = world()
+    slow, quick = one.connect(), one.connect()
+    for caller in (slow, quick):
+        one.ask(caller, f"{PROXY}.Watch", more=True)
+    one.settle()
+    seen = 0
+    for n in range(4 * UNREAD_MAX // 400):
+        one.service.handle(SimpleNamespace(info=connection_info(n)))
+        seen += len(one.replies(quick))
+    assert seen == 4 * UNREAD_MAX // 400
+    assert len(one.callers) == 1
+    assert one.relay.report_begins
+
+
+# ── Terminate ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_connection_is_terminated(world):
+    one = world()
+    one.relay.infos = [connection_info(3)]
+    assert one.call(f"{PROXY}.Terminate", id=3) == [{"parameters": {}}]
+    assert one.call(f"{PROXY}.Terminate", id=4) == error(f"{PROXY}.NoSuchConnection")
+    assert one.relay.terminated == [3, 4]
+
+
+@pytest.mark.parametrize("number", [0, -5, -(2**63)])
+def test_ids_that_no_connection_can_have(world, number):
+    one = world()
+    assert one.call(f"{PROXY}.Terminate", id=number) == error(f"{PROXY}.NoSuchConnection")
+    assert one.relay.terminated == []
+
+
+def test_a_held_client_is_terminated(world):
+    one = world()
+    client, ours = one.hold()
+    other, _ = one.hold()
+    assert one.call(f"{PROXY}.Terminate", id=client.id) == [{"parameters": {}}]
+    assert list(one.upstream.held) == [other]
+    assert one.upstream.held.cut == 1
+    assert ours.recv(1) == b""
+
+
+# ── Status and metrics ────────────────────────────────────────────────────────────────────────────
+
+
+def test_status(world):
+    one = world()
+    one.relay.connections = 4
+    one.hold()
+    one.upstream.outage.fail("why", START_MS - 1000, 1, cold=False, denied=False)
+    (answer,) = one.call(f"{PROXY}.Status")
+    status = answer["parameters"]
+    assert status["version"] == __version__
+    assert status["pid"] == os.getpid()
+    assert (status["open"], status["held"], status["threads"]) == (4, 1, 1)
+    assert status["limits"] == {"connectionsMax": 256, "threadsMax": 3, "callersMax": 64}
+    assert status["listeners"] == [
+        {"name": "web", "address": LISTENER, "target": TARGET, "accepting": True}
+    ]
+    (target,) = status["targets"]
+    assert target.pop("downSinceUSec") - status["startedUSec"] == 4_000_000
+    assert target == {
+        "target": TARGET,
+        "up": False,
+        "reason": "why",
+        "held": 1,
+        "served": 0,
+        "failed": 0,
+    }
+
+
+def metrics(one):
+    """{(name, fields): value} of all metrics."""
+    found = {}
+    names = []
+    for reply in one.call(f"{METRICS}.List", more=True):
+        metric = reply["parameters"]
+        fields = tuple(sorted((metric["fields"] or {}).items()))
+        key = metric["name"].removeprefix("net.socketproxyd."), *fields
+        assert key not in found
+        assert isinstance(metric["value"], int)
+        names.append(metric["name"])
+        found[key] = metric["value"]
+    described = [one["parameters"] for one in one.call(f"{METRICS}.Describe", more=True)]
+    assert sorted(set(names)) == [family["name"] for family in described]
+    assert names == sorted(names)  # a family stays together
+    assert {family["type"] for family in described} <= {"counter", "gauge"}
+    return found
+
+
+def test_metrics(world):
+    one = world()
+    one.relay.connections, one.relay.accepted, one.relay.refused = 4, 30, 5
+    one.relay.bytes_to_targets, one.relay.bytes_to_clients = 100, 200
+    one.relay.endings = {"ended": 7, "cut": 2}
+    one.upstream.held.failed = 6
+    one.upstream.held.cut = 1
+    one.upstream.served = 9
+    client, _ = one.hold(since_ms=START_MS - 70)
+    one.upstream.held.count_wait(client)
+    found = metrics(one)
+    target = ("target", TARGET)
+    expected = {
+        ("Accepted",): 30,
+        ("Open",): 4,
+        ("Refused",): 6,
+        ("BytesToTargets",): 100,
+        ("BytesToClients",): 200,
+        ("ConnectionsMax",): 256,
+        ("Threads",): 1,
+        ("Ended", ("how", "ended")): 7,
+        ("Ended", ("how", "cut")): 3,
+        ("Ended", ("how", "reset")): 0,
+        ("Failed", target): 6,
+        ("Held", target): 1,
+        ("Served", target): 9,
+        ("Up", target): 1,
+        ("HeldUSecBucket", ("le", "50000"), target): 0,
+        ("HeldUSecBucket", ("le", "100000"), target): 1,
+        ("HeldUSecBucket", ("le", "+Inf"), target): 1,
+        ("HeldUSecCount", target): 1,
+        ("HeldUSecSum", target): 70_000,
+    }
+    assert {key: found[key] for key in expected} == expected
+    assert len([key for key in found if key[0] == "HeldUSecBucket"]) == len(WAIT_BUCKETS_MS) + 1
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENOMEM])
+def test_a_caller_that_cannot_be_watched_is_dropped(world, monkeypatch, number):
+    one = world()
+
+    def fail(fd, events=1):
+        raise OSError(number, "")
+
+    monkeypatch.setattr(one.relay, "watch", fail)
+    assert one.closed(one.connect())
