@@ -169,7 +169,8 @@ end
 # Prints the operands before the cursor, and "listen NAME=" for the names that --listen= has given.
 function __fish_systemd_socket_proxyd_said
     set -l with_value -c --connections-max --exit-idle-time --proxy-protocol --connect-timeout \
-        --settle-time --idle-timeout --drain-timeout --listen --threads --hand-over --buffer-size
+        --settle-time --idle-timeout --drain-timeout --listen --threads --hand-over --buffer-size \
+        --inspect --log-addresses
     set -l option
     set -l ended
     for word in (commandline -opc)[2..]
@@ -238,5 +239,8 @@ complete -c systemd-socket-proxyd -l hand-over -x -k -a 'busy always' \
     -d 'When other threads get connections'
 complete -c systemd-socket-proxyd -l buffer-size -x -k -a 'auto 64K 256K 1M' \
     -d 'Bytes to hold per direction'
+complete -c systemd-socket-proxyd -l inspect -x -k -a '/run/ fd: no' -d 'Inspection socket'
+complete -c systemd-socket-proxyd -l log-addresses -x -k -a 'yes no' \
+    -d 'Whether the log may contain addresses of clients'
 complete -c systemd-socket-proxyd -s h -l help -d 'Show help'
 complete -c systemd-socket-proxyd -l version -d 'Show version'

@@ -40,6 +40,7 @@ SLOW = {
 
 RARE = {
     "proxyd.bind",
+    "proxyd.inspection",
     "proxyd.lookup",
     "proxyd.ports",
     "proxyd.proxy_protocol",
