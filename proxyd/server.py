@@ -330,7 +330,7 @@ class Server:
         waiting = sum(upstream.drop_all() for upstream in self.upstreams)
         if cut or waiting:
             log.info(f"Stopped; {cut} open and {waiting} waiting connections were cut.")
-        if self.relay.totals().accepted + self.acceptor.passed_in:
+        if self.relay.totals().accepted:  # with Accept=yes it would be a line for each connection
             self._log_totals()
 
     def _log_totals(self) -> None:
