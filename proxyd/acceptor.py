@@ -116,7 +116,8 @@ class Acceptor:
         for listener in self.listeners:
             upstream = listener.upstream
             address = None if seen else upstream.auto_connect_address
-            listener.relay_listener.auto_connect(address, upstream.connect_ms)
+            terms = upstream.connect_ms, upstream.target.index
+            listener.relay_listener.auto_connect(address, *terms)
 
     def wake_at_count(self) -> int:
         """Return the number of open connections at which tick() is to be called; -1: never."""

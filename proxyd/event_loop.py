@@ -8,8 +8,17 @@ from proxyd.limits import AttemptBudget
 
 TYPE_CHECKING = False  # as in typing, which is slow to import
 if TYPE_CHECKING:
-    from proxyd._relay import Accepted, AcceptFailed, ConnectFailed, Ended, Refused, WorkersWanted
-    from proxyd.inspection.border import Begun, SnapshotRows, Terminated
+    from proxyd._relay import (
+        Accepted,
+        AcceptFailed,
+        Begun,
+        ConnectFailed,
+        Ended,
+        Refused,
+        SnapshotRows,
+        Terminated,
+        WorkersWanted,
+    )
 
     InspectionEvent = Ended | Begun | SnapshotRows | Terminated
     PolicyEvent = (
@@ -28,7 +37,6 @@ class EventLoop:
 
     __slots__ = (
         "_handlers",
-        "_held_ids",
         "_labels",
         "_quiet",
         "budget",
@@ -46,7 +54,6 @@ class EventLoop:
         self._handlers: dict[int, Handler] = {}
         self._quiet: set[int] = set()
         """Fds whose events put off no idle exit."""
-        self._held_ids = 0
         self._labels: dict[int, str] | None = {} if log.enabled(log.DEBUG) else None
         """Connection id → its name in the log. None unless the log is at debug level."""
         self.relay.report_ends = self._labels is not None
@@ -107,11 +114,6 @@ class EventLoop:
         """Close a client or a dialled socket, watched or not. Never waits."""
         self.forget(fd)
         self.relay.hang_up(fd, reset)
-
-    def next_held_id(self) -> int:
-        """Return an id for a held client that has no connection: none of these has it."""
-        self._held_ids -= 1
-        return self._held_ids
 
     # ── labels ────────────────────────────────────────────────────────────────────────────────────
 

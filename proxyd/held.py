@@ -2,7 +2,7 @@
 
 from _collections_abc import Callable, Iterator
 
-from proxyd._relay import peek, socket_error
+from proxyd._relay import peek, socket_error, socket_names
 from proxyd.event_loop import EPOLLET, EventLoop
 
 WAIT_BUCKETS_MS = (5, 10, 25, 50, 100, 250, 500, 1000, 2500, 5000, 10_000, 60_000)
@@ -59,7 +59,7 @@ class HeldClients:
         """Hold a client, in the order in which clients were accepted."""
         self._added += 1
         client.number = client.number or self._added  # it keeps its number if it is held again
-        client.id = client.id or client.connection or self._loop.next_held_id()
+        client.id = client.id or client.connection or self._loop.relay.new_id()
         youngest = next(reversed(self._by_fd.values()), client)
         self._by_fd[client.fd] = client
         if client.arrival < youngest.arrival:  # its connect has taken longer to fail
@@ -92,11 +92,28 @@ class HeldClients:
         self.cut += len(clients)
         return len(clients)
 
-    def count_wait(self, client: "HeldClient") -> None:
-        """Count how long a client was held, now that it is served."""
+    def serve(self, client: "HeldClient", fd: int, error: int, upstream: int) -> int:
+        """Give a client its connection to the target; return the id.
+
+        `upstream`: the index under which it counts. Raises OSError, and both fds are the caller's.
+        """
+        self.remove(client)
         waited_ms = self._loop.relay.now_ms - client.since_ms
+        connection = self._loop.relay.adopt(
+            client.fd,
+            client.family,
+            fd,
+            client.preamble,
+            error,
+            listener=client.listener,
+            upstream=upstream,
+            peer=socket_names(client.fd)[0],
+            held_ms=waited_ms,
+            connection=client.id,
+        )
         self.waits[sum([waited_ms > bound_ms for bound_ms in WAIT_BUCKETS_MS])] += 1
         self.waited_ms += waited_ms
+        return connection
 
     def add_counters(self, other: "HeldClients") -> None:
         """Take over the counters of other clients."""
@@ -170,7 +187,7 @@ class HeldClient:
         self.connection = 0
         """The id of its connection, if that has failed later than at once; otherwise 0."""
         self.id = 0
-        """For the inspection: `connection`, or else a negative number; 0: it was not held yet."""
+        """The id of its connection, of the one that has failed or of the next; 0: not held yet."""
         self.number = 0
         """How many clients were held up to this one; 0: it has not been held yet."""
 

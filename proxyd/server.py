@@ -85,6 +85,8 @@ class Server:
         self.upstreams: list[Upstream] = []
         self.ports: dict[Target, Ports] = {}
         """By target."""
+        for index, target in enumerate(dict.fromkeys(one.target for one in listeners)):
+            target.index = index
         for listener in listeners:
             self._assign_upstream(listener)
         connections_max = fit_connections(

@@ -24,7 +24,7 @@ class Target:
     A literal address is packed here, once; a name is left to the resolver.
     """
 
-    __slots__ = ("address", "host", "scope", "service", "text")
+    __slots__ = ("address", "host", "index", "scope", "service", "text")
 
     text: str
     """As given, without NAME=; for messages."""
@@ -49,6 +49,8 @@ class Target:
         scope: str = "",
     ) -> None:
         self.text = text
+        self.index = 0
+        """Under which the relay counts its connections; set by the server."""
         self.scope = scope
         self.host = host
         self.service = service

@@ -12,7 +12,7 @@ and every few milliseconds as many as fit are connected.
 import errno
 
 from proxyd import log
-from proxyd._relay import ConnectFailed
+from proxyd._relay import ConnectFailed, socket_names
 from proxyd.connect_errors import describe, is_congestion, is_denied, is_temporary
 from proxyd.event_loop import EventLoop
 from proxyd.happy_eyeballs import SILENT_MS, STAGGER_MS, HappyEyeballs, Winner
@@ -127,7 +127,8 @@ class Upstream:
             client.listener = index
             self._hold(client)
             return
-        outcome = self._relay.connect(fd, family, address, header, index, self.connect_ms)
+        terms = index, self.connect_ms, self.target.index, socket_names(fd)[0]
+        outcome = self._relay.connect(fd, family, address, header, *terms)
         if isinstance(outcome, ConnectFailed):
             self.served += 1  # like a connect that fails later
             self.take_back(outcome, family, name)
@@ -260,17 +261,13 @@ class Upstream:
 
     def _serve(self, winner: Winner) -> None:
         client = next(iter(self.held))
-        self.held.remove(client)
         try:
-            connection = self._relay.adopt(
-                client.fd, client.family, winner.fd, client.preamble, winner.error
-            )
+            connection = self.held.serve(client, winner.fd, winner.error, self.target.index)
         except OSError as failed:
             self._loop.hang_up(winner.fd, reset=True)
             self._hold(client)
             self._note_outage(self._reason(failed.errno or errno.EIO))
         else:
-            self.held.count_wait(client)
             self._connected(connection, client.name)
 
     def _connected(self, connection: int, name: str) -> None:

@@ -40,8 +40,9 @@ type Half (
 )
 
 # A client. held: it waits for its target; connecting; open; lingering: one side is closed, and the
-# other has not taken all yet. id: negative while held, unless a connect has failed. client: "" if
-# the address is not known. localAddress: our own, towards the target. thread: 0 is the main one.
+# other has not taken all yet. id: the same from the accept to the end. client: "" if the address is
+# not known. localAddress: our own, towards the target. thread: 0 is the main one, -1 that for
+# connections which may block.
 type Connection (
   id: int,
   state: (held, connecting, open, lingering),

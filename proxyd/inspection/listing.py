@@ -45,7 +45,7 @@ class ListStream:
         self._snapshot.on_rows(wake)
 
     def next(self) -> bytes | None:
-        """Return the next piece; None before it is there. Raises CallError if there is nothing to list."""
+        """Return the next piece; None before it is there. Raises CallError if there is none."""
         snapshot = self._snapshot
         infos = snapshot.rows[self._at : self._at + ROWS_MAX]
         self._at += len(infos)
@@ -66,7 +66,9 @@ class ListStream:
         """Return all rows but the last, after the one kept before."""
         messages = []
         for row in rows:
-            if self._target not in (None, row["target"]) or self._state not in (None, row["state"]):
+            if self._target is not None and row["target"] != self._target:
+                continue
+            if self._state is not None and row["state"] != self._state:
                 continue
             if self._kept is not None:
                 messages.append(reply({"connection": self._kept}, continues=True))

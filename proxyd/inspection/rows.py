@@ -11,7 +11,7 @@ from proxyd.upstream import Upstream
 
 TYPE_CHECKING = False  # as in typing
 if TYPE_CHECKING:
-    from proxyd.inspection.border import ConnectionInfo, HalfInfo
+    from proxyd._relay import ConnectionInfo, HalfInfo
     from proxyd.listen import Listener
 
 _NOTHING: Fields = {"bytes": 0, "inFlight": 0, "state": "flowing"}

@@ -4,15 +4,14 @@ import os
 from _collections_abc import Callable
 
 from proxyd import __version__
-from proxyd._relay import Ended
+from proxyd._relay import Ended, SnapshotRows, Terminated
 from proxyd.acceptor import Acceptor
 from proxyd.event_loop import EventLoop
 from proxyd.inspection.access import Peer
-from proxyd.inspection.border import SnapshotRows, Terminated, inspected
 from proxyd.inspection.callers import Callers, Stream
 from proxyd.inspection.interfaces import METRICS, PROXY, TEXTS
 from proxyd.inspection.listing import ListStream
-from proxyd.inspection.metrics import describe, metrics
+from proxyd.inspection.metrics import Passes, describe, metrics
 from proxyd.inspection.rows import RowMaker
 from proxyd.inspection.snapshot import Snapshots
 from proxyd.inspection.terminate import Terminations
@@ -44,7 +43,7 @@ class Service:
         callers_max: int,
     ) -> None:
         self._loop = loop
-        self._relay = inspected(loop.relay)
+        self._relay = loop.relay
         self._acceptor = acceptor
         self._upstreams = upstreams
         self._status_text = status
@@ -55,6 +54,7 @@ class Service:
             "callersMax": callers_max,
         }
         self._snapshots = Snapshots(self._relay, lambda: loop.relay.now_ms, acceptor, upstreams)
+        self._passes = Passes(self._relay)
         self._terminations = Terminations(self._relay)
         self._watchers = Watchers(loop, self._relay, self._make_rows)
         self.callers = Callers(loop, self._answer, callers_max)
@@ -80,6 +80,7 @@ class Service:
             self._watchers.ended(event)
         elif isinstance(event, SnapshotRows):
             self._snapshots.handle(event)
+            self._passes.handle(event)
         elif isinstance(event, Terminated):
             self._terminations.answer(event)
         else:
@@ -152,7 +153,7 @@ class Service:
     def _list_metrics(self, call: Call) -> Stream:
         call.require_more()
         call.allow()
-        return metrics(self._acceptor, self._loop.relay, self._upstreams)
+        return metrics(self._passes, self._acceptor, self._loop.relay, self._upstreams)
 
 
 def _unknown(method: str) -> CallError:

@@ -15,7 +15,7 @@ from proxyd.upstream import Upstream
 
 TYPE_CHECKING = False  # as in typing
 if TYPE_CHECKING:
-    from proxyd.inspection.border import ConnectionInfo, InspectedRelay, SnapshotRows
+    from proxyd._relay import ConnectionInfo, Relay, SnapshotRows
 
 SNAPSHOTS_MAX = 2
 """How many may be in memory. Further callers wait, and share the next one."""
@@ -65,7 +65,7 @@ class Snapshots:
 
     def __init__(
         self,
-        relay: "InspectedRelay",
+        relay: "Relay",
         clock: Callable[[], int],
         acceptor: Acceptor,
         upstreams: Iterable[Upstream],

@@ -7,7 +7,7 @@ from proxyd.inspection.varlink import CallError, reply
 
 TYPE_CHECKING = False  # as in typing
 if TYPE_CHECKING:
-    from proxyd.inspection.border import InspectedRelay, Terminated
+    from proxyd._relay import Relay, Terminated
 
 
 class Terminations:
@@ -15,7 +15,7 @@ class Terminations:
 
     __slots__ = ("_relay", "_streams")
 
-    def __init__(self, relay: "InspectedRelay") -> None:
+    def __init__(self, relay: "Relay") -> None:
         self._relay = relay
         self._streams: list[TerminateStream] = []
 

@@ -3,14 +3,12 @@
 from _collections_abc import Callable
 
 from proxyd.event_loop import EventLoop
-from proxyd.inspection.border import info_of
 from proxyd.inspection.rows import RowMaker
 from proxyd.inspection.varlink import Fields, reply
 
 TYPE_CHECKING = False  # as in typing
 if TYPE_CHECKING:
-    from proxyd._relay import Ended
-    from proxyd.inspection.border import ConnectionInfo, InspectedRelay
+    from proxyd._relay import ConnectionInfo, Ended, Relay
 
 UNREAD_MAX = 256 * 1024
 """A watcher for which more bytes than this wait is dropped."""
@@ -21,9 +19,7 @@ class Watchers:
 
     __slots__ = ("_loop", "_make_rows", "_relay", "_streams")
 
-    def __init__(
-        self, loop: EventLoop, relay: "InspectedRelay", make_rows: Callable[[], RowMaker]
-    ) -> None:
+    def __init__(self, loop: EventLoop, relay: "Relay", make_rows: Callable[[], RowMaker]) -> None:
         self._loop = loop
         self._relay = relay
         self._make_rows = make_rows
@@ -48,7 +44,7 @@ class Watchers:
 
     def ended(self, event: "Ended") -> None:
         """Tell that a connection has ended."""
-        info = info_of(event) if self._streams else None
+        info = event.info
         if info is not None:
             self._tell("end", info, event.ending)
 

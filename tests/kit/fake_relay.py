@@ -5,7 +5,18 @@ import os
 from types import SimpleNamespace
 
 from proxyd import happy_eyeballs
-from proxyd._relay import ENDINGS, AcceptFailed, ConnectFailed, Ended, Ready
+from proxyd._relay import (
+    CONNECT_BUCKETS_US,
+    ENDINGS,
+    AcceptFailed,
+    ConnectFailed,
+    ConnectionInfo,
+    Ended,
+    HalfInfo,
+    Ready,
+    SnapshotRows,
+    Terminated,
+)
 
 UP = 0
 LATER = errno.EINPROGRESS
@@ -60,7 +71,7 @@ class FakeListener:
         assert self.accepting
         self.accepting = False
 
-    def auto_connect(self, address, timeout_ms=0):
+    def auto_connect(self, address, timeout_ms=0, upstream=0):
         self.auto_connects = (address, timeout_ms)
 
 
@@ -110,6 +121,9 @@ class FakeRelay:
         self.infos = []
         """What a snapshot tells; see connection_info()."""
         self.snapshots = 0
+        self.last_new_id = 1000
+        self.connects = (0,) * (len(CONNECT_BUCKETS_US) + 1)
+        self.connect_us = 0
         self.terminated = []
         self.answers = []
         """Events for the next run()."""
@@ -171,7 +185,9 @@ class FakeRelay:
 
     # ── connects ─────────────────────────────────────────────────────────────────────────────
 
-    def connect(self, client, family, address, preamble=None, listener=0, timeout_ms=0):
+    def connect(
+        self, client, family, address, preamble=None, listener=0, timeout_ms=0, *origin, **ids
+    ):
         self.attempts.append((self.now_ms - self.start_ms, address, timeout_ms))
         outcome = self._outcome(address)
         if outcome not in (UP, LATER):
@@ -190,7 +206,7 @@ class FakeRelay:
         self.fds.setdefault(address, []).append(fd)
         return fd
 
-    def adopt(self, client, family, fd, preamble=None, error=0):
+    def adopt(self, client, family, fd, preamble=None, error=0, **origin):
         if self.adopt_error:
             raise OSError(self.adopt_error, "")
         del self.dialled[fd]
@@ -304,9 +320,13 @@ class FakeRelay:
 
     # ── inspection ───────────────────────────────────────────────────────────────────────────
 
-    def start_snapshot(self):
+    def new_id(self):
+        self.last_new_id += 1
+        return self.last_new_id
+
+    def start_snapshot(self, rows=True):
         self.snapshots += 1
-        infos = list(self.infos)
+        infos = list(self.infos) if rows else []
         while len(infos) > ROWS_MAX:
             self._tell_rows(infos[:ROWS_MAX], last=False)
             del infos[:ROWS_MAX]
@@ -314,12 +334,21 @@ class FakeRelay:
         return self.snapshots
 
     def _tell_rows(self, rows, last):
-        self.answers.append(SimpleNamespace(number=self.snapshots, rows=rows, last=last))
+        self.answers.append(SnapshotRows(self.snapshots, rows, last))
 
     def terminate(self, connection):
         found = any(info.connection == connection for info in self.infos)
         self.terminated.append(connection)
-        self.answers.append(SimpleNamespace(connection=connection, found=found))
+        self.answers.append(Terminated(connection, found))
+
+    def target_totals(self, upstream):
+        return SimpleNamespace(
+            bytes_to_target=self.bytes_to_targets,
+            bytes_to_clients=self.bytes_to_clients,
+            endings=dict.fromkeys(ENDINGS, 0) | self.endings,
+            connects=self.connects,
+            connect_us=self.connect_us,
+        )
 
     # ── threads ──────────────────────────────────────────────────────────────────────────────
 
@@ -338,10 +367,10 @@ class FakeRelay:
 
 def connection_info(connection, **fields):
     """What the relay tells about a connection."""
-    half = SimpleNamespace(bytes=0, in_flight=0, state="flowing")
     usual = {
         "state": "open",
         "listener": 0,
+        "upstream": 0,
         "client": b"",
         "client_pid": 0,
         "target": b"",
@@ -350,9 +379,9 @@ def connection_info(connection, **fields):
         "active_ms": 0,
         "held_ms": 0,
         "connect_us": -1,
-        "up": half,
-        "down": half,
+        "up": HalfInfo(0, 0, "flowing"),
+        "down": HalfInfo(0, 0, "flowing"),
         "thread": 0,
     }
     assert fields.keys() <= usual.keys()
-    return SimpleNamespace(connection=connection, **usual | fields)
+    return ConnectionInfo(connection, **usual | fields)

@@ -13,7 +13,7 @@ from kit.fake_relay import FakeRelay, connection_info
 
 from proxyd import __version__
 from proxyd import address as sockaddr
-from proxyd._relay import Ended
+from proxyd._relay import CONNECT_BUCKETS_US, Begun, Ended, HalfInfo
 from proxyd.event_loop import EventLoop
 from proxyd.held import WAIT_BUCKETS_MS, HeldClient
 from proxyd.inspection import callers as callers_module
@@ -414,7 +414,7 @@ def test_all_connections_are_listed_once(world, count):
 
 def test_a_row(world):
     one = world()
-    half = SimpleNamespace(bytes=10, in_flight=3, state="draining")
+    half = HalfInfo(10, 3, "draining")
     one.relay.infos = [
         connection_info(
             5,
@@ -466,11 +466,11 @@ def test_what_is_not_known_is_null(world):
 
 def test_held_clients_are_listed(world):
     one = world()
-    one.hold(since_ms=START_MS - 300)
+    client, _ = one.hold(since_ms=START_MS - 300)
     one.relay.infos = [connection_info(1)]
     rows = one.listed()
     assert [row["state"] for row in rows] == ["open", "held"]
-    assert rows[1]["id"] < 0
+    assert rows[1]["id"] == client.id > 0
     assert rows[1]["heldUSec"] == 300_000
     assert rows[1]["target"] == TARGET
     assert [row["id"] for row in one.listed(state="open")] == [1]
@@ -514,17 +514,6 @@ def test_callers_that_come_meanwhile_share_the_next_snapshot(world):
 # ── Watch ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.fixture
-def _events(monkeypatch):
-    """Take the stand-in for an event of the relay."""
-    monkeypatch.setattr("proxyd.inspection.service.Ended", (Ended, EndedStandIn))
-
-
-class EndedStandIn(SimpleNamespace):
-    """An end with its row, which the relay's own class is to have."""
-
-
-@pytest.mark.usefixtures("_events")
 def test_begins_and_ends_are_reported(world):
     one = world()
     caller = one.connect()
@@ -533,8 +522,8 @@ def test_begins_and_ends_are_reported(world):
     assert one.relay.report_begins
     assert one.relay.report_ends
     info = connection_info(9)
-    one.service.handle(SimpleNamespace(info=info))
-    one.service.handle(EndedStandIn(connection=9, ending="reset", info=info))
+    one.service.handle(Begun(info))
+    one.service.handle(Ended(9, "reset", 1, 2, 3, 0, 0, info))
     begin, end = one.replies(caller)
     assert begin["continues"]
     assert end["continues"]
@@ -557,7 +546,7 @@ def test_a_watcher_that_does_not_read_is_dropped_alone(world):
     one.settle()
     seen = 0
     for n in range(4 * UNREAD_MAX // 400):
-        one.service.handle(SimpleNamespace(info=connection_info(n)))
+        one.service.handle(Begun(connection_info(n)))
         seen += len(one.replies(quick))
     assert seen == 4 * UNREAD_MAX // 400
     assert len(one.callers) == 1
@@ -648,8 +637,13 @@ def test_metrics(world):
     one.upstream.held.failed = 6
     one.upstream.held.cut = 1
     one.upstream.served = 9
-    client, _ = one.hold(since_ms=START_MS - 70)
-    one.upstream.held.count_wait(client)
+    served, _ = one.hold(since_ms=START_MS - 70)
+    one.relay.dialled[3] = 0
+    one.upstream.held.serve(served, 3, 0, 0)
+    one.relay.connections = 4
+    one.hold()
+    one.relay.connects = (1, 2, *one.relay.connects[2:-1], 3)
+    one.relay.connect_us = 999
     found = metrics(one)
     target = ("target", TARGET)
     expected = {
@@ -672,6 +666,14 @@ def test_metrics(world):
         ("HeldUSecBucket", ("le", "+Inf"), target): 1,
         ("HeldUSecCount", target): 1,
         ("HeldUSecSum", target): 70_000,
+        ("TargetBytesUp", target): 100,
+        ("TargetBytesDown", target): 200,
+        ("TargetEnded", ("how", "ended"), target): 7,
+        ("ConnectUSecBucket", ("le", str(CONNECT_BUCKETS_US[0])), target): 1,
+        ("ConnectUSecBucket", ("le", str(CONNECT_BUCKETS_US[1])), target): 3,
+        ("ConnectUSecBucket", ("le", "+Inf"), target): 6,
+        ("ConnectUSecCount", target): 6,
+        ("ConnectUSecSum", target): 999,
     }
     assert {key: found[key] for key in expected} == expected
     assert len([key for key in found if key[0] == "HeldUSecBucket"]) == len(WAIT_BUCKETS_MS) + 1
