@@ -1,0 +1,87 @@
+"""Text for terminals and pipes: names that peers chose, numbers with units, widths."""
+
+import unicodedata
+
+from proxyd.timespan import format_usec
+
+_UNITS = "BKMGTPE"
+_SEC = 1_000_000
+
+
+def escape(value: object) -> str:
+    r"""Return text that cannot control a terminal: "a\x1b[2J" instead of the escape sequence.
+
+    Backslashes stay, because a proxy escapes names in the same way before it sends them.
+    """
+    text = str(value)
+    if text.isprintable():
+        return text
+    return "".join(_escaped(char) for char in text)
+
+
+def _escaped(char: str) -> str:
+    if char.isprintable():
+        return char
+    code = ord(char)
+    if 0xDC80 <= code <= 0xDCFF:  # a byte that was not UTF-8, as os.fsdecode() returns it
+        code -= 0xDC00
+    if code < 0x100:
+        return f"\\x{code:02x}"
+    return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def size(count: int) -> str:
+    """Format a number of bytes, to base 1024: 512B, 1.2G."""
+    value, unit = float(count), 0
+    while value >= 1000 and unit < len(_UNITS) - 1:
+        value /= 1024
+        unit += 1
+    return f"{value:.{1 if unit and value < 99.95 else 0}f}{_UNITS[unit]}"
+
+
+def rate(per_second: float) -> str:
+    """Format bytes per second."""
+    return f"{size(round(per_second))}/s"
+
+
+def span(usec: int) -> str:
+    """Format a time span in two parts at most: 320us, 15ms, 2.5s, 3min 2s, 5d 4h."""
+    accuracy = 1 if usec < 1000 else 1000 if usec < _SEC else _SEC // 10
+    return " ".join(format_usec(usec, accuracy if usec < 60 * _SEC else _SEC).split()[:2])
+
+
+def width(text: str) -> int:
+    """Return the number of columns that printable text takes."""
+    if text.isascii():
+        return len(text)
+    return sum(_char_width(char) for char in text)
+
+
+def ellipsize(text: str, limit: int, mark: str = "…") -> str:
+    """Shorten text to `limit` columns by leaving out its middle: ports and ends are told apart."""
+    if width(text) <= limit:
+        return text
+    room = limit - len(mark)
+    if room <= 0:
+        return clip(text, limit)
+    tail = text[::-1]
+    end = clip(tail, room - room // 2)[::-1]
+    return clip(text, room - width(end)) + mark + end
+
+
+def clip(text: str, limit: int) -> str:
+    """Return as much of the beginning as fits in `limit` columns."""
+    if text.isascii():
+        return text[: max(limit, 0)]
+    used = 0
+    for at, char in enumerate(text):
+        used += _char_width(char)
+        if used > limit:
+            return text[:at]
+    return text
+
+
+def _char_width(char: str) -> int:
+    if unicodedata.combining(char) or unicodedata.category(char) in ("Mn", "Me"):
+        return 0
+    return 2 if unicodedata.east_asian_width(char) in "WF" else 1

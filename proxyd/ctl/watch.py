@@ -1,0 +1,87 @@
+"""`watch`: connections of several proxies as they begin and end."""
+
+import json
+import selectors
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from proxyd.ctl.ask import describe
+from proxyd.ctl.client import INTERFACE, Client, ReplyError
+from proxyd.ctl.find import Proxy
+from proxyd.ctl.replies import UnexpectedError, event
+from proxyd.ctl.text import escape, size, span
+
+
+def watch(proxies: list[Proxy], form: str, complain: Callable[[str], None]) -> int:
+    """Print events until all proxies have ended; return the exit status.
+
+    Proxies that start later are not watched.
+    """
+    several = len(proxies) > 1
+    failed = False
+    with selectors.DefaultSelector() as selector:
+        for proxy in proxies:
+            try:
+                client = Client(proxy.path, patience=None)
+                client.send(f"{INTERFACE}.Watch", {}, more=True)
+            except OSError as error:
+                complain(describe(proxy, error))
+                failed = True
+                continue
+            selector.register(client, selectors.EVENT_READ, proxy)
+        while selector.get_map():
+            for key, _ in selector.select():
+                client, proxy = key.fileobj, key.data  # type: ignore[assignment]
+                trouble = _print_events(client, proxy, several, form)
+                if trouble:
+                    complain(trouble)
+                    failed = True
+                    selector.unregister(client)
+                    client.close()
+    return 1 if failed or not proxies else 0
+
+
+def _print_events(client: Client, proxy: Proxy, several: bool, form: str) -> str:
+    """Print what has come; return why no more will come, or an empty string."""
+    try:
+        replies = client.read_some()
+        events = None if replies is None else [event(one) for one in replies]
+    except (OSError, ReplyError, UnexpectedError) as error:
+        return describe(proxy, error)
+    for one in events or ():
+        text = _json(proxy, one) if form != "off" else line(proxy, one, several)
+        sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+    if events is None:
+        return f"{escape(proxy.name)}: the proxy has ended, or has dropped a watcher that is slow"
+    return ""
+
+
+def _json(proxy: Proxy, reply: dict[str, Any]) -> str:
+    return json.dumps(
+        {"unit": proxy.unit or None, "socket": proxy.path} | reply, separators=(",", ":")
+    )
+
+
+def line(proxy: Proxy, reply: dict[str, Any], several: bool) -> str:
+    """Return the line of one event."""
+    row = reply["connection"]
+    began = reply["event"] == "begin"
+    usec = row["sinceUSec"] + (0 if began else row["ageUSec"])
+    moment = time.strftime("%H:%M:%S", time.localtime(usec / 1_000_000))
+    parts = [f"{moment}.{usec // 1000 % 1000:03d}"]
+    if several:
+        parts.append(escape(proxy.name.removesuffix(".service")))
+    parts += [
+        "begin" if began else "end  ",
+        str(row["id"]),
+        f"{escape(row['client'] or '-')} -> {escape(row['target'] or '-')}",
+    ]
+    text = " ".join(parts)
+    if began:
+        return text
+    up, down = row["up"]["bytes"], row["down"]["bytes"]
+    how = escape(reply.get("how") or "ended")
+    return f"{text}: {how} after {span(row['ageUSec'])}, {size(up)} up, {size(down)} down"
