@@ -26,9 +26,12 @@ WHEEL_HAS = (
     "proxyd/_relay.*.so",
     "proxyd/_relay.pyi",
     "proxyd/py.typed",
+    "proxyd/ctl/__init__.py",
     "proxyd/units/__init__.py",
+    "*.data/scripts/socket-proxyctl",
     "*.data/scripts/systemd-socket-proxyd",
     "*.data/scripts/systemd-socket-proxyd-units",
+    f"{DATA}/man/man1/socket-proxyctl.1",
     f"{DATA}/man/man1/systemd-socket-proxyd.1",
     f"{DATA}/man/man1/systemd-socket-proxyd-units.1",
     f"{DOC}/README.md",
@@ -39,6 +42,9 @@ WHEEL_HAS = (
     f"{DATA}/bash-completion/completions/systemd-socket-proxyd-units",
     f"{DATA}/zsh/site-functions/_systemd-socket-proxyd-units",
     f"{DATA}/fish/vendor_completions.d/systemd-socket-proxyd-units.fish",
+    f"{DATA}/bash-completion/completions/socket-proxyctl",
+    f"{DATA}/zsh/site-functions/_socket-proxyctl",
+    f"{DATA}/fish/vendor_completions.d/socket-proxyctl.fish",
     "*.dist-info/licenses/LICENSE",
 )
 WHEEL_MAY_HAVE = (
@@ -50,6 +56,11 @@ WHEEL_MAY_HAVE = (
     "*.dist-info/WHEEL",
     "*.dist-info/sboms/auditwheel.cdx.json",
     "*.dist-info/top_level.txt",
+)
+SCRIPTS = (
+    "scripts/socket-proxyctl",
+    "scripts/systemd-socket-proxyd",
+    "scripts/systemd-socket-proxyd-units",
 )
 SOURCES = ("*.c", "*.h", "*.pxd", "*.pyx")
 
@@ -154,7 +165,7 @@ def text_faults(archive: zipfile.ZipFile, files: set[str]) -> list[str]:
     faults = []
     faults += [
         f"the first line of {script} is not '#!python', which installers replace"
-        for script in ("scripts/systemd-socket-proxyd", "scripts/systemd-socket-proxyd-units")
+        for script in SCRIPTS
         if not text(archive, files, script).startswith("#!python\n")
     ]
     if "Requires-Dist:" in text(archive, files, "/METADATA"):

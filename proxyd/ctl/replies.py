@@ -1,5 +1,6 @@
 """What proxies answer, checked before it is used: another version may send something else."""
 
+from collections.abc import Mapping
 from typing import Any
 
 Fields = dict[str, Any]
@@ -62,11 +63,11 @@ def status(reply: Fields) -> Fields:
     return reply
 
 
-def _nullable(fields: Fields, types: dict[str, type]) -> None:
+def _nullable(fields: Fields, types: Mapping[str, type]) -> None:
     _fields(fields, {name: kind for name, kind in types.items() if fields.get(name) is not None})
 
 
-def _fields(fields: Fields, types: dict[str, type]) -> None:
+def _fields(fields: Fields, types: Mapping[str, type]) -> None:
     for name, kind in types.items():
         _field(fields, name, kind)
 

@@ -4,7 +4,7 @@ import shutil
 import subprocess
 
 import pytest
-from kit.terminal import INSTALLED, UNITS
+from kit.terminal import CTL, INSTALLED, UNITS
 
 CHECKS = {
     "shellcheck": ["shellcheck", INSTALLED["bash"]],
@@ -15,6 +15,10 @@ CHECKS = {
     "bash of units": ["bash", "-n", UNITS["bash"]],
     "zsh of units": ["zsh", "-n", UNITS["zsh"]],
     "fish of units": ["fish", "--no-execute", UNITS["fish"]],
+    "shellcheck of ctl": ["shellcheck", CTL["bash"]],
+    "bash of ctl": ["bash", "-n", CTL["bash"]],
+    "zsh of ctl": ["zsh", "-n", CTL["zsh"]],
+    "fish of ctl": ["fish", "--no-execute", CTL["fish"]],
 }
 
 

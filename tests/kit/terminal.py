@@ -18,6 +18,13 @@ UNITS = {
 }
 """The completions of systemd-socket-proxyd-units."""
 
+CTL = {
+    "bash": PREFIX / "share/bash-completion/completions/socket-proxyctl",
+    "zsh": PREFIX / "share/zsh/site-functions/_socket-proxyctl",
+    "fish": PREFIX / "share/fish/vendor_completions.d/socket-proxyctl.fish",
+}
+"""The completions of socket-proxyctl."""
+
 INSTALLED = {
     "bash": PREFIX / "share/bash-completion/completions/systemd-socket-proxyd",
     "zsh": PREFIX / "share/zsh/site-functions/_systemd-socket-proxyd",
@@ -70,7 +77,7 @@ def program(kind):
 def write_settings(home):
     """Write settings for all shells: a short prompt, and an otherwise empty screen."""
     (home / ".inputrc").write_text(INPUTRC)
-    (home / "bashrc").write_text(BASHRC + f". {INSTALLED['bash']}\n. {UNITS['bash']}\n")
+    (home / "bashrc").write_text(BASHRC + "".join(f". {one['bash']}\n" for one in (INSTALLED, UNITS, CTL)))
     # The package finds the completion itself, when it is first asked for.
     (home / "bashrc-with-package").write_text(BASHRC + f". {BASH_COMPLETION}\n")
     (home / ".zshrc").write_text(ZSHRC)
