@@ -154,7 +154,8 @@ def frame(sample: Sample, view: View, sheet: Paper, height: int) -> list[str]:
     errors = [clip(escape(line), columns) for line in sample.errors[:_ERRORS_MAX]]
     head += [sheet.paint(line, "bad") for line in errors]
     room = max(height - len(head) - 3, 0)  # an empty line, the titles, the keys
-    rows = sorted(sample.rows, key=SORTS[view.sort][1], reverse=True)
+    order = SORTS[view.sort][1]
+    rows = sorted(sample.rows, key=lambda row: (order(row), _total(row)), reverse=True)
     view.offset = max(min(view.offset, len(rows) - room), 0)
     several = len({row["socket"] for row in rows}) > 1
     chosen = ([listing.UNIT] if several else []) + COLUMNS
@@ -183,9 +184,14 @@ def _foot(view: View, columns: int) -> str:
     return f"\x1b[7m{text}{' ' * (columns - width(text))}\x1b[0m"
 
 
+def _total(row: Row) -> int:
+    total: int = row["up"]["bytes"] + row["down"]["bytes"]
+    return total
+
+
 SORTS: list[tuple[str, Callable[[Row], float]]] = [
     ("rate", lambda row: row["upRate"] + row["downRate"]),
-    ("bytes", lambda row: row["up"]["bytes"] + row["down"]["bytes"]),
+    ("bytes", _total),
     ("queued", listing.in_flight),
     ("age", lambda row: row.get("ageUSec", 0)),
     ("idle", lambda row: row.get("idleUSec", 0)),

@@ -1,15 +1,12 @@
 """What the tests of socket-proxyctl share."""
 
-import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import pytest
-from ctl.fake_proxy import FakeProxy, deadline, exec_start, pid_without_process, write_systemctl
-
-COMMAND = Path(sys.executable).parent / "socket-proxyctl"
+from ctl.fake_proxy import COMMAND, FakeProxy, deadline, write_systemctl
 
 
 @pytest.fixture
@@ -58,12 +55,6 @@ def manager(place, environment):
     return tell
 
 
-def running(*words, **properties):
-    """The properties of a running service whose process is hidden."""
-    words = words or ("/usr/bin/systemd-socket-proxyd", "127.0.0.1:8080")
-    return {"MainPID": pid_without_process(), "ExecStart": exec_start(*words)} | properties
-
-
 @pytest.fixture
 def run(environment):
     """Run the command to its end."""
@@ -100,7 +91,3 @@ def start(environment):
         for stream in (process.stdout, process.stderr):
             if stream is not None:
                 stream.close()
-
-
-def pytest_configure():
-    os.environ.setdefault("TZ", "UTC")

@@ -3,9 +3,13 @@
 import json
 import os
 import socket
+import sys
 import threading
+from pathlib import Path
 
 from kit.waiting import patience
+
+COMMAND = Path(sys.executable).parent / "socket-proxyctl"
 
 PROXY = "net.socketproxyd.Proxy"
 METRICS = "io.systemd.Metrics"
@@ -161,6 +165,12 @@ def write_systemctl(folder, python, units):
     program = folder / "systemctl"
     program.write_text(SYSTEMCTL.format(python=python, table=str(table)))
     program.chmod(0o755)
+
+
+def running(*words, **properties):
+    """The properties of a running service whose process is hidden."""
+    words = words or ("/usr/bin/systemd-socket-proxyd", "127.0.0.1:8080")
+    return {"MainPID": pid_without_process(), "ExecStart": exec_start(*words)} | properties
 
 
 def exec_start(*words):

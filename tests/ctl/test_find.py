@@ -3,8 +3,7 @@
 import json
 
 import pytest
-from ctl.conftest import running
-from ctl.fake_proxy import exec_start
+from ctl.fake_proxy import exec_start, running
 
 from proxyd.ctl.find import _arguments, _inspect_option
 

@@ -77,7 +77,8 @@ def program(kind):
 def write_settings(home):
     """Write settings for all shells: a short prompt, and an otherwise empty screen."""
     (home / ".inputrc").write_text(INPUTRC)
-    (home / "bashrc").write_text(BASHRC + "".join(f". {one['bash']}\n" for one in (INSTALLED, UNITS, CTL)))
+    sourced = [f". {one['bash']}\n" for one in (INSTALLED, UNITS, CTL)]
+    (home / "bashrc").write_text(BASHRC + "".join(sourced))
     # The package finds the completion itself, when it is first asked for.
     (home / "bashrc-with-package").write_text(BASHRC + f". {BASH_COMPLETION}\n")
     (home / ".zshrc").write_text(ZSHRC)
