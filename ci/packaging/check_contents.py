@@ -45,6 +45,8 @@ WHEEL_HAS = (
     f"{DATA}/bash-completion/completions/socket-proxyctl",
     f"{DATA}/zsh/site-functions/_socket-proxyctl",
     f"{DATA}/fish/vendor_completions.d/socket-proxyctl.fish",
+    "*.data/data/lib/systemd/system/socket-proxyctl-report.socket",
+    "*.data/data/lib/systemd/system/socket-proxyctl-report@.service",
     "*.dist-info/licenses/LICENSE",
 )
 WHEEL_MAY_HAVE = (
@@ -69,6 +71,7 @@ INSTALLED = {
     "proxyd/*.py": "{path}",
     "man/*.1": f"{DATA}/man/man1/{{name}}",
     "examples/*": f"{DOC}/{{path}}",
+    "systemd/*": "*.data/data/lib/systemd/system/{name}",
     "completions/bash/*": f"{DATA}/bash-completion/completions/{{name}}",
     "completions/fish/*": f"{DATA}/fish/vendor_completions.d/{{name}}",
     "completions/zsh/*": f"{DATA}/zsh/site-functions/{{name}}",

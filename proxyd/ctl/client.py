@@ -94,15 +94,15 @@ class Client:
         self._limit()
         self._socket.sendall(json.dumps(call).encode() + b"\0")
 
-    def read_some(self) -> list[dict[str, Any]] | None:
-        """Read once; return the replies that are complete, None at the end of the stream."""
+    def read_some(self) -> bool:
+        """Read once; return False at the end of the stream."""
         self._limit()
-        if not self._fill():
-            return None
-        replies = []
+        return self._fill()
+
+    def complete(self) -> Iterator[dict[str, Any]]:
+        """Yield the parameters of the replies that have been read."""
         while (data := self._take()) is not None:
-            replies.append(_parse(data)[0])
-        return replies
+            yield _parse(data)[0]
 
     def _reply(self) -> tuple[dict[str, Any], bool]:
         while (data := self._take()) is None:

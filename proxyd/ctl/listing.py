@@ -6,9 +6,9 @@ from typing import Any
 
 from proxyd.ctl.find import Proxy
 from proxyd.ctl.table import Column, Paper, Row, render
-from proxyd.ctl.text import escape, size, span
+from proxyd.ctl.text import escape, short_span, size
 
-STATES = ("held", "connecting", "open", "lingering")
+STATES = ("open", "held", "connecting", "lingering")
 
 _STYLES = {"held": "warn", "connecting": "warn", "lingering": "dim"}
 
@@ -35,7 +35,7 @@ def in_flight(row: Row) -> int:
 
 
 def _span_of(key: str) -> "_Text":
-    return lambda row: "" if row.get(key) is None else span(row[key])
+    return lambda row: "" if row.get(key) is None else short_span(row[key])
 
 
 def _text_of(key: str) -> "_Text":

@@ -130,7 +130,7 @@ _ARGUMENTS: tuple[tuple[str, str, dict[str, Any]], ...] = (
         "list",
         "--state",
         {
-            "choices": ("held", "connecting", "open", "lingering"),
+            "choices": ("open", "held", "connecting", "lingering"),
             "help": "only connections in this state",
         },
     ),

@@ -39,15 +39,32 @@ def size(count: int) -> str:
     return f"{value:.{1 if unit and value < 99.95 else 0}f}{_UNITS[unit]}"
 
 
-def rate(per_second: float) -> str:
-    """Format bytes per second."""
-    return f"{size(round(per_second))}/s"
-
-
 def span(usec: int) -> str:
     """Format a time span in two parts at most: 320us, 15ms, 2.5s, 3min 2s, 5d 4h."""
     accuracy = 1 if usec < 1000 else 1000 if usec < _SEC else _SEC // 10
     return " ".join(format_usec(usec, accuracy if usec < 60 * _SEC else _SEC).split()[:2])
+
+
+def short_span(usec: int) -> str:
+    """Format a time span as one number, for columns: 320us, 1.5s, 65s, 84min, 5.2d."""
+    # Two minutes rather than one: 65s says more than 1min.
+    unit_usec, unit = next(
+        one for one in _SPAN_UNITS if usec >= (2 if one[0] > _SEC else 1) * one[0] or one[0] == 1
+    )
+    tenths = usec * 10 // unit_usec
+    if tenths < 100 and unit != "us" and tenths % 10:
+        return f"{tenths // 10}.{tenths % 10}{unit}"
+    return f"{tenths // 10}{unit}"
+
+
+_SPAN_UNITS = (
+    (86400 * _SEC, "d"),
+    (3600 * _SEC, "h"),
+    (60 * _SEC, "min"),
+    (_SEC, "s"),
+    (1000, "ms"),
+    (1, "us"),
+)
 
 
 def width(text: str) -> int:

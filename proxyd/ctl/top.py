@@ -11,7 +11,7 @@ from proxyd.ctl import ask, listing
 from proxyd.ctl.find import Found
 from proxyd.ctl.screen import Screen
 from proxyd.ctl.table import Column, Paper, Row, paper, render
-from proxyd.ctl.text import clip, escape, rate, width
+from proxyd.ctl.text import clip, escape, size, width
 from proxyd.errors import UsageError
 
 _FIND_SECONDS = 5.0
@@ -167,14 +167,14 @@ def frame(sample: Sample, view: View, sheet: Paper, height: int) -> list[str]:
 
 def _head(sample: Sample, view: View) -> list[str]:
     states = Counter(str(row.get("state")) for row in sample.rows)
-    counts = ", ".join(f"{states[state]} {state}" for state in reversed(listing.STATES))
+    counts = ", ".join(f"{states[state]} {state}" for state in listing.STATES)
     up, down = (sum(row[f"{way}Rate"] for row in sample.rows) for way in ("up", "down"))
     proxies = f"{sample.proxies} prox{'y' if sample.proxies == 1 else 'ies'}"
     paused = ", paused" if view.paused else ""
     return [
         f"socket-proxyctl - {time.strftime('%H:%M:%S')}, {proxies}{paused}",
         f"Clients: {len(sample.rows)} total, {counts}",
-        f"Traffic: {rate(up)} up, {rate(down)} down",
+        f"Traffic: {size(round(up))}/s up, {size(round(down))}/s down",
     ]
 
 
@@ -204,8 +204,8 @@ COLUMNS = [
     listing.TARGET,
     listing.AGE,
     listing.IDLE,
-    Column("UP/S", lambda row: rate(row["upRate"]), right=True),
-    Column("DOWN/S", lambda row: rate(row["downRate"]), right=True),
+    Column("UP/S", lambda row: size(round(row["upRate"])), right=True),
+    Column("DOWN/S", lambda row: size(round(row["downRate"])), right=True),
     Column("UP", listing.UP.text, right=True, drop=4),
     Column("DOWN", listing.DOWN.text, right=True, drop=3),
     listing.QUEUED,

@@ -46,15 +46,18 @@ def watch(proxies: list[Proxy], form: str, complain: Callable[[str], None]) -> i
 def _print_events(client: Client, proxy: Proxy, several: bool, form: str) -> str:
     """Print what has come; return why no more will come, or an empty string."""
     try:
-        replies = client.read_some()
-        events = None if replies is None else [event(one) for one in replies]
+        going_on = client.read_some()
+        for reply in client.complete():
+            one = event(reply)
+            text = _json(proxy, one) if form != "off" else line(proxy, one, several)
+            sys.stdout.write(text + "\n")
+    except BrokenPipeError:
+        raise
     except (OSError, ReplyError, UnexpectedError) as error:
         return describe(proxy, error)
-    for one in events or ():
-        text = _json(proxy, one) if form != "off" else line(proxy, one, several)
-        sys.stdout.write(text + "\n")
-    sys.stdout.flush()
-    if events is None:
+    finally:
+        sys.stdout.flush()
+    if not going_on:
         return f"{escape(proxy.name)}: the proxy has ended, or has dropped a watcher that is slow"
     return ""
 

@@ -35,7 +35,7 @@ def test_a_pipe_gets_everything_and_no_escapes(run, proxy):
     titles = "ID STATE CLIENT TARGET AGE IDLE UP DOWN QUEUED HALVES CONNECT LOCAL LISTENER THREAD"
     assert " ".join(title.split()) == titles
     assert " ".join(line.split()) == (
-        f"7 open [{client}]:40000 127.0.0.1:8080 1min 5s 1.5s 2.0K 3.0G 512B "
+        f"7 open [{client}]:40000 127.0.0.1:8080 65s 1.5s 2.0K 3.0G 512B "
         "flowing/flowing 320us 127.0.0.1:50000 0.0.0.0:80 0"
     )
     assert (done.returncode, done.stderr) == (0, "")

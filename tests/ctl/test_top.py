@@ -80,7 +80,7 @@ def test_it_fits_the_terminal(proxy, terminal, columns):
     lines = screen.lines()
     assert len(lines) == 24
     assert lines[0].startswith("socket-proxyctl - ")
-    assert lines[1].startswith("Clients: 100 total, 0 lingering")
+    assert lines[1].startswith("Clients: 100 total, 100 open")
     assert ids(screen) == list(range(100, 100 - len(ids(screen)), -1))
     assert len(ids(screen)) == 24 - 6
     assert ("QUEUED" in "\n".join(lines)) == (columns == 200)
