@@ -149,20 +149,6 @@ _ARGUMENTS: tuple[tuple[str, str, dict[str, Any]], ...] = (
 """(commands that have it, name, what argparse is told), in the order of the help."""
 
 
-def _find(options: argparse.Namespace) -> list[Proxy]:
-    """Return the proxies to ask. What has no socket gets a line."""
-    found = _look(options)
-    for note in found.notes:
-        _complain(note)
-    if not found.proxies:
-        _complain("no proxy is running that could be asked")
-    return found.proxies
-
-
-def _look(options: argparse.Namespace) -> Found:
-    return find(options.unit, options.socket, options.user)
-
-
 def _list(options: argparse.Namespace) -> int:
     from proxyd.ctl import listing
     from proxyd.ctl.table import paper
@@ -176,6 +162,20 @@ def _list(options: argparse.Namespace) -> int:
     elif answers.results:
         print("No connections.", file=sys.stderr)
     return _complain_all(answers.errors)
+
+
+def _find(options: argparse.Namespace) -> list[Proxy]:
+    """Return the proxies to ask. What has no socket gets a line."""
+    found = _look(options)
+    for note in found.notes:
+        _complain(note)
+    if not found.proxies:
+        _complain("no proxy is running that could be asked")
+    return found.proxies
+
+
+def _look(options: argparse.Namespace) -> Found:
+    return find(options.unit, options.socket, options.user)
 
 
 def _complain_all(errors: list[str]) -> int:

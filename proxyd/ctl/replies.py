@@ -27,6 +27,14 @@ class UnexpectedError(Exception):
         super().__init__(f"the reply has no valid field '{name}'")
 
 
+def event(reply: Fields) -> Fields:
+    """Return an event of Watch. Raises UnexpectedError."""
+    connection(reply)
+    if _field(reply, "event", str) not in ("begin", "end"):
+        raise UnexpectedError("event")
+    return reply
+
+
 def connection(reply: Fields) -> Fields:
     """Return the connection in a reply to List or Watch. Raises UnexpectedError."""
     row: Fields = _field(reply, "connection", dict)
@@ -35,14 +43,6 @@ def connection(reply: Fields) -> Fields:
         _fields(row[way], _HALF)
     _nullable(row, _MAY_BE_NULL)
     return row
-
-
-def event(reply: Fields) -> Fields:
-    """Return an event of Watch. Raises UnexpectedError."""
-    connection(reply)
-    if _field(reply, "event", str) not in ("begin", "end"):
-        raise UnexpectedError("event")
-    return reply
 
 
 def metric(reply: Fields) -> Fields:

@@ -92,13 +92,13 @@ class Screen:
         """Restore the terminal, and end by the same signal."""
         self._restore()
         signal.signal(number, signal.SIG_DFL)
-        os.kill(os.getpid(), number)
+        signal.raise_signal(number)
 
     def _suspend(self, number: int, _: FrameType | None) -> None:
         """Give the terminal back while the job is stopped."""
         self._restore()
         signal.signal(number, signal.SIG_DFL)
-        os.kill(os.getpid(), number)
+        signal.raise_signal(number)  # to this thread, so nothing is painted before it stops
         # Here the shell has continued it.
         signal.signal(number, self._suspend)
         self._begin()
@@ -114,7 +114,7 @@ class Screen:
         if saved is None:
             return
         try:
-            termios.tcsetattr(self._in, termios.TCSADRAIN, saved)
+            termios.tcsetattr(self._in, termios.TCSANOW, saved)
         except termios.error:  # the terminal is gone
             pass
         self._write(_LEAVE)

@@ -67,13 +67,6 @@ _SPAN_UNITS = (
 )
 
 
-def width(text: str) -> int:
-    """Return the number of columns that printable text takes."""
-    if text.isascii():
-        return len(text)
-    return sum(_char_width(char) for char in text)
-
-
 def ellipsize(text: str, limit: int, mark: str = "…") -> str:
     """Shorten text to `limit` columns by leaving out its middle: ports and ends are told apart."""
     if width(text) <= limit:
@@ -96,6 +89,13 @@ def clip(text: str, limit: int) -> str:
         if used > limit:
             return text[:at]
     return text
+
+
+def width(text: str) -> int:
+    """Return the number of columns that printable text takes."""
+    if text.isascii():
+        return len(text)
+    return sum(_char_width(char) for char in text)
 
 
 def _char_width(char: str) -> int:

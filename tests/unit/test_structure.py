@@ -17,6 +17,9 @@ def name_of(path):
     return ".".join(path.relative_to(FOLDER).with_suffix("").parts)
 
 
+COMPANION = sorted(FOLDER.glob("ctl/*.py"))
+"""Of `socket-proxyctl`."""
+
 MODULES = {name_of(path): ast.parse(path.read_text()) for path in FILES}
 
 LINES_MAX = 400
@@ -112,7 +115,7 @@ def test_a_circle_is_found():
     assert circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
 
 
-@pytest.mark.parametrize("path", FILES, ids=name_of)
+@pytest.mark.parametrize("path", FILES + COMPANION, ids=name_of)
 def test_files_are_short(path):
     lines = len(path.read_text().splitlines())
     assert (lines > LINES_MAX) == (name_of(path) in LONG), f"{path.name} has {lines} lines"
@@ -122,6 +125,21 @@ def test_files_are_short(path):
 def test_callers_stand_above_callees(module):
     excused = {name for where, name in OUT_OF_ORDER if where == module}
     assert out_of_order(MODULES[module]) == excused
+
+
+@pytest.mark.parametrize("path", COMPANION, ids=lambda path: path.stem)
+def test_callers_stand_above_callees_in_socket_proxyctl(path):
+    assert out_of_order(ast.parse(path.read_text())) == set()
+
+
+def test_the_program_imports_nothing_of_socket_proxyctl():
+    imported = [
+        name
+        for tree in MODULES.values()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (name := node.module or "").startswith("proxyd.ctl")
+    ]
+    assert imported == []
 
 
 @pytest.mark.parametrize(
