@@ -94,7 +94,9 @@ class _Source:
         if f"{base}SumUSec" in self._types and not in_usec:
             name, in_usec = f"{name}_seconds", True
         scale = _USEC_PER_SEC if in_usec else 1
-        family = self._family(name, "histogram", self._types[f"{base}Bucket"])
+        # What is said of the sum tells what is measured; that of a bucket speaks of its bound.
+        described = self._types.get(f"{base}Sum") or self._types[f"{base}Bucket"]
+        family = self._family(name, "histogram", described)
         labels, value = _labels(metric, self._proxy), metric["value"]
         part = metric["name"].removeprefix(base)
         if part == "Bucket":

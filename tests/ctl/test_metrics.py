@@ -18,9 +18,9 @@ DESCRIBED = [
         ("BytesToTargets", "counter"),
         ("Open", "gauge"),
         ("Version", "string"),
-        ("ConnectTimeBucket", "counter"),
-        ("ConnectTimeCount", "counter"),
-        ("ConnectTimeSumUSec", "counter"),
+        ("ConnectUSecBucket", "counter"),
+        ("ConnectUSecCount", "counter"),
+        ("ConnectUSecSum", "counter"),
         ("UptimeUSec", "gauge"),
     )
 ]
@@ -36,11 +36,11 @@ VALUES = [
     value("BytesToTargets", 20, target="b"),
     value("Open", 3),
     value("Version", "1.2.3"),
-    value("ConnectTimeBucket", 1, target="b", le="1000"),
-    value("ConnectTimeBucket", 4, target="b", le="+Inf"),
-    value("ConnectTimeBucket", 2, target="b", le="10000"),
-    value("ConnectTimeCount", 4, target="b"),
-    value("ConnectTimeSumUSec", 1_500_000, target="b"),
+    value("ConnectUSecBucket", 1, target="b", le="1000"),
+    value("ConnectUSecBucket", 4, target="b", le="+Inf"),
+    value("ConnectUSecBucket", 2, target="b", le="10000"),
+    value("ConnectUSecCount", 4, target="b"),
+    value("ConnectUSecSum", 1_500_000, target="b"),
     value("UptimeUSec", 2_000_000),
 ]
 
@@ -71,13 +71,13 @@ def test_the_text_format(run, two):
         "# HELP socketproxyd_version_info About Version.\n"
         "# TYPE socketproxyd_version_info gauge\n"
         'socketproxyd_version_info{unit="web.service",value="1.2.3"} 1\n'
-        "# HELP socketproxyd_connect_time_seconds About ConnectTimeBucket.\n"
-        "# TYPE socketproxyd_connect_time_seconds histogram\n"
-        'socketproxyd_connect_time_seconds_bucket{unit="web.service",target="b",le="0.001"} 1\n'
-        'socketproxyd_connect_time_seconds_bucket{unit="web.service",target="b",le="0.01"} 2\n'
-        'socketproxyd_connect_time_seconds_bucket{unit="web.service",target="b",le="+Inf"} 4\n'
-        'socketproxyd_connect_time_seconds_sum{unit="web.service",target="b"} 1.5\n'
-        'socketproxyd_connect_time_seconds_count{unit="web.service",target="b"} 4\n'
+        "# HELP socketproxyd_connect_seconds About ConnectUSecSum.\n"
+        "# TYPE socketproxyd_connect_seconds histogram\n"
+        'socketproxyd_connect_seconds_bucket{unit="web.service",target="b",le="0.001"} 1\n'
+        'socketproxyd_connect_seconds_bucket{unit="web.service",target="b",le="0.01"} 2\n'
+        'socketproxyd_connect_seconds_bucket{unit="web.service",target="b",le="+Inf"} 4\n'
+        'socketproxyd_connect_seconds_sum{unit="web.service",target="b"} 1.5\n'
+        'socketproxyd_connect_seconds_count{unit="web.service",target="b"} 4\n'
         "# HELP socketproxyd_uptime_seconds About UptimeUSec.\n"
         "# TYPE socketproxyd_uptime_seconds gauge\n"
         'socketproxyd_uptime_seconds{unit="web.service"} 2.0\n'
@@ -98,7 +98,7 @@ def test_prometheus_understands_it(run, two):
         for one in parser.text_string_to_metric_families(run("metrics", "--user").stdout)
     }
     assert families["socketproxyd_accepted"].type == "counter"
-    histogram = families["socketproxyd_connect_time_seconds"]
+    histogram = families["socketproxyd_connect_seconds"]
     assert histogram.type == "histogram"
     counts = [one.value for one in histogram.samples if one.name.endswith("_count")]
     assert counts == [4, 4]
