@@ -120,14 +120,14 @@ class Client:
             return
         left = self._deadline - time.monotonic()
         if left <= 0:
-            raise TimeoutError(110, "no answer in time")
+            raise TimeoutError(110, "timed out")
         self._socket.settimeout(left)
 
     def _fill(self) -> bool:
         try:
             data = self._socket.recv(_CHUNK)
         except TimeoutError:
-            raise TimeoutError(110, "no answer in time") from None
+            raise TimeoutError(110, "timed out") from None
         self._buffer += data
         return bool(data)
 

@@ -35,7 +35,7 @@ def in_flight(row: Row) -> int:
 
 
 def _span_of(key: str) -> "_Text":
-    return lambda row: "" if row.get(key) is None else short_span(row[key])
+    return lambda row: "-" if row.get(key) is None else short_span(row[key])
 
 
 def _text_of(key: str) -> "_Text":

@@ -219,3 +219,12 @@ def test_an_interval_that_cannot_be_is_one_line(run, proxy, span):
     done = run("top", f"--socket={proxy().path}", f"--interval={span}")
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
     assert "--interval=" in done.stderr
+
+
+def test_what_is_not_known_is_a_dash(run, proxy):
+    unknown = row(7, state="held", client="", connectUSec=None, localAddress=None)
+    one = proxy(**{f"{PROXY}.List": [{"connection": unknown}]})
+    assert run("list", f"--socket={one.path}").stdout.splitlines()[1].split() == [
+        *("7", "held", "-", "127.0.0.1:8080", "65s", "1.5s", "2.0K", "3.0G", "512B"),
+        *("flowing/flowing", "-", "-", "0.0.0.0:80", "0"),
+    ]

@@ -196,7 +196,7 @@ def test_a_proxy_that_hangs_does_not_delay_keys(proxy, terminal):
     screen.start(COMMAND, "top", f"--socket={one.path}", "--interval=100ms")
     screen.shows("Clients: 3 total")
     one.replies[f"{PROXY}.List"] = [b"{"]
-    screen.shows("no answer in time")
+    screen.shows("timed out")
     screen.press("q")
     screen.wait_for(lambda: screen.modes() == NORMAL, "the normal screen")
 
