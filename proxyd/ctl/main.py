@@ -8,20 +8,45 @@ from typing import Any
 
 from proxyd import __version__
 from proxyd.ctl import ask
-from proxyd.ctl.client import INTERFACE
 from proxyd.ctl.find import Found, Proxy, find
 from proxyd.ctl.text import escape
 from proxyd.errors import UsageError, reason
+from proxyd.inspection.interfaces import PROXY
 
 PROGRAM = "socket-proxyctl"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit status."""
+    stdout_is_closed = sys.stdout is None
+    _prepare_streams()
+    if stdout_is_closed:
+        _complain("standard output is closed")
+        return 1
+    try:
+        return _run(sys.argv[1:] if argv is None else argv)
+    finally:
+        # What cannot be written has been reported, and must not be tried again at the exit.
+        for stream, fd in ((sys.stdout, 1), (sys.stderr, 2)):
+            try:
+                stream.flush()
+            except OSError:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
+
+
+def _prepare_streams() -> None:
+    """Have all three standard streams, and let them take any text."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass  # otherwise a socket to a proxy would be a standard stream
+    os.close(fd)
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # the locale may not have what a name is written in
             stream.reconfigure(errors="backslashreplace")
-    arguments = sys.argv[1:] if argv is None else argv
+
+
+def _run(arguments: list[str]) -> int:
     try:
         status = _serve(arguments)
         if status is None:
@@ -29,10 +54,7 @@ def main(argv: list[str] | None = None) -> int:
             status = int(options.run(options))
         sys.stdout.flush()
     except BrokenPipeError:  # the reader has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
-    except KeyboardInterrupt:
-        return 130
     except UsageError as error:
         _complain(str(error))
         return 1
@@ -44,17 +66,20 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _complain(message: str) -> None:
-    print(f"{PROGRAM}: {escape(message)}", file=sys.stderr)
+    try:
+        print(f"{PROGRAM}: {escape(message)}", file=sys.stderr, flush=True)
+    except OSError:  # nobody reads it
+        pass
 
 
 def _serve(arguments: list[str]) -> int | None:
     """Without a command, serve the caller that was passed; None if there is none."""
     if arguments not in ([], ["--user"]):
         return None
-    from proxyd.ctl.serve import passed_fd, serve
+    from proxyd.ctl.serve import caller, serve
 
-    fd = passed_fd()
-    return None if fd is None else serve(fd, user=bool(arguments))
+    peer = caller()
+    return None if peer is None else serve(peer, user=bool(arguments))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -255,7 +280,7 @@ def _terminate(options: argparse.Namespace) -> int:
     for number in options.id:
         try:
             with Client(proxies[0].path) as client:
-                client.call(f"{INTERFACE}.Terminate", {"id": number})
+                client.call(f"{PROXY}.Terminate", {"id": number})
         except (OSError, ReplyError) as error:
             errors.append(f"{number}: {ask.describe(proxies[0], error)}")
         else:

@@ -351,11 +351,12 @@ def test_none_is_missed_or_told_twice_while_they_change_threads(stage, inspected
             flow.stopped.set()
     sent = {text_of(flow.client.getsockname()): flow.sent.result() for flow in flows}
     assert handed_over(stage.proxy)[1] >= 1
-    rows = wait_until(
-        lambda: all(row["up"]["state"] == "shut" for row in (rows := caller.connections()))
-        and rows,
-        "the ends",
-    )
+
+    def all_shut():
+        rows = caller.connections()
+        return rows if all(row["up"]["state"] == "shut" for row in rows) else None
+
+    rows = wait_until(all_shut, "the ends")
     assert {row["client"]: row["up"]["bytes"] for row in rows} == sent
     for flow in flows:
         flow.stop()

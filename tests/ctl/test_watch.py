@@ -71,7 +71,7 @@ def test_an_interrupt_ends_it_without_a_word(start, proxy):
     process.stdout.readline()
     process.send_signal(signal.SIGINT)
     wait_until(lambda: process.poll() is not None, "the end of the command")
-    assert (process.returncode, process.stderr.read()) == (130, "")
+    assert (process.returncode, process.stderr.read()) == (-signal.SIGINT, "")
 
 
 def test_names_are_escaped_and_garbage_is_one_line(run, proxy):
