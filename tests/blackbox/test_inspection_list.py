@@ -18,7 +18,6 @@ from kit.sockets import (
     reset,
     send_until_stuck,
 )
-from kit.socket_state import unread
 from kit.varlink import PROXY, text_of
 from kit.waiting import wait_until
 
@@ -144,19 +143,22 @@ def test_connecting_clients(stage, inspected):
 
 
 def test_lingering_connections(stage, inspected):
-    """The target has closed, and the client has not taken all yet."""
-    backend = stage.backend()
-    caller = inspected(backend.target, listeners=[stage.listener(receive_buffer=4096)])
-    client = stage.connect(receive_buffer=4096)
+    """The client has reset, and the target has not taken all yet."""
+    backend = stage.backend(receive_buffer=4096)
+    caller = inspected(backend.target)
+    client = stage.connect()
     server = backend.accept()
-    greet(client, server)
-    sent = send_until_stuck(server, SEGMENT, limit=1 << 22)
-    client.sendall(b"never read")  # so the target's close is a reset
-    wait_until(lambda: unread(server) == 10, "the bytes at the target")
-    server.close()
+    size = 100_000
+    client.sendall(bytes(size))
+    wait_until(lambda: caller.connection_of(client)["up"]["bytes"] == size, "all with the kernel")
+    name = text_of(client.getsockname())
+    reset(client)
     (row,) = in_state(caller, "lingering")
-    assert row["client"] == text_of(client.getsockname())
-    assert row["down"]["bytes"] <= sent + 1
+    assert row["client"] == name
+    assert (row["up"]["bytes"], row["up"]["state"]) == (size, "draining")
+    assert row["down"]["state"] == "dead"
+    assert read_to_end(server) == (bytes(size), "reset")
+    wait_until(lambda: caller.connections() == [], "the end")
 
 
 def test_filters(stage, inspected):
