@@ -48,11 +48,10 @@ def _prepare_streams() -> None:
 
 def _run(arguments: list[str]) -> int:
     try:
-        status = _serve(arguments)
-        if status is None:
-            options = _parser().parse_args(arguments)
-            status = int(options.run(options))
-        sys.stdout.flush()
+        try:
+            return _call(arguments)
+        finally:
+            sys.stdout.flush()  # after --help, too
     except BrokenPipeError:  # the reader has seen enough
         return 0
     except UsageError as error:
@@ -62,7 +61,14 @@ def _run(arguments: list[str]) -> int:
         where = f"{error.filename}: " if error.filename else ""
         _complain(where + reason(error))
         return 1
-    return status
+
+
+def _call(arguments: list[str]) -> int:
+    status = _serve(arguments)
+    if status is not None:
+        return status
+    options = _parser().parse_args(arguments)
+    return int(options.run(options))
 
 
 def _complain(message: str) -> None:
