@@ -39,7 +39,8 @@ class Column:
         self.text = text
         self.right = right
         self.drop = drop
-        """0: always shown; otherwise columns with a greater number are left out first."""
+        """0: shown if at all possible; otherwise columns with a greater number are left out first,
+        all with the same number together."""
         self.flexible = flexible
         """Whether the middle of a long text may be left out."""
         self.style = style
@@ -93,10 +94,10 @@ def render(rows: Sequence[Row], columns: Iterable[Column], sheet: Paper) -> list
 def _choose(columns: list[Column], widths: dict[Column, int], limit: int) -> list[Column]:
     """Leave out columns until the rest fits, if need be with shortened texts."""
     chosen = list(columns)
-    for column in sorted(columns, key=lambda one: -one.drop):
-        if not column.drop or _least(chosen, widths, _FLEXIBLE_KEPT, 2 / 3) <= limit:
+    for drop in sorted({one.drop for one in columns if one.drop}, reverse=True):
+        if _least(chosen, widths, _FLEXIBLE_KEPT, 2 / 3) <= limit:
             break
-        chosen.remove(column)
+        chosen = [one for one in chosen if one.drop != drop]
     while len(chosen) > 1 and _least(chosen, widths, _FLEXIBLE_MIN) > limit:
         chosen.pop()  # half a number would be a wrong one
     return chosen

@@ -214,7 +214,7 @@ COLUMNS = [
     listing.IDLE,
     Column("UP/S", lambda row: bytes_text(round(row["upRate"])), right=True),
     Column("DOWN/S", lambda row: bytes_text(round(row["downRate"])), right=True),
-    Column("UP", listing.UP.text, right=True, drop=4),
+    Column("UP", listing.UP.text, right=True, drop=3),
     Column("DOWN", listing.DOWN.text, right=True, drop=3),
     listing.QUEUED,
 ]
