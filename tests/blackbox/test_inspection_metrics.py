@@ -247,6 +247,9 @@ def test_prometheus_parses_them(exposition):
     parser = pytest.importorskip("prometheus_client.parser")
     text, found, target = exposition
     families = {one.name: one for one in parser.text_string_to_metric_families(text)}
+    for one in families.values():
+        ending = "_total" if one.type == "counter" else ""
+        assert f"# TYPE {one.name}{ending} {one.type}\n" in text
     # Every family has a type and a help text, and no sample is left over.
     assert {one.type for one in families.values()} == {"counter", "gauge", "histogram"}
     assert all(one.documentation for one in families.values())

@@ -1,7 +1,6 @@
 """Watch: connections that begin and end."""
 
 import socket
-import struct
 
 import pytest
 from kit.differences import differs
@@ -11,6 +10,8 @@ from kit.varlink import text_of
 from kit.waiting import wait_until
 
 pytestmark = differs("original", reason="cannot be inspected", run=False)
+
+KINDS = ("begin", "end")
 
 threads = pytest.mark.parametrize("threads", ["--threads=1", "--threads=3"])
 
@@ -103,61 +104,75 @@ def test_how_they_end(stage, inspected, callers, folder):
 
 
 def test_held_clients(stage, inspected, callers, folder):
-    """Each client is told to begin once and to end once, whatever it waits for and however long."""
+    """Each is told to begin once and to end once: the first one is being connected when it begins,
+    the others are held at once."""
     backend = stage.absent()
     caller = inspected("--connect-timeout=1min", backend.target)
     events = watched(callers, folder)
-    served, gone = stage.connect(), stage.connect()
-    rows = wait_until(
-        lambda: len(rows := caller.connections(state="held")) == 2 and rows, "two held clients"
-    )
-    reset(gone)
-    wait_until(lambda: len(caller.connections()) == 1, "the reset")
+    clients = {}
+    for how in ("ended", "client gone", "cut"):
+        client = stage.connect()
+        name = text_of(client.getsockname())
+        found = wait_until(
+            lambda name=name: [row for row in caller.connections() if row["client"] == name],
+            "the held client",
+        )
+        clients[how] = client, found[0]["id"]
+    reset(clients["client gone"][0])
+    caller.terminate(clients["cut"][1])
     backend.start_listening()
-    served.sendall(b"x")
+    clients["ended"][0].sendall(b"x")
     read_exactly(backend.accept(), 1)
-    served.close()
+    clients["ended"][0].close()
     backend.connections[0].close()
-    ids = sorted(row["id"] for row in rows)
-    told = events.until(
-        lambda events: [e for e in events if e["event"] == "end" and e["connection"]["id"] == ids[0]],
-        "the end of the one that was served",
-    )
-    seen = [(event["connection"]["id"], event["event"]) for event in told]
-    assert seen.count((ids[0], "begin")) == 1
-    assert seen.count((ids[0], "end")) == 1
-    assert seen.index((ids[0], "begin")) < seen.index((ids[0], "end"))
-    end = next(e for e in told if (e["connection"]["id"], e["event"]) == (ids[0], "end"))
-    assert end["connection"]["heldUSec"] > 0
+    told = events.ends(3)
+    seen = {}
+    for event in told:
+        seen.setdefault(event["connection"]["id"], []).append(event)
+    assert sorted(seen) == sorted(number for _, number in clients.values())
+    for how, (_, number) in clients.items():
+        begin, end = seen[number]
+        assert (begin["event"], end["event"], end["how"]) == ("begin", "end", how)
+        assert begin["connection"]["client"] == end["connection"]["client"]
+    assert seen[clients["ended"][1]][1]["connection"]["heldUSec"] > 0
 
 
-def test_a_watcher_that_does_not_read_is_dropped_and_harms_nobody(
-    stage, inspected, callers, folder
+def test_clients_that_are_given_up(stage, inspected, callers, folder):
+    inspected("--connect-timeout=200ms", stage.absent().target)
+    events = watched(callers, folder)
+    for _ in range(3):
+        assert read_to_end(stage.connect())[0] == b""
+    told = events.ends(3)
+    assert sorted(event["event"] for event in told) == ["begin"] * 3 + ["end"] * 3
+    assert {event["how"] for event in told if event["event"] == "end"} == {"failed"}
+
+
+@pytest.mark.parametrize("taken", [0, 1024], ids=["stuck", "too slow"])
+def test_a_watcher_that_does_not_keep_up_is_dropped_and_harms_nobody(
+    stage, inspected, callers, folder, taken
 ):
     inspected(stage.echo())
-    stuck, reader = watched(callers, folder), watched(callers, folder)
-    stuck.caller.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    address = stage.proxy.listeners[0].getsockname()
+    slow, reader = watched(callers, folder), watched(callers, folder)
     count = 0
 
     def dropped():
         nonlocal count
         for _ in range(50):
-            with socket.create_connection(address, timeout=15) as client:
+            with stage.connect() as client:
                 client.sendall(b"x")
                 assert read_exactly(client, 1) == b"x"
-                if count % 2:
-                    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             count += 1
         reader.ends(count)
-        return hung_up(stuck.caller.sock)
+        if taken:
+            slow.caller.sock.recv(taken)
+        return hung_up(slow.caller.sock)
 
     while not dropped():
-        assert count < 20_000
+        assert count < 5000
     assert len(reader.list) == 2 * count
-    assert sorted(e["connection"]["id"] for e in reader.list if e["event"] == "begin") == sorted(
-        e["connection"]["id"] for e in reader.list if e["event"] == "end"
-    )
+    ids = {kind: [e["connection"]["id"] for e in reader.list if e["event"] == kind] for kind in KINDS}
+    assert len(set(ids["begin"])) == count
+    assert sorted(ids["begin"]) == sorted(ids["end"])
 
 
 def test_a_watcher_that_has_left_costs_nothing_more(stage, inspected, callers, folder):
