@@ -28,16 +28,16 @@ RATES = (3_000_000, 700_000, 48_000, 2_000, 0, 0)
 
 CELL, LINE, MARGIN = 8.4, 18, 12
 
-STYLE = f"""
-  rect {{ fill: #0d1117 }}
-  .bar {{ fill: #c9d1d9 }}
-  text {{ font: 14px ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; fill: #c9d1d9;
-         white-space: pre }}
-  .s4 {{ text-decoration: underline; font-weight: bold }}
-  .s33 {{ fill: #e3b341 }}
-  .s2 {{ fill: #8b949e }}
-  .s31 {{ fill: #ff7b72; font-weight: bold }}
-  .s7 {{ fill: #0d1117 }}
+STYLE = """
+  rect { fill: #0d1117 }
+  .bar { fill: #c9d1d9 }
+  text { font: 14px ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; fill: #c9d1d9;
+         white-space: pre }
+  .s4 { text-decoration: underline; font-weight: bold }
+  .s33 { fill: #e3b341 }
+  .s2 { fill: #8b949e }
+  .s31 { fill: #ff7b72; font-weight: bold }
+  .s7 { fill: #0d1117 }
 """
 
 
@@ -179,11 +179,12 @@ def drawn(lines: list[str]) -> str:
     """Return the screen as an SVG."""
     width, height = round(COLUMNS * CELL + 2 * MARGIN), ROWS * LINE + 2 * MARGIN
     title = "socket-proxyctl top: live connections, their rates, and clients that wait"
+    size = f'width="{width}" height="{height}"'
+    svg = f'xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" {size} role="img"'
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
-        f'width="{width}" height="{height}" role="img" aria-labelledby="title">\n'
-        f'<title id="title">{title}</title>\n<style>{STYLE}</style>\n'
-        f'<rect width="{width}" height="{height}" rx="6"/>\n'
+        f"<svg {svg}>\n",
+        f"<title>{title}</title>\n<style>{STYLE}</style>\n",
+        f'<rect {size} rx="6"/>\n',
     ]
     for number, line in enumerate(lines):
         top = MARGIN + number * LINE

@@ -117,9 +117,7 @@ def gather(
     return answers
 
 
-def _result(
-    proxy: Proxy, ask: Callable[[Client], Result], patience: float
-) -> Result | Exception:
+def _result(proxy: Proxy, ask: Callable[[Client], Result], patience: float) -> Result | Exception:
     try:
         with Client(proxy.path, patience) as client:
             return ask(client)

@@ -103,9 +103,7 @@ def _choose(columns: list[Column], widths: dict[Column, int], limit: int) -> lis
     return chosen
 
 
-def _least(
-    columns: list[Column], widths: dict[Column, int], kept: int, share: float = 0.0
-) -> int:
+def _least(columns: list[Column], widths: dict[Column, int], kept: int, share: float = 0.0) -> int:
     """Return how narrow the columns can be made.
 
     Flexible ones keep `kept` columns of their text at least, and this share of a long one.

@@ -66,7 +66,10 @@ def _read_events(client: Client, proxy: Proxy) -> tuple[list[dict[str, Any]], st
         return events, describe(proxy, error)
     if going_on:
         return events, ""
-    return events, f"{escape(proxy.name)}: the proxy has ended, or has dropped a watcher that is slow"
+    return (
+        events,
+        f"{escape(proxy.name)}: the proxy has ended, or has dropped a watcher that is slow",
+    )
 
 
 def _json(proxy: Proxy, reply: dict[str, Any]) -> str:
@@ -94,4 +97,6 @@ def line(proxy: Proxy, reply: dict[str, Any], several: bool) -> str:
         return text
     up, down = row["up"]["bytes"], row["down"]["bytes"]
     how = escape(reply.get("how") or "ended")
-    return f"{text}: {how} after {span(row['ageUSec'])}, {bytes_text(up)} up, {bytes_text(down)} down"
+    return (
+        f"{text}: {how} after {span(row['ageUSec'])}, {bytes_text(up)} up, {bytes_text(down)} down"
+    )

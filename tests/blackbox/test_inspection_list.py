@@ -125,7 +125,9 @@ def test_held_clients(stage, inspected, threads):
         greet(client, backend.accept())
     served = in_state(caller, "open", 5)
     # The same ids, and how long each was held.
-    assert {row["id"]: row["client"] for row in served} == {row["id"]: row["client"] for row in rows}
+    assert {row["id"]: row["client"] for row in served} == {
+        row["id"]: row["client"] for row in rows
+    }
     assert all(0 < row["heldUSec"] <= row["ageUSec"] for row in served)
 
 
@@ -218,7 +220,10 @@ def test_states_of_the_halves(stage, inspected):
 
     # The end of the stream is behind bytes that the program cannot read yet.
     assert states(caller.connection_of(client)) == ("flowing", "flowing")
-    assert read_to_end(server) == (SEGMENT * (sent // len(SEGMENT)) + bytes(sent % len(SEGMENT)), "eof")
+    assert read_to_end(server) == (
+        SEGMENT * (sent // len(SEGMENT)) + bytes(sent % len(SEGMENT)),
+        "eof",
+    )
     reach(("shut", "flowing"))
     server.sendall(b"still")
     assert read_exactly(client, 5) == b"still"

@@ -30,7 +30,9 @@ def wait_for(caller, **wanted):
 
 def histogram(found, name, target):
     """The buckets of a histogram; asserts that they are cumulative and end with its count."""
-    buckets = {key[-1]: value for key, value in found.items() if key[:2] == (f"{name}Bucket", target)}
+    buckets = {
+        key[-1]: value for key, value in found.items() if key[:2] == (f"{name}Bucket", target)
+    }
     values = list(buckets.values())
     assert values == sorted(values)
     assert list(buckets)[-1] == "+Inf"
@@ -169,9 +171,7 @@ def test_held_clients(stage, inspected):
 def test_targets_are_told_apart(stage, inspected):
     first, second = stage.backend(), stage.backend("abstract")
     listeners = [stage.listener(), stage.listener()]
-    caller = inspected(
-        f"a={first.target}", f"b={second.target}", listeners=listeners, names="a:b"
-    )
+    caller = inspected(f"a={first.target}", f"b={second.target}", listeners=listeners, names="a:b")
     for backend, listener, size in ((first, listeners[0], 10), (second, listeners[1], 33)):
         client = stage.connect(listener)
         server = backend.accept()
@@ -259,8 +259,7 @@ def test_prometheus_parses_them(exposition):
         (one,) = [
             one
             for one in families[f"socketproxyd_{family}"].samples
-            if one.name == f"socketproxyd_{family}{sample}"
-            and labels.items() <= one.labels.items()
+            if one.name == f"socketproxyd_{family}{sample}" and labels.items() <= one.labels.items()
         ]
         return one.value
 

@@ -170,7 +170,9 @@ def test_a_watcher_that_does_not_keep_up_is_dropped_and_harms_nobody(
     while not dropped():
         assert count < 5000
     assert len(reader.list) == 2 * count
-    ids = {kind: [e["connection"]["id"] for e in reader.list if e["event"] == kind] for kind in KINDS}
+    ids = {
+        kind: [e["connection"]["id"] for e in reader.list if e["event"] == kind] for kind in KINDS
+    }
     assert len(set(ids["begin"])) == count
     assert sorted(ids["begin"]) == sorted(ids["end"])
 

@@ -9,7 +9,7 @@ from kit.flows import MIB, Flow, at_lowest_priority, handed_over
 from kit.privileges import as_unprivileged_user
 from kit.sockets import read_exactly
 from kit.traffic import Payload, expected, receive_digest, send_payload
-from kit.waiting import patience, wait_until
+from kit.waiting import patience
 
 pytestmark = differs("original", reason="has no --threads=", run=False)
 

@@ -330,9 +330,7 @@ def test_a_signal_ends_it_at_once_though_a_proxy_hangs(proxy, environment, comma
         return [b"{"]
 
     methods = ("List", "Status", "Watch")
-    one = proxy(
-        **{f"{PROXY}.{name}": hang for name in methods}, **{f"{METRICS}.Describe": hang}
-    )
+    one = proxy(**{f"{PROXY}.{name}": hang for name in methods}, **{f"{METRICS}.Describe": hang})
     pid, fd = pty.fork()
     if pid == 0:
         try:

@@ -472,9 +472,9 @@ def test_an_event_of_a_caller_that_is_gone_does_not_meet_the_next_one(world):
     one.ask(first, f"{PROXY}.List", more=True)
     one.callers.step(one.relay.now_ms)
     (gone,) = one.callers._by_fd.values()
-    one.callers.close_all()
-    second, theirs = socket.socketpair()
+    second, theirs = socket.socketpair()  # before the number is free
     one.sockets.append(second)
+    one.callers.close_all()
     second.setblocking(False)
     with theirs:
         os.dup2(theirs.fileno(), gone.fd)
@@ -587,7 +587,7 @@ def test_a_row(world):
         "target": TARGET,
         "targetAddress": "/run/\\xff",
         "localAddress": "10.0.0.2:81",
-        "ageUSec": 2_000_000,
+        "ageUSec": 2_020_000,
         "idleUSec": 500_000,
         "heldUSec": 20_000,
         "connectUSec": 120,
