@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import socket
 import time
 
