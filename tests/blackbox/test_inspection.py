@@ -255,25 +255,38 @@ def follow(caller, count):
 
 
 def test_a_held_client_is_watched_from_its_accept_to_its_end(stage, folder, callers):
-    """It begins once, and keeps its id when the target answers."""
+    """Each begins once, and keeps its id when the target answers."""
     backend = stage.absent()
     launch(stage, folder, "--connect-timeout=infinity", target=backend.target)
     path = f"{folder}/inspect"
     watcher = callers(path)
     watcher.ask(f"{PROXY}.Watch", more=True)
     assert callers(path).call(f"{PROXY}.Status")  # by now the watcher is there
-    client = stage.connect()
-    ((event, number, state, _),) = follow(watcher, 1)
+    first = stage.connect()
+    ((event, first_number, state, _),) = follow(watcher, 1)
+    assert (event, state) == ("begin", "connecting")  # the target is believed to be up
+    wait_until(lambda: listed_as(callers(path), first_number) == "held", "the failed connect")
+    second = stage.connect()
+    ((event, second_number, state, _),) = follow(watcher, 1)
     assert (event, state) == ("begin", "held")
-    (row,) = callers(path).call(f"{PROXY}.List", more=True)
-    row = row["parameters"]["connection"]
-    assert (row["id"], row["state"]) == (number, "held")
-    assert row["client"] == "{}:{}".format(*client.getsockname())
+    assert listed_as(callers(path), second_number) == "held"
     backend.start_listening()
-    server = backend.accept()
-    server.close()
-    client.close()
-    assert follow(watcher, 1) == [("end", number, "open", "ended")]
+    for client in (first, second):
+        client.sendall(b"x")
+    servers = [backend.accept() for _ in range(2)]
+    for sock in (*servers, first, second):
+        sock.close()
+    ends = follow(watcher, 2)
+    assert {(event, how) for event, _, _, how in ends} <= {("end", "ended"), ("end", "reset")}
+    assert {number for _, number, _, _ in ends} == {first_number, second_number}
+
+
+def listed_as(caller, number):
+    """The state of a connection that is listed."""
+    rows = [reply["parameters"]["connection"] for reply in caller.call(f"{PROXY}.List", more=True)]
+    (row,) = [row for row in rows if row["id"] == number]
+    assert row["client"]
+    return row["state"]
 
 
 def test_the_process_of_a_held_client(stage, folder, callers):
