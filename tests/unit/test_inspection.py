@@ -472,10 +472,10 @@ def test_an_event_of_a_caller_that_is_gone_does_not_meet_the_next_one(world):
     one.ask(first, f"{PROXY}.List", more=True)
     one.callers.step(one.relay.now_ms)
     (gone,) = one.callers._by_fd.values()
-    second, theirs = socket.socketpair()  # before the number is free
+    second, theirs = socket.socketpair()
     one.sockets.append(second)
-    one.callers.close_all()
     second.setblocking(False)
+    one.callers.close_all()
     with theirs:
         os.dup2(theirs.fileno(), gone.fd)
     one.callers.add(gone.fd)
