@@ -1,81 +1,31 @@
 """The command socket-proxyctl."""
 
 import argparse
-import os
 import sys
-from collections.abc import Callable
-from typing import Any
 
-from proxyd import __version__
+from proxyd import subcommands
 from proxyd.ctl import ask
 from proxyd.ctl.find import Found, Proxy, find
-from proxyd.ctl.text import escape
-from proxyd.errors import UsageError, reason
+from proxyd.errors import UsageError
 from proxyd.inspection.interfaces import PROXY
+from proxyd.subcommands import Arguments, Commands, make_parser
 
 PROGRAM = "socket-proxyctl"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit status."""
-    stdout_is_closed = sys.stdout is None
-    _prepare_streams()
-    if stdout_is_closed:
-        _complain("standard output is closed")
-        return 1
-    try:
-        return _run(sys.argv[1:] if argv is None else argv)
-    finally:
-        # What cannot be written has been reported, and must not be tried again at the exit.
-        for stream, fd in ((sys.stdout, 1), (sys.stderr, 2)):
-            try:
-                stream.flush()
-            except OSError:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
-
-
-def _prepare_streams() -> None:
-    """Have all three standard streams, and let them take any text."""
-    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass  # otherwise a socket to a proxy would be a standard stream
-    os.close(fd)
-    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
-    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # the locale may not have what a name is written in
-            stream.reconfigure(errors="backslashreplace")
-
-
-def _run(arguments: list[str]) -> int:
-    try:
-        try:
-            return _call(arguments)
-        finally:
-            sys.stdout.flush()  # after --help, too
-    except BrokenPipeError:  # the reader has seen enough
-        return 0
-    except UsageError as error:
-        _complain(str(error))
-        return 1
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        _complain(where + reason(error))
-        return 1
+    arguments = sys.argv[1:] if argv is None else argv
+    return subcommands.run(PROGRAM, lambda: _call(arguments))
 
 
 def _call(arguments: list[str]) -> int:
     status = _serve(arguments)
     if status is not None:
         return status
-    options = _parser().parse_args(arguments)
+    parser = make_parser(PROGRAM, "Show what running proxies are doing.", _commands(), _ARGUMENTS)
+    options = parser.parse_args(arguments)
     return int(options.run(options))
-
-
-def _complain(message: str) -> None:
-    try:
-        print(f"{PROGRAM}: {escape(message)}", file=sys.stderr, flush=True)
-    except OSError:  # nobody reads it
-        pass
 
 
 def _serve(arguments: list[str]) -> int | None:
@@ -88,27 +38,7 @@ def _serve(arguments: list[str]) -> int | None:
     return None if peer is None else serve(peer, user=bool(arguments))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=PROGRAM,
-        description="Show what running proxies are doing.",
-        epilog=f"See the {PROGRAM}(1) man page for details.",
-    )
-    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for name, (run, summary, description) in _commands().items():
-        command = commands.add_parser(
-            name, help=summary, description=description, allow_abbrev=False
-        )
-        command.set_defaults(run=run)
-        for users, argument, settings in _ARGUMENTS:
-            if name in users.split():
-                command.add_argument(argument, **settings)
-    return parser
-
-
-def _commands() -> dict[str, tuple[Callable[[argparse.Namespace], int], str, str]]:
-    """Return {command: what runs it, its line in the help, its own help}."""
+def _commands() -> Commands:
     return {
         "list": (_list, "list connections", "List the live connections, held clients included."),
         "top": (_top, "show connections as they change", "Show live connections and their rates."),
@@ -133,7 +63,7 @@ def _commands() -> dict[str, tuple[Callable[[argparse.Namespace], int], str, str
 
 _ALL = "list top watch metrics status terminate"
 
-_ARGUMENTS: tuple[tuple[str, str, dict[str, Any]], ...] = (
+_ARGUMENTS: Arguments = (
     ("terminate", "id", {"nargs": "+", "type": int, "metavar": "ID"}),
     (
         _ALL,
@@ -177,7 +107,6 @@ _ARGUMENTS: tuple[tuple[str, str, dict[str, Any]], ...] = (
         {"choices": ("pretty", "short", "off"), "default": "off", "help": "print JSON"},
     ),
 )
-"""(commands that have it, name, what argparse is told), in the order of the help."""
 
 
 def _list(options: argparse.Namespace) -> int:
@@ -207,6 +136,10 @@ def _find(options: argparse.Namespace) -> list[Proxy]:
 
 def _look(options: argparse.Namespace) -> Found:
     return find(options.unit, options.socket, options.user)
+
+
+def _complain(message: str) -> None:
+    subcommands.complain(PROGRAM, message)
 
 
 def _complain_all(errors: list[str]) -> int:

@@ -1,7 +1,9 @@
 """The inspection socket: Varlink calls to a running proxy."""
 
+import json
 import os
 import signal
+import socket
 import stat
 
 import pytest
