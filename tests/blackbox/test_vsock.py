@@ -185,6 +185,22 @@ def test_target_that_does_not_listen_without_connect_timeout(stage, vsock):
     stage.proxy.wait_for_log("Failed to connect to remote host: Connection refused")
 
 
+def test_the_inspection_tells_of_it(stage, inspected, vsock):
+    caller = inspected(vsock.target, environment=dict(vsock.environment))
+    client = stage.connect()
+    client.sendall(b"x")
+    with vsock.accept() as server:
+        assert read_exactly(server, 1) == b"x"
+        row = caller.connection_of(client)
+        assert (row["target"], row["state"]) == (vsock.target, "open")
+        if not isinstance(vsock, StandIn):  # whose kernel knows the TCP address
+            assert row["targetAddress"] == vsock.target
+        assert caller.metrics()["TargetBytesUp", vsock.target] == 1
+        caller.terminate(row["id"])
+        with pytest.raises(ConnectionResetError):
+            client.recv(1)
+
+
 def test_listen(stage):
     """--listen=vsock:CID:PORT; a vsock client counts as one without an address."""
     with vsock_listener() as probe:
