@@ -232,11 +232,18 @@ def of_file(path: str) -> tuple[str, str]:
 
 
 def _folders(top: str, findings: list[Finding]) -> dict[str, list[str]]:
-    """Return {folder: the units in it} for a folder and those below it, each a set of its own."""
+    """Return {folder: the units in it} for a folder and those below it, each a set of its own.
+
+    Symlinks are followed, but not back to a folder above: that would be the whole machine.
+    """
     found: dict[str, list[str]] = {}
-    seen: set[str] = set()
-    _walk(os.path.abspath(top), found, seen, findings, 0)
+    _walk(os.path.abspath(top), found, _above(os.path.realpath(top)), findings, 0)
     return found
+
+
+def _above(folder: str) -> set[str]:
+    parent = os.path.dirname(folder)
+    return {parent, *_above(parent)} if parent != folder else set()
 
 
 def _walk(

@@ -273,6 +273,15 @@ def test_a_tree_without_end(tmp_path):
     assert "no unit here runs" in done.stderr
 
 
+def test_a_link_to_a_folder_above_is_not_followed(units):
+    folder = units(SET)
+    (folder / "up").symlink_to(folder.parent)
+    (folder / "root").symlink_to("/")
+    (folder.parent / "other").mkdir()
+    (folder.parent / "other/x.service").write_text("[Service\n")
+    assert run("check", ".", cwd=folder).stdout == run("check", "p.service", cwd=folder).stdout
+
+
 def test_a_reader_that_leaves(units):
     folder = units(SET)
     read, write = os.pipe()
