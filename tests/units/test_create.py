@@ -163,6 +163,14 @@ def test_what_makes_no_sense_is_told(arguments, message):
     assert message in done.stderr
 
 
+@pytest.mark.parametrize("name", ["web.container", "compose.yaml"])
+def test_a_file_that_is_not_text(tmp_path, name):
+    (tmp_path / name).write_bytes(b"\x7fELF\0")
+    done = create(*BASIC, f"--backend={name}", cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert f"{name}: is not a text file" in done.stderr
+
+
 def test_upholds_is_left_out_where_systemd_does_not_know_it():
     for version, there in (("248", False), ("249", True), ("257", True)):
         done = create(*WITH, "--on-demand", f"--systemd={version}")

@@ -117,15 +117,19 @@ def heals_per_connection(s: Subject) -> str:
     return heals(s, without=not_of_it)
 
 
-NGINX = {"sockets": "proxy-to-nginx.socket", "proxy": "proxy-to-nginx.service"}
-
-
-def nginx(m: Machine, folder: str, address: str) -> Subject:
+def nginx(m: Machine, folder: str, address: str, proxy: str = "proxy-to-nginx") -> Subject:
     """The example, with our backend under the name of nginx."""
     service = f"[Service]\n{GATE}ExecStart={BACKEND} {address}\n"
     condition = "[Unit]\nConditionPathExists=!/run/heal/refuse\n"
     units = example(folder) | {"nginx.service": condition + service}
-    return Subject(m, units, backend="nginx.service", address="TCP:127.0.0.1:80", **NGINX)
+    return Subject(
+        m,
+        units,
+        sockets=f"{proxy}.socket",
+        proxy=f"{proxy}.service",
+        backend="nginx.service",
+        address="TCP:127.0.0.1:80",
+    )
 
 
 @scenario(needs="--connect-timeout", original="has no --connect-timeout=", slow=True)
@@ -138,6 +142,12 @@ def heals_unix_target(m: Machine) -> str:
 def heals_namespace(m: Machine) -> str:
     """examples/nginx-namespace, one private network, through everything that can happen"""
     return heals(nginx(m, "nginx-namespace", "127.0.0.1 8080"))
+
+
+@scenario(needs="--connect-timeout", original="has no --connect-timeout=", slow=True)
+def heals_proxy_protocol(m: Machine) -> str:
+    """examples/proxy-protocol, whose target gets a header, through everything that can happen"""
+    return heals(nginx(m, "proxy-protocol", "/run/nginx/socket", "web-proxy"))
 
 
 WEB = {"sockets": "web-proxy.socket", "proxy": "web-proxy.service", "address": "TCP:127.0.0.1:8080"}
