@@ -45,6 +45,7 @@ WHEEL_HAS = (
     f"{DATA}/bash-completion/completions/socket-proxyctl",
     f"{DATA}/zsh/site-functions/_socket-proxyctl",
     f"{DATA}/fish/vendor_completions.d/socket-proxyctl.fish",
+    "*.data/data/lib/systemd/catalog/systemd-socket-proxyd.catalog",
     "*.data/data/lib/systemd/system/socket-proxyctl-report.socket",
     "*.data/data/lib/systemd/system/socket-proxyctl-report@.service",
     "*.dist-info/licenses/LICENSE",
@@ -64,14 +65,16 @@ SCRIPTS = (
     "scripts/systemd-socket-proxyd",
     "scripts/systemd-socket-proxyd-units",
 )
-SOURCES = ("*.c", "*.h", "*.pxd", "*.pyx")
+SOURCES = ("*.c", "*.h", "*.pxd", "*.pxi", "*.pyx")
 
 # The place in the wheel of each installed file of the project.
 INSTALLED = {
     "proxyd/*.py": "{path}",
     "man/*.1": f"{DATA}/man/man1/{{name}}",
     "examples/*": f"{DOC}/{{path}}",
-    "systemd/*": "*.data/data/lib/systemd/system/{name}",
+    "systemd/*.catalog": "*.data/data/lib/systemd/catalog/{name}",
+    "systemd/*.service": "*.data/data/lib/systemd/system/{name}",
+    "systemd/*.socket": "*.data/data/lib/systemd/system/{name}",
     "completions/bash/*": f"{DATA}/bash-completion/completions/{{name}}",
     "completions/fish/*": f"{DATA}/fish/vendor_completions.d/{{name}}",
     "completions/zsh/*": f"{DATA}/zsh/site-functions/{{name}}",

@@ -102,6 +102,7 @@ class Entrance:
         """Accept callers. Whatever fails harms no connection."""
         try:
             service = self._load()
+            os.set_blocking(self._listener.fd, False)  # others may share it, and have cleared that
             for _ in range(_ACCEPTS_MAX):
                 service.callers.add(_accept_one(self._listener.fd))
         except BlockingIOError:
@@ -125,7 +126,7 @@ class Entrance:
             self._service.handle(event)
 
     def rest(self) -> None:
-        """Serve no caller until the next time that anything is due after resume()."""
+        """Serve no caller until resume()."""
         self._resting = True
 
     def resume(self) -> None:
@@ -145,9 +146,10 @@ class Entrance:
 
     def next_ms(self, now_ms: int) -> int | None:
         """When to call step() at the latest; None: not before the next event."""
-        if self._paused_ms is not None:
-            return self._paused_ms
-        return self._service.callers.next_ms(now_ms) if self._service is not None else None
+        served_ms = self._service.callers.next_ms(now_ms) if self._service is not None else None
+        if self._paused_ms is None or served_ms is None:
+            return served_ms if self._paused_ms is None else self._paused_ms
+        return min(served_ms, self._paused_ms)
 
     def close(self) -> None:
         """Drop all callers."""

@@ -104,6 +104,9 @@ class FakeRelay:
         self.adopt_error = 0
         self.resets, self.closes = [], []  # sockets to the target
         self.cut, self.let_go = [], []  # clients
+        self.discards = []
+        self.may_discard = True
+        """Whether discard() closes a socket."""
         # the loop
         self.script = []
         """(ms, what to call then, which returns events or None)."""
@@ -121,6 +124,8 @@ class FakeRelay:
         self.infos = []
         """What a snapshot tells; see connection_info()."""
         self.snapshots = 0
+        self.missing = 0
+        """How many connections a snapshot could not tell of."""
         self.last_new_id = 1000
         self.connects = (0,) * (len(CONNECT_BUCKETS_US) + 1)
         self.connect_us = 0
@@ -186,12 +191,20 @@ class FakeRelay:
     # ── connects ─────────────────────────────────────────────────────────────────────────────
 
     def connect(
-        self, client, family, address, preamble=None, listener=0, timeout_ms=0, *origin, **ids
+        self,
+        client,
+        family,
+        address,
+        preamble=None,
+        listener=0,
+        timeout_ms=0,
+        upstream=0,
+        peer=b"",
     ):
         self.attempts.append((self.now_ms - self.start_ms, address, timeout_ms))
         outcome = self._outcome(address)
         if outcome not in (UP, LATER):
-            return ConnectFailed(listener, client, outcome, preamble or b"", self.now_ms, 0)
+            return ConnectFailed(listener, client, outcome, preamble or b"", self.now_ms, 0, peer)
         return self._connected(client, preamble)
 
     def dial(self, address):
@@ -220,6 +233,13 @@ class FakeRelay:
             self.unwatch(fd)
             (self.cut if reset else self.let_go).append(fd)
             os.close(fd)
+
+    def discard(self, fd):
+        self.unwatch(fd)
+        self.discards.append(fd)
+        if self.may_discard:
+            os.close(fd)
+        return self.may_discard
 
     def watch(self, fd, events=1):
         assert fd not in self.watched
@@ -334,7 +354,8 @@ class FakeRelay:
         return self.snapshots
 
     def _tell_rows(self, rows, last):
-        self.answers.append(SnapshotRows(self.snapshots, rows, last))
+        missing = self.missing if last else 0
+        self.answers.append(SnapshotRows(self.snapshots, rows, last, missing))
 
     def terminate(self, connection):
         found = any(info.connection == connection for info in self.infos)
