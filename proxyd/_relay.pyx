@@ -589,6 +589,8 @@ cdef class Relay:
         target_set_rights(&self.worker.ctx, &c.target)
         self.unwatch(client)
         if watch != NULL:
+            if watch.began_ns != 0 and watch.connect_us < 0:  # connected before its first event
+                watch.connect_us = (clock_ns() - watch.began_ns) // 1000
             c.connect_us = watch.connect_us
             self_connect_move(&self.self_connects, &c.self_connect, &watch.self_connect)
             self.unwatch(fd)

@@ -8,73 +8,11 @@ import stat
 
 import pytest
 from kit.differences import differs
-from kit.traffic import read_exactly
+from kit.sockets import read_exactly
+from kit.varlink import METRICS, PROXY
 from kit.waiting import wait_until
 
-PATIENCE = 20
-PROXY = "net.socketproxyd.Proxy"
-METRICS = "io.systemd.Metrics"
-
 pytestmark = differs("original", reason="cannot be inspected", run=False)
-
-
-class Caller:
-    """A connection to the inspection socket."""
-
-    def __init__(self, path):
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(PATIENCE)
-        self.sock.connect(path)
-        self.data = b""
-
-    def ask(self, method, more=False, **parameters):
-        call = {"method": method, "parameters": parameters, "more": more}
-        self.sock.sendall(json.dumps(call).encode() + b"\0")
-
-    def message(self):
-        while b"\0" not in self.data:
-            piece = self.sock.recv(1 << 16)
-            assert piece, "the proxy has closed the connection"
-            self.data += piece
-        message, _, self.data = self.data.partition(b"\0")
-        return json.loads(message)
-
-    def call(self, method, more=False, **parameters):
-        self.ask(method, more, **parameters)
-        replies = [self.message()]
-        while replies[-1].get("continues"):
-            replies.append(self.message())
-        return replies
-
-    def closed(self):
-        """Whether the proxy closes the connection."""
-        try:
-            return self.sock.recv(1) == b""
-        except ConnectionResetError:
-            return True
-
-    def close(self):
-        self.sock.close()
-
-
-@pytest.fixture
-def callers():
-    opened = []
-
-    def call(path):
-        opened.append(Caller(path))
-        return opened[-1]
-
-    yield call
-    for caller in opened:
-        caller.close()
-
-
-@pytest.fixture
-def folder(stage):
-    path = stage.path("runtime")
-    os.mkdir(path)
-    return path
 
 
 def launch(stage, folder, *arguments, target=None, **environment):
@@ -90,16 +28,6 @@ def launch(stage, folder, *arguments, target=None, **environment):
 def greet(client):
     client.sendall(b"x")
     assert read_exactly(client, 1) == b"x"
-
-
-def metrics(caller):
-    """{(name, field values): value}"""
-    found = {}
-    for reply in caller.call(f"{METRICS}.List", more=True):
-        metric = reply["parameters"]
-        name = metric["name"].removeprefix("net.socketproxyd.")
-        found[name, *(metric["fields"] or {}).values()] = metric["value"]
-    return found
 
 
 def test_there_is_a_socket_in_the_runtime_directory(stage, folder, callers):
@@ -126,8 +54,8 @@ def test_counters_equal_the_traffic(stage, folder, callers):
             client.sendall(b"x" * size)
             read_exactly(client, size)
     caller = callers(f"{folder}/inspect")
-    wait_until(lambda: metrics(caller)["Ended", "ended"] == 3, "all have ended")
-    found = metrics(caller)
+    wait_until(lambda: caller.metrics()["Ended", "ended"] == 3, "all have ended")
+    found = caller.metrics()
     assert found["Accepted",] == 3
     assert found["Open",] == 0
     assert found["BytesToTargets",] == found["BytesToClients",] == 101_001
