@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxyd import address, log, options
+from proxyd.command_line import parse_args
 from proxyd.errors import UsageError
-from proxyd.options import OPTIONS, Options, parse_args
+from proxyd.options import OPTIONS, Options
 
 PROG = "/usr/bin/prog"
 
