@@ -1,8 +1,8 @@
 """What a busy inspection socket costs those whose bytes are forwarded.
 
-One connection sends 64 bytes, waits until they have come back, and pauses for half a millisecond. The
-program meanwhile has thousands of other connections, which somebody lists again and again. The round
-trips show how long the list keeps the program from forwarding.
+One connection sends 64 bytes, waits until they have come back, and pauses for half a millisecond.
+The program meanwhile has thousands of other connections, which somebody lists again and again. The
+round trips show how long the list keeps the program from forwarding.
 
 Both ends of the stream are in one process, with real-time priority, so that callers on the same CPU
 do not delay it. Run it as root: ci/bench inspection.
@@ -124,7 +124,7 @@ def end(program: "subprocess.Popen[bytes]") -> None:
 
 
 def call(path: str, message: bytes, callers: int) -> None:
-    """Call again and again, from several sockets; print how many calls have been answered, forever."""
+    """Call again and again, from several sockets; print the number of calls answered."""
     tails: dict[int, bytes] = {}
     by_fd: dict[int, socket] = {}
     poll = select.epoll()
@@ -152,9 +152,8 @@ def command(executable: str, path: str) -> None:
     program = str(Path(executable).with_name("socket-proxyctl"))
     done = 0
     while True:
-        subprocess.run(
-            [program, "list", "--json=short", f"--socket={path}"], stdout=subprocess.DEVNULL, check=True
-        )
+        arguments = [program, "list", "--json=short", f"--socket={path}"]
+        subprocess.run(arguments, stdout=subprocess.DEVNULL, check=True)
         done += 1
         print(done, flush=True)
 
@@ -251,7 +250,9 @@ def run(options: argparse.Namespace) -> None:
                 "  CPU ms/call  peak MB"
             )
             os.sched_setaffinity(0, {machine.cpus()[1]})
-            os.sched_setscheduler(0, os.SCHED_FIFO | os.SCHED_RESET_ON_FORK, os.sched_param(PRIORITY))
+            os.sched_setscheduler(
+                0, os.SCHED_FIFO | os.SCHED_RESET_ON_FORK, os.sched_param(PRIORITY)
+            )
             try:
                 for name in wanted:
                     measure(place, name, options.seconds)

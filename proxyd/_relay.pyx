@@ -15,7 +15,7 @@ which says in which order.
 """
 
 from cpython.ref cimport Py_INCREF
-from cython cimport no_gc_clear
+from cython cimport no_gc, no_gc_clear
 
 from proxyd.relay cimport records, types
 from proxyd.relay.accept cimport listener_count_early, listener_unwatch, listener_watch
@@ -249,6 +249,7 @@ cdef class HalfInfo:
         self.state = state
 
 
+@no_gc  # there may be thousands, and they are in no circle
 cdef class ConnectionInfo:
     """A connection, as it was when its thread has looked at it."""
 
