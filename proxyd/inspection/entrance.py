@@ -193,5 +193,8 @@ def _accept_one(fd: int) -> int:
         accepted, _ = sock._accept()  # type: ignore[attr-defined]
     finally:
         sock.detach()
-    os.set_blocking(accepted, False)
+    try:
+        os.set_blocking(accepted, False)
+    except OSError:
+        pass  # each call on it says that it is not to wait
     return int(accepted)
