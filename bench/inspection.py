@@ -2,7 +2,8 @@
 
 One connection sends 64 bytes, waits until they have come back, and pauses for half a millisecond.
 The program meanwhile has thousands of other connections, which somebody lists again and again. The
-round trips show how long the list keeps the program from forwarding.
+round trips show how long the list keeps the program from forwarding. What else runs on the machine
+shows in the time that the program had to wait for a CPU.
 
 Both ends of the stream are in one process, with real-time priority, so that callers on the same CPU
 do not delay it. Run it as root: ci/bench inspection.
@@ -28,7 +29,7 @@ PAUSE = 0.0005  # seconds between two round trips
 SETTLE = 0.5  # seconds, in which the program finishes what a phase has left
 PRIORITY = 10
 PATIENCE = 10  # seconds, for a connection
-SPARE = 100  # descriptors for everything else
+SPARE = 200  # descriptors for everything else
 
 LIST = '{"method":"net.socketproxyd.Proxy.List","more":true}'
 METRICS = '{"method":"io.systemd.Metrics.List","more":true}'
@@ -116,7 +117,7 @@ class Ends:
 
 def end(program: "subprocess.Popen[bytes]") -> None:
     """End it, however long it takes to close its sockets."""
-    program.kill()
+    program.terminate()
     program.wait()
 
 
@@ -220,22 +221,23 @@ def measure(place: Scene, name: str, seconds: float) -> None:
     """Measure one phase and print a line."""
     Path(f"/proc/{place.pid}/clear_refs").write_text("5")  # resets VmHWM
     with disturbed(place, PHASES[name]) as answered:
-        cpu = cpu_of(place.pid)
+        before = cpu_of(place.pid)
         took = ping(place, seconds)
-        cpu = cpu_of(place.pid) - cpu
+        cpu, waited = (now - then for now, then in zip(cpu_of(place.pid), before, strict=True))
         count = answered()
     peak = memory.kib(Path(f"/proc/{place.pid}/status"), "VmHWM")
     picks = [took[len(took) * share // 1000] for share in (500, 990, 999)]
     numbers = "".join(f"{value * 1e3:9.2f}" for value in [*picks, took[-1]])
     each = f"{cpu / count * 1e3:12.1f}" if count else " " * 12
-    print(f"  {name:10}{len(took):7}{numbers}{count:8}{each}{peak / 1e6:9.1f}", flush=True)
+    tail = f"{count:8}{each}{peak / 1e6:9.1f}{waited * 1e3:9.0f}"
+    print(f"  {name:10}{len(took):7}{numbers}{tail}", flush=True)
     time.sleep(SETTLE)
 
 
-def cpu_of(pid: int) -> float:
-    """Seconds of CPU that all threads of a process have used."""
-    stats = Path(f"/proc/{pid}/task").glob("*/schedstat")
-    return sum(int(stat.read_text().split()[0]) for stat in stats) / 1e9
+def cpu_of(pid: int) -> tuple[float, float]:
+    """Seconds that the threads of a process have run, and that they had to wait for a CPU."""
+    stats = [stat.read_text().split() for stat in Path(f"/proc/{pid}/task").glob("*/schedstat")]
+    return sum(int(stat[0]) for stat in stats) / 1e9, sum(int(stat[1]) for stat in stats) / 1e9
 
 
 def run(options: argparse.Namespace) -> None:
@@ -247,7 +249,7 @@ def run(options: argparse.Namespace) -> None:
         with scene(options, threads) as place:
             print(
                 f"threads={threads}   pings      p50      p99    p99.9      max   calls"
-                "  CPU ms/call  peak MB"
+                "  CPU ms/call  peak MB  waited"
             )
             os.sched_setaffinity(0, {machine.cpus()[1]})
             os.sched_setscheduler(
