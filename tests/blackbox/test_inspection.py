@@ -242,3 +242,89 @@ def test_the_totals_are_logged_at_the_end(stage, folder):
     assert proxy.wait() == 0
     (line,) = proxy.log_lines("Totals: ")
     assert "Totals: 1 accepted, 0 open, 0 waiting, 0 refused, 0 failed; 1 bytes to targets" in line
+
+
+def follow(caller, count):
+    """The next events of a watcher: [(event, id, state, how)]."""
+    found = []
+    while len(found) < count:
+        told = caller.message()["parameters"]
+        row = told["connection"]
+        found.append((told["event"], row["id"], row["state"], told.get("how")))
+    return found
+
+
+def test_a_held_client_is_watched_from_its_accept_to_its_end(stage, folder, callers):
+    """Each begins once, and keeps its id when the target answers."""
+    backend = stage.absent()
+    launch(stage, folder, "--connect-timeout=infinity", target=backend.target)
+    path = f"{folder}/inspect"
+    watcher = callers(path)
+    watcher.ask(f"{PROXY}.Watch", more=True)
+    assert callers(path).call(f"{PROXY}.Status")  # by now the watcher is there
+    first = stage.connect()
+    ((event, first_number, state, _),) = follow(watcher, 1)
+    assert (event, state) == ("begin", "connecting")  # the target is believed to be up
+    wait_until(lambda: listed_as(callers(path), first_number) == "held", "the failed connect")
+    second = stage.connect()
+    ((event, second_number, state, _),) = follow(watcher, 1)
+    assert (event, state) == ("begin", "held")
+    assert listed_as(callers(path), second_number) == "held"
+    backend.start_listening()
+    for client in (first, second):
+        client.sendall(b"x")
+    servers = [backend.accept() for _ in range(2)]
+    for sock in (*servers, first, second):
+        sock.close()
+    ends = follow(watcher, 2)
+    assert {(event, how) for event, _, _, how in ends} <= {("end", "ended"), ("end", "reset")}
+    assert {number for _, number, _, _ in ends} == {first_number, second_number}
+
+
+def listed_as(caller, number):
+    """The state of a connection that is listed."""
+    rows = [reply["parameters"]["connection"] for reply in caller.call(f"{PROXY}.List", more=True)]
+    (row,) = [row for row in rows if row["id"] == number]
+    assert row["client"]
+    return row["state"]
+
+
+def test_the_process_of_a_held_client(stage, folder, callers):
+    environment = {"RUNTIME_DIRECTORY": folder}
+    listeners = [stage.listener("unix")]
+    stage.launch(stage.absent().target, listeners=listeners, environment=environment)
+    stage.connect()
+    caller = callers(f"{folder}/inspect")
+    wait_until(lambda: caller.call(f"{PROXY}.Status")[0]["parameters"]["held"], "a held client")
+    (reply,) = caller.call(f"{PROXY}.List", more=True)
+    assert reply["parameters"]["connection"]["clientPID"] == os.getpid()
+
+
+def test_a_call_from_a_pipe(stage, folder, callers):
+    """As `printf … | nc -U`: the caller has nothing more to say, and wants its reply."""
+    launch(stage, folder)
+    greet(stage.connect())
+    caller = callers(f"{folder}/inspect")
+    caller.ask(f"{PROXY}.Status")
+    caller.ask(f"{METRICS}.List", more=True)
+    caller.sock.shutdown(socket.SHUT_WR)
+    assert caller.message()["parameters"]["open"] == 1
+    while caller.message().get("continues"):
+        pass
+    assert caller.closed()
+
+
+def test_a_caller_that_does_not_wait_for_its_reply(stage, folder, callers):
+    """What it has asked for is done."""
+    launch(stage, folder)
+    client = stage.connect()
+    greet(client)
+    path = f"{folder}/inspect"
+    (row,) = callers(path).call(f"{PROXY}.List", more=True)
+    caller = callers(path)
+    number = row["parameters"]["connection"]["id"]
+    call = {"method": f"{PROXY}.Terminate", "parameters": {"id": number}, "oneway": True}
+    caller.sock.sendall(json.dumps(call).encode() + b"\0")
+    caller.close()
+    with pytest.raises(ConnectionResetError):
+        client.recv(1)

@@ -10,6 +10,7 @@ import pytest
 from kit.sockets import reset
 
 from proxyd import address as sockaddr
+from proxyd import log, peers
 from proxyd._relay import Accepted, AcceptFailed, ConnectFailed, Refused
 from proxyd.acceptor import PAUSE_MS, Acceptor
 from proxyd.event_loop import EventLoop
@@ -334,12 +335,12 @@ def test_a_client_that_reset_before_it_was_accepted_keeps_its_address(world, tar
     expected = b"PROXY TCP4 127.0.0.1 127.0.0.1 %d %d\r\n" % ports
     seen = []
     take = upstream.take
-    upstream.take = lambda fd, family, index, header, name: (
-        seen.append((header, name)),
-        take(fd, family, index, header, name),
+    upstream.take = lambda fd, family, index, header, name, peer: (
+        seen.append((header, name, sockaddr.port(peer))),
+        take(fd, family, index, header, name, peer),
     )
     world.settle(1)
-    assert seen == [(expected, f"127.0.0.1:{ports[0]}")]
+    assert seen == [(expected, f"127.0.0.1:{ports[0]}", ports[0])]
     if target == "up":
         served, _ = world.backend.accept()
         with served:
@@ -634,6 +635,24 @@ def connect_elsewhere(sock):
     return pid
 
 
+def test_a_client_that_is_refused_is_a_warning(world, fake_listeners, levels):
+    world.listener(world.listen(), "/run/x")
+    acceptor = world.start(1)
+    peer = sockaddr.pack_inet("192.0.2.7", 5000)
+    acceptor.handle(Refused(0, peer))
+    peers.log_addresses(wanted=False)
+    try:
+        acceptor.handle(Refused(0, peer))
+        log._repeats.clear()
+        acceptor.handle(Refused(0, peer))
+    finally:
+        peers.log_addresses(wanted=True)
+    assert levels == [
+        (log.WARNING, f"{LIMIT_LINE} Client: 192.0.2.7:5000."),
+        (log.WARNING, LIMIT_LINE),
+    ]
+
+
 def test_events_go_to_their_listener(world, fake_listeners, capfd):
     listeners = [world.listener(world.listen(), f"/run/x{number}") for number in range(2)]
     acceptor = world.start(1)
@@ -641,8 +660,8 @@ def test_events_go_to_their_listener(world, fake_listeners, capfd):
     assert f"target /run/x1 leads back to our own listener {listeners[1].text}." in (
         capfd.readouterr().err
     )
-    acceptor.handle(Refused(0))
-    assert capfd.readouterr().err == f"{LIMIT_LINE}\n"
+    acceptor.handle(Refused(0, sockaddr.pack_inet("192.0.2.7", 5000)))
+    assert capfd.readouterr().err == f"{LIMIT_LINE} Client: 192.0.2.7:5000.\n"
     ours, theirs = socket.socketpair()
     with ours:
         acceptor.handle(Accepted(1, theirs.detach(), b""))
