@@ -143,3 +143,12 @@ def test_an_error_of_another_unit_is_told_and_does_not_stop_it(units):
     assert done.returncode == 0
     assert "[socket-ordered-after-service]" in done.stderr
     assert "Upholds=app.service" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("service", "added"),
+    [("", 1), ("RuntimeDirectory=mine\n", 0)],
+)
+def test_the_proxy_gets_a_folder_for_its_inspection_socket(units, service, added):
+    folder = units({"p.socket": SOCKET, "p.service": proxy("Requires=p.socket\n", service=service)})
+    assert switch(folder / "p.service").stdout.count("\nRuntimeDirectory=%N\n") == added
