@@ -4,6 +4,7 @@ test that hangs ends the run."""
 import faulthandler
 import importlib.util
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,9 @@ def pytest_configure(config):
             "project", deadline=None, suppress_health_check=[HealthCheck.too_slow]
         )
         settings.load_profile("project")
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # A shell starts what is to run in the background like that, and programs inherit it.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     package = importlib.util.find_spec("proxyd")
     if package is not None and SOURCES in Path(package.origin).resolve().parents:
         pytest.exit(f"the tests would import {SOURCES}: run them with ci/test", returncode=4)
