@@ -94,7 +94,7 @@ def test_a_template_stays_one(units):
 
 
 def test_nothing_to_change(units):
-    sound = Path(__file__).parent / "corpus/sound/on-demand/web-proxy.service"
+    sound = Path(__file__).parent / "corpus/sound/folders/web-proxy.service"
     done = switch(sound)
     assert (done.returncode, done.stdout) == (0, "")
     assert "nothing to change" in done.stderr

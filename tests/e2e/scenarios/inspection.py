@@ -296,7 +296,7 @@ def may_list(m: Machine, uid: str) -> bool:
     if done.returncode == 0:
         same("connections", len(json.loads(done.stdout)), 1)
         return True
-    check("ermission" in done.stderr, f"uid {uid}: {done.stderr}")
+    check("only root and" in done.stderr, f"uid {uid}: {done.stderr}")
     return False
 
 
@@ -357,6 +357,7 @@ def inspection_inherited(m: Machine) -> None:
             unit=f"Requires={order}.socket\nAfter={order}.socket",
             service=f"Type=notify\nSockets=proxy.socket {order}.socket",
         )
+        m.start(f"{order}.socket")
         path = f"/run/{order}.inspect"
         check(not m.is_active("proxy.service"), "it runs before anybody has called")
         (reply,) = asked(m, path, f"{INTERFACE}.Status")
