@@ -24,7 +24,7 @@ from proxyd.relay.clock cimport clock_ms, clock_ns, earlier
 from proxyd.relay.close cimport connection_free, connections_free
 from proxyd.relay.connect cimport (
     connection_connect, connection_new, connection_place, socket_connect, target_set_rights,
-    worker_hang_up, worker_new_id,
+    worker_discard, worker_hang_up, worker_new_id,
 )
 from proxyd.relay.endpoint cimport endpoint_lost
 from proxyd.relay.gauges cimport gauges_connections, gauges_in_quarantine, gauges_set_wake_at_count
@@ -38,6 +38,7 @@ from proxyd.relay.records cimport (
     CONNECT_BUCKETS, ENDING_COUNT, REPORT_BEGINS, REPORT_ENDS, SWEEP_COUNT, SWEEP_CUT, SWEEP_TELL,
     Address, HalfRow, Origin, Peer, Row, UpstreamTotals,
 )
+from proxyd.relay.rights cimport rights_forget_writers, rights_refuse
 from proxyd.relay.row cimport batch_free, batches_keep, row_add
 from proxyd.relay.self_connect cimport (
     local_port, self_connect_add, self_connect_move, self_connect_remove,
@@ -47,7 +48,7 @@ from proxyd.relay.signals cimport (
     SIGNALS_MAX, signal_catch, signal_take, signals_clear, signals_open,
 )
 from proxyd.relay.socket cimport (
-    socket_self_connected, socket_take_error, socket_tune, socket_unlinger,
+    socket_peer_pid, socket_self_connected, socket_take_error, socket_tune, socket_unlinger,
 )
 from proxyd.relay.sys cimport (
     AF_UNIX, AF_VSOCK, ECONNREFUSED, ECONNRESET, EINPROGRESS, ELOOP, ENOMEM, EPOLLET, EPOLLIN,
@@ -132,9 +133,11 @@ cdef class Refused:
     """A client over the limit was closed."""
 
     cdef readonly int listener             # index
+    cdef readonly bytes peer               # packed address; b"": not known
 
-    def __init__(self, int listener):
+    def __init__(self, int listener, bytes peer not None=b""):
         self.listener = listener
+        self.peer = peer
 
 
 cdef class ConnectFailed:
@@ -150,15 +153,17 @@ cdef class ConnectFailed:
     cdef readonly bytes pending
     cdef readonly int64_t opened_ms        # when the connect began
     cdef readonly long long connection     # id; 0: the connect failed before there was any
+    cdef readonly bytes peer               # packed address of the client; b"": not known
 
     def __init__(self, int listener, int client, int error, bytes pending not None,
-                 int64_t opened_ms, long long connection):
+                 int64_t opened_ms, long long connection, bytes peer not None=b""):
         self.listener = listener
         self.client = client
         self.error = error
         self.pending = pending
         self.opened_ms = opened_ms
         self.connection = connection
+        self.peer = peer
 
 
 cdef class Ended:
@@ -187,7 +192,8 @@ cdef class Ended:
 
 
 cdef class Begun:
-    """A connection has begun, or its connect has. Only with Relay.report_begins."""
+    """A connection has begun, or its connect has, and not with an id of new_id(). Only with
+    Relay.report_begins."""
 
     cdef readonly ConnectionInfo info
 
@@ -740,7 +746,8 @@ cdef class Relay:
             &origin, connection)
         if number < 0:
             return ConnectFailed(
-                listener, client, <int>-number, preamble, self.worker.ctx.now_ms, 0)
+                listener, client, <int>-number, preamble, self.worker.ctx.now_ms, 0,
+                peer_bytes(&origin.peer))
         return number
 
     cdef int fill_terms(self, Terms *terms, bytes address, int64_t timeout_ms,
@@ -794,6 +801,13 @@ cdef class Relay:
         self.unwatch(fd)
         worker_hang_up(&self.worker, fd, socket_family(fd), reset)
 
+    def discard(self, int fd):
+        """As hang_up(), for a UNIX socket that has no place in the limit. False: it is still the
+        caller's, to be tried again later. Its peer has seen the end, but its queue has descriptors,
+        and the quarantine has enough of such sockets to close."""
+        self.unwatch(fd)
+        return worker_discard(&self.worker, fd)
+
     def adopt(self, int client, int client_family, int fd, bytes preamble=None, int error=0,
               int listener=0, int upstream=0, bytes peer=b"", int held_ms=0,
               long long connection=0):
@@ -804,6 +818,7 @@ cdef class Relay:
         cdef Watch *watch = self.watch_of(fd)
         cdef Origin origin
         cdef Connection *c
+        cdef bint is_new = connection == 0
         self.fill_origin(&origin, listener, upstream, peer, held_ms)
         if preamble is None:
             preamble = b""
@@ -811,7 +826,7 @@ cdef class Relay:
                            preamble, <size_t>len(preamble))
         if c == NULL:
             raise_errno(ENOMEM)
-        if connection == 0:
+        if is_new:
             connection = worker_new_id(&self.worker)
         c.id = connection
         c.origin = origin
@@ -823,7 +838,7 @@ cdef class Relay:
             self.unwatch(fd)
         if error != 0:  # connected() has read it, and reading clears it
             endpoint_lost(&c.target, error)
-        connection_place(&self.worker, c, False)
+        connection_place(&self.worker, c, False, is_new)
         return connection
 
     def close_all(self):
@@ -955,7 +970,8 @@ cdef class Relay:
                 # It was there when the snapshot began, and is the policy's from now on.
                 row_add(worker, &worker.batches, worker.sweep.number, c, worker.number)
             events.append(ConnectFailed(
-                c.origin.listener, c.client.fd, c.target.error, take_pending(c), c.opened_ms, c.id))
+                c.origin.listener, c.client.fd, c.target.error, take_pending(c), c.opened_ms, c.id,
+                peer_bytes(&c.origin.peer)))
             connections_decrement(worker)
             worker.held += 1
             connection_free(c)
@@ -1006,10 +1022,11 @@ cdef object make_event(const PolicyEvent *event, int64_t now_ms):
     if event.kind == EVENT_ACCEPT_FAILED:
         return AcceptFailed(event.listener, event.value)
     if event.kind == EVENT_REFUSED:
-        return Refused(event.listener)
+        return Refused(event.listener, peer_bytes(&event.peer))
     if event.kind == EVENT_WORKERS_WANTED:
         return WorkersWanted()
-    return ConnectFailed(event.listener, event.fd, event.value, b"", now_ms, 0)
+    return ConnectFailed(
+        event.listener, event.fd, event.value, b"", now_ms, 0, peer_bytes(&event.peer))
 
 
 cdef ConnectionInfo connection_info(const Row *row):
@@ -1092,6 +1109,18 @@ def socket_names(int fd):
     if getsockname(fd, <sockaddr *>&name, &size) == 0:
         own = (<char *>&name)[:size]
     return peer, own
+
+
+def peer_pid(int fd):
+    """The process that has connected a UNIX socket; 0: not known."""
+    return socket_peer_pid(fd)
+
+
+def refuse_rights(int fd):
+    """Have the kernel refuse descriptors that are sent to a UNIX socket from now on, if it can, and
+    add no credentials to what is received."""
+    rights_refuse(fd)
+    rights_forget_writers(fd)
 
 
 def tune_socket(int fd, int family):

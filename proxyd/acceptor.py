@@ -22,7 +22,7 @@ from proxyd.address import port
 from proxyd.event_loop import EventLoop
 from proxyd.listen import Listener
 from proxyd.loop_guard import what_to_check
-from proxyd.peers import address_note, client_label
+from proxyd.peers import address_field, address_note, client_label
 from proxyd.upstream import Upstream
 
 PAUSE_MS = 100
@@ -152,7 +152,7 @@ class Acceptor:
         elif isinstance(event, AcceptFailed):
             self._accept_failed(listener, event.error)
         else:
-            self._note_refusal(b"")
+            self._note_refusal(listener, event.peer)
 
     def _accepted(self, listener: Listener, fd: int, peer: bytes) -> None:
         relay = self._relay
@@ -161,16 +161,23 @@ class Acceptor:
             return
         relay.hang_up(fd)
         self.refused += 1
-        self._note_refusal(peer)
+        self._note_refusal(listener, peer)
 
     def _held(self) -> int:
         """Return the number of held clients, which count as connections."""
         held = [len(upstream.held) for upstream in self._upstreams]
         return sum(held + [ports.held for ports in self._ports])
 
-    def _note_refusal(self, peer: bytes) -> None:
+    def _note_refusal(self, listener: Listener, peer: bytes) -> None:
         self.refused_ms = self._relay.now_ms
-        log.limited("limit", f"Hit connection limit, refusing connection.{address_note(peer)}")
+        log.limited(
+            "limit",
+            f"Hit connection limit, refusing connection.{address_note(peer)}",
+            MESSAGE_ID=log.REFUSED,
+            LISTENER=listener.text,
+            LIMIT=str(self._relay.connections_max),
+            CLIENT=address_field(peer),
+        )
 
     def _admit(self, listener: Listener, fd: int, peer: bytes) -> None:
         """Hand a client to its upstream; `peer` is its packed address, if known."""
@@ -186,7 +193,7 @@ class Acceptor:
         if self._loop.labelled:
             name = client_label(fd, peer)
             log.debug(f"New connection from {name} to {upstream.text}.")
-        upstream.take(fd, listener.family, listener.index, header, name)
+        upstream.take(fd, listener.family, listener.index, header, name, peer)
 
     def _refuse_unknown(self, listener: Listener, fd: int) -> None:
         """Refuse a client that was reset before its address was read.

@@ -9,9 +9,10 @@ import sys
 
 from proxyd import log
 from proxyd.activation import inherited, on_standard_fds, reject_mixture
+from proxyd.command_line import parse_args
 from proxyd.errors import UsageError, reason
 from proxyd.listen import Listener, close_listener, list_names, match_targets
-from proxyd.options import OPTIONS, Option, Options, parse_args
+from proxyd.options import OPTIONS, Option, Options
 from proxyd.peers import log_addresses
 from proxyd.target import looks_like_a_port
 

@@ -117,6 +117,11 @@ def describe(error: int, address: bytes | None, target: str) -> str:
     return f"Failed to connect to remote host: {text} ({target})"
 
 
+def short_reason(why: str, target: str) -> str:
+    """Return what describe() has said, without what surrounds it in the log."""
+    return why.removeprefix("Failed to connect to remote host: ").removesuffix(f" ({target})")
+
+
 def _is_unix(address: bytes) -> bool:
     return sockaddr.family(address) == sockaddr.AF_UNIX
 

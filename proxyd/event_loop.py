@@ -41,6 +41,7 @@ class EventLoop:
         "_quiet",
         "budget",
         "had_events",
+        "on_held",
         "relay",
     )
 
@@ -51,6 +52,9 @@ class EventLoop:
         """For the sockets that dial() makes."""
         self.had_events = True
         """Whether the last run() has returned or handled any event that is not of a quiet fd."""
+        self.on_held: Callable[..., None] | None = None
+        """Called with the target's text and a HeldClient that is held for the first time (""), or
+        that is about to be closed (how). None: nothing wants to know."""
         self._handlers: dict[int, Handler] = {}
         self._quiet: set[int] = set()
         """Fds whose events put off no idle exit."""

@@ -2,8 +2,19 @@
 
 from _collections_abc import Callable, Iterator
 
-from proxyd._relay import peek, socket_error, socket_names
+from proxyd._relay import (
+    ENDING_CLIENT_GONE,
+    ENDING_CUT,
+    peek,
+    peer_pid,
+    socket_error,
+    socket_names,
+)
+from proxyd.address import AF_UNIX
 from proxyd.event_loop import EPOLLET, EventLoop
+
+FAILED = "failed"
+"""How a client ends that is given up; for other ends there are words of the relay."""
 
 WAIT_BUCKETS_MS = (5, 10, 25, 50, 100, 250, 500, 1000, 2500, 5000, 10_000, 60_000)
 """Upper bounds of the times that clients were held, for the metrics."""
@@ -17,6 +28,7 @@ class HeldClients:
         "_by_fd",
         "_loop",
         "_on_leave",
+        "_target",
         "cut",
         "failed",
         "failed_ms",
@@ -26,9 +38,12 @@ class HeldClients:
         "waits",
     )
 
-    def __init__(self, loop: EventLoop, on_leave: "Callable[[HeldClient, str], None]") -> None:
+    def __init__(
+        self, loop: EventLoop, target: str, on_leave: "Callable[[HeldClient, str], None]"
+    ) -> None:
         """`on_leave` is called with a client that has left or was cut, after it was closed."""
         self._loop = loop
+        self._target = target
         self._on_leave = on_leave
         self._by_fd: dict[int, HeldClient] = {}
         self._added = 0
@@ -59,7 +74,10 @@ class HeldClients:
         """Hold a client, in the order in which clients were accepted."""
         self._added += 1
         client.number = client.number or self._added  # it keeps its number if it is held again
+        is_new = not client.id and not client.connection  # otherwise it was told of before
         client.id = client.id or client.connection or self._loop.relay.new_id()
+        if is_new:
+            self._tell(client, "")
         youngest = next(reversed(self._by_fd.values()), client)
         self._by_fd[client.fd] = client
         if client.arrival < youngest.arrival:  # its connect has taken longer to fail
@@ -73,14 +91,14 @@ class HeldClients:
 
     def give_up(self, client: "HeldClient", why: str) -> None:
         """Close a client plainly, as the original does; if it has sent bytes, that is a reset."""
-        self._close(client)
+        self._close(client, FAILED)
         self.failed += 1
         self.failed_ms = self._loop.relay.now_ms
         self.failed_why = why
 
     def terminate(self, client: "HeldClient") -> None:
         """Reset one client, because an administrator wants it."""
-        self._close(client, reset=True)
+        self._close(client, ENDING_CUT, reset=True)
         self.cut += 1
         self._on_leave(client, "terminated")
 
@@ -88,7 +106,7 @@ class HeldClients:
         """Reset all clients; return their number."""
         clients = list(self)
         for client in clients:
-            self._close(client, reset=True)
+            self._close(client, ENDING_CUT, reset=True)
         self.cut += len(clients)
         return len(clients)
 
@@ -107,7 +125,7 @@ class HeldClients:
             error,
             listener=client.listener,
             upstream=upstream,
-            peer=socket_names(client.fd)[0],
+            peer=client.peer,
             held_ms=waited_ms,
             connection=client.id,
         )
@@ -139,13 +157,18 @@ class HeldClients:
 
     def _hung_up(self, client: "HeldClient") -> None:
         if client.has_left():
-            self._close(client)
+            self._close(client, ENDING_CLIENT_GONE)
             self.gone += 1
-            self._on_leave(client, "client gone")
+            self._on_leave(client, ENDING_CLIENT_GONE)
 
-    def _close(self, client: "HeldClient", *, reset: bool = False) -> None:
+    def _close(self, client: "HeldClient", how: str, *, reset: bool = False) -> None:
+        self._tell(client, how)
         self.remove(client)
         self._loop.hang_up(client.fd, reset=reset)
+
+    def _tell(self, client: "HeldClient", how: str) -> None:
+        if self._loop.on_held is not None:
+            self._loop.on_held(self._target, client, how)
 
     def remove(self, client: "HeldClient") -> None:
         """Stop holding a client; its fd is the caller's again."""
@@ -165,14 +188,26 @@ class HeldClient:
         "listener",
         "name",
         "number",
+        "peer",
+        "pid",
         "preamble",
         "since_ms",
     )
 
-    def __init__(
-        self, fd: int, family: int, preamble: bytes | None, name: str, since_ms: int
+    def __init__(  # noqa: PLR0913, PLR0917 - all that is known about a client
+        self,
+        fd: int,
+        family: int,
+        preamble: bytes | None,
+        name: str,
+        since_ms: int,
+        peer: bytes = b"",
     ) -> None:
         self.fd = fd
+        self.peer = peer or socket_names(fd)[0]
+        """Its packed address. Once it has reset, its socket does not know it any more."""
+        self.pid = peer_pid(fd) if family == AF_UNIX else 0
+        """Its process; 0: not known."""
         self.listener = 0
         """The index of the one that it came from."""
         self.family = family

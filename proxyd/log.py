@@ -33,7 +33,9 @@ from proxyd.address import parse_number
 # Syslog severities, syslog(3).
 ERROR, WARNING, INFO, DEBUG = 3, 4, 6, 7
 
-_NAMES = ("emerg", "alert", "crit", "err", "warning", "notice", "info", "debug")
+# MESSAGE_ID= of the events that systemd/systemd-socket-proxyd.catalog explains.
+OUTAGE, RECOVERED = "f5cd69e7daf94ec5b92bd85fa05e383d", "095eeb13d607418ca7b835721555bf36"
+REFUSED, FAILED = "735f0bd8883747a6a41f644c3700e063", "6f89b993361644b09718e67662621d7e"
 
 # Pause between two lines of the same kind, in seconds.
 _REPEAT_PAUSE = 5.0
@@ -54,8 +56,8 @@ _SPLICE_F_NONBLOCK = 2
 _max_level = INFO
 _on_journal = False
 
-# kind -> (time of the last line written, lines left out since; level and text of the last of these)
-_repeats: dict[str, tuple[float, int, int, str]] = {}
+# kind -> (time of the last line written, lines left out since; level, text, fields of the last one)
+_repeats: dict[str, tuple[float, int, int, str, dict[str, str]]] = {}
 
 _lines: list[bytes] = []
 """Lines to be written by the thread that holds the lock."""
@@ -90,8 +92,12 @@ def setup(environ: Mapping[str, str]) -> None:
         _on_journal = False
         warning(f"Ignoring JOURNAL_STREAM={environ['JOURNAL_STREAM']}: not a device and an inode.")
     level = environ.get("SYSTEMD_LOG_LEVEL", "")
+    if not level:
+        return
+    from proxyd.log_level import parse_level
+
     try:
-        _max_level = _parse_level(level)
+        _max_level = parse_level(level, INFO, on_journal=_on_journal)
     except ValueError:
         warning(f"Ignoring SYSTEMD_LOG_LEVEL={level}: not a log level.")
 
@@ -121,20 +127,21 @@ def debug(text: str) -> None:
     _log(DEBUG, text)
 
 
-def limited(kind: str, text: str, level: int = WARNING) -> None:
+def limited(kind: str, text: str, level: int = WARNING, **fields: str) -> None:
     """Log `text` unless a line of the same `kind` was logged in the last 5 s.
 
-    The next line of that kind says how many were left out.
+    The next line of that kind says how many were left out. `fields` are for the journal, MESSAGE_ID
+    among them; those that are empty are not known.
     """
     now = time.monotonic()
-    last, left_out, _, _ = _repeats.get(kind, (now - _REPEAT_PAUSE, 0, level, text))
+    last, left_out, *_ = _repeats.get(kind, (now - _REPEAT_PAUSE, 0))
     if now - last < _REPEAT_PAUSE:
-        _repeats[kind] = (last, left_out + 1, level, text)
+        _repeats[kind] = (last, left_out + 1, level, text, fields)
         return
-    _repeats[kind] = (now, 0, level, text)
+    _repeats[kind] = (now, 0, level, text, fields)
     if left_out:
         text = f"{text} ({left_out} more in the last {now - last:.0f} s left out)"
-    _log(level, text)
+    _log(level, text, fields)
 
 
 def finish() -> None:
@@ -150,19 +157,31 @@ def finish() -> None:
 
 def flush_limited() -> None:
     """Log what limited() has left out since its last line, for use at exit."""
-    for _, left_out, level, text in _repeats.values():
+    for _, left_out, level, text, fields in _repeats.values():
         if left_out:
-            _log(level, f"{text} (last of {left_out} left out)")
+            _log(level, f"{text} (last of {left_out} left out)", fields)
     _repeats.clear()
 
 
-def _log(level: int, text: str) -> None:
-    if level > _max_level:
+def _log(level: int, text: str, fields: Mapping[str, str] | None = None) -> None:
+    if level > _max_level or (fields and _on_journal and _send_fields(level, text, fields)):
         return
     try:
         _deliver(_line(level, text))
     except (OSError, ValueError, MemoryError):
         pass  # there is no way left to report it
+
+
+def _send_fields(level: int, text: str, fields: Mapping[str, str]) -> bool:
+    """Send an entry with fields to the journal; False if it has to be a line instead."""
+    known = {name: printable(value) for name, value in fields.items() if value}
+    try:
+        from proxyd.journal import send
+
+        send(level, printable(text)[:_LINE_MAX], known)
+    except (OSError, ImportError, MemoryError):  # no fd may be left to load or to send it with
+        return False
+    return True
 
 
 def _line(level: int, text: str) -> bytes:
@@ -354,33 +373,6 @@ def _escape(char: str) -> str:
     if char in "\n\t":
         return "\\n" if char == "\n" else "\\t"
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
-
-
-def _parse_level(text: str) -> int:
-    """Read SYSTEMD_LOG_LEVEL: a name or 0-7, or a list of these, also for single destinations.
-
-    A value such as `console:debug` (systemd(1)) applies if stderr is that destination.
-    Raises ValueError.
-    """
-    level = INFO
-    if not text:
-        return level
-    for item in text.split(","):
-        target, colon, value = item.rpartition(":")
-        number = _level_number(value)
-        if not colon or target == ("journal" if _on_journal else "console"):
-            level = number
-        elif target not in ("console", "journal", "kmsg", "syslog"):
-            raise ValueError(target)
-    return level
-
-
-def _level_number(text: str) -> int:
-    if text in _NAMES:
-        return _NAMES.index(text)
-    if len(text) == 1 and text in "01234567":
-        return int(text)
-    raise ValueError(text)
 
 
 def _is_journal(stream: str) -> bool:

@@ -5,6 +5,8 @@ starting, which is normal. So that is logged at info level, and a warning follow
 """
 
 from proxyd import log
+from proxyd.connect_errors import short_reason
+from proxyd.peers import address_field, address_note
 
 COLD_START_MS = 10_000
 """A target that takes longer than this to start is worth a warning."""
@@ -119,21 +121,43 @@ class Outage:
             self._log(log.WARNING)
             return
         span = _span_text(now_ms - self.since_ms)
-        log.limited(f"lasting {self.group}", f"{self.why}, clients have been held for {span}.")
+        text = f"{self.why}, clients have been held for {span}."
+        log.limited(f"lasting {self.group}", text, log.WARNING, **self._fields())
 
     def end(self, now_ms: int) -> None:
         """Record that no client waits any more. That is the end, unless the target is down."""
         if not self.up:
             return
         if self._logged and self.since_ms is not None and not self.congested:
-            span = _span_text(now_ms - self.since_ms)
-            count = self._held_total
-            clients = "1 client was" if count == 1 else f"{count} clients were"
-            text = f"{self._text} answers after {span}, {clients} held."
-            log.limited(f"reached {self.group}", text, log.INFO)
+            self._log_end(now_ms - self.since_ms)
         self.since_ms = self._warn_ms = None
         self._logged = self._denial_logged = False
         self.why = ""
+
+    def _log_end(self, span_ms: int) -> None:
+        count = self._held_total
+        clients = "1 client was" if count == 1 else f"{count} clients were"
+        log.limited(
+            f"reached {self.group}",
+            f"{self._text} answers after {_span_text(span_ms)}, {clients} held.",
+            log.INFO,
+            MESSAGE_ID=log.RECOVERED,
+            TARGET=self._text,
+            OUTAGE_MSEC=str(span_ms),
+            CLIENTS_HELD=str(count),
+        )
+
+    def given_up(self, reason: str, peer: bytes) -> None:
+        """Log that a client with this packed address was given up."""
+        log.limited(
+            f"failed {self.group}",
+            f"{reason}.{address_note(peer)}",
+            log.ERROR,
+            MESSAGE_ID=log.FAILED,
+            TARGET=self._text,
+            REASON=short_reason(reason, self._text),
+            CLIENT=address_field(peer),
+        )
 
     def next_probe_ms(self, now_ms: int) -> int:
         """Return when the next attempt is due, after one that has just failed."""
@@ -147,7 +171,12 @@ class Outage:
     def _log(self, level: int) -> None:
         self._logged = True
         text = f"{self.why}, holding clients until it answers."
-        log.limited(f"outage {self.group}", text, level)
+        log.limited(f"outage {self.group}", text, level, **self._fields())
+
+    def _fields(self) -> dict[str, str]:
+        """Return the fields of an outage for the journal."""
+        reason = short_reason(self.why, self._text)
+        return {"MESSAGE_ID": log.OUTAGE, "TARGET": self._text, "REASON": reason}
 
 
 class Pace:

@@ -12,16 +12,17 @@ def log_addresses(*, wanted: bool) -> None:
     _wanted = wanted
 
 
-def client_address(fd: int) -> str:
-    """Return the end of a line about a client, "" if its address is not known or not wanted."""
-    return address_note(socket_names(fd)[0]) if _wanted else ""
-
-
 def address_note(peer: bytes) -> str:
-    """Return the end of a line about a client with this packed address, if any."""
+    """Return the end of a line about a client with this packed address."""
+    text = address_field(peer)
+    return f" Client: {text}." if text else ""
+
+
+def address_field(peer: bytes) -> str:
+    """Return what the log calls a client; "" if its address is not known, or not wanted."""
     if not peer or not _wanted or _is_unnamed(peer):
         return ""
-    return f" Client: {address.text(address.unmapped(peer))}."
+    return address.text(address.unmapped(peer))
 
 
 def client_label(fd: int, peer: bytes) -> str:

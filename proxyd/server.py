@@ -297,7 +297,10 @@ class Server:
             if accepted == before and not self.loop.had_events:
                 break
             self._turn(0)
-        return self._busy() or self.acceptor.resume_ms is not None
+        came = self._busy() or self.acceptor.resume_ms is not None
+        if self.inspection is not None and came:
+            self.inspection.resume()
+        return came
 
     def _busy(self) -> bool:
         return self.relay.connections > 0 or any(upstream.held for upstream in self.upstreams)

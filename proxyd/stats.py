@@ -7,6 +7,7 @@ from _collections_abc import Iterable
 from proxyd import log
 from proxyd._relay import ENDING_CLIENT_GONE, ENDING_CUT, Relay
 from proxyd.acceptor import Acceptor
+from proxyd.connect_errors import short_reason
 from proxyd.upstream import Upstream
 
 TYPE_CHECKING = False  # as in typing, which is slow to import
@@ -89,11 +90,6 @@ def draining(relay: Relay, upstreams: list[Upstream], stop_ms: int | None) -> st
 def clock_text(when_ms: int, now_ms: int) -> str:
     """Return the time of day of a moment of the relay's clock."""
     return time.strftime("%H:%M:%S", time.localtime(time.time() + (when_ms - now_ms) / 1000))
-
-
-def short_reason(why: str, target: str) -> str:
-    """Return a reason without what surrounds it in the log."""
-    return why.removeprefix("Failed to connect to remote host: ").removesuffix(f" ({target})")
 
 
 def _bounded(text: str) -> str:

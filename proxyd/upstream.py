@@ -18,7 +18,6 @@ from proxyd.event_loop import EventLoop
 from proxyd.happy_eyeballs import SILENT_MS, STAGGER_MS, HappyEyeballs, Winner
 from proxyd.held import HeldClient, HeldClients
 from proxyd.outage import Outage
-from proxyd.peers import client_address
 from proxyd.target import Target, address_source
 
 TYPE_CHECKING = False  # as in typing, which is slow to import
@@ -55,7 +54,7 @@ class Upstream:
         self.text = target.text.removesuffix("*") + str(port) if target.any_port else target.text
         self.group = self.text
         """Limits repeated log lines, and names the row of the statistics."""
-        self.held = HeldClients(loop, self._client_left)
+        self.held = HeldClients(loop, self.text, self._client_left)
         self._relay_listeners: list[RelayListener] = []
         """Those whose clients come here."""
         self.served = 0
@@ -115,19 +114,22 @@ class Upstream:
 
     # ── clients ───────────────────────────────────────────────────────────────────────────────────
 
-    def take(self, fd: int, family: int, index: int, header: bytes | None, name: str) -> None:
+    def take(  # noqa: PLR0913, PLR0917 - all that is known about a client
+        self, fd: int, family: int, index: int, header: bytes | None, name: str, peer: bytes = b""
+    ) -> None:
         """Serve a client of the listener `index`; the fd is owned from now on.
 
-        If the target is up, that is one call of the relay, and Python keeps no state.
+        `peer`: its packed address; b"" if only its socket knows it. If the target is up, that is
+        one call of the relay, and Python keeps no state.
         """
         self._expects_header = bool(header)
         address = self._source.prompt(self._relay.now_ms)
         if address is None or not self.outage.up or not self._proven or self.held:
-            client = HeldClient(fd, family, header, name, self._relay.now_ms)
+            client = HeldClient(fd, family, header, name, self._relay.now_ms, peer)
             client.listener = index
             self._hold(client)
             return
-        terms = index, self.connect_ms, self.target.index, socket_names(fd)[0]
+        terms = index, self.connect_ms, self.target.index, peer or socket_names(fd)[0]
         outcome = self._relay.connect(fd, family, address, header, *terms)
         if isinstance(outcome, ConnectFailed):
             self.served += 1  # like a connect that fails later
@@ -139,7 +141,8 @@ class Upstream:
         """Hold a client whose connect has failed, at once or later."""
         self.returned += 1
         name = name or self._loop.pop_label(failed.connection).partition(" → ")[0]
-        client = HeldClient(failed.client, family, failed.pending, name, failed.opened_ms)
+        about = name, failed.opened_ms, failed.peer
+        client = HeldClient(failed.client, family, failed.pending, *about)
         client.listener = failed.listener
         client.connection = failed.connection
         # The relay reads nothing from a client before its PROXY header has been sent.
@@ -361,10 +364,9 @@ class Upstream:
         return describe(error, self._source.only, self.text)
 
     def _give_up(self, client: HeldClient, reason: str) -> None:
-        address = client_address(client.fd)
         self.held.give_up(client, reason)
         self._rest_if_none_held()
-        log.limited(f"failed {self.group}", f"{reason}.{address}", log.ERROR)
+        self.outage.given_up(reason, client.peer)
 
     def _rest_if_none_held(self) -> None:
         """Stop the attempts, and end the outage if there was one, once no client is held."""

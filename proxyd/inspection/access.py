@@ -24,7 +24,7 @@ def peer_of(sock: _socket.socket) -> Peer:
     """Return who is at the other end. Raises OSError."""
     ucred = sock.getsockopt(_socket.SOL_SOCKET, _socket.SO_PEERCRED, _SO_PEERCRED_SIZE)
     uid = int.from_bytes(ucred[4:8], "little" if _LITTLE else "big")
-    return Peer(uid, privileged=is_privileged(uid, os.geteuid(), _overflow_uid()))
+    return Peer(uid, privileged=is_privileged(uid, os.geteuid(), _overflow))
 
 
 def is_privileged(uid: int, own_uid: int, overflow_uid: int) -> bool:
@@ -45,5 +45,7 @@ def _overflow_uid() -> int:
     except (OSError, ValueError):  # ProcSubset=pid hides it
         return _OVERFLOW_UID
 
+
+_overflow = _overflow_uid()
 
 _LITTLE = memoryview(b"\1\0").cast("H")[0] == 1

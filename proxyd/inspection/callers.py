@@ -1,72 +1,41 @@
-"""The callers: their sockets, how many there may be, and what each of them may cost.
+"""The callers: how many there may be, and how much of the main loop's time they get.
 
 The main loop forwards bytes in the same thread. So the callers get a millisecond of a turn, piece
 by piece and in rotation, and the rest of their work waits for the next turn.
 """
 
-import _socket
-import errno
 import time
-from _collections_abc import Callable
-from typing import Protocol
 
 from proxyd import log
 from proxyd.event_loop import EPOLLET, EPOLLIN, EventLoop
-from proxyd.inspection.access import Peer, peer_of
-from proxyd.inspection.varlink import Call, CallError, MessageError, failure, parse
+from proxyd.inspection.access import Peer
+from proxyd.inspection.caller import Answer, Caller, CallerGoneError
 
-CALL_MAX = 64 * 1024
-"""The maximum size of a message to us, in bytes."""
+DISCARD_MS = 1000
+"""How long to wait before sockets that could not be closed are tried again."""
 
 RESERVED = 8
 """Of the places for callers, those that only root and our own user may take."""
-
-STALL_MS = 10_000
-"""A caller may take this long to finish a message, or to take any byte of a reply."""
 
 TURN_S = 0.001
 """How long the callers may keep the main loop in one turn, beyond the piece that exceeds it."""
 
 _EPOLLOUT, _EPOLLHUP, _EPOLLERR = 4, 16, 8
 
-_READ = 16 * 1024
-
-
-class Stream(Protocol):
-    """The replies to one call, piece by piece. After an error it is finished."""
-
-    finished: bool
-    """Whether next() has returned everything."""
-
-    def next(self) -> bytes | None:
-        """Return the next messages, which may be b""; None if there are none at the moment.
-
-        Raises CallError for a call that fails late.
-        """
-
-    @property
-    def overflows(self) -> bool:
-        """Tell whether more waits for the caller than it is worth."""
-
-    def on_more(self, wake: Callable[[], None]) -> None:
-        """Have `wake` called whenever there is something after next() has returned None."""
-
-    def close(self) -> None:
-        """Forget the caller: it has got everything, or is gone."""
-
-
-Answer = Callable[[Call, Peer], "bytes | Stream"]
-"""Answers a call. Raises CallError."""
-
-
-class CallerGoneError(Exception):
-    """The caller has left, breaks the rules, or is too slow."""
-
 
 class Callers:
-    """All callers, in the order of their last sign of life. Owns their sockets."""
+    """All callers. Owns their sockets."""
 
-    __slots__ = ("_answer", "_by_fd", "_callers_max", "_loop", "_ready")
+    __slots__ = (
+        "_answer",
+        "_by_fd",
+        "_callers_max",
+        "_discard_ms",
+        "_loop",
+        "_ready",
+        "_stall_ms",
+        "_undiscarded",
+    )
 
     def __init__(self, loop: EventLoop, answer: Answer, callers_max: int) -> None:
         self._loop = loop
@@ -75,6 +44,12 @@ class Callers:
         self._by_fd: dict[int, Caller] = {}
         self._ready: dict[int, Caller] = {}
         """Those that may have something to do, in the order of their turns."""
+        self._stall_ms: int | None = None
+        """When the first one will have stalled for too long."""
+        self._undiscarded: list[tuple[int, Peer]] = []
+        """Sockets of callers that are gone, whose close could block. They keep their places."""
+        self._discard_ms: int | None = None
+        """When to try again to close them."""
 
     def __len__(self) -> int:
         """Return the number of callers."""
@@ -86,6 +61,7 @@ class Callers:
         if not caller.known or not self._make_room(caller.peer):
             self._close(caller)
             return
+        self._by_fd[fd] = self._ready[fd] = caller
         try:
             self._loop.watch(
                 fd,
@@ -95,19 +71,14 @@ class Callers:
             )
         except OSError:  # out of memory
             self._close(caller)
-            return
-        self._by_fd[fd] = caller
-        self._ready[fd] = caller
 
     def _make_room(self, peer: Peer) -> bool:
         """Tell whether there is a place, if need be that of a caller that asks nothing."""
-        places = self._callers_max - (
-            0 if peer.privileged else min(RESERVED, self._callers_max // 2)
-        )
-        count = len(self._by_fd)
-        if not peer.privileged:
-            count = sum(not one.peer.privileged for one in self._by_fd.values())
-        if count < places and len(self._by_fd) < self._callers_max:
+        peers = [one.peer for one in self._by_fd.values()]
+        peers += [gone for _, gone in self._undiscarded]
+        strangers = sum([not one.privileged for one in peers])
+        others_max = self._callers_max - min(RESERVED, self._callers_max // 2)
+        if len(peers) < self._callers_max and (peer.privileged or strangers < others_max):
             return True
         idle = [one for one in self._by_fd.values() if one.idle]
         others = [one for one in idle if not one.peer.privileged]
@@ -119,16 +90,25 @@ class Callers:
 
     def _on_event(self, caller: "Caller", events: int) -> None:
         if events & (_EPOLLHUP | _EPOLLERR):
-            self._close(caller)
-        else:
-            self._wake(caller)
+            caller.has_left = True
+        self._wake(caller)
 
-    def _wake(self, caller: "Caller") -> None:
-        if caller.fd in self._by_fd:
+    def _wake(self, caller: Caller) -> None:
+        if self._by_fd.get(caller.fd) is caller:  # its fd may be that of another one by now
             self._ready.setdefault(caller.fd, caller)
 
     def step(self, now_ms: int) -> None:
         """Serve the callers for a while, and drop those that have stalled."""
+        if self._ready:
+            self._serve(now_ms)
+        elif self._stall_ms is not None and now_ms >= self._stall_ms:
+            self._drop_stalled(now_ms)
+        if self._discard_ms is not None and now_ms >= self._discard_ms:
+            gone, self._undiscarded, self._discard_ms = self._undiscarded, [], None
+            for fd, peer in gone:
+                self._discard(fd, peer)
+
+    def _serve(self, now_ms: int) -> None:
         end = time.monotonic() + TURN_S
         while self._ready:
             fd = next(iter(self._ready))
@@ -147,16 +127,24 @@ class Callers:
                 )
             if time.monotonic() >= end:
                 break
+        self._drop_stalled(now_ms)
+
+    def _drop_stalled(self, now_ms: int) -> None:
+        self._stall_ms = None
         for caller in list(self._by_fd.values()):
             stalled_ms = caller.stalled_ms
-            if stalled_ms is not None and now_ms >= stalled_ms:
+            if stalled_ms is None:
+                continue
+            if now_ms >= stalled_ms:
                 self._close(caller)
+            elif self._stall_ms is None or stalled_ms < self._stall_ms:
+                self._stall_ms = stalled_ms
 
     def next_ms(self, now_ms: int) -> int | None:
         """When to call step() at the latest; None: not before the next event."""
         if self._ready:
             return now_ms
-        times = [caller.stalled_ms for caller in self._by_fd.values()]
+        times = (self._stall_ms, self._discard_ms)
         return min((time for time in times if time is not None), default=None)
 
     def close_all(self) -> None:
@@ -164,172 +152,15 @@ class Callers:
         for caller in list(self._by_fd.values()):
             self._close(caller)
 
-    def _close(self, caller: "Caller") -> None:
+    def _close(self, caller: Caller) -> None:
         self._by_fd.pop(caller.fd, None)
         self._ready.pop(caller.fd, None)
         caller.close()
         self._loop.unwatch(caller.fd)
-        self._loop.hang_up(caller.fd)  # what it has sent may contain descriptors
+        self._discard(caller.fd, caller.peer)
 
-
-class Caller:
-    """One connection to the inspection socket. Calls are answered one after the other."""
-
-    __slots__ = (
-        "_answer",
-        "_input",
-        "_oneway",
-        "_output",
-        "_sock",
-        "_stream",
-        "_waiting_ms",
-        "_wake",
-        "active_ms",
-        "fd",
-        "known",
-        "peer",
-    )
-
-    def __init__(
-        self, fd: int, answer: Answer, now_ms: int, wake: "Callable[[Caller], None]"
-    ) -> None:
-        """`wake` is called when there is something to do without an event of the socket."""
-        self.fd = fd
-        # The family is given because to find it costs system calls.
-        self._sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM, 0, fileno=fd)
-        self._answer = answer
-        self._wake = wake
-        self._input = bytearray()
-        self._output = b""
-        self._stream: Stream | None = None
-        self._oneway = False
-        """Whether the replies of `_stream` are not wanted."""
-        self.active_ms = now_ms
-        """When it has last sent or taken anything."""
-        self._waiting_ms: int | None = None
-        """Since when we wait for the rest of a message, or for it to read; None: we do not."""
-        try:
-            self.peer = peer_of(self._sock)
-            self.known = True
-        except OSError:
-            self.peer = Peer(0, privileged=False)
-            self.known = False
-        """Whether the kernel has told who it is."""
-
-    @property
-    def idle(self) -> bool:
-        """Tell whether it asks nothing at the moment."""
-        return self._stream is None and not self._output and not self._input
-
-    @property
-    def stalled_ms(self) -> int | None:
-        """When it will have stalled for too long."""
-        return None if self._waiting_ms is None else self._waiting_ms + STALL_MS
-
-    def step(self, now_ms: int) -> bool:
-        """Do one piece of work; return True if there may be more to do at once.
-
-        Raises CallerGoneError.
-        """
-        if self._stream is not None and self._stream.overflows:
-            raise CallerGoneError
-        if self._output:
-            return self._send(now_ms)
-        if self._stream is not None:
-            return self._continue(self._stream, now_ms)
-        message, nul, rest = self._input.partition(b"\0")
-        if nul:
-            self._input = rest
-            self._waiting_ms = now_ms if rest else None
-            self._serve(bytes(message))
-            return True
-        return self._receive(now_ms)
-
-    def _send(self, now_ms: int) -> bool:
-        """Send what is left of the output; return False if the caller has to read first."""
-        try:
-            count = self._sock.send(self._output, _socket.MSG_DONTWAIT | _socket.MSG_NOSIGNAL)
-        except OSError as error:
-            if error.errno != errno.EAGAIN:
-                raise CallerGoneError from None
-            count = 0
-        if count or self._waiting_ms is None:
-            self._waiting_ms = self.active_ms = now_ms
-        self._output = self._output[count:]
-        if self._output:
-            return count > 0  # until EAGAIN, as the event is edge-triggered
-        self._waiting_ms = None
-        return True
-
-    def _continue(self, stream: Stream, now_ms: int) -> bool:
-        try:
-            data: bytes | None = stream.next()
-        except CallError as error:
-            data = failure(error)
-        if data is None:
-            return False
-        if not self._oneway:
-            self._output = data
-        if stream.finished:
-            self._end_stream()
-            return True
-        return not self._output or self._send(now_ms)
-
-    def _serve(self, message: bytes) -> None:
-        try:
-            call = parse(message)
-        except MessageError:
-            raise CallerGoneError from None
-        try:
-            answer = self._answer(call, self.peer)
-        except CallError as error:
-            answer = failure(error)
-        if not isinstance(answer, bytes):
-            self._stream = answer
-            self._oneway = call.oneway
-            answer.on_more(lambda: self._wake(self))
-        elif not call.oneway:
-            self._output = answer
-
-    def _receive(self, now_ms: int) -> bool:
-        """Read some bytes; return False if there are none yet."""
-        data = self._read()
-        if data is None:
-            return False
-        if not data:
-            raise CallerGoneError
-        self.active_ms = now_ms
-        if self._waiting_ms is None:
-            self._waiting_ms = now_ms
-        self._input += data
-        if len(self._input) > CALL_MAX and self._input.find(b"\0", 0, CALL_MAX + 1) < 0:
-            raise CallerGoneError
-        return True
-
-    def _read(self) -> bytes | None:
-        """Return what has come, b"" at the end, None if there is nothing yet.
-
-        Descriptors are never taken: closing them may block. The end of a caller that sends some is
-        left to the relay, which has a thread for that.
-        """
-        try:
-            peeked, _, flags, _ = self._sock.recvmsg(
-                _READ, 0, _socket.MSG_PEEK | _socket.MSG_DONTWAIT
-            )
-            if flags & _socket.MSG_CTRUNC:
-                raise CallerGoneError
-            return self._sock.recv(len(peeked), _socket.MSG_DONTWAIT) if peeked else b""
-        except OSError as error:
-            if error.errno == errno.EAGAIN:
-                return None
-            raise CallerGoneError from None
-
-    def close(self) -> None:
-        """Give up the socket, which stays open, and what it has been waiting for."""
-        self._end_stream()
-        self._sock.detach()
-
-    def _end_stream(self) -> None:
-        stream, self._stream = self._stream, None
-        if stream is not None:
-            stream.close()
+    def _discard(self, fd: int, peer: Peer) -> None:
+        """Close a socket, unless it has descriptors in its queue, and others like it come first."""
+        if not self._loop.relay.discard(fd):
+            self._undiscarded.append((fd, peer))
+            self._discard_ms = self._loop.relay.now_ms + DISCARD_MS

@@ -102,6 +102,7 @@ class Entrance:
         """Accept callers. Whatever fails harms no connection."""
         try:
             service = self._load()
+            os.set_blocking(self._listener.fd, False)  # others may share it, and have cleared that
             for _ in range(_ACCEPTS_MAX):
                 service.callers.add(_accept_one(self._listener.fd))
         except BlockingIOError:
@@ -125,7 +126,7 @@ class Entrance:
             self._service.handle(event)
 
     def rest(self) -> None:
-        """Serve no caller until the next time that anything is due after resume()."""
+        """Serve no caller until resume()."""
         self._resting = True
 
     def resume(self) -> None:

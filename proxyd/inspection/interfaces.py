@@ -87,11 +87,13 @@ type Target (
 )
 
 # Lists the clients, those of one target or in one state if asked to. Takes 'more'. For root and the
-# user of the service.
+# user of the service. Ends with Incomplete, after all others, if some could not be listed.
 method List(target: ?string, state: ?string) -> (connection: Connection)
 
-# Reports connections that begin and end from now on. Takes 'more'. For root and the user of the
-# service. A caller that does not read is dropped. how: of an end, as in the log.
+# Reports clients that come and go from now on, each once: when it is held for its target or, if it
+# is not, when it is being connected; and when it has left. Takes 'more'. For root and the user of
+# the service. A caller that does not read is dropped. how: of an end, as in the log; "failed" if
+# the client was given up.
 method Watch() -> (event: (begin, end), connection: Connection, how: ?string)
 
 # Resets a connection, or a client that is held. For root and the user of the service.
@@ -113,6 +115,9 @@ method Status() -> (
 
 # There is no client to list, or none with this id.
 error NoSuchConnection()
+
+# There was no memory to list some, or the thread for connections which may block is blocked.
+error Incomplete(missing: int)
 """
 
 _METRICS_TEXT = """\

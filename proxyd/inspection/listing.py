@@ -21,6 +21,7 @@ class ListStream:
         "_snapshots",
         "_state",
         "_target",
+        "_wake",
         "finished",
     )
 
@@ -33,6 +34,7 @@ class ListStream:
         self._at = self._held_at = 0
         self._kept: Fields | None = None
         """The last row, which is sent after the next one or as the end of all."""
+        self._wake: Callable[[], None] | None = None
         self.finished = False
 
     @property
@@ -42,10 +44,14 @@ class ListStream:
 
     def on_more(self, wake: Callable[[], None]) -> None:
         """Call `wake` when there are more rows."""
-        self._snapshot.on_rows(wake)
+        self._wake = wake
+        self._snapshot.wakes.append(wake)
 
     def next(self) -> bytes | None:
-        """Return the next piece; None before it is there. Raises CallError if there is none."""
+        """Return the next piece; None before it is there.
+
+        Raises CallError if there is none, or, after all others, if some are missing.
+        """
         snapshot = self._snapshot
         infos = snapshot.rows[self._at : self._at + ROWS_MAX]
         self._at += len(infos)
@@ -56,8 +62,13 @@ class ListStream:
         held = snapshot.held[self._held_at : self._held_at + ROWS_MAX]
         self._held_at += len(held)
         if held:
-            return self._take(held)
+            return self._take([snapshot.makes.held(*one) for one in held])
+        if snapshot.missing and self._kept is not None:
+            last, self._kept = self._kept, None
+            return reply({"connection": last}, continues=True)
         self.finished = True
+        if snapshot.missing:
+            raise CallError(f"{PROXY}.Incomplete", missing=snapshot.missing)
         if self._kept is None:
             raise CallError(f"{PROXY}.NoSuchConnection")
         return reply({"connection": self._kept})
@@ -77,4 +88,6 @@ class ListStream:
 
     def close(self) -> None:
         """Release the snapshot."""
+        if self._wake is not None:
+            self._snapshot.wakes.remove(self._wake)
         self._snapshots.release(self._snapshot)

@@ -4,7 +4,8 @@ What a target's open connections have moved is not in its counters before the re
 all. So a list waits for that, and everybody who asks meanwhile shares the next pass.
 """
 
-from _collections_abc import Callable, Iterable, Iterator
+from _collections_abc import Callable, Iterator, Sequence
+from itertools import accumulate
 
 from proxyd._relay import CONNECT_BUCKETS_US, Relay, SnapshotRows
 from proxyd.acceptor import Acceptor
@@ -41,63 +42,77 @@ _FAMILIES = (
 )
 """Name, type and description of each family, in the order of their names."""
 
-_TYPES = {name: kind for name, kind, _ in _FAMILIES}
+_PIECE = 64
+"""How many metrics are made at once: the relay waits while they are made into text."""
 
-Metric = tuple[str, Fields | None, int]
-"""Name, fields and value."""
+Metric = tuple[str, Fields, str, Sequence[str], Sequence[int]]
+"""Name, fields, and the values: one for each label, which is the value of one more field, if that
+has a name."""
 
 
 class Passes:
     """Has the relay count what open connections have moved, for all who wait."""
 
-    __slots__ = ("_next", "_number", "_relay", "_running")
+    __slots__ = ("_collect", "_next", "_relay", "_running")
 
-    def __init__(self, relay: Relay) -> None:
+    def __init__(self, relay: Relay, collect: Callable[[], list[Metric]]) -> None:
+        """`collect` returns the metrics after a pass."""
         self._relay = relay
-        self._number = 0
-        """Of the pass that is under way; 0: there is none."""
-        self._running: list[Callable[[], None]] = []
-        """What to call at its end."""
-        self._next: list[Callable[[], None]] = []
-        """What to call at the end of the next one: it must begin after the question."""
+        self._collect = collect
+        self._running: Pass | None = None
+        self._next: Pass | None = None
+        """Asked for, but not begun: it must begin after the question."""
 
-    def request(self, call: Callable[[], None]) -> None:
-        """Have `call` called at the end of a pass that begins now or later."""
-        self._next.append(call)
+    def request(self) -> "Pass":
+        """Return a pass that begins now or later."""
+        wanted = self._next = self._next or Pass()
         self._begin()
+        return wanted
 
     def _begin(self) -> None:
-        if self._number == 0 and self._next:
-            self._running, self._next = self._next, []
-            self._number = self._relay.start_snapshot(False)
+        if self._running is None and self._next is not None:
+            self._running, self._next = self._next, None
+            self._running.number = self._relay.start_snapshot(False)
 
     def handle(self, event: SnapshotRows) -> None:
         """Take an event, which may be that of another snapshot."""
-        if event.number != self._number:
+        done = self._running
+        if done is None or event.number != done.number:
             return
-        done, self._running, self._number = self._running, [], 0
-        for call in done:
-            call()
+        self._running = None
+        if done.wakes:
+            done.metrics = self._collect()
+        for wake in done.wakes:
+            wake()
         self._begin()
 
 
-class Messages:
-    """Messages that can all be made at once, though perhaps not yet."""
+class Pass:
+    """The metrics of one moment, for all who have asked for them before it."""
 
-    __slots__ = ("_make", "_ready", "_wake", "finished")
+    __slots__ = ("metrics", "number", "wakes")
 
-    def __init__(self, make: Callable[[], list[Fields]], *, ready: bool) -> None:
-        """`make` returns the replies; without `ready`, it may be called after set_ready()."""
-        self._make = make
-        self._ready = ready
+    def __init__(self) -> None:
+        self.number = 0
+        """The relay's; 0: it has not begun."""
+        self.metrics: list[Metric] | None = None
+        """None: it has not ended."""
+        self.wakes: list[Callable[[], None]] = []
+        """What to call at its end."""
+
+
+class MetricsStream:
+    """The replies to List."""
+
+    __slots__ = ("_kept", "_pass", "_rest", "_wake", "finished")
+
+    def __init__(self, passes: Passes) -> None:
+        self._pass = passes.request()
+        self._rest: Iterator[Fields] | None = None
+        self._kept: Fields | None = None
+        """The last one made, which is sent after the next one or as the end of all."""
         self._wake: Callable[[], None] | None = None
         self.finished = False
-
-    def set_ready(self) -> None:
-        """Answer now."""
-        self._ready = True
-        if self._wake is not None:
-            self._wake()
 
     @property
     def overflows(self) -> bool:
@@ -105,62 +120,71 @@ class Messages:
         return False
 
     def on_more(self, wake: Callable[[], None]) -> None:
-        """Call `wake` when it is ready."""
+        """Call `wake` at the end of the pass."""
         self._wake = wake
+        self._pass.wakes.append(wake)
 
     def next(self) -> bytes | None:
-        """Return everything; None before it is ready."""
-        if not self._ready:
+        """Return the next piece; None before it is there."""
+        if self._pass.metrics is None:
             return None
-        self.finished = True
-        *others, last = self._make()
-        return b"".join([reply(one, continues=True) for one in others]) + reply(last)
+        if self._rest is None:
+            self._rest = _messages(self._pass.metrics)
+            self._kept = next(self._rest)
+        messages = []
+        for _ in range(_PIECE):
+            message = next(self._rest, None)
+            self.finished = message is None
+            messages.append(reply(self._kept or {}, continues=not self.finished))
+            if self.finished:
+                break
+            self._kept = message
+        return b"".join(messages)
 
     def close(self) -> None:
         """Do nothing more for the caller."""
-        self._wake = None
+        if self._wake is not None:
+            self._pass.wakes.remove(self._wake)
 
 
-def describe() -> Messages:
+def describe() -> bytes:
     """Answer Describe."""
-    return Messages(_descriptions, ready=True)
-
-
-def _descriptions() -> list[Fields]:
-    return [
+    families: list[Fields] = [
         {"name": DOMAIN + name, "description": text, "type": kind} for name, kind, text in _FAMILIES
     ]
+    *others, last = families
+    return b"".join([reply(one, continues=True) for one in others]) + reply(last)
 
 
-def metrics(
-    passes: Passes, acceptor: Acceptor, relay: Relay, upstreams: list[Upstream]
-) -> Messages:
-    """Answer List."""
-    messages = Messages(lambda: _list(acceptor, relay, upstreams), ready=False)
-    passes.request(messages.set_ready)
-    return messages
+def _messages(metrics: list[Metric]) -> Iterator[Fields]:
+    for name, fields, label, texts, values in metrics:
+        for text, value in zip(texts, values, strict=True):
+            all_fields = fields | {label: text} if label else fields
+            yield {
+                "name": DOMAIN + name,
+                "object": None,
+                "fields": all_fields or None,
+                "value": value,
+            }
 
 
-def _list(acceptor: Acceptor, relay: Relay, upstreams: list[Upstream]) -> list[Fields]:
+def collect(acceptor: Acceptor, relay: Relay, upstreams: list[Upstream]) -> list[Metric]:
+    """Return all metrics; those of one family follow each other."""
     found = [*_overall(acceptor, relay, upstreams), *_by_target(relay, upstreams)]
-    found.sort(key=lambda metric: metric[0])  # a family stays together
-    return [
-        {"name": DOMAIN + name, "object": None, "fields": fields, "value": value}
-        for name, fields, value in found
-    ]
+    return sorted(found, key=lambda metric: metric[0])
 
 
 def _overall(acceptor: Acceptor, relay: Relay, upstreams: list[Upstream]) -> Iterator[Metric]:
     totals = relay.totals()
-    yield "Accepted", None, totals.accepted + acceptor.passed_in
-    yield "BytesToClients", None, totals.bytes_to_clients
-    yield "BytesToTargets", None, totals.bytes_to_targets
-    yield "ConnectionsMax", None, relay.connections_max
-    for ending, count in all_endings(totals, upstreams).items():
-        yield "Ended", {"how": ending}, count
-    yield "Open", None, relay.connections
-    yield "Refused", None, totals.refused + acceptor.refused
-    yield "Threads", None, relay.thread_count
+    yield _single("Accepted", totals.accepted + acceptor.passed_in)
+    yield _single("BytesToClients", totals.bytes_to_clients)
+    yield _single("BytesToTargets", totals.bytes_to_targets)
+    yield _single("ConnectionsMax", relay.connections_max)
+    endings = all_endings(totals, upstreams)
+    yield "Ended", {}, "how", [*endings], [*endings.values()]
+    yield _single("Open", relay.connections)
+    yield _single("Refused", totals.refused + acceptor.refused)
+    yield _single("Threads", relay.thread_count)
 
 
 def _by_target(relay: Relay, upstreams: list[Upstream]) -> Iterator[Metric]:
@@ -170,30 +194,34 @@ def _by_target(relay: Relay, upstreams: list[Upstream]) -> Iterator[Metric]:
         groups.setdefault(upstream.target, []).append(upstream)
     for target, members in groups.items():
         fields: Fields = {"target": plain(target.text)}
-        yield "Failed", fields, sum(one.held.failed for one in members)
-        yield "Held", fields, sum(len(one.held) for one in members)
-        yield "Served", fields, sum(one.connected for one in members)
-        yield "Up", fields, int(all(one.outage.up for one in members))
+        yield _single("Failed", sum(one.held.failed for one in members), fields)
+        yield _single("Held", sum(len(one.held) for one in members), fields)
+        yield _single("Served", sum(one.connected for one in members), fields)
+        yield _single("Up", int(all(one.outage.up for one in members)), fields)
         counts = [sum(n) for n in zip(*(one.held.waits for one in members), strict=True)]
         waited_us = sum(one.held.waited_ms for one in members) * 1000
-        bounds = [bound_ms * 1000 for bound_ms in WAIT_BUCKETS_MS]
-        yield from _histogram("HeldUSec", fields, bounds, counts, waited_us)
+        yield from _histogram("HeldUSec", fields, _WAIT_BOUNDS, counts, waited_us)
         totals = relay.target_totals(target.index)
-        yield "TargetBytesDown", fields, totals.bytes_to_clients
-        yield "TargetBytesUp", fields, totals.bytes_to_target
-        for ending, count in totals.endings.items():
-            yield "TargetEnded", fields | {"how": ending}, count
-        took = list(totals.connects)
-        yield from _histogram("ConnectUSec", fields, CONNECT_BUCKETS_US, took, totals.connect_us)
+        yield _single("TargetBytesDown", totals.bytes_to_clients, fields)
+        yield _single("TargetBytesUp", totals.bytes_to_target, fields)
+        yield "TargetEnded", fields, "how", [*totals.endings], [*totals.endings.values()]
+        took = totals.connects
+        yield from _histogram("ConnectUSec", fields, _CONNECT_BOUNDS, took, totals.connect_us)
 
 
 def _histogram(
-    name: str, fields: Fields, bounds: Iterable[int], counts: list[int], sum_us: int
+    name: str, fields: Fields, bounds: Sequence[str], counts: Sequence[int], sum_us: int
 ) -> Iterator[Metric]:
     """Yield a histogram, cumulated as Prometheus has them; the last count has no bound."""
-    total = 0
-    for bound, count in zip([*map(str, bounds), "+Inf"], counts, strict=True):
-        total += count
-        yield f"{name}Bucket", fields | {"le": bound}, total
-    yield f"{name}Count", fields, total
-    yield f"{name}Sum", fields, sum_us
+    cumulated = list(accumulate(counts))
+    yield f"{name}Bucket", fields, "le", bounds, cumulated
+    yield _single(f"{name}Count", cumulated[-1], fields)
+    yield _single(f"{name}Sum", sum_us, fields)
+
+
+def _single(name: str, value: int, fields: Fields | None = None) -> Metric:
+    return name, fields or {}, "", ("",), (value,)
+
+
+_WAIT_BOUNDS = [*(str(bound_ms * 1000) for bound_ms in WAIT_BUCKETS_MS), "+Inf"]
+_CONNECT_BOUNDS = [*map(str, CONNECT_BUCKETS_US), "+Inf"]

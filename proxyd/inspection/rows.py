@@ -3,11 +3,9 @@
 import time
 
 from proxyd import address as sockaddr
-from proxyd._relay import socket_names
 from proxyd.acceptor import Acceptor
 from proxyd.held import HeldClient
 from proxyd.inspection.varlink import Fields, plain
-from proxyd.upstream import Upstream
 
 TYPE_CHECKING = False  # as in typing
 if TYPE_CHECKING:
@@ -50,16 +48,16 @@ class RowMaker:
             "thread": info.thread,
         }
 
-    def held(self, upstream: Upstream, client: HeldClient) -> Fields:
-        """Return the row of a held client."""
+    def held(self, target: str, client: HeldClient) -> Fields:
+        """Return the row of a client that is held, or was at this moment."""
         age_us = self._span(client.since_ms)
         return {
             "id": client.id,
             "state": "held",
             "listener": plain(self._listeners[client.listener].text),
-            "client": client_text(client.fd),
-            "clientPID": None,
-            "target": plain(upstream.text),
+            "client": _text(client.peer),
+            "clientPID": client.pid or None,
+            "target": plain(target),
             "targetAddress": None,
             "localAddress": None,
             "sinceUSec": self.since_us(client.since_ms),
@@ -88,11 +86,6 @@ def target_text(listener: "Listener", address: bytes) -> str:
         port = sockaddr.port(address) if address else listener.upstream.port
         return plain(target.text.removesuffix("*") + str(port))
     return plain(target.text)
-
-
-def client_text(fd: int) -> str:
-    """Return the address of a client, "" if its socket does not know it any more."""
-    return _text(socket_names(fd)[0])
 
 
 def _text(address: bytes) -> str:

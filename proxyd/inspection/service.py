@@ -6,18 +6,19 @@ from _collections_abc import Callable
 from proxyd import __version__
 from proxyd._relay import Ended, SnapshotRows, Terminated
 from proxyd.acceptor import Acceptor
+from proxyd.connect_errors import short_reason
 from proxyd.event_loop import EventLoop
 from proxyd.inspection.access import Peer
-from proxyd.inspection.callers import Callers, Stream
+from proxyd.inspection.caller import Stream
+from proxyd.inspection.callers import Callers
 from proxyd.inspection.interfaces import METRICS, PROXY, TEXTS
 from proxyd.inspection.listing import ListStream
-from proxyd.inspection.metrics import Passes, describe, metrics
+from proxyd.inspection.metrics import MetricsStream, Passes, collect, describe
 from proxyd.inspection.rows import RowMaker
 from proxyd.inspection.snapshot import Snapshots
 from proxyd.inspection.terminate import Terminations
 from proxyd.inspection.varlink import SERVICE, Call, CallError, Fields, plain, reply
 from proxyd.inspection.watch import Watchers
-from proxyd.stats import short_reason
 from proxyd.upstream import Upstream
 
 TYPE_CHECKING = False  # as in typing
@@ -54,7 +55,7 @@ class Service:
             "callersMax": callers_max,
         }
         self._snapshots = Snapshots(self._relay, lambda: loop.relay.now_ms, acceptor, upstreams)
-        self._passes = Passes(self._relay)
+        self._passes = Passes(self._relay, lambda: collect(acceptor, loop.relay, upstreams))
         self._terminations = Terminations(self._relay)
         self._watchers = Watchers(loop, self._relay, self._make_rows)
         self.callers = Callers(loop, self._answer, callers_max)
@@ -153,7 +154,7 @@ class Service:
     def _list_metrics(self, call: Call) -> Stream:
         call.require_more()
         call.allow()
-        return metrics(self._passes, self._acceptor, self._loop.relay, self._upstreams)
+        return MetricsStream(self._passes)
 
 
 def _unknown(method: str) -> CallError:
@@ -186,7 +187,7 @@ def _get_interface_description(call: Call) -> bytes:
     return reply({"description": TEXTS[interface]})
 
 
-def _describe_metrics(call: Call) -> Stream:
+def _describe_metrics(call: Call) -> bytes:
     call.require_more()
     call.allow()
     return describe()

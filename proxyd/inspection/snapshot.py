@@ -10,7 +10,6 @@ from _collections_abc import Callable, Iterable, Iterator
 from proxyd.acceptor import Acceptor
 from proxyd.held import HeldClient
 from proxyd.inspection.rows import RowMaker
-from proxyd.inspection.varlink import Fields
 from proxyd.upstream import Upstream
 
 TYPE_CHECKING = False  # as in typing
@@ -24,28 +23,22 @@ SNAPSHOTS_MAX = 2
 class Snapshot:
     """All clients at the moment when it was started."""
 
-    __slots__ = ("_on_rows", "complete", "held", "makes", "number", "rows", "users")
+    __slots__ = ("complete", "held", "makes", "missing", "number", "rows", "users", "wakes")
 
     def __init__(self) -> None:
         self.number = 0
         """The relay's; 0: it has not been started."""
         self.rows: list[ConnectionInfo] = []
         """Those that the relay has sent so far."""
-        self.held: list[Fields] = []
-        """The rows of the held clients; final once it is complete."""
+        self.held: list[tuple[str, HeldClient]] = []
+        """Target and client, for those that were held then; final once it is complete."""
+        self.missing = 0
+        """How many connections the relay could not tell of; final once it is complete."""
         self.complete = False
         self.users = 0
         self.makes: RowMaker
-        self._on_rows: list[Callable[[], None]] = []
-
-    def on_rows(self, call: Callable[[], None]) -> None:
-        """Have `call` called whenever there are more rows, and at the end."""
-        self._on_rows.append(call)
-
-    def tell(self) -> None:
-        """Call those who wait for rows."""
-        for call in self._on_rows:
-            call()
+        self.wakes: list[Callable[[], None]] = []
+        """What to call whenever there are more rows, and at the end."""
 
 
 class Snapshots:
@@ -55,7 +48,6 @@ class Snapshots:
         "_acceptor",
         "_alive",
         "_clock",
-        "_held",
         "_next",
         "_relay",
         "_running",
@@ -80,8 +72,6 @@ class Snapshots:
         """Asked for, but not started."""
         self._alive: list[Snapshot] = []
         """Those started whose rows are not all used up."""
-        self._held: set[int] = set()
-        """The ids of the held clients when the running one was started."""
         self._start_ms = 0
 
     def request(self) -> Snapshot:
@@ -112,9 +102,7 @@ class Snapshots:
         self._alive.append(snapshot)
         self._start_ms = self._clock()
         snapshot.makes = RowMaker(self._acceptor, self._start_ms)
-        held = list(self._all_held())
-        self._held = {client.id for _, client in held}
-        snapshot.held = [snapshot.makes.held(*one) for one in held]
+        snapshot.held = list(self._all_held())
         snapshot.number = self._relay.start_snapshot()
 
     def handle(self, event: "SnapshotRows") -> None:
@@ -125,23 +113,28 @@ class Snapshots:
         if snapshot.users:
             snapshot.rows += event.rows
         if event.last:
+            snapshot.missing = event.missing
             self._complete(snapshot)
-        snapshot.tell()
+        for wake in snapshot.wakes:
+            wake()
 
     def _complete(self, snapshot: Snapshot) -> None:
-        told = {info.connection for info in snapshot.rows} | self._held
-        snapshot.held += [
-            snapshot.makes.held(upstream, client)
-            for upstream, client in self._all_held()
-            if client.connection and client.id not in told and client.since_ms <= self._start_ms
+        returned = [
+            (target, client)
+            for target, client in self._all_held()
+            if client.connection and client.since_ms <= self._start_ms
         ]
+        if returned:
+            told = {info.connection for info in snapshot.rows}
+            told |= {client.id for _, client in snapshot.held}
+            snapshot.held += [one for one in returned if one[1].id not in told]
         snapshot.complete = True
         self._running = None
         if not snapshot.users:
             self._alive.remove(snapshot)
         self._start_next()
 
-    def _all_held(self) -> Iterator[tuple[Upstream, HeldClient]]:
+    def _all_held(self) -> Iterator[tuple[str, HeldClient]]:
         for upstream in self._upstreams:
             for client in upstream.held:
-                yield upstream, client
+                yield upstream.text, client

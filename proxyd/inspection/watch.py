@@ -3,6 +3,7 @@
 from _collections_abc import Callable
 
 from proxyd.event_loop import EventLoop
+from proxyd.held import HeldClient
 from proxyd.inspection.rows import RowMaker
 from proxyd.inspection.varlink import Fields, reply
 
@@ -30,6 +31,7 @@ class Watchers:
         stream = WatchStream(self._remove)
         self._streams.append(stream)
         self._relay.report_begins = self._relay.report_ends = True
+        self._loop.on_held = self._held
         return stream
 
     def _remove(self, stream: "WatchStream") -> None:
@@ -37,23 +39,27 @@ class Watchers:
         if not self._streams:
             self._relay.report_begins = False
             self._relay.report_ends = self._loop.labelled
+            self._loop.on_held = None
 
     def begun(self, info: "ConnectionInfo") -> None:
-        """Tell that a connection has begun."""
-        self._tell("begin", info, None)
+        """Tell that a connection has begun, whose client was not held before."""
+        if self._streams:  # the last one may have left in this turn
+            self._tell("begin", self._make_rows().connection(info), "")
 
     def ended(self, event: "Ended") -> None:
         """Tell that a connection has ended."""
         info = event.info
-        if info is not None:
-            self._tell("end", info, event.ending)
+        if info is not None and self._streams:
+            self._tell("end", self._make_rows().connection(info), event.ending)
 
-    def _tell(self, event: str, info: "ConnectionInfo", how: str | None) -> None:
-        if not self._streams:
-            return  # the last one has left in this turn
-        row = self._make_rows().connection(info)
+    def _held(self, target: str, client: HeldClient, how: str) -> None:
+        """Tell that a client is held from its accept on, or how one that was held has ended."""
+        row = self._make_rows().held(target, client)
+        self._tell("end" if how else "begin", row, how)
+
+    def _tell(self, event: str, row: Fields, how: str) -> None:
         parameters: Fields = {"event": event, "connection": row}
-        if how is not None:
+        if how:
             parameters["how"] = how
         message = reply(parameters, continues=True)
         for stream in self._streams:

@@ -143,6 +143,7 @@ cdef inline void listener_admit(
 ) noexcept nogil:
     """A client is let in: it is connected, or handed to the policy."""
     cdef Origin origin
+    cdef PolicyEvent *event
     cdef long long result
     if not listener.auto_connect or listener.check & CHECK_PORT and local_port(fd) != listener.port:
         listener_hand_to_policy(worker, listener, fd, peer, size)
@@ -150,7 +151,9 @@ cdef inline void listener_admit(
     if gauges_places(worker.gauges) >= connection_limit(worker):
         worker_hang_up(worker, fd, listener.family, False)
         worker.refused += 1
-        policy_event_add(worker, EVENT_REFUSED, -1, 0, listener.index)
+        event = policy_event_add(worker, EVENT_REFUSED, -1, 0, listener.index)
+        if event != NULL:
+            peer_keep(&event.peer, peer, size)
         return
     listener.connected_count += 1
     origin.upstream = listener.terms.upstream
@@ -162,7 +165,10 @@ cdef inline void listener_admit(
     if result < 0:
         listener.auto_connect = False  # later clients must not overtake it
         worker.held += 1
-        policy_event_add(worker, EVENT_CONNECT_FAILED, fd, <int>-result, listener.index)
+        event = policy_event_add(
+            worker, EVENT_CONNECT_FAILED, fd, <int>-result, listener.index)
+        if event != NULL:
+            event.peer = origin.peer
 
 
 cdef inline void listener_hand_to_policy(

@@ -19,6 +19,7 @@ from proxyd.relay.half cimport half_keep, unsent_free
 from proxyd.relay.list cimport link_init, list_append, list_empty
 from proxyd.relay.mailbox cimport mailbox_put, mailbox_wake
 from proxyd.relay.pipe cimport pipe_init
+from proxyd.relay.quarantine cimport quarantine_takes_orphans
 from proxyd.relay.records cimport ENDING_CLIENT_GONE, ENDING_RESET, REPORT_BEGINS, Origin
 from proxyd.relay.rights cimport rights_may_close, rights_refuse
 from proxyd.relay.row cimport row_add
@@ -46,6 +47,7 @@ cdef inline long long connection_connect(
     or -errno, and the client is not owned."""
     cdef Connection *c
     cdef bint connecting
+    cdef bint is_new = number == 0
     cdef int family = terms.target.ss_family
     cdef int64_t began_ns = clock_ns()
     cdef int fd = socket_connect(&worker.ctx, &terms.target, terms.target_size, &connecting)
@@ -55,7 +57,7 @@ cdef inline long long connection_connect(
     if c == NULL:
         worker_hang_up(worker, fd, family, False)
         return -ENOMEM
-    if number == 0:
+    if is_new:
         number = worker_new_id(worker)
     c.id = number
     c.origin = origin[0]
@@ -63,7 +65,7 @@ cdef inline long long connection_connect(
     c.timeout_ms = terms.timeout_ms
     target_set_rights(&worker.ctx, &c.target)
     self_connect_add(worker.self_connects, &c.self_connect, fd, &terms.target)
-    connection_place(worker, c, connecting)
+    connection_place(worker, c, connecting, is_new)
     return number
 
 
@@ -98,14 +100,17 @@ cdef inline void target_set_rights(const PumpContext *ctx, Endpoint *target) noe
     target.rights.state = RIGHTS_NONE if ctx.may_refuse else RIGHTS_MAYBE
 
 
-cdef inline void connection_place(Worker *main, Connection *c, bint connecting) noexcept nogil:
-    """Count a new connection, and have it begin in the worker that is to forward it."""
+cdef inline void connection_place(
+    Worker *main, Connection *c, bint connecting, bint is_new
+) noexcept nogil:
+    """Count a connection, and have it begin in the worker that is to forward it. Unless it is new,
+    the policy has held its client, and knows of it."""
     cdef Worker *worker = worker_for_new(main)
     c.opened_ms = c.active_ms = main.ctx.now_ms
     c.state = CONNECTING if connecting else CONNECTED
     if not connecting:
         connection_count_connect(c)
-    if hint_get(&main.gauges.reports) & REPORT_BEGINS:
+    if is_new and hint_get(&main.gauges.reports) & REPORT_BEGINS:
         row_add(main, &main.begun, 0, c, worker.number)
     gauges_add_connection(main.gauges)
     atomic_add(&worker.connection_count, 1)
@@ -216,9 +221,10 @@ cdef inline void connection_close_orphans(Worker *worker, Connection *c) noexcep
         close(c.target.orphan_fd)
     if c.orphan_only:
         atomic_add(&worker.quarantine.orphan_sockets, -1)
+    if not c.placeless:
+        atomic_add(&worker.gauges.in_quarantine, -1)
+        mailbox_wake(&worker.main.mailbox)  # clients may be waiting for room
     free(c)
-    atomic_add(&worker.gauges.in_quarantine, -1)
-    mailbox_wake(&worker.main.mailbox)  # clients may be waiting for room
 
 
 # ── sockets without a connection ─────────────────────────────────────────────────────────────────
@@ -227,24 +233,43 @@ cdef inline void worker_hang_up(Worker *worker, int fd, int family, bint reset) 
     """Close a socket that is not part of a connection. If there is not even the memory to leave it
     to the quarantine, it stays open."""
     cdef Rights unknown
-    cdef Connection *c
     unknown.state = RIGHTS_UNKNOWN
     if family != AF_UNIX or rights_may_close(&unknown, fd):
         if reset:
             socket_reset(fd, family)
         else:
             close(fd)
-        return
-    c = connection_new(worker, fd, family, -1, family, NULL, 0)
-    if c == NULL:
+    elif not socket_orphan(worker, fd, False):
         shutdown(fd, SHUT_RDWR)
-        return
+
+
+cdef inline bint worker_discard(Worker *worker, int fd) noexcept nogil:
+    """As worker_hang_up(), for a UNIX socket that has no place in the limit. False: its peer sees
+    the end, but it stays open, since the quarantine has enough of such sockets to close."""
+    cdef Rights unknown
+    unknown.state = RIGHTS_UNKNOWN
+    if rights_may_close(&unknown, fd):
+        close(fd)
+        return True
+    shutdown(fd, SHUT_RDWR)
+    return quarantine_takes_orphans(worker.quarantine) and socket_orphan(worker, fd, True)
+
+
+cdef inline bint socket_orphan(Worker *worker, int fd, bint placeless) noexcept nogil:
+    """Leave a UNIX socket to the quarantine to close. False: no memory."""
+    cdef Connection *c = connection_new(worker, fd, AF_UNIX, -1, AF_UNIX, NULL, 0)
+    if c == NULL:
+        return False
     endpoint_orphan(worker, &c.client)
     c.client.fd = -1
     c.state = CLOSED
     c.orphan_only = True
+    c.placeless = placeless
+    if placeless:
+        atomic_add(&worker.gauges.in_quarantine, -1)
     atomic_add(&worker.quarantine.orphan_sockets, 1)
     connection_free(c)
+    return True
 
 
 # ── make one ─────────────────────────────────────────────────────────────────────────────────────

@@ -256,6 +256,7 @@ ctypedef struct Connection:
     bint reset                 # … and is to be reset in the end
     bint has_orphans           # a socket of it is left to the quarantine to close
     bint orphan_only           # … and it is no more than that: a socket without a connection
+    bint placeless             # … which takes no place in the limit
 
 # kinds of PolicyEvent; connects that fail later, and ends, are lists of connections
 cdef enum:

@@ -1,7 +1,8 @@
 """ExecStart= of a service that runs the proxy, ours or the original, through our own parser."""
 
+from proxyd.command_line import getopt, parse_args
 from proxyd.errors import UsageError
-from proxyd.options import Option, Options, getopt, parse_args
+from proxyd.options import Option, Options
 from proxyd.units import words
 from proxyd.units.specifiers import UNKNOWN
 from proxyd.units.unit import Unit

@@ -12,7 +12,8 @@ import sys
 import atheris
 
 with atheris.instrument_imports(include=["proxyd"]):
-    from proxyd import activation, address, bind, log, options, sd_notify, target, timespan
+    from proxyd import activation, address, bind, log, sd_notify, target, timespan
+    from proxyd.command_line import parse_args
     from proxyd.errors import UsageError
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -29,7 +30,7 @@ def text_of(data):
 def command_line(data):
     words = [text_of(word) for word in data.split(b"\xff\0")]
     try:
-        options.parse_args(["systemd-socket-proxyd", *words])
+        parse_args(["systemd-socket-proxyd", *words])
     except UsageError:
         pass
 

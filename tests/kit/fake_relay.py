@@ -104,6 +104,9 @@ class FakeRelay:
         self.adopt_error = 0
         self.resets, self.closes = [], []  # sockets to the target
         self.cut, self.let_go = [], []  # clients
+        self.discards = []
+        self.may_discard = True
+        """Whether discard() closes a socket."""
         # the loop
         self.script = []
         """(ms, what to call then, which returns events or None)."""
@@ -121,6 +124,8 @@ class FakeRelay:
         self.infos = []
         """What a snapshot tells; see connection_info()."""
         self.snapshots = 0
+        self.missing = 0
+        """How many connections a snapshot could not tell of."""
         self.last_new_id = 1000
         self.connects = (0,) * (len(CONNECT_BUCKETS_US) + 1)
         self.connect_us = 0
@@ -220,6 +225,13 @@ class FakeRelay:
             self.unwatch(fd)
             (self.cut if reset else self.let_go).append(fd)
             os.close(fd)
+
+    def discard(self, fd):
+        self.unwatch(fd)
+        self.discards.append(fd)
+        if self.may_discard:
+            os.close(fd)
+        return self.may_discard
 
     def watch(self, fd, events=1):
         assert fd not in self.watched
@@ -334,7 +346,8 @@ class FakeRelay:
         return self.snapshots
 
     def _tell_rows(self, rows, last):
-        self.answers.append(SnapshotRows(self.snapshots, rows, last))
+        missing = self.missing if last else 0
+        self.answers.append(SnapshotRows(self.snapshots, rows, last, missing))
 
     def terminate(self, connection):
         found = any(info.connection == connection for info in self.infos)

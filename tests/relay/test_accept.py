@@ -96,10 +96,11 @@ def test_auto_connect_that_fails_at_once(rigs, tmp_path):
     """A UNIX target that does not exist: the policy gets the client with a ConnectFailed."""
     rig = rigs("tcp4", "unix")
     rig.listener.auto_connect(b"\x01\x00/nowhere\x00")
-    rig.keep(open_client(rig.listen_socket))
+    client = rig.keep(open_client(rig.listen_socket))
     rig.until(rig.failures, "the failure")
     failed = rig.failures()[0]
     assert (failed.error, failed.listener, failed.pending) == (errno.ENOENT, 0, b"")
+    assert failed.peer == socket_names(client.fileno())[1]
     assert os.fstat(failed.client)
     assert rig.relay.connections == 0
 
@@ -127,6 +128,7 @@ def test_auto_connect_that_is_refused_later(rigs):
     rig.until(rig.failures, "the failure")
     failed = rig.failures()[0]
     assert failed.error == errno.ECONNREFUSED
+    assert failed.peer == socket_names(client.fileno())[1]
     rest = b"" if failed.pending else os.read(failed.client, 100)
     assert failed.pending + rest == b"hello"
 
@@ -139,7 +141,9 @@ def test_limit_is_exact(rigs):
     served = [rig.keep(open_client(rig.listen_socket)) for _ in range(3)]
     targets = [rig.accept_at_backend() for _ in served]
     extra = [rig.keep(open_client(rig.listen_socket)) for _ in range(2)]
+    names = {socket_names(client.fileno())[1] for client in extra}
     rig.until(lambda: len(rig.of_kind(Refused)) == 2, "the refusals")
+    assert {event.peer for event in rig.of_kind(Refused)} == names
     assert rig.relay.connections == 3
     for client in extra:
         assert rig.read_to_end(client)[0] == b""

@@ -112,6 +112,7 @@ def test_connect_that_fails_at_once_leaves_the_client_alone(rigs):
         "pending": b"x" * 1000,
         "opened_ms": rig.relay.now_ms,
         "connection": 0,
+        "peer": b"",
     }
     assert (rig.relay.connections, rig.relay.held) == (0, 1)  # counted by the Accepted event
     client.send(b"hello")

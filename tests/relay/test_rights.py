@@ -20,7 +20,7 @@ from kit.stepped import Incoming, Outgoing, half_close, open_client
 from kit.traffic import payload
 from kit.workers import Workers
 
-from proxyd._relay import Refused, SnapshotRows, Terminated
+from proxyd._relay import Refused, SnapshotRows, Terminated, peer_pid, refuse_rights
 
 ORPHAN_SOCKETS_MAX = 4
 """As in relay/quarantine.pxd: sockets without a connection that may wait to be closed."""
@@ -304,6 +304,52 @@ def test_a_client_that_the_policy_hangs_up(workers):
         scene.rig.until(lambda: scene.rig.relay.in_quarantine == 0, "its close")
 
     play(act, workers=workers)
+
+
+@worker_counts
+def test_a_socket_without_a_place_in_the_limit(workers):
+    """A caller of the policy: it takes no place, and only few are left to the quarantine."""
+
+    def act(scene):
+        relay = scene.rig.relay
+        fds = []
+        for number in range(ORPHAN_SOCKETS_MAX + 2):
+            client, fd = scene.rig.new_client()
+            scene.send_slow(client, b"!")
+            closed = relay.discard(fd)
+            assert closed == (number < ORPHAN_SOCKETS_MAX)
+            assert scene.rig.read_to_end(client)[0] == b""
+            fds += [] if closed else [fd]
+        scene.until_blocked()
+        assert relay.in_quarantine == 0
+        scene.others_go_on()
+        assert not relay.discard(fds[0])
+        plain, fd = scene.rig.new_client()
+        assert relay.discard(fd), "what has no descriptors needs no quarantine"
+        assert scene.rig.read_to_end(plain)[0] == b""
+        scene.release()
+        scene.rig.until(lambda: relay.discard(fds[0]), "room in the quarantine")
+        scene.rig.until(lambda: relay.discard(fds[1]), "room for the other")
+        assert relay.in_quarantine == 0
+
+    play(act, workers=workers)
+
+
+def test_the_policy_can_do_without_credentials(rigs):
+    """refuse_rights() asks for none, whatever the listener had."""
+    rig = rigs("unix", "tcp4")
+    client, fd = rig.new_client()
+    with socket.socket(socket.AF_UNIX, fileno=os.dup(fd)) as served:
+        served.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+        client.send(b"x")
+        assert served.recvmsg(1, 0, socket.MSG_PEEK)[2] & socket.MSG_CTRUNC
+        refuse_rights(fd)
+        assert served.recvmsg(1, 0, socket.MSG_PEEK)[2] == 0
+        assert peer_pid(fd) == os.getpid()
+    if kernel_refuses():
+        with pytest.raises(PermissionError):
+            send_slow(client, b"!")
+    rig.relay.hang_up(fd)
 
 
 @pytest.mark.parametrize("data", [b"", b"unread"])

@@ -455,6 +455,26 @@ def test_begins_are_reported_while_they_are_wanted(make):
     assert begun.info.state in ("connecting", "open")
 
 
+def test_a_client_that_was_held_does_not_begin_when_it_is_connected(make):
+    """The policy has told of it when it was accepted."""
+    rig = make()
+    rig.relay.report_begins = True
+    _, fd = rig.new_client()
+    connected = rig.relay.new_id()
+    assert rig.connect(fd, connection=connected) == connected
+    rig.accept_at_backend()
+    _, fd = rig.new_client()
+    adopted = rig.relay.new_id()
+    target = rig.relay.dial(rig.address)
+    rig.accept_at_backend()
+    rig.until(lambda: (target, 4) in rig.ready() or rig.ready(), "the connect")
+    assert rig.relay.adopt(fd, FAMILIES["tcp4"], target, connection=adopted) == adopted
+    link = rig.link()
+    rig.settle()
+    (begun,) = rig.of_kind(Begun)
+    assert begun.info.connection == link.id
+
+
 def test_an_end_has_the_connection_while_begins_are_wanted(make):
     rig = make()
     links = [rig.link() for _ in range(4)]

@@ -53,5 +53,5 @@ def clock(monkeypatch):
 def levels(monkeypatch):
     """(level, text) of every line that is logged."""
     lines = []
-    monkeypatch.setattr(log, "_log", lambda level, text: lines.append((level, text)))
+    monkeypatch.setattr(log, "_log", lambda level, text, fields=None: lines.append((level, text)))
     return lines

@@ -334,12 +334,12 @@ def test_a_client_that_reset_before_it_was_accepted_keeps_its_address(world, tar
     expected = b"PROXY TCP4 127.0.0.1 127.0.0.1 %d %d\r\n" % ports
     seen = []
     take = upstream.take
-    upstream.take = lambda fd, family, index, header, name: (
-        seen.append((header, name)),
-        take(fd, family, index, header, name),
+    upstream.take = lambda fd, family, index, header, name, peer: (
+        seen.append((header, name, sockaddr.port(peer))),
+        take(fd, family, index, header, name, peer),
     )
     world.settle(1)
-    assert seen == [(expected, f"127.0.0.1:{ports[0]}")]
+    assert seen == [(expected, f"127.0.0.1:{ports[0]}", ports[0])]
     if target == "up":
         served, _ = world.backend.accept()
         with served:
@@ -641,8 +641,8 @@ def test_events_go_to_their_listener(world, fake_listeners, capfd):
     assert f"target /run/x1 leads back to our own listener {listeners[1].text}." in (
         capfd.readouterr().err
     )
-    acceptor.handle(Refused(0))
-    assert capfd.readouterr().err == f"{LIMIT_LINE}\n"
+    acceptor.handle(Refused(0, sockaddr.pack_inet("192.0.2.7", 5000)))
+    assert capfd.readouterr().err == f"{LIMIT_LINE} Client: 192.0.2.7:5000.\n"
     ours, theirs = socket.socketpair()
     with ours:
         acceptor.handle(Accepted(1, theirs.detach(), b""))

@@ -13,9 +13,10 @@ import types
 import pytest
 
 from proxyd import __version__, address, cli
+from proxyd.command_line import parse_args
 from proxyd.errors import UsageError
 from proxyd.listen import Listener
-from proxyd.options import OPTIONS, parse_args
+from proxyd.options import OPTIONS
 
 PROG = "/usr/bin/prog"
 UNUSED = f"@proxyd-test-cli-{os.getpid()}"

@@ -10,6 +10,7 @@ import pytest
 from kit.fake_relay import FakeRelay
 
 from proxyd import address as sockaddr
+from proxyd.command_line import parse_args
 from proxyd.errors import UsageError
 from proxyd.event_loop import EventLoop
 from proxyd.inspection import entrance as entrance_module
@@ -22,7 +23,7 @@ from proxyd.inspection.entrance import (
 )
 from proxyd.limits import CALLERS_MAX
 from proxyd.listen import Listener, close_listener
-from proxyd.options import Option, parse_args
+from proxyd.options import Option
 
 
 @pytest.fixture

@@ -41,6 +41,8 @@ SLOW = {
 RARE = {
     "proxyd.bind",
     "proxyd.inspection",
+    "proxyd.journal",
+    "proxyd.log_level",
     "proxyd.lookup",
     "proxyd.ports",
     "proxyd.proxy_protocol",

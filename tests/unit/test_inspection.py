@@ -16,9 +16,12 @@ from proxyd import address as sockaddr
 from proxyd._relay import CONNECT_BUCKETS_US, Begun, Ended, HalfInfo
 from proxyd.event_loop import EventLoop
 from proxyd.held import WAIT_BUCKETS_MS, HeldClient
-from proxyd.inspection import callers as callers_module
-from proxyd.inspection.callers import CALL_MAX, STALL_MS
+from proxyd.inspection import caller as caller_module
+from proxyd.inspection.caller import CALL_MAX, STALL_MS
+from proxyd.inspection.callers import DISCARD_MS
 from proxyd.inspection.interfaces import METRICS, PROXY, TEXTS
+from proxyd.inspection.listing import ROWS_MAX
+from proxyd.inspection.rows import RowMaker
 from proxyd.inspection.service import Service
 from proxyd.inspection.watch import UNREAD_MAX
 from proxyd.target import parse_target
@@ -157,7 +160,7 @@ def world():
 def stranger(monkeypatch):
     """Have all callers be another user than root and our own."""
     monkeypatch.setattr(
-        callers_module, "peer_of", lambda _sock: SimpleNamespace(uid=7, privileged=False)
+        caller_module, "peer_of", lambda _sock: SimpleNamespace(uid=7, privileged=False)
     )
 
 
@@ -338,17 +341,158 @@ def test_a_caller_that_reads_slowly_is_not_dropped(world):
     assert len(one.callers) == 1
 
 
-def test_descriptors_are_not_taken(world):
+@pytest.fixture
+def pipe():
+    rd, wr = os.pipe()
+    yield rd, wr
+    for fd in (rd, wr):
+        try:
+            os.close(fd)
+        except OSError:
+            pass  # the test has
+
+
+def offend(one, wr):
+    """A caller that has sent a descriptor before the kernel was asked to refuse any."""
+    ours, theirs = socket.socketpair()
+    one.sockets.append(ours)
+    ours.setblocking(False)
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [wr]))]
+    ours.sendmsg([b'{"method": "a.B"}\0'], rights)
+    one.callers.add(theirs.detach())
+    one.settle()
+    return ours
+
+
+def test_descriptors_are_not_taken(world, pipe):
+    one = world()
+    before = len(os.listdir("/proc/self/fd"))
+    caller = offend(one, pipe[1])
+    assert one.closed(caller)
+    assert len(os.listdir("/proc/self/fd")) == before + 1  # the caller's
+    assert len(one.relay.discards) == 1
+
+
+def test_sockets_that_cannot_be_closed_keep_their_places(world, stranger, pipe):
+    """There are never more of them than callers, and none of them takes a connection's place."""
+    one = world(callers_max=16)
+    one.relay.may_discard = False
+    for _ in range(12):
+        offend(one, pipe[1])
+    fds = one.relay.discards[:8]
+    assert len(one.callers) == 0
+    assert one.callers.next_ms(one.relay.now_ms) == one.relay.now_ms + DISCARD_MS
+    assert one.relay.let_go == one.relay.cut == []
+    del one.relay.discards[:]
+    one.pass_time(DISCARD_MS - 1)
+    assert one.relay.discards == []
+    one.relay.may_discard = True
+    one.pass_time(1)
+    assert one.relay.discards[:8] == fds
+    assert one.callers.next_ms(one.relay.now_ms) is None
+    assert one.call(f"{PROXY}.Status")
+
+
+def test_a_caller_with_credentials_is_served(world):
+    """With PassCredentials=yes they come with every message, and are no descriptors."""
+    one = world()
+    ours, theirs = socket.socketpair()
+    one.sockets.append(ours)
+    theirs.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+    ours.setblocking(False)
+    one.ask(ours, "a.B")
+    one.callers.add(theirs.detach())
+    assert len(one.replies(ours)) == 1
+    one.ask(ours, "a.B")
+    assert len(one.replies(ours)) == 1
+
+
+def hang_up(one):
+    """Announce that every caller has hung up, as epoll does for one that has closed."""
+    for fd in list(one.callers._by_fd):
+        one.loop._handlers[fd](5 | 16)
+
+
+def test_what_a_caller_has_sent_before_it_left_is_done(world):
+    """`varlinkctl call --oneway` sends, and closes."""
+    one = world()
+    client, ours = one.hold()
+    caller = one.connect()
+    one.ask(caller, f"{PROXY}.Terminate", oneway=True, id=77)
+    one.ask(caller, f"{PROXY}.Terminate", id=client.id)
+    caller.close()
+    hang_up(one)
+    one.settle()
+    assert one.relay.terminated == [77]
+    assert ours.recv(1) == b""
+    assert len(one.callers) == 0
+
+
+@pytest.mark.parametrize("method", [f"{PROXY}.List", f"{PROXY}.Watch", f"{METRICS}.List"])
+def test_nothing_is_told_to_a_caller_that_has_left(world, method):
     one = world()
     caller = one.connect()
-    rd, wr = os.pipe()
-    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [wr]))]
-    before = len(os.listdir("/proc/self/fd"))
-    caller.sendmsg([b'{"method": "a.B"}\0'], rights)
+    one.ask(caller, method, more=True)
+    caller.close()
+    hang_up(one)
+    one.settle()
+    assert len(one.callers) == 0
+    assert one.relay.snapshots == 0
+    assert not one.relay.report_begins
+
+
+def test_a_watcher_that_leaves_is_forgotten(world):
+    one = world()
+    caller = one.connect()
+    one.ask(caller, f"{PROXY}.Watch", more=True)
+    one.settle()
+    assert one.relay.report_begins
+    caller.close()
+    hang_up(one)
+    one.settle()
+    assert len(one.callers) == 0
+    assert not one.relay.report_begins
+    assert one.loop.on_held is None
+
+
+def test_a_message_that_begins_behind_another_may_not_stall(world):
+    one = world()
+    caller = one.connect()
+    caller.send(b'{"method": "a.B"}\0{')
+    assert len(one.replies(caller)) == 1
+    one.pass_time(STALL_MS)
     assert one.closed(caller)
-    assert len(os.listdir("/proc/self/fd")) == before - 1  # the caller's
-    os.close(rd)
-    os.close(wr)
+
+
+def test_an_event_of_a_caller_that_is_gone_does_not_meet_the_next_one(world):
+    """Their sockets may have the same number."""
+    one = world()
+    one.relay.infos = [connection_info(n) for n in range(1000)]
+    first = one.connect()
+    one.ask(first, f"{PROXY}.List", more=True)
+    one.callers.step(one.relay.now_ms)
+    (gone,) = one.callers._by_fd.values()
+    second, theirs = socket.socketpair()
+    one.sockets.append(second)
+    second.setblocking(False)
+    one.callers.close_all()
+    with theirs:
+        os.dup2(theirs.fileno(), gone.fd)
+    one.callers.add(gone.fd)
+    one.callers._wake(gone)
+    one.settle()
+    assert not one.closed(second)
+    one.ask(second, "a.B")
+    assert len(one.replies(second)) == 1
+
+
+def test_idle_callers_cost_a_turn_nothing(world, monkeypatch):
+    one = world()
+    for _ in range(10):
+        one.connect()
+    monkeypatch.setattr(caller_module.Caller, "stalled_ms", property(lambda _self: 1 // 0))
+    one.callers.step(one.relay.now_ms)
+    assert one.callers.next_ms(one.relay.now_ms) is None
 
 
 def test_places_are_limited(world):
@@ -376,7 +520,7 @@ def test_strangers_leave_places_for_others(world, monkeypatch):
     kinds = [SimpleNamespace(uid=7, privileged=False)] * 20 + [
         SimpleNamespace(uid=0, privileged=True)
     ] * 8
-    monkeypatch.setattr(callers_module, "peer_of", lambda _sock: kinds.pop(0))
+    monkeypatch.setattr(caller_module, "peer_of", lambda _sock: kinds.pop(0))
     callers = []
     for _ in range(28):
         callers.append(one.connect())
@@ -501,6 +645,63 @@ def test_a_client_whose_connect_fails_meanwhile_is_listed_once(world, told):
     assert [row["id"] for row in rows] == [4]
 
 
+def test_what_cannot_be_listed_is_an_error_after_the_others(world):
+    one = world()
+    one.relay.infos = [connection_info(n) for n in range(3)]
+    one.relay.missing = 2
+    *rows, last = one.call(f"{PROXY}.List", more=True)
+    assert [row["parameters"]["connection"]["id"] for row in rows] == [0, 1, 2]
+    assert [last] == error(f"{PROXY}.Incomplete", missing=2)
+    one.relay.infos = []
+    assert one.call(f"{PROXY}.List", more=True) == error(f"{PROXY}.Incomplete", missing=2)
+
+
+def test_held_clients_are_listed_in_pieces(world, monkeypatch):
+    """Even if they have left by the time that their turn comes."""
+    one = world()
+    clients = [one.hold()[0] for _ in range(200)]
+    caller = one.connect()
+    one.ask(caller, f"{PROXY}.List", more=True)
+    made = []
+    held = RowMaker.held
+    monkeypatch.setattr(RowMaker, "held", lambda *args: made.append(0) or held(*args))
+    most = 0
+    while not one.callers._by_fd or len(made) < 200:
+        before = len(made)
+        for fd in list(one.callers._by_fd):
+            one.loop._handlers[fd](5)
+        for one_caller in list(one.callers._by_fd.values()):
+            one_caller.step(one.relay.now_ms)
+        for event in one.relay.answers:
+            one.service.handle(event)
+        one.relay.answers = []
+        most = max(most, len(made) - before)
+        if len(made) == ROWS_MAX:
+            one.upstream.drop_all()
+    assert most == ROWS_MAX
+    rows = [reply["parameters"]["connection"] for reply in one.replies(caller)]
+    assert [row["id"] for row in rows] == [client.id for client in clients]
+    assert {row["clientPID"] for row in rows} == {os.getpid()}
+
+
+def test_a_snapshot_forgets_the_callers_that_have_left(world):
+    one = world()
+    one.relay.infos = [connection_info(n) for n in range(1000)]
+    callers = [one.connect() for _ in range(3)]
+    for caller in callers:
+        one.ask(caller, f"{PROXY}.List", more=True)
+    for fd in list(one.callers._by_fd):
+        one.loop._handlers[fd](5)
+    while len(one.callers._ready):
+        one.callers.step(one.relay.now_ms)
+    snapshots = one.service._snapshots
+    snapshot = snapshots._running
+    one.callers.close_all()
+    assert snapshot.wakes == []
+    assert snapshots._next is None
+    assert one.service._passes._running is None
+
+
 def test_callers_that_come_meanwhile_share_the_next_snapshot(world):
     one = world()
     one.relay.infos = [connection_info(n) for n in range(5)]
@@ -536,6 +737,53 @@ def test_begins_and_ends_are_reported(world):
     one.callers.close_all()
     assert not one.relay.report_begins
     assert not one.relay.report_ends
+
+
+def events_of(one, caller):
+    """[(event, state, id, how)]"""
+    found = []
+    for reply in one.replies(caller):
+        told = reply["parameters"]
+        row = told["connection"]
+        found.append((told["event"], row["state"], row["id"], told.get("how")))
+    return found
+
+
+def test_held_clients_begin_and_end(world):
+    one = world()
+    earlier, _ = one.hold()
+    caller = one.connect()
+    one.ask(caller, f"{PROXY}.Watch", more=True)
+    assert one.replies(caller) == []
+    failed, cut, left, served = clients = [one.hold() for _ in range(4)]
+    assert events_of(one, caller) == [("begin", "held", client.id, None) for client, _ in clients]
+    one.upstream.held.give_up(failed[0], "why")
+    one.upstream.held.terminate(cut[0])
+    left[1].close()
+    one.upstream.held._hung_up(left[0])
+    one.relay.dialled[3] = 0
+    one.upstream.held.serve(served[0], 3, 0, 0)
+    one.upstream.held.give_up(earlier, "why")
+    assert events_of(one, caller) == [
+        ("end", "held", failed[0].id, "failed"),
+        ("end", "held", cut[0].id, "cut"),
+        ("end", "held", left[0].id, "client gone"),
+        ("end", "held", earlier.id, "failed"),
+    ]
+
+
+def test_a_client_whose_connect_has_failed_does_not_begin_again(world):
+    """The relay has told of it."""
+    one = world()
+    caller = one.connect()
+    one.ask(caller, f"{PROXY}.Watch", more=True)
+    one.settle()
+    client, _ = one.hold(connection=6)
+    one.upstream.held.remove(client)
+    one.upstream.held.add(client)  # its connect has failed once more
+    assert one.replies(caller) == []
+    one.upstream.held.cut_all()
+    assert events_of(one, caller) == [("end", "held", 6, "cut")]
 
 
 def test_a_watcher_that_does_not_read_is_dropped_alone(world):
@@ -677,6 +925,25 @@ def test_metrics(world):
     }
     assert {key: found[key] for key in expected} == expected
     assert len([key for key in found if key[0] == "HeldUSecBucket"]) == len(WAIT_BUCKETS_MS) + 1
+
+
+def test_metrics_are_made_in_pieces(world, monkeypatch):
+    """A proxy with many targets is not kept by one caller."""
+    one = world()
+    for number in range(100):
+        target = parse_target(f"/run/target{number}")
+        one.service._upstreams.append(Upstream(one.loop, None, target, 0, None))
+    sizes = []
+    send = caller_module.Caller._send
+
+    def note(self, now_ms):
+        sizes.append(self._output.count(b"\0"))
+        return send(self, now_ms)
+
+    monkeypatch.setattr(caller_module.Caller, "_send", note)
+    found = metrics(one)
+    assert len([key for key in found if key[0] == "Failed"]) == 101
+    assert max(sizes) <= 64
 
 
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.ENOMEM])

@@ -106,7 +106,7 @@ def test_what_fits_never_needs_more_fds_than_there_are(wanted, listeners, thread
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(limits, "raise_fd_limit", raise_fd_limit)
-        patch.setattr(log, "_log", lambda level, text: logged.append(text))
+        patch.setattr(log, "_log", lambda level, text, fields=None: logged.append(text))
         fitting = limits.fit_connections(wanted, listeners, threads, names=names)
     assert 1 <= fitting <= wanted
     assert fitting == 1 or listeners + 2 * (threads - 1) + 4 * names + 2 * fitting < hard

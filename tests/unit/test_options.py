@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxyd import address, log, options
+from proxyd import address, command_line, log, options
+from proxyd.command_line import parse_args
 from proxyd.errors import UsageError
-from proxyd.options import OPTIONS, Options, parse_args
+from proxyd.options import OPTIONS, Options
 
 PROG = "/usr/bin/prog"
 
@@ -152,7 +153,7 @@ def test_an_ambiguous_option():
 def test_abbreviations_of_the_original():
     for long in ("connections-max", "exit-idle-time", "help", "version"):
         for end in range(1, len(long) + 1):
-            assert options._find_long(PROG, "", long[:end]).long == long
+            assert command_line._find_long(PROG, "", long[:end]).long == long
 
 
 @pytest.mark.parametrize(
@@ -175,7 +176,7 @@ def test_buffer_size_garbage(text):
 def test_each_option_says_what_it_allows(option):
     """The original's messages stay as they are there, and --listen= has one for each form."""
     text = message(f"--{option.long}=\x00", "t")
-    if option.long in options._ORIGINAL:
+    if option.long in options.ORIGINAL:
         assert text == f"Failed to parse --{option.long}= argument: \x00"
     else:
         assert text.startswith(f"Failed to parse --{option.long}= argument: \x00: expected ")

@@ -182,6 +182,42 @@ def test_a_client_of_the_last_moment_is_served(world):
     assert world.now_ms == 35_000
 
 
+class Rested:
+    """Stands in for the entrance of the inspection."""
+
+    def __init__(self):
+        self.resting = False
+
+    def rest(self):
+        self.resting = True
+
+    def resume(self):
+        self.resting = False
+
+    def step(self, now_ms):
+        pass
+
+    def next_ms(self, now_ms):
+        return None
+
+    def close(self):
+        pass
+
+
+def test_after_a_client_of_the_last_moment_callers_are_served_again(world):
+    world.options.exit_idle_time = 5_000_000
+    inspection = Rested()
+    rested = []
+    world.relay.at(5000, world.relay.come)
+    world.relay.at(6000, lambda: rested.append(inspection.resting))
+    world.relay.at(30_000, world.relay.leave)
+    server = world.make()
+    server.inspection = inspection
+    assert server.serve() == 0
+    assert rested == [False]
+    assert inspection.resting  # it has ended
+
+
 @pytest.mark.parametrize("exit_idle_time", [0, 5_000_000])
 def test_before_an_idle_exit_every_client_is_accepted(world, exit_idle_time):
     """The first in the backlog may have left; those behind it wait all the same."""

@@ -41,7 +41,7 @@ def test_whatever_happens_each_client_is_in_one_place(first, moments, timeout_ms
         addresses = [one.address]
     with pytest.MonkeyPatch.context() as patch:
         one.relay.replace_functions(patch)
-        patch.setattr(log, "_log", lambda level, text: None)
+        patch.setattr(log, "_log", lambda level, text, fields=None: None)
         for after_ms, what, state, choice in moments:
             one.run(one.now_ms + after_ms)
             address = addresses[choice % len(addresses)]
