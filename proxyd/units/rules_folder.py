@@ -16,7 +16,9 @@ def _shared(rule: Rule, found: Set) -> Iterator[Finding]:
     for setting, folder in _folders(proxy):
         where = setting.path, setting.line
         for unit in _others(found):
-            other = next((one for _, one in _folders(unit) if _collide(proxy, folder, unit, one)), "")
+            other = next(
+                (one for _, one in _folders(unit) if _collide(proxy, folder, unit, one)), ""
+            )
             if other and command.find(unit) is not None:
                 yield rule.found(where, _message(folder, unit), "warning")
             elif other:

@@ -51,7 +51,10 @@ def same(what: str, got: object, wanted: object) -> None:
 
 
 class Machine:
-    """`program` is what ExecStart= runs, `ctl` its companion, and `folder` a directory of the running scenario."""
+    """`program` is what ExecStart= runs, and `ctl` its companion.
+
+    `folder` is a directory of the running scenario.
+    """
 
     def __init__(self, container: Container, program: str):
         self.container = container

@@ -30,6 +30,7 @@ def install_nginx(m: Machine, folder: str, service: str) -> None:
 def wait_until_ready(m: Machine, unit: str) -> None:
     """The examples are Type=notify: they serve earlier, but are not active before READY=1."""
     m.wait_for(f"{unit} is active", lambda: m.is_active(unit), 5)
+    m.sh(f"{m.ctl} status --unit={unit}")
 
 
 def serve_page(m: Machine, example: str, service: str) -> None:

@@ -2,13 +2,12 @@
 
 import json
 import re
-from pathlib import Path
 
 from e2e.harness import CannotRun, scenario
 from e2e.machine import TOOLS, UNIT_FOLDER, Failure, Machine, check, same
 from e2e.scenarios.examples import install
 from e2e.scenarios.privilege import HARDENING
-from e2e.scenarios.user_manager import USER, UserManager
+from e2e.scenarios.user_manager import UserManager
 
 INTERFACE = "net.socketproxyd.Proxy"
 METRICS = "io.systemd.Metrics"
@@ -292,7 +291,9 @@ def try_access(m: Machine, lines: str, own: bool | None) -> str:
 
 def may_list(m: Machine, uid: str) -> bool:
     """Whether a process with this uid may list the connections."""
-    done = m.run(f"setpriv --reuid={uid} --clear-groups {m.ctl} list --json=short --socket={INSPECT}")
+    done = m.run(
+        f"setpriv --reuid={uid} --clear-groups {m.ctl} list --json=short --socket={INSPECT}"
+    )
     if done.returncode == 0:
         same("connections", len(json.loads(done.stdout)), 1)
         return True
@@ -361,7 +362,9 @@ def inspection_inherited(m: Machine) -> None:
         path = f"/run/{order}.inspect"
         check(not m.is_active("proxy.service"), "it runs before anybody has called")
         (reply,) = asked(m, path, f"{INTERFACE}.Status")
-        same("listeners", [one["name"] for one in reply["parameters"]["listeners"]], ["proxy.socket"])
+        same(
+            "listeners", [one["name"] for one in reply["parameters"]["listeners"]], ["proxy.socket"]
+        )
         same("answer", m.sh(CURL), "hello\n")
         m.client(CLIENT)
         (row,) = wait_for_rows(m, 1)
@@ -371,7 +374,7 @@ def inspection_inherited(m: Machine) -> None:
 
 @scenario(needs="--inspect --exit-idle-time")
 def inspection_and_rest(m: Machine) -> None:
-    """Callers put off no idle exit; the folder goes with the proxy and comes with it, restarts too"""
+    """Callers put off no idle exit; the folder comes and goes with the proxy, at restarts, too"""
     start_backend(m)
     start_proxy(m, options="--exit-idle-time=1s", service=f"{NOTIFY}Restart=on-failure\n")
     for _ in range(2):
@@ -385,21 +388,23 @@ def inspection_and_rest(m: Machine) -> None:
         same("answer", m.sh(CURL), "hello\n")
         m.wait_for("it has a socket again", lambda: not m.run(f"test -S {INSPECT}").returncode)
     for signal in ("KILL", "ABRT"):
-        before = m.main_pid("proxy.service")
-        client = m.client(CLIENT)  # so that it does not rest meanwhile
-        m.wait_for("it is open", lambda: m.main_pid("proxy.service") and status(m)["open"] >= 1)
-        m.run(f"systemctl kill --signal={signal} --kill-whom=main proxy.service")
-        client.communicate(timeout=20)
-        stay = m.client(f"until {CLIENT.removeprefix('exec ')}; do sleep .1; done")
-        m.wait_for(
-            "another one runs", lambda: m.main_pid("proxy.service") not in (0, before), 20
-        )
-        m.wait_for("it answers", lambda: answers(m))
-        stay.kill()
+        crash(m, signal)
     m.sh("systemctl restart proxy.service")
     check(answers(m), "no answer after a restart")
     m.stop("proxy.socket", "proxy.service")
     check(m.run("test -e /run/proxy").returncode, "the folder is left behind")
+
+
+def crash(m: Machine, signal: str) -> None:
+    """Kill the proxy: its successor, which a client keeps from resting, has an inspection socket."""
+    client = m.client(CLIENT)
+    m.wait_for("it is open", lambda: answers(m) and status(m)["open"])
+    before = m.main_pid("proxy.service")
+    m.sh(f"systemctl kill --signal={signal} --kill-whom=main proxy.service")
+    client.communicate(timeout=20)
+    m.client(CLIENT)
+    m.wait_for("another one runs", lambda: m.main_pid("proxy.service") not in (0, before), 20)
+    m.wait_for("it answers", lambda: answers(m))
 
 
 def answers(m: Machine) -> bool:
@@ -454,5 +459,3 @@ def inspection_textfile(m: Machine) -> str:
     finally:
         m.run(f"rm -rf {folder}")
     return f"{len(text.splitlines())} lines"
-
-

@@ -151,8 +151,10 @@ AT_PATH = [
 OTHER_PROXY = [
     (
         "",
-        "[Service]\nRuntimeDirectory=both\n"
-        "ExecStart={program} --listen=127.0.0.1:9001 127.0.0.1:8000\n",
+        (
+            "[Service]\nRuntimeDirectory=both\n"
+            "ExecStart={program} --listen=127.0.0.1:9001 127.0.0.1:8000\n"
+        ),
     )
 ]
 

@@ -45,7 +45,8 @@ class CommandFailed(Exception):
 def ensure_root(cache: Path, suite: str, packages: str = "") -> Path:
     """Return the root folder of `suite` under `cache`, made now if it is missing or outdated.
 
-    It has `packages`, or those of the scenarios. Unavailable when it cannot be made, most often for want of a network.
+    It has `packages`, or those of the scenarios. Unavailable when it cannot be made, most often for
+    want of a network.
     """
     packages = packages or packages_of(suite)
     root = cache / suite
