@@ -396,7 +396,7 @@ def inspection_and_rest(m: Machine) -> None:
 
 
 def crash(m: Machine, signal: str) -> None:
-    """Kill the proxy: its successor, which a client keeps from resting, has an inspection socket."""
+    """Kill the proxy: its successor, kept from resting by a client, has an inspection socket."""
     client = m.client(CLIENT)
     m.wait_for("it is open", lambda: answers(m) and status(m)["open"])
     before = m.main_pid("proxy.service")
