@@ -1,4 +1,4 @@
-"""A backend that does what files in /run/heal say; it answers each connection with a line.
+"""A backend that does what files in /run/e2e-heal say; it answers each connection with a line.
 
 Usage: backend.py ADDRESS PORT | backend.py PATH
 
@@ -12,7 +12,7 @@ import socket
 import sys
 import time
 
-CONTROL = "/run/heal"
+CONTROL = "/run/e2e-heal"
 
 
 def delay(name: str) -> None:

@@ -19,7 +19,7 @@ PACKAGES = """
     nginx curl socat netcat-openbsd haproxy
     openssh-server openssh-client rsync git postgresql
     redis-server iperf3 python3-websockets dnsmasq-base strace
-    libpam-systemd dbus-user-session libnss-systemd
+    libpam-systemd dbus-user-session
 """
 
 MORE_PACKAGES = {"unstable": "systemd-report"}
