@@ -73,7 +73,7 @@ setup(
         Extension(
             "proxyd._relay",
             sources=["proxyd/_relay.pyx"],
-            depends=sorted(glob("proxyd/relay/*.pxd")),
+            depends=sorted(glob("proxyd/relay/*.px[di]")),
             extra_compile_args=[*NO_FOLDER, *WARNINGS],
         )
     ],

@@ -6,18 +6,19 @@
 #   it has locks and atomics of its own (relay/mailbox.pxd, relay/gauges.pxd), and no Python.
 # boundscheck …: only C arrays, with C's rules.
 #
-# This file is long, because classes and functions that Python sees can only be in the .pyx of their
-# extension. It holds no more than these: what they do is in relay/.
+# This file is long, because a class that Python sees has to be in one piece. It holds only the two
+# classes that do something, and what they do is in relay/*.pxd. Classes that hold values, and
+# functions, are in files that are included here.
 """The mechanism: an epoll loop that forwards between pairs of sockets without the GIL.
 
-This file is its Python face: the events, the listener, the relay. Read on in relay/__init__.pxd,
-which says in which order.
+This file is its Python face: the listener, and the relay. relay/events.pxi has what they return,
+relay/calls.pxi the functions. Read on in relay/__init__.pxd, which says in which order.
 """
 
 from cpython.ref cimport Py_INCREF
 from cython cimport no_gc_clear
 
-from proxyd.relay cimport records, types
+from proxyd.relay cimport types
 from proxyd.relay.accept cimport listener_count_early, listener_unwatch, listener_watch
 from proxyd.relay.bookkeeping cimport connection_limit, connections_decrement
 from proxyd.relay.clock cimport clock_ms, clock_ns, earlier
@@ -36,34 +37,24 @@ from proxyd.relay.pipe cimport pool_clear
 from proxyd.relay.quarantine cimport quarantine_destroy, quarantine_due, quarantine_init
 from proxyd.relay.records cimport (
     CONNECT_BUCKETS, ENDING_COUNT, REPORT_BEGINS, REPORT_ENDS, SWEEP_COUNT, SWEEP_CUT, SWEEP_TELL,
-    Address, HalfRow, Origin, Peer, Row, UpstreamTotals,
+    Origin, UpstreamTotals,
 )
-from proxyd.relay.rights cimport rights_forget_writers, rights_refuse
 from proxyd.relay.row cimport batch_free, batches_keep, row_add
 from proxyd.relay.self_connect cimport (
     local_port, self_connect_add, self_connect_move, self_connect_remove,
     self_connect_table_destroy, self_connect_table_init,
 )
-from proxyd.relay.signals cimport (
-    SIGNALS_MAX, signal_catch, signal_take, signals_clear, signals_open,
-)
-from proxyd.relay.socket cimport (
-    socket_peer_pid, socket_self_connected, socket_take_error, socket_tune, socket_unlinger,
-)
+from proxyd.relay.socket cimport socket_unlinger
 from proxyd.relay.sys cimport (
-    AF_UNIX, AF_VSOCK, ECONNREFUSED, ECONNRESET, EINPROGRESS, ELOOP, ENOMEM, EPOLLET, EPOLLIN,
-    EPOLLOUT, EPOLLRDHUP, EPOLL_CTL_ADD, EPOLL_CTL_DEL, MSG_DONTWAIT, MSG_PEEK, RLIMIT_NOFILE,
+    AF_UNIX, ENOMEM, EPOLLET, EPOLLIN, EPOLLOUT, EPOLLRDHUP, EPOLL_CTL_ADD, EPOLL_CTL_DEL,
     SOL_SOCKET, SO_DOMAIN, atomic_get, calloc, close, counter_get, epoll_ctl, epoll_event, errno,
-    free, getpeername, getpid, getrlimit, getsockname, getsockopt, hint_set, int64_t, memcpy,
-    memset, moment_get, pthread_join, recv, rlimit, setrlimit, sockaddr, sockaddr_storage,
-    socklen_t, uint64_t,
+    free, getpid, getsockopt, hint_set, int64_t, memcpy, memset, moment_get, pthread_join,
+    sockaddr_storage, socklen_t, uint64_t,
 )
 from proxyd.relay.types cimport (
-    CPUS_MAX, EVENT_ACCEPTED, EVENT_ACCEPT_FAILED, EVENT_READY, EVENT_REFUSED, EVENT_WORKERS_WANTED,
-    KIND_LISTENER, KIND_WATCH, ORDER_TRIM, TO_CLIENT, TO_TARGET, Connection, Gauges, Listener,
-    Machine, PolicyEvent, Quarantine, RowBatch, SelfConnectTable, Terms, Watch, Worker, Workers,
+    CPUS_MAX, KIND_LISTENER, KIND_WATCH, ORDER_TRIM, TO_CLIENT, TO_TARGET, Connection, Gauges,
+    Listener, Machine, Quarantine, RowBatch, SelfConnectTable, Terms, Watch, Worker, Workers,
 )
-from proxyd.relay.upstream cimport connect_bucket_us
 from proxyd.relay.workers cimport (
     quarantine_start, sweep_advance, sweep_until, worker_close_mailbox, worker_free,
     workers_answered, workers_order, workers_ping, workers_start_one, workers_stop, workers_sweep,
@@ -78,243 +69,8 @@ CHECK_TCP = types.CHECK_TCP
 CHECK_UNIX = types.CHECK_UNIX
 CHECK_PORT = types.CHECK_PORT
 
-# How a connection can end, by ENDING_* in relay/records.pxd: the words of the log, and the keys of
-# Totals.endings. The policy counts held clients under the two that have names of their own.
-ENDINGS = ("ended", "reset", "idle", "cut", "client gone")
-ENDING_CUT = ENDINGS[records.ENDING_CUT]
-ENDING_CLIENT_GONE = ENDINGS[records.ENDING_CLIENT_GONE]
-
-# ConnectionInfo.state, and HalfInfo.state
-STATES = ("connecting", "open", "lingering")
-HALF_STATES = ("flowing", "draining", "shut", "dead")
-
-# The longest time, in µs, of each element of TargetTotals.connects but the last.
-CONNECT_BUCKETS_US = tuple([connect_bucket_us(i) for i in range(records.CONNECT_BUCKETS - 1)])
-
-
-# ── events, as run() returns them ────────────────────────────────────────────────────────────────
-
-cdef class Ready:
-    """A watched fd is ready."""
-
-    cdef readonly int fd
-    cdef readonly unsigned int events      # EPOLLIN …, as epoll_wait(2) has them
-
-    def __init__(self, int fd, unsigned int events):
-        self.fd = fd
-        self.events = events
-
-
-cdef class Accepted:
-    """A client that is not connected automatically: its fd is the caller's now."""
-
-    cdef readonly int listener             # index
-    cdef readonly int client               # fd
-    cdef readonly bytes peer               # packed address; b"": socket_names() can tell it
-
-    def __init__(self, int listener, int client, bytes peer not None):
-        self.listener = listener
-        self.client = client
-        self.peer = peer
-
-
-cdef class AcceptFailed:
-    """accept(2) failed. ELOOP: the client was one of our own outgoing sockets, and was closed."""
-
-    cdef readonly int listener             # index
-    cdef readonly int error                # errno
-
-    def __init__(self, int listener, int error):
-        self.listener = listener
-        self.error = error
-
-
-cdef class Refused:
-    """A client over the limit was closed."""
-
-    cdef readonly int listener             # index
-    cdef readonly bytes peer               # packed address; b"": not known
-
-    def __init__(self, int listener, bytes peer not None=b""):
-        self.listener = listener
-        self.peer = peer
-
-
-cdef class ConnectFailed:
-    """A client could not be connected: its fd is the caller's again.
-
-    `pending` has to be sent first when another target is tried: the preamble, and bytes that were
-    already read from the client.
-    """
-
-    cdef readonly int listener             # index, as connect() was given it
-    cdef readonly int client               # fd
-    cdef readonly int error                # errno; ELOOP: the target was the socket itself
-    cdef readonly bytes pending
-    cdef readonly int64_t opened_ms        # when the connect began
-    cdef readonly long long connection     # id; 0: the connect failed before there was any
-    cdef readonly bytes peer               # packed address of the client; b"": not known
-
-    def __init__(self, int listener, int client, int error, bytes pending not None,
-                 int64_t opened_ms, long long connection, bytes peer not None=b""):
-        self.listener = listener
-        self.client = client
-        self.error = error
-        self.pending = pending
-        self.opened_ms = opened_ms
-        self.connection = connection
-        self.peer = peer
-
-
-cdef class Ended:
-    """A connection has ended. Only with Relay.report_ends."""
-
-    cdef readonly long long connection     # id
-    cdef readonly str ending               # one of ENDINGS
-    cdef readonly uint64_t bytes_up        # read from the client
-    cdef readonly uint64_t bytes_down      # read from the target
-    cdef readonly int64_t duration_ms
-    cdef readonly int client_error         # errno with which the client's side failed; 0: none
-    cdef readonly int target_error
-    cdef readonly ConnectionInfo info      # just before; None without Relay.report_begins
-
-    def __init__(self, long long connection, str ending not None, uint64_t bytes_up,
-                 uint64_t bytes_down, int64_t duration_ms, int client_error, int target_error,
-                 ConnectionInfo info=None):
-        self.connection = connection
-        self.ending = ending
-        self.bytes_up = bytes_up
-        self.bytes_down = bytes_down
-        self.duration_ms = duration_ms
-        self.client_error = client_error
-        self.target_error = target_error
-        self.info = info
-
-
-cdef class Begun:
-    """A connection has begun, or its connect has, and not with an id of new_id(). Only with
-    Relay.report_begins."""
-
-    cdef readonly ConnectionInfo info
-
-    def __init__(self, ConnectionInfo info not None):
-        self.info = info
-
-
-cdef class SnapshotRows:
-    """Connections that were there when a snapshot began, and had not ended when they were passed.
-
-    Some are missing if the quarantine blocks, which forwards them, or if there is no memory.
-    """
-
-    cdef readonly int number               # of the snapshot, as start_snapshot() has told it
-    cdef readonly list rows                # of ConnectionInfo; 64 at most
-    cdef readonly bint last                # the snapshot is complete
-    cdef readonly int missing              # with the last rows: how many could not be told of
-
-    def __init__(self, int number, list rows not None, bint last, int missing=0):
-        self.number = number
-        self.rows = rows
-        self.last = last
-        self.missing = missing
-
-
-cdef class Terminated:
-    """What has become of Relay.terminate()."""
-
-    cdef readonly long long connection     # id
-    cdef readonly bint found               # it has been cut; False: there was none with this id
-
-    def __init__(self, long long connection, bint found):
-        self.connection = connection
-        self.found = found
-
-
-cdef class WorkersWanted:
-    """One thread has more to do than it can, a CPU is idle, and there are no workers yet."""
-
-
-# ── what a connection is ─────────────────────────────────────────────────────────────────────────
-
-cdef class HalfInfo:
-    """One direction of a connection."""
-
-    cdef readonly uint64_t bytes           # that the receiver has taken, the preamble included
-    cdef readonly uint64_t in_flight       # read from the sender, but not taken yet
-    cdef readonly str state                # one of HALF_STATES
-
-    def __init__(self, uint64_t bytes, uint64_t in_flight, str state not None):
-        self.bytes = bytes
-        self.in_flight = in_flight
-        self.state = state
-
-
-cdef class ConnectionInfo:
-    """A connection, as it was when its thread has looked at it."""
-
-    cdef readonly long long connection     # id
-    cdef readonly str state                # one of STATES
-    cdef readonly int listener             # index
-    cdef readonly int upstream             # index
-    cdef readonly bytes client             # packed address that accept(2) has told; b"": not kept
-    cdef readonly int client_pid           # of a client over a UNIX socket; 0: not known
-    cdef readonly bytes target             # packed address; b"": not known
-    cdef readonly bytes local              # our own towards the target, likewise
-    cdef readonly int64_t opened_ms        # when the connect began
-    cdef readonly int64_t active_ms        # when a byte last moved
-    cdef readonly int held_ms              # how long the policy has held the client before
-    cdef readonly int64_t connect_us       # time to connect; -1: not connected yet, or not known
-    cdef readonly HalfInfo up              # client → target
-    cdef readonly HalfInfo down            # target → client
-    cdef readonly int thread               # 0: the one that calls run(); -1: the quarantine
-
-    def __init__(self, long long connection, str state not None, int listener, int upstream,
-                 bytes client not None, int client_pid, bytes target not None,
-                 bytes local not None, int64_t opened_ms, int64_t active_ms, int held_ms,
-                 int64_t connect_us, HalfInfo up not None, HalfInfo down not None, int thread):
-        self.connection = connection
-        self.state = state
-        self.listener = listener
-        self.upstream = upstream
-        self.client = client
-        self.client_pid = client_pid
-        self.target = target
-        self.local = local
-        self.opened_ms = opened_ms
-        self.active_ms = active_ms
-        self.held_ms = held_ms
-        self.connect_us = connect_us
-        self.up = up
-        self.down = down
-        self.thread = thread
-
-
-# ── numbers ──────────────────────────────────────────────────────────────────────────────────────
-
-cdef class TargetTotals:
-    """What has been counted for one index of `upstream`, over all threads.
-
-    Bytes of a connection that is there are counted when a snapshot passes it. `connects` has one
-    number for each of CONNECT_BUCKETS_US, and one for the connects that took longer.
-    """
-
-    cdef readonly uint64_t bytes_to_target
-    cdef readonly uint64_t bytes_to_clients
-    cdef readonly dict endings             # connections that have ended: {one of ENDINGS: count}
-    cdef readonly tuple connects           # that succeeded, by the time they took
-    cdef readonly uint64_t connect_us      # the sum of these times
-
-
-cdef class Totals:
-    """What has been counted since the start, over all threads."""
-
-    cdef readonly uint64_t accepted
-    cdef readonly uint64_t refused         # of these, closed at once: over the limit, or ourselves
-    cdef readonly uint64_t bytes_to_targets
-    cdef readonly uint64_t bytes_to_clients
-    cdef readonly uint64_t spliced         # bytes, of both directions, that splice(2) moved …
-    cdef readonly uint64_t copied          # … and those that were copied
-    cdef readonly dict endings             # connections that have ended: {one of ENDINGS: count}
+include "relay/events.pxi"
+include "relay/calls.pxi"
 
 
 # ── listeners ────────────────────────────────────────────────────────────────────────────────────
@@ -833,6 +589,8 @@ cdef class Relay:
         target_set_rights(&self.worker.ctx, &c.target)
         self.unwatch(client)
         if watch != NULL:
+            if watch.began_ns != 0 and watch.connect_us < 0:  # connected before its first event
+                watch.connect_us = (clock_ns() - watch.began_ns) // 1000
             c.connect_us = watch.connect_us
             self_connect_move(&self.self_connects, &c.self_connect, &watch.self_connect)
             self.unwatch(fd)
@@ -1014,47 +772,6 @@ cdef class Relay:
         return 0
 
 
-cdef object make_event(const PolicyEvent *event, int64_t now_ms):
-    if event.kind == EVENT_READY:
-        return Ready(event.fd, event.value)
-    if event.kind == EVENT_ACCEPTED:
-        return Accepted(event.listener, event.fd, peer_bytes(&event.peer))
-    if event.kind == EVENT_ACCEPT_FAILED:
-        return AcceptFailed(event.listener, event.value)
-    if event.kind == EVENT_REFUSED:
-        return Refused(event.listener, peer_bytes(&event.peer))
-    if event.kind == EVENT_WORKERS_WANTED:
-        return WorkersWanted()
-    return ConnectFailed(
-        event.listener, event.fd, event.value, b"", now_ms, 0, peer_bytes(&event.peer))
-
-
-cdef ConnectionInfo connection_info(const Row *row):
-    return ConnectionInfo(
-        row.id, STATES[row.state], row.listener, row.upstream, peer_bytes(&row.client),
-        row.client_pid, address_bytes(&row.target), address_bytes(&row.local), row.opened_ms,
-        row.active_ms, row.held_ms, row.connect_us, half_info(&row.halves[TO_TARGET]),
-        half_info(&row.halves[TO_CLIENT]), row.thread)
-
-
-cdef HalfInfo half_info(const HalfRow *half):
-    return HalfInfo(half.delivered, half.held, HALF_STATES[half.state])
-
-
-cdef bytes peer_bytes(const Peer *peer):
-    return (<const char *>&peer.address)[:peer.size]
-
-
-cdef bytes address_bytes(const Address *address):
-    return (<const char *>&address.name)[:address.size]
-
-
-cdef bytes take_pending(Connection *c):
-    if c.up.unsent == NULL:
-        return b""
-    return c.up.unsent[c.up.unsent_start:c.up.unsent_end]
-
-
 cdef int socket_family(int fd) noexcept:
     """The address family, or 0."""
     cdef int family = 0
@@ -1069,108 +786,3 @@ cdef int address_unpack(sockaddr_storage *to, bytes address) except -1:
     memset(to, 0, sizeof(to[0]))
     memcpy(to, <const char *>address, len(address))
     return 0
-
-
-def connected(int fd):
-    """Whether a socket of dial() is connected: 0, EINPROGRESS, or the errno with which the connect
-    failed. ELOOP: it was connected to itself."""
-    cdef sockaddr_storage peer
-    cdef socklen_t size = sizeof(peer)
-    cdef int error = socket_take_error(fd)
-    if error == ECONNRESET and socket_family(fd) == AF_VSOCK:
-        return ECONNREFUSED  # how the virtio transport says so
-    if error != 0:
-        return error
-    if getpeername(fd, <sockaddr *>&peer, &size) < 0:
-        return EINPROGRESS
-    return ELOOP if socket_self_connected(fd) else 0
-
-
-def peek(int fd):
-    """What a recv would return, without taking anything: 1 for bytes, 0 for the end, or -errno."""
-    cdef char byte
-    cdef ssize_t size = recv(fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT)
-    return -errno if size < 0 else size
-
-
-def socket_error(int fd):
-    """SO_ERROR of a socket, which reading clears; 0: none."""
-    return socket_take_error(fd)
-
-
-def socket_names(int fd):
-    """(peer, own) addresses, packed; b"" for one that the kernel does not tell."""
-    cdef sockaddr_storage name
-    cdef socklen_t size = sizeof(name)
-    peer = own = b""
-    if getpeername(fd, <sockaddr *>&name, &size) == 0:
-        peer = (<char *>&name)[:size]
-    size = sizeof(name)
-    if getsockname(fd, <sockaddr *>&name, &size) == 0:
-        own = (<char *>&name)[:size]
-    return peer, own
-
-
-def peer_pid(int fd):
-    """The process that has connected a UNIX socket; 0: not known."""
-    return socket_peer_pid(fd)
-
-
-def refuse_rights(int fd):
-    """Have the kernel refuse descriptors that are sent to a UNIX socket from now on, if it can, and
-    add no credentials to what is received."""
-    rights_refuse(fd)
-    rights_forget_writers(fd)
-
-
-def tune_socket(int fd, int family):
-    """Set the options that both legs need. TCP sockets inherit them from their listener."""
-    socket_tune(fd, family)
-
-
-def raise_fd_limit(long long wanted):
-    """Raise the soft RLIMIT_NOFILE to `wanted`, as far as the hard one allows; what it is then.
-
-    Never lowers it, and no higher than wanted: libraries that select() may be in this process.
-    """
-    cdef rlimit limit
-    if getrlimit(RLIMIT_NOFILE, &limit) < 0:
-        raise_errno(errno)
-    if <unsigned long long>wanted > limit.rlim_cur:
-        limit.rlim_cur = min(<unsigned long long>wanted, limit.rlim_max)
-        setrlimit(RLIMIT_NOFILE, &limit)
-        getrlimit(RLIMIT_NOFILE, &limit)
-    return min(limit.rlim_cur, <unsigned long long>1 << 30)
-
-
-# ── signals ──────────────────────────────────────────────────────────────────────────────────────
-
-def signal_fd(numbers):
-    """An fd, the caller's, that is readable once one of these signals has come; take_signals()
-    tells which. It must stay open while they can come. Raises OSError.
-
-    A SIGINT or SIGHUP that was ignored when the program was started stays ignored.
-    """
-    cdef int number
-    cdef int failure
-    cdef int fd = signals_open()
-    if fd < 0:
-        raise_errno(-fd)
-    for number in numbers:
-        if not 0 < number < SIGNALS_MAX:
-            raise ValueError("no such signal")
-        failure = signal_catch(number)
-        if failure < 0:
-            raise_errno(-failure)
-    return fd
-
-
-def take_signals():
-    """The signals that have come since the last call, each as often as it was delivered."""
-    cdef int number, count
-    taken = []
-    signals_clear()
-    for number in range(SIGNALS_MAX):
-        count = signal_take(number)  # Cython 0.29 would evaluate it twice below
-        taken += [number] * count
-    return taken

@@ -8,14 +8,12 @@ from proxyd import log
 from proxyd._relay import ENDING_CLIENT_GONE, ENDING_CUT, Relay
 from proxyd.acceptor import Acceptor
 from proxyd.connect_errors import short_reason
+from proxyd.sizes import bytes_text
 from proxyd.upstream import Upstream
 
 TYPE_CHECKING = False  # as in typing, which is slow to import
 if TYPE_CHECKING:
     from proxyd._relay import Ended, Totals
-
-_UNITS = "BKMGTPE"
-
 
 _RECENT_MS = 60_000
 """How long STATUS= says when the last client was refused or has failed: the server sees to it."""
@@ -97,15 +95,6 @@ def _bounded(text: str) -> str:
     if len(data) > _STATUS_MAX:
         data = data[: _STATUS_MAX - 3] + "…".encode()
     return data.decode("utf-8", "ignore")
-
-
-def bytes_text(count: int) -> str:
-    """Format a number of bytes, to base 1024: 512B, 1.2G."""
-    value, unit = float(count), 0
-    while value >= 1000 and unit < len(_UNITS) - 1:
-        value /= 1024
-        unit += 1
-    return f"{value:.{1 if unit and value < 99.95 else 0}f}{_UNITS[unit]}"
 
 
 def summary(acceptor: Acceptor, relay: Relay, upstreams: list[Upstream]) -> list[str]:

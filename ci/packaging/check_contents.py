@@ -65,7 +65,7 @@ SCRIPTS = (
     "scripts/systemd-socket-proxyd",
     "scripts/systemd-socket-proxyd-units",
 )
-SOURCES = ("*.c", "*.h", "*.pxd", "*.pyx")
+SOURCES = ("*.c", "*.h", "*.pxd", "*.pxi", "*.pyx")
 
 # The place in the wheel of each installed file of the project.
 INSTALLED = {

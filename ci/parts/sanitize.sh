@@ -373,7 +373,7 @@ count_lines() {
     fi
     # gcovr takes the names of Cython's functions for those of the compiler's internal functions. A
     # source that gcov does not find is part of Cython.
-    (cd "$BUILD/source" && "$BUILD_PYTHON" -m gcovr --root . --filter 'proxyd/.*\.(pyx|pxd)$' \
+    (cd "$BUILD/source" && "$BUILD_PYTHON" -m gcovr --root . --filter 'proxyd/.*\.(pyx|px[di])$' \
         --include-internal-functions --gcov-ignore-errors=source_not_found --merge-lines \
         --exclude-lines-by-pattern "$NO_STATEMENT" --fail-under-line 100 build) || status=1
     (cd "$BUILD" && venv/bin/python -m coverage combine --rcfile=coveragerc -q &&

@@ -6,8 +6,8 @@ import time
 from collections.abc import Iterator
 from typing import Any, Self
 
-INTERFACE = "net.socketproxyd.Proxy"
-METRICS = "io.systemd.Metrics"
+from proxyd.inspection.interfaces import PROXY
+from proxyd.inspection.varlink import SERVICE
 
 PATIENCE = 10.0
 """Seconds within which a proxy has to answer; one that forwards answers in milliseconds."""
@@ -26,15 +26,15 @@ class ReplyError(Exception):
 
     def __str__(self) -> str:
         """Return what it means, if that is known."""
-        return _MEANINGS.get(self.name) or f"{self.name}{self._details()}"
-
-    def _details(self) -> str:
-        return f" {json.dumps(self.parameters)}" if self.parameters else ""
+        details = f" {json.dumps(self.parameters)}" if self.parameters else ""
+        return _MEANINGS.get(self.name) or f"{self.name}{details}"
 
 
 _MEANINGS = {
-    "org.varlink.service.PermissionDenied": "only root and the proxy's own user may do this",
-    f"{INTERFACE}.NoSuchConnection": "no such connection",
+    f"{SERVICE}.PermissionDenied": "only root and the proxy's own user may do this",
+    f"{SERVICE}.InterfaceNotFound": "what answers is no proxy, or one of another version",
+    f"{SERVICE}.MethodNotFound": "what answers is a proxy of another version",
+    f"{PROXY}.NoSuchConnection": "no such connection",
 }
 
 

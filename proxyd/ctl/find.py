@@ -113,6 +113,8 @@ def _arguments(words: list[str]) -> list[str] | None:
 def _socket_path(manager: "Manager", properties: dict[str, str], arguments: list[str]) -> str:
     """Return the path of the inspection socket; empty if there is none."""
     given = _inspect_option(arguments)
+    if given == "no":
+        return ""
     if given.startswith("fd:"):
         return _inherited(manager, _words(properties.get("TriggeredBy", "")), given[3:])
     if given:

@@ -6,7 +6,8 @@ from typing import Any
 
 from proxyd.ctl.find import Proxy
 from proxyd.ctl.table import Column, Paper, Row, render
-from proxyd.ctl.text import escape, short_span, size
+from proxyd.ctl.text import escape, short_span
+from proxyd.sizes import bytes_text
 
 STATES = ("open", "held", "connecting", "lingering")
 
@@ -14,11 +15,11 @@ _STYLES = {"held": "warn", "connecting": "warn", "lingering": "dim"}
 
 
 def rows_of(answers: list[tuple[Proxy, list[dict[str, Any]]]]) -> list[Row]:
-    """Return all connections as rows, each with the proxy that it belongs to."""
+    """Return all connections as rows, each with its proxy; those of one in order of their ids."""
     return [
         {"unit": proxy.unit or None, "socket": proxy.path} | connection
         for proxy, connections in answers
-        for connection in connections
+        for connection in sorted(connections, key=lambda one: one["id"])
     ]
 
 
@@ -42,6 +43,10 @@ def _text_of(key: str) -> "_Text":
     return lambda row: "-" if row.get(key) in (None, "") else str(row[key])
 
 
+def _halves(row: Row) -> str:
+    return "-" if row.get("state") == "held" else f"{row['up']['state']}/{row['down']['state']}"
+
+
 _Text = Any
 
 UNIT = Column(
@@ -55,9 +60,9 @@ CLIENT = Column("CLIENT", _text_of("client"), flexible=True)
 TARGET = Column("TARGET", _text_of("target"), flexible=True)
 AGE = Column("AGE", _span_of("ageUSec"), right=True)
 IDLE = Column("IDLE", _span_of("idleUSec"), right=True, drop=1)
-UP = Column("UP", lambda row: size(row["up"].get("bytes", 0)), right=True)
-DOWN = Column("DOWN", lambda row: size(row["down"].get("bytes", 0)), right=True)
-QUEUED = Column("QUEUED", lambda row: size(in_flight(row)), right=True, drop=2)
+UP = Column("UP", lambda row: bytes_text(row["up"].get("bytes", 0)), right=True)
+DOWN = Column("DOWN", lambda row: bytes_text(row["down"].get("bytes", 0)), right=True)
+QUEUED = Column("QUEUED", lambda row: bytes_text(in_flight(row)), right=True, drop=2)
 
 COLUMNS = [
     ID,
@@ -69,11 +74,7 @@ COLUMNS = [
     UP,
     DOWN,
     QUEUED,
-    Column(
-        "HALVES",
-        lambda row: f"{row['up'].get('state', '-')}/{row['down'].get('state', '-')}",
-        drop=4,
-    ),
+    Column("HALVES", _halves, drop=4),
     Column("CONNECT", _span_of("connectUSec"), right=True, drop=5),
     Column("LOCAL", _text_of("localAddress"), drop=3),
     Column("LISTENER", _text_of("listener"), drop=6),

@@ -1,83 +1,44 @@
 """The command socket-proxyctl."""
 
 import argparse
-import os
 import sys
-from collections.abc import Callable
-from typing import Any
 
-from proxyd import __version__
+from proxyd import subcommands
 from proxyd.ctl import ask
-from proxyd.ctl.client import INTERFACE
 from proxyd.ctl.find import Found, Proxy, find
-from proxyd.ctl.text import escape
-from proxyd.errors import UsageError, reason
+from proxyd.errors import UsageError
+from proxyd.inspection.interfaces import PROXY
+from proxyd.subcommands import Arguments, Commands, make_parser
 
 PROGRAM = "socket-proxyctl"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit status."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # the locale may not have what a name is written in
-            stream.reconfigure(errors="backslashreplace")
     arguments = sys.argv[1:] if argv is None else argv
-    try:
-        status = _serve(arguments)
-        if status is None:
-            options = _parser().parse_args(arguments)
-            status = int(options.run(options))
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 0
-    except KeyboardInterrupt:
-        return 130
-    except UsageError as error:
-        _complain(str(error))
-        return 1
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        _complain(where + reason(error))
-        return 1
-    return status
+    return subcommands.run(PROGRAM, lambda: _call(arguments))
 
 
-def _complain(message: str) -> None:
-    print(f"{PROGRAM}: {escape(message)}", file=sys.stderr)
+def _call(arguments: list[str]) -> int:
+    status = _serve(arguments)
+    if status is not None:
+        return status
+    parser = make_parser(PROGRAM, "Show what running proxies are doing.", _commands(), _ARGUMENTS)
+    options = parser.parse_args(arguments)
+    return int(options.run(options))
 
 
 def _serve(arguments: list[str]) -> int | None:
     """Without a command, serve the caller that was passed; None if there is none."""
     if arguments not in ([], ["--user"]):
         return None
-    from proxyd.ctl.serve import passed_fd, serve
+    from proxyd.ctl.serve import caller, serve
 
-    fd = passed_fd()
-    return None if fd is None else serve(fd, user=bool(arguments))
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=PROGRAM,
-        description="Show what running proxies are doing.",
-        epilog=f"See the {PROGRAM}(1) man page for details.",
-    )
-    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for name, (run, summary, description) in _commands().items():
-        command = commands.add_parser(
-            name, help=summary, description=description, allow_abbrev=False
-        )
-        command.set_defaults(run=run)
-        for users, argument, settings in _ARGUMENTS:
-            if name in users.split():
-                command.add_argument(argument, **settings)
-    return parser
+    peer = caller()
+    return None if peer is None else serve(peer, user=bool(arguments))
 
 
-def _commands() -> dict[str, tuple[Callable[[argparse.Namespace], int], str, str]]:
-    """Return {command: what runs it, its line in the help, its own help}."""
+def _commands() -> Commands:
     return {
         "list": (_list, "list connections", "List the live connections, held clients included."),
         "top": (_top, "show connections as they change", "Show live connections and their rates."),
@@ -102,7 +63,7 @@ def _commands() -> dict[str, tuple[Callable[[argparse.Namespace], int], str, str
 
 _ALL = "list top watch metrics status terminate"
 
-_ARGUMENTS: tuple[tuple[str, str, dict[str, Any]], ...] = (
+_ARGUMENTS: Arguments = (
     ("terminate", "id", {"nargs": "+", "type": int, "metavar": "ID"}),
     (
         _ALL,
@@ -146,7 +107,6 @@ _ARGUMENTS: tuple[tuple[str, str, dict[str, Any]], ...] = (
         {"choices": ("pretty", "short", "off"), "default": "off", "help": "print JSON"},
     ),
 )
-"""(commands that have it, name, what argparse is told), in the order of the help."""
 
 
 def _list(options: argparse.Namespace) -> int:
@@ -176,6 +136,10 @@ def _find(options: argparse.Namespace) -> list[Proxy]:
 
 def _look(options: argparse.Namespace) -> Found:
     return find(options.unit, options.socket, options.user)
+
+
+def _complain(message: str) -> None:
+    subcommands.complain(PROGRAM, message)
 
 
 def _complain_all(errors: list[str]) -> int:
@@ -255,7 +219,7 @@ def _terminate(options: argparse.Namespace) -> int:
     for number in options.id:
         try:
             with Client(proxies[0].path) as client:
-                client.call(f"{INTERFACE}.Terminate", {"id": number})
+                client.call(f"{PROXY}.Terminate", {"id": number})
         except (OSError, ReplyError) as error:
             errors.append(f"{number}: {ask.describe(proxies[0], error)}")
         else:

@@ -45,6 +45,12 @@ def connection(reply: Fields) -> Fields:
     return row
 
 
+def missing(parameters: Fields) -> int:
+    """Return how many connections a List lacks. Raises UnexpectedError."""
+    count: int = _field(parameters, "missing", int)
+    return count
+
+
 def metric(reply: Fields) -> Fields:
     """Return a metric or its description. Raises UnexpectedError."""
     _field(reply, "name", str)

@@ -40,7 +40,7 @@ class Screen:
     __slots__ = ("_in", "_out", "_saved", "_signalled", "_wake")
 
     def __init__(self) -> None:
-        if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        if not (sys.stdin and sys.stdin.isatty() and sys.stdout.isatty()):
             raise UsageError("top needs a terminal; list and watch do not")
         if os.environ.get("TERM", "dumb") == "dumb":
             raise UsageError("top needs a terminal that can do more than TERM=dumb")
@@ -67,10 +67,11 @@ class Screen:
         self._restore()
         signal.set_wakeup_fd(-1)
 
-    def paint(self, lines: list[str]) -> None:
-        """Show lines from the top of the screen; the rest of it becomes empty."""
-        frame = b"\x1b[H" + b"\r\n".join(_encoded(line) + b"\x1b[K" for line in lines)
-        self._write(frame + b"\x1b[J")
+    def paint(self, lines: list[str], height: int) -> None:
+        """Show lines from the top of a screen of this height; the rest of it becomes empty."""
+        # Each line is cleared before it is written: after the last column, the cursor stays on it.
+        frame = b"\x1b[H" + b"\r\n".join(b"\x1b[K" + _encoded(line) for line in lines)
+        self._write(frame if len(lines) >= height else frame + b"\r\n\x1b[J")
 
     def wait(self, other: int, seconds: float) -> list[str] | None:
         """Return the keys that were pressed, after `seconds` at most; None if none can come.

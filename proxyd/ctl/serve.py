@@ -1,192 +1,183 @@
-"""Varlink, answered: the metrics of all running proxies through one socket.
+"""Varlink, answered: the metrics of all running proxies through one connection.
 
 systemd-report(1) reads each socket in /run/systemd/report/, but a socket for each proxy cannot be
-there. An Accept=yes socket unit starts this instead; `varlinkctl call exec:` does so as well.
+there. An Accept=yes socket unit starts this instead; `varlinkctl call exec:` does so as well, and
+`ssh-exec:` on another machine. Single connections are not served: their ids are those of one proxy,
+which has a socket of its own.
 """
 
-import json
 import os
 import socket
 from collections.abc import Iterator
-from typing import Any
+from typing import Protocol
 
 from proxyd import __version__
 from proxyd.ctl import ask
-from proxyd.ctl.client import METRICS
 from proxyd.ctl.find import find
 from proxyd.errors import UsageError
+from proxyd.inspection.interfaces import METRICS, TEXTS
+from proxyd.inspection.varlink import (
+    SERVICE,
+    Call,
+    CallError,
+    Fields,
+    MessageError,
+    failure,
+    parse,
+    plain,
+    reply,
+)
 
-FD_NAME = "varlink"
+FD_NAMES = ("varlink", "connection")
+"""The second is what older versions of systemd, such as 252, call the socket of Accept=yes."""
 
-DOMAIN = "net.socketproxyd"
+DOMAIN = "net.socketproxyd."
 """What metrics begin with: systemd-report drops others, and then fails."""
 
-_SERVICE = "org.varlink.service"
+INTERFACES = (METRICS, SERVICE)
+
 _CALL_MAX = 1 << 16
+_CHUNK = 1 << 16
 _CALLER_PATIENCE = 30.0
 _PROXY_PATIENCE = 3.0
 """Seconds for one proxy; systemd-report gives all of them together 30."""
 
-_METRICS_TEXT = """\
-interface io.systemd.Metrics
 
-type MetricFamilyType (counter, gauge, string, object)
+class Peer(Protocol):
+    """A caller, whose calls are read and answered."""
 
-method List() -> (name: string, object: ?string, fields: ?object, value: any)
+    def recv(self, size: int, /) -> bytes:
+        """Return some bytes; none at the end. Raises OSError."""
 
-method Describe() -> (name: string, description: string, type: MetricFamilyType)
-
-error NoSuchMetric()
-"""
-
-_SERVICE_TEXT = """\
-interface org.varlink.service
-
-method GetInfo() -> (
-  vendor: string,
-  product: string,
-  version: string,
-  url: string,
-  interfaces: []string
-)
-
-method GetInterfaceDescription(interface: string) -> (description: string)
-
-error InterfaceNotFound (interface: string)
-error MethodNotFound (method: string)
-error MethodNotImplemented (method: string)
-error InvalidParameter (parameter: string)
-error PermissionDenied ()
-error ExpectedMore ()
-"""
-
-_TEXTS = {METRICS: _METRICS_TEXT, _SERVICE: _SERVICE_TEXT}
-
-Reply = dict[str, Any]
+    def sendall(self, data: bytes, /) -> None:
+        """Send bytes. Raises OSError."""
 
 
-class CallError(Exception):
-    """The error that a call is answered with."""
+class StandardStreams:
+    """The caller is at stdin and stdout, as with `varlinkctl call ssh-exec:`."""
 
-    def __init__(self, name: str, **parameters: str) -> None:
-        super().__init__(name)
-        self.name = name
-        self.parameters = parameters
+    def recv(self, size: int, /) -> bytes:
+        """Read from stdin."""
+        return os.read(0, size)
+
+    def sendall(self, data: bytes, /) -> None:
+        """Write to stdout."""
+        while data:
+            data = data[os.write(1, data) :]
 
 
-def passed_fd() -> int | None:
-    """Return the fd of the caller that has been passed to this process; None without one."""
+def caller() -> Peer | None:
+    """Return the caller that was passed to this process; None without one. Raises UsageError."""
+    if os.environ.get("SYSTEMD_VARLINK_LISTEN") == "-":
+        return StandardStreams()
+    fd = _passed_fd()
+    if fd is None:
+        return None
+    try:
+        passed = socket.socket(fileno=fd)
+        passed.getpeername()
+    except OSError as error:
+        raise UsageError(f"{FD_NAMES[0]} is not a connected socket: {error.strerror}") from None
+    passed.settimeout(_CALLER_PATIENCE)
+    return passed
+
+
+def _passed_fd() -> int | None:
     if os.environ.get("LISTEN_PID") != str(os.getpid()):
         return None
     names = os.environ.get("LISTEN_FDNAMES", "").split(":")
     count = os.environ.get("LISTEN_FDS", "")
-    if FD_NAME not in names or not count.isdecimal() or names.index(FD_NAME) >= int(count):
+    at = next((at for at, name in enumerate(names) if name in FD_NAMES), None)
+    if at is None or not count.isdecimal() or at >= int(count):
         return None
-    return 3 + names.index(FD_NAME)
+    return 3 + at
 
 
-def serve(fd: int, user: bool) -> int:
-    """Answer the calls on a connected socket until its end; return the exit status."""
+def serve(peer: Peer, user: bool) -> int:
+    """Answer calls until the caller has gone; return the exit status."""
     try:
-        caller = socket.socket(fileno=fd)
-        caller.getpeername()
-    except OSError as error:
-        raise UsageError(f"{FD_NAME} is not a connected socket: {error.strerror}") from None
-    with caller:
-        caller.settimeout(_CALLER_PATIENCE)
-        try:
-            for message in _messages(caller):
-                for reply in _replies(message, user):
-                    caller.sendall(json.dumps(reply, separators=(",", ":")).encode() + b"\0")
-        except (TimeoutError, BrokenPipeError, ConnectionResetError):
-            return 0  # it has its answers, or does not want them
-        except _NotACallError:
-            return 1
+        for message in _messages(peer):
+            answer = _answered(parse(message), user)
+            if answer:
+                peer.sendall(answer)
+    except (TimeoutError, BrokenPipeError, ConnectionResetError):
+        return 0  # it has its answers, or does not want them
+    except MessageError:  # what has come is no call, so nothing after it can be understood
+        return 1
     return 0
 
 
-class _NotACallError(Exception):
-    """What has come is no call, so nothing after it can be understood."""
-
-
-def _messages(caller: socket.socket) -> Iterator[bytes]:
+def _messages(peer: Peer) -> Iterator[bytes]:
+    """Yield what is sent, without the NULs. Raises MessageError."""
     buffer = bytearray()
-    while data := caller.recv(1 << 16):
+    while data := peer.recv(_CHUNK):
         buffer += data
         while (end := buffer.find(b"\0")) >= 0:
             message = bytes(buffer[:end])
             del buffer[: end + 1]
             yield message
         if len(buffer) > _CALL_MAX:
-            raise _NotACallError
+            raise MessageError("too long")
 
 
-def _replies(message: bytes, user: bool) -> Iterator[Reply]:
-    """Yield the replies to a call; `continues` is in all but the last."""
-    method, parameters, more, oneway = _parse(message)
+def _answered(call: Call, user: bool) -> bytes:
+    """Return all replies to a call."""
     try:
-        answers = _answer(method, parameters, more, user)
+        *others, last = _answer(call, user)
     except CallError as error:
-        answers = [{"error": error.name, "parameters": error.parameters}]
+        data = failure(error)
     else:
-        answers = [{"parameters": one, "continues": True} for one in answers]
-        del answers[-1]["continues"]
-    if not oneway:
-        yield from answers
+        data = b"".join([reply(one, continues=True) for one in others]) + reply(last)
+    return b"" if call.oneway else data
 
 
-def _parse(message: bytes) -> tuple[str, dict[str, Any], bool, bool]:
-    try:
-        call = json.loads(message)
-    except (ValueError, RecursionError):
-        raise _NotACallError from None
-    if not isinstance(call, dict) or not isinstance(call.get("method"), str):
-        raise _NotACallError
-    parameters = call.get("parameters") or {}
-    if not isinstance(parameters, dict):
-        raise _NotACallError
-    return call["method"], parameters, call.get("more") is True, call.get("oneway") is True
-
-
-def _answer(method: str, parameters: dict[str, Any], more: bool, user: bool) -> list[Reply]:
+def _answer(call: Call, user: bool) -> list[Fields]:
     """Return what each reply holds, at least one. Raises CallError."""
-    interface, _, name = method.rpartition(".")
-    if interface not in _TEXTS:
-        raise CallError(f"{_SERVICE}.InterfaceNotFound", interface=interface)
-    if interface == METRICS:
-        if name not in ("List", "Describe"):
-            raise CallError(f"{_SERVICE}.MethodNotFound", method=method)
-        if not more:
-            raise CallError(f"{_SERVICE}.ExpectedMore")
+    interface, _, name = call.method.rpartition(".")
+    if interface not in INTERFACES:
+        raise CallError(f"{SERVICE}.InterfaceNotFound", interface=plain(interface))
+    if interface == METRICS and name in ("List", "Describe"):
+        call.require_more()
+        call.allow()
         return _metrics(name, user)
-    if name == "GetInfo":
+    if interface == SERVICE and name == "GetInfo":
+        call.allow()
         return [_INFO]
-    if name == "GetInterfaceDescription":
-        asked = parameters.get("interface")
-        if not isinstance(asked, str):
-            raise CallError(f"{_SERVICE}.InvalidParameter", parameter="interface")
-        if asked not in _TEXTS:
-            raise CallError(f"{_SERVICE}.InterfaceNotFound", interface=asked)
-        return [{"description": _TEXTS[asked]}]
-    raise CallError(f"{_SERVICE}.MethodNotFound", method=method)
+    if interface == SERVICE and name == "GetInterfaceDescription":
+        call.allow("interface")
+        return [{"description": TEXTS[_known(call.text("interface"))]}]
+    raise CallError(f"{SERVICE}.MethodNotFound", method=plain(call.method))
 
 
-_INFO = {
+def _known(interface: str | None) -> str:
+    """Return the name of an interface that is served here. Raises CallError."""
+    if interface is None:
+        raise CallError(f"{SERVICE}.InvalidParameter", parameter="interface")
+    if interface not in INTERFACES:
+        raise CallError(f"{SERVICE}.InterfaceNotFound", interface=plain(interface))
+    return interface
+
+
+_INFO: Fields = {
     "vendor": "systemd-socket-proxyd for Python",
     "product": "socket-proxyctl",
     "version": __version__,
     "url": "",
-    "interfaces": sorted(_TEXTS),
+    "interfaces": list(INTERFACES),
 }
 
 
-def _metrics(name: str, user: bool) -> list[Reply]:
+def _metrics(name: str, user: bool) -> list[Fields]:
     """Return the descriptions, each once, or the values with the unit that each belongs to.
 
     A proxy that does not answer is left out: the report of the others is worth more.
     """
-    answers = ask.metrics(find([], [], user).proxies, _PROXY_PATIENCE)
-    replies: list[Reply] = []
+    try:
+        proxies = find([], [], user).proxies
+    except UsageError:  # without a service manager none is known
+        proxies = []
+    answers = ask.metrics(proxies, _PROXY_PATIENCE)
+    replies: list[Fields] = []
     described: set[str] = set()
     for proxy, (descriptions, values) in answers.results:
         if name == "List":
@@ -201,5 +192,5 @@ def _metrics(name: str, user: bool) -> list[Reply]:
     return replies
 
 
-def _is_ours(metric: dict[str, Any]) -> bool:
-    return isinstance(metric["name"], str) and metric["name"].startswith(f"{DOMAIN}.")
+def _is_ours(metric: Fields) -> bool:
+    return str(metric["name"]).startswith(DOMAIN)

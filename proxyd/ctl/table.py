@@ -11,8 +11,11 @@ from proxyd.ctl.text import clip, ellipsize, escape, width
 Row = dict[str, Any]
 
 _GAP = 2
+_FLEXIBLE_KEPT = 21
+"""Of a flexible column, what it keeps as long as others can be left out: IPv4 address and port."""
+
 _FLEXIBLE_MIN = 12
-"""Columns that a flexible column keeps."""
+"""What it keeps in any case."""
 
 _SGR = {"title": "4", "warn": "33", "bad": "1;31", "good": "32", "dim": "2"}
 
@@ -36,7 +39,8 @@ class Column:
         self.text = text
         self.right = right
         self.drop = drop
-        """0: always shown; otherwise columns with a greater number are left out first."""
+        """0: shown if at all possible; otherwise columns with a greater number are left out first,
+        all with the same number together."""
         self.flexible = flexible
         """Whether the middle of a long text may be left out."""
         self.style = style
@@ -90,19 +94,24 @@ def render(rows: Sequence[Row], columns: Iterable[Column], sheet: Paper) -> list
 def _choose(columns: list[Column], widths: dict[Column, int], limit: int) -> list[Column]:
     """Leave out columns until the rest fits, if need be with shortened texts."""
     chosen = list(columns)
-    for column in sorted(columns, key=lambda one: -one.drop):
-        if not column.drop or _least(chosen, widths) <= limit:
+    for drop in sorted({one.drop for one in columns if one.drop}, reverse=True):
+        if _least(chosen, widths, _FLEXIBLE_KEPT, 2 / 3) <= limit:
             break
-        chosen.remove(column)
+        chosen = [one for one in chosen if one.drop != drop]
+    while len(chosen) > 1 and _least(chosen, widths, _FLEXIBLE_MIN) > limit:
+        chosen.pop()  # half a number would be a wrong one
     return chosen
 
 
-def _least(columns: list[Column], widths: dict[Column, int]) -> int:
-    """Return how narrow the columns can be made; flexible ones keep two thirds of their text."""
+def _least(columns: list[Column], widths: dict[Column, int], kept: int, share: float = 0.0) -> int:
+    """Return how narrow the columns can be made.
+
+    Flexible ones keep `kept` columns of their text at least, and this share of a long one.
+    """
     total = 0
     for one in columns:
         natural = widths[one]
-        total += max(min(natural, _FLEXIBLE_MIN), natural * 2 // 3) if one.flexible else natural
+        total += max(min(natural, kept), int(natural * share)) if one.flexible else natural
     return total + _GAP * (len(columns) - 1)
 
 

@@ -2,9 +2,9 @@
 
 import unicodedata
 
+from proxyd import log
 from proxyd.timespan import format_usec
 
-_UNITS = "BKMGTPE"
 _SEC = 1_000_000
 
 
@@ -13,30 +13,7 @@ def escape(value: object) -> str:
 
     Backslashes stay, because a proxy escapes names in the same way before it sends them.
     """
-    text = str(value)
-    if text.isprintable():
-        return text
-    return "".join(_escaped(char) for char in text)
-
-
-def _escaped(char: str) -> str:
-    if char.isprintable():
-        return char
-    code = ord(char)
-    if 0xDC80 <= code <= 0xDCFF:  # a byte that was not UTF-8, as os.fsdecode() returns it
-        code -= 0xDC00
-    if code < 0x100:
-        return f"\\x{code:02x}"
-    return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
-
-
-def size(count: int) -> str:
-    """Format a number of bytes, to base 1024: 512B, 1.2G."""
-    value, unit = float(count), 0
-    while value >= 1000 and unit < len(_UNITS) - 1:
-        value /= 1024
-        unit += 1
-    return f"{value:.{1 if unit and value < 99.95 else 0}f}{_UNITS[unit]}"
+    return log.printable(str(value))
 
 
 def span(usec: int) -> str:
@@ -46,7 +23,9 @@ def span(usec: int) -> str:
 
 
 def short_span(usec: int) -> str:
-    """Format a time span as one number, for columns: 320us, 1.5s, 65s, 84min, 5.2d."""
+    """Format a time span as one number, for columns: 0, 320us, 1.5s, 65s, 84min, 5.2d."""
+    if not usec:
+        return "0"
     # Two minutes rather than one: 65s says more than 1min.
     unit_usec, unit = next(
         one for one in _SPAN_UNITS if usec >= (2 if one[0] > _SEC else 1) * one[0] or one[0] == 1

@@ -8,14 +8,19 @@ from collections import Counter
 from collections.abc import Callable
 
 from proxyd.ctl import ask, listing
+from proxyd.ctl.client import PATIENCE
 from proxyd.ctl.find import Found
 from proxyd.ctl.screen import Screen
 from proxyd.ctl.table import Column, Paper, Row, paper, render
-from proxyd.ctl.text import clip, escape, size, width
+from proxyd.ctl.text import clip, escape, width
 from proxyd.errors import UsageError
+from proxyd.sizes import bytes_text
 
 _FIND_SECONDS = 5.0
 """How often proxies that have started or ended are looked for."""
+
+_PATIENCE_MIN = 2.0
+"""Seconds for a proxy to answer, even if samples are taken more often."""
 
 _ERRORS_MAX = 3
 
@@ -76,8 +81,9 @@ def top(find: Callable[[], Found], interval: float) -> int:
             columns, height = shutil.get_terminal_size()
             if not view.paused:
                 shown = sampler.sample
-            sheet = paper()
-            screen.paint(frame(shown, view, Paper(columns, sheet.colour, sheet.mark), height))
+            terminal = paper()
+            sheet = Paper(columns, terminal.colour, terminal.mark)
+            screen.paint(frame(shown, view, sheet, height), height)
             keys = screen.wait(sampler.fd, _TICK_SECONDS)
             sampler.clear()
             if keys is None or not all(view.press(key, max(height - 8, 1)) for key in keys):
@@ -117,7 +123,8 @@ class Sampler(threading.Thread):
         if now - self._found_at >= _FIND_SECONDS:
             self._found, self._found_at = self._find(), now
         proxies = self._found.proxies
-        answers = ask.connections(proxies, None, None, patience=max(self._interval, 2.0))
+        patience = min(max(self._interval, _PATIENCE_MIN), PATIENCE)
+        answers = ask.connections(proxies, None, None, patience)
         rows = listing.rows_of(answers.results)
         when = time.monotonic()
         add_rates(rows, self.sample, when)
@@ -162,7 +169,8 @@ def frame(sample: Sample, view: View, sheet: Paper, height: int) -> list[str]:
     body = render(rows[view.offset : view.offset + room], chosen, sheet)
     body += [""] * (room + 1 - len(body))
     lines = [*head, "", *body]
-    return [*lines[: max(height - 1, 0)], _foot(view, columns)]
+    shown = f"{view.offset + 1}-{view.offset + room} of {len(rows)}" if len(rows) > room else ""
+    return [*lines[: max(height - 1, 0)], _foot(view, shown, columns)]
 
 
 def _head(sample: Sample, view: View) -> list[str]:
@@ -174,13 +182,13 @@ def _head(sample: Sample, view: View) -> list[str]:
     return [
         f"socket-proxyctl - {time.strftime('%H:%M:%S')}, {proxies}{paused}",
         f"Clients: {len(sample.rows)} total, {counts}",
-        f"Traffic: {size(round(up))}/s up, {size(round(down))}/s down",
+        f"Traffic: {bytes_text(round(up))}/s up, {bytes_text(round(down))}/s down",
     ]
 
 
-def _foot(view: View, columns: int) -> str:
-    text = f" q quit   s sort: {SORTS[view.sort][0]}   space pause   up/down scroll"
-    text = clip(text, columns)
+def _foot(view: View, shown: str, columns: int) -> str:
+    text = f" q quit   s sort: {SORTS[view.sort][0]}   space pause   up/down scroll   {shown}"
+    text = clip(text.rstrip(), columns)
     return f"\x1b[7m{text}{' ' * (columns - width(text))}\x1b[0m"
 
 
@@ -204,9 +212,9 @@ COLUMNS = [
     listing.TARGET,
     listing.AGE,
     listing.IDLE,
-    Column("UP/S", lambda row: size(round(row["upRate"])), right=True),
-    Column("DOWN/S", lambda row: size(round(row["downRate"])), right=True),
-    Column("UP", listing.UP.text, right=True, drop=4),
+    Column("UP/S", lambda row: bytes_text(round(row["upRate"])), right=True),
+    Column("DOWN/S", lambda row: bytes_text(round(row["downRate"])), right=True),
+    Column("UP", listing.UP.text, right=True, drop=3),
     Column("DOWN", listing.DOWN.text, right=True, drop=3),
     listing.QUEUED,
 ]

@@ -8,10 +8,12 @@ from collections.abc import Callable
 from typing import Any
 
 from proxyd.ctl.ask import describe
-from proxyd.ctl.client import INTERFACE, Client, ReplyError
+from proxyd.ctl.client import Client, ReplyError
 from proxyd.ctl.find import Proxy
 from proxyd.ctl.replies import UnexpectedError, event
-from proxyd.ctl.text import escape, size, span
+from proxyd.ctl.text import escape, span
+from proxyd.inspection.interfaces import PROXY
+from proxyd.sizes import bytes_text
 
 
 def watch(proxies: list[Proxy], form: str, complain: Callable[[str], None]) -> int:
@@ -25,7 +27,7 @@ def watch(proxies: list[Proxy], form: str, complain: Callable[[str], None]) -> i
         for proxy in proxies:
             try:
                 client = Client(proxy.path, patience=None)
-                client.send(f"{INTERFACE}.Watch", {}, more=True)
+                client.send(f"{PROXY}.Watch", {}, more=True)
             except OSError as error:
                 complain(describe(proxy, error))
                 failed = True
@@ -45,21 +47,29 @@ def watch(proxies: list[Proxy], form: str, complain: Callable[[str], None]) -> i
 
 def _print_events(client: Client, proxy: Proxy, several: bool, form: str) -> str:
     """Print what has come; return why no more will come, or an empty string."""
+    events, trouble = _read_events(client, proxy)
+    for one in events:
+        text = _json(proxy, one) if form != "off" else line(proxy, one, several)
+        sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+    return trouble
+
+
+def _read_events(client: Client, proxy: Proxy) -> tuple[list[dict[str, Any]], str]:
+    """Return what has come, and why no more will come, or an empty string."""
+    events = []
     try:
         going_on = client.read_some()
         for reply in client.complete():
-            one = event(reply)
-            text = _json(proxy, one) if form != "off" else line(proxy, one, several)
-            sys.stdout.write(text + "\n")
-    except BrokenPipeError:
-        raise
+            events.append(event(reply))  # noqa: PERF401 - kept if a later one is garbage
     except (OSError, ReplyError, UnexpectedError) as error:
-        return describe(proxy, error)
-    finally:
-        sys.stdout.flush()
-    if not going_on:
-        return f"{escape(proxy.name)}: the proxy has ended, or has dropped a watcher that is slow"
-    return ""
+        return events, describe(proxy, error)
+    if going_on:
+        return events, ""
+    return (
+        events,
+        f"{escape(proxy.name)}: the proxy has ended, or has dropped a watcher that is slow",
+    )
 
 
 def _json(proxy: Proxy, reply: dict[str, Any]) -> str:
@@ -87,4 +97,6 @@ def line(proxy: Proxy, reply: dict[str, Any], several: bool) -> str:
         return text
     up, down = row["up"]["bytes"], row["down"]["bytes"]
     how = escape(reply.get("how") or "ended")
-    return f"{text}: {how} after {span(row['ageUSec'])}, {size(up)} up, {size(down)} down"
+    return (
+        f"{text}: {how} after {span(row['ageUSec'])}, {bytes_text(up)} up, {bytes_text(down)} down"
+    )

@@ -146,9 +146,10 @@ class Entrance:
 
     def next_ms(self, now_ms: int) -> int | None:
         """When to call step() at the latest; None: not before the next event."""
-        if self._paused_ms is not None:
-            return self._paused_ms
-        return self._service.callers.next_ms(now_ms) if self._service is not None else None
+        served_ms = self._service.callers.next_ms(now_ms) if self._service is not None else None
+        if self._paused_ms is None or served_ms is None:
+            return served_ms if self._paused_ms is None else self._paused_ms
+        return min(served_ms, self._paused_ms)
 
     def close(self) -> None:
         """Drop all callers."""

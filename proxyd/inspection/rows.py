@@ -29,6 +29,7 @@ class RowMaker:
     def connection(self, info: "ConnectionInfo") -> Fields:
         """Return the row of a connection."""
         listener = self._listeners[info.listener]
+        accepted_ms = info.opened_ms - info.held_ms
         return {
             "id": info.connection,
             "state": info.state,
@@ -38,8 +39,8 @@ class RowMaker:
             "target": target_text(listener, info.target),
             "targetAddress": _text(info.target) or None,
             "localAddress": _local(info.local),
-            "sinceUSec": self.since_us(info.opened_ms),
-            "ageUSec": self._span(info.opened_ms),
+            "sinceUSec": self.since_us(accepted_ms),
+            "ageUSec": self._span(accepted_ms),
             "idleUSec": self._span(info.active_ms),
             "heldUSec": info.held_ms * 1000 if info.held_ms else None,
             "connectUSec": None if info.connect_us < 0 else info.connect_us,

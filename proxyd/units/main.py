@@ -4,11 +4,10 @@ import argparse
 import os
 import sys
 import textwrap
-from collections.abc import Callable
-from typing import Any
 
-from proxyd import __version__
-from proxyd.errors import UsageError, reason
+from proxyd import subcommands
+from proxyd.errors import UsageError
+from proxyd.subcommands import Arguments, Commands, make_parser
 from proxyd.units import check, create, report, switch, text
 from proxyd.units.rule import SEVERITIES, Rule
 from proxyd.units.text import Text
@@ -20,52 +19,16 @@ _WIDTH = 79
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit status."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # names of files need not be UTF-8
-            stream.reconfigure(errors="backslashreplace")
-    try:
-        options = _parser().parse_args(argv)
-        status: int = options.run(options)
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 0
-    except KeyboardInterrupt:
-        return 130
-    except UsageError as error:
-        return _fail(str(error))
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        return _fail(where + reason(error))
-    return status
+    return subcommands.run(PROGRAM, lambda: _call(argv))
 
 
-def _fail(message: str) -> int:
-    print(f"{PROGRAM}: {message}", file=sys.stderr)
-    return 1
+def _call(argv: list[str] | None) -> int:
+    about = "Check, write and switch the units around systemd-socket-proxyd."
+    options = make_parser(PROGRAM, about, _commands(), _ARGUMENTS).parse_args(argv)
+    return int(options.run(options))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=PROGRAM,
-        description="Check, write and switch the units around systemd-socket-proxyd.",
-        epilog=f"See the {PROGRAM}(1) man page for details.",
-    )
-    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for name, (run, summary, description) in _commands().items():
-        command = commands.add_parser(
-            name, help=summary, description=description, allow_abbrev=False
-        )
-        command.set_defaults(run=run)
-        for users, argument, settings in _ARGUMENTS:
-            if name in users.split():
-                command.add_argument(argument, **settings)
-    return parser
-
-
-def _commands() -> dict[str, tuple[Callable[[argparse.Namespace], int], str, str]]:
-    """Return {command: what runs it, its line in the help, its own help}."""
+def _commands() -> Commands:
     return {
         "check": (
             _check,
@@ -85,9 +48,9 @@ def _commands() -> dict[str, tuple[Callable[[argparse.Namespace], int], str, str
     }
 
 
-_FLAG: dict[str, Any] = {"action": "store_true"}
+_FLAG: dict[str, object] = {"action": "store_true"}
 
-_ARGUMENTS: tuple[tuple[str, str, dict[str, Any]], ...] = (
+_ARGUMENTS: Arguments = (
     ("check", "what", {"nargs": "*", "metavar": "UNIT|FILE|FOLDER"}),
     ("switch", "what", {"metavar": "UNIT|FILE"}),
     (
@@ -191,7 +154,6 @@ _ARGUMENTS: tuple[tuple[str, str, dict[str, Any]], ...] = (
         {"metavar": "RULE", "help": "explain a rule, or 'list' them"},
     ),
 )
-"""(commands that have it, name, what argparse is told), in the order of the help."""
 
 
 def _create(options: argparse.Namespace) -> int:
@@ -264,3 +226,8 @@ def _explained(rule: Rule) -> str:
     paragraphs = [*rule.explain.split("\n"), f"Mend: {rule.mend}"]
     wrapped = [textwrap.fill(text, _WIDTH, break_on_hyphens=False) for text in paragraphs]
     return "\n\n".join([f"{rule.name} ({rule.severity})", *wrapped])
+
+
+def _fail(message: str) -> int:
+    subcommands.complain(PROGRAM, message)
+    return 1

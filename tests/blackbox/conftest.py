@@ -6,6 +6,45 @@ The executable is a parameter, and the suite runs on the C original too; each in
 is marked at its test with `differs` and listed at the end of the run.
 """
 
+import os
+
+import pytest
+from kit.varlink import Caller
+
 
 def pytest_addoption(pluginmanager):
     pluginmanager.import_plugin("kit.suite")  # imports it once, even if another suite did already
+
+
+@pytest.fixture
+def callers():
+    """Call the inspection socket at a path; closed in the end."""
+    opened = []
+
+    def call(path):
+        opened.append(Caller(path))
+        return opened[-1]
+
+    yield call
+    for caller in opened:
+        caller.close()
+
+
+@pytest.fixture
+def folder(stage):
+    """The runtime directory of the program."""
+    path = stage.path("runtime")
+    os.mkdir(path)
+    return path
+
+
+@pytest.fixture
+def inspected(stage, folder, callers):
+    """Launch the program with an inspection socket, and return a caller of it."""
+
+    def launch(*arguments, listeners=None, **options):
+        options["environment"] = {"RUNTIME_DIRECTORY": folder} | options.get("environment", {})
+        stage.launch(*arguments, listeners=listeners or [stage.listener()], **options)
+        return callers(f"{folder}/inspect")
+
+    return launch

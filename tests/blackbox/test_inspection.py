@@ -8,73 +8,11 @@ import stat
 
 import pytest
 from kit.differences import differs
-from kit.traffic import read_exactly
+from kit.sockets import read_exactly
+from kit.varlink import METRICS, PROXY
 from kit.waiting import wait_until
 
-PATIENCE = 20
-PROXY = "net.socketproxyd.Proxy"
-METRICS = "io.systemd.Metrics"
-
 pytestmark = differs("original", reason="cannot be inspected", run=False)
-
-
-class Caller:
-    """A connection to the inspection socket."""
-
-    def __init__(self, path):
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(PATIENCE)
-        self.sock.connect(path)
-        self.data = b""
-
-    def ask(self, method, more=False, **parameters):
-        call = {"method": method, "parameters": parameters, "more": more}
-        self.sock.sendall(json.dumps(call).encode() + b"\0")
-
-    def message(self):
-        while b"\0" not in self.data:
-            piece = self.sock.recv(1 << 16)
-            assert piece, "the proxy has closed the connection"
-            self.data += piece
-        message, _, self.data = self.data.partition(b"\0")
-        return json.loads(message)
-
-    def call(self, method, more=False, **parameters):
-        self.ask(method, more, **parameters)
-        replies = [self.message()]
-        while replies[-1].get("continues"):
-            replies.append(self.message())
-        return replies
-
-    def closed(self):
-        """Whether the proxy closes the connection."""
-        try:
-            return self.sock.recv(1) == b""
-        except ConnectionResetError:
-            return True
-
-    def close(self):
-        self.sock.close()
-
-
-@pytest.fixture
-def callers():
-    opened = []
-
-    def call(path):
-        opened.append(Caller(path))
-        return opened[-1]
-
-    yield call
-    for caller in opened:
-        caller.close()
-
-
-@pytest.fixture
-def folder(stage):
-    path = stage.path("runtime")
-    os.mkdir(path)
-    return path
 
 
 def launch(stage, folder, *arguments, target=None, **environment):
@@ -90,16 +28,6 @@ def launch(stage, folder, *arguments, target=None, **environment):
 def greet(client):
     client.sendall(b"x")
     assert read_exactly(client, 1) == b"x"
-
-
-def metrics(caller):
-    """{(name, field values): value}"""
-    found = {}
-    for reply in caller.call(f"{METRICS}.List", more=True):
-        metric = reply["parameters"]
-        name = metric["name"].removeprefix("net.socketproxyd.")
-        found[name, *(metric["fields"] or {}).values()] = metric["value"]
-    return found
 
 
 def test_there_is_a_socket_in_the_runtime_directory(stage, folder, callers):
@@ -134,8 +62,8 @@ def test_counters_equal_the_traffic(stage, folder, callers):
             client.sendall(b"x" * size)
             read_exactly(client, size)
     caller = callers(f"{folder}/inspect")
-    wait_until(lambda: metrics(caller)["Ended", "ended"] == 3, "all have ended")
-    found = metrics(caller)
+    wait_until(lambda: caller.metrics()["Ended", "ended"] == 3, "all have ended")
+    found = caller.metrics()
     assert found["Accepted",] == 3
     assert found["Open",] == 0
     assert found["BytesToTargets",] == found["BytesToClients",] == 101_001
@@ -250,3 +178,89 @@ def test_the_totals_are_logged_at_the_end(stage, folder):
     assert proxy.wait() == 0
     (line,) = proxy.log_lines("Totals: ")
     assert "Totals: 1 accepted, 0 open, 0 waiting, 0 refused, 0 failed; 1 bytes to targets" in line
+
+
+def follow(caller, count):
+    """The next events of a watcher: [(event, id, state, how)]."""
+    found = []
+    while len(found) < count:
+        told = caller.message()["parameters"]
+        row = told["connection"]
+        found.append((told["event"], row["id"], row["state"], told.get("how")))
+    return found
+
+
+def test_a_held_client_is_watched_from_its_accept_to_its_end(stage, folder, callers):
+    """Each begins once, and keeps its id when the target answers."""
+    backend = stage.absent()
+    launch(stage, folder, "--connect-timeout=infinity", target=backend.target)
+    path = f"{folder}/inspect"
+    watcher = callers(path)
+    watcher.ask(f"{PROXY}.Watch", more=True)
+    assert callers(path).call(f"{PROXY}.Status")  # by now the watcher is there
+    first = stage.connect()
+    ((event, first_number, state, _),) = follow(watcher, 1)
+    assert (event, state) == ("begin", "connecting")  # the target is believed to be up
+    wait_until(lambda: listed_as(callers(path), first_number) == "held", "the failed connect")
+    second = stage.connect()
+    ((event, second_number, state, _),) = follow(watcher, 1)
+    assert (event, state) == ("begin", "held")
+    assert listed_as(callers(path), second_number) == "held"
+    backend.start_listening()
+    for client in (first, second):
+        client.sendall(b"x")
+    servers = [backend.accept() for _ in range(2)]
+    for sock in (*servers, first, second):
+        sock.close()
+    ends = follow(watcher, 2)
+    assert {(event, how) for event, _, _, how in ends} <= {("end", "ended"), ("end", "reset")}
+    assert {number for _, number, _, _ in ends} == {first_number, second_number}
+
+
+def listed_as(caller, number):
+    """The state of a connection that is listed."""
+    rows = [reply["parameters"]["connection"] for reply in caller.call(f"{PROXY}.List", more=True)]
+    (row,) = [row for row in rows if row["id"] == number]
+    assert row["client"]
+    return row["state"]
+
+
+def test_the_process_of_a_held_client(stage, folder, callers):
+    environment = {"RUNTIME_DIRECTORY": folder}
+    listeners = [stage.listener("unix")]
+    stage.launch(stage.absent().target, listeners=listeners, environment=environment)
+    stage.connect()
+    caller = callers(f"{folder}/inspect")
+    wait_until(lambda: caller.call(f"{PROXY}.Status")[0]["parameters"]["held"], "a held client")
+    (reply,) = caller.call(f"{PROXY}.List", more=True)
+    assert reply["parameters"]["connection"]["clientPID"] == os.getpid()
+
+
+def test_a_call_from_a_pipe(stage, folder, callers):
+    """As `printf … | nc -U`: the caller has nothing more to say, and wants its reply."""
+    launch(stage, folder)
+    greet(stage.connect())
+    caller = callers(f"{folder}/inspect")
+    caller.ask(f"{PROXY}.Status")
+    caller.ask(f"{METRICS}.List", more=True)
+    caller.sock.shutdown(socket.SHUT_WR)
+    assert caller.message()["parameters"]["open"] == 1
+    while caller.message().get("continues"):
+        pass
+    assert caller.closed()
+
+
+def test_a_caller_that_does_not_wait_for_its_reply(stage, folder, callers):
+    """What it has asked for is done."""
+    launch(stage, folder)
+    client = stage.connect()
+    greet(client)
+    path = f"{folder}/inspect"
+    (row,) = callers(path).call(f"{PROXY}.List", more=True)
+    caller = callers(path)
+    number = row["parameters"]["connection"]["id"]
+    call = {"method": f"{PROXY}.Terminate", "parameters": {"id": number}, "oneway": True}
+    caller.sock.sendall(json.dumps(call).encode() + b"\0")
+    caller.close()
+    with pytest.raises(ConnectionResetError):
+        client.recv(1)

@@ -121,7 +121,8 @@ class FakeProxy:
         replies = self.replies.get(call["method"], ["org.varlink.service.MethodNotFound"])
         if callable(replies):
             replies = replies(call["parameters"])
-        replies = list(replies)
+        endless = call["method"].endswith(".Watch")
+        replies = replies if endless else list(replies)
         for at, one in enumerate(replies):
             if one is None:
                 return False
@@ -131,7 +132,7 @@ class FakeProxy:
             reply = (
                 {"error": one, "parameters": {}} if isinstance(one, str) else {"parameters": one}
             )
-            if at < len(replies) - 1 or call["method"].endswith(".Watch"):
+            if endless or at < len(replies) - 1:
                 reply["continues"] = True
             caller.sendall(json.dumps(reply).encode() + b"\0")
         return True

@@ -62,6 +62,29 @@ def test_an_inherited_socket_is_that_of_the_unit_with_the_name(run, proxy, manag
     assert asked(run)[0] == [("a.service", "there/inspect")]
 
 
+def test_a_proxy_that_wants_no_socket_has_none(run, proxy, manager):
+    proxy("web")
+    program = "/usr/bin/systemd-socket-proxyd"
+    manager({"a.service": running(program, "--inspect=no", "x:1", RuntimeDirectory="web")})
+    found, done = asked(run)
+    assert found == []
+    assert "a.service has no inspection socket" in done.stderr
+
+
+def test_many_units(run, proxy, manager):
+    """All are asked in one call, and proxies in several threads."""
+    names = [f"web-{number}-{'x' * 100}" for number in range(40)]
+    others = {f"other-{number}.service": running("/bin/sleep", "7") for number in range(1000)}
+    for name in names[:3]:
+        proxy(name[:10])
+    units = {f"{name}.service": running(RuntimeDirectory=name[:10]) for name in names}
+    manager(others | units)
+    found, done = asked(run)
+    assert [unit for unit, _ in found] == [f"{name}.service" for name in names[:3]]
+    assert done.returncode == 1
+    assert done.stderr.count("no answer") == 37
+
+
 def test_named_units_and_sockets(run, proxy, manager):
     proxy("web")
     other = proxy("other")

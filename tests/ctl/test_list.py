@@ -3,9 +3,13 @@
 import json
 import os
 import pty
+import signal
+import subprocess
+import threading
 
 import pytest
-from ctl.fake_proxy import COMMAND, PROXY, STATUS, row
+from ctl.fake_proxy import COMMAND, METRICS, PROXY, STATUS, deadline, row
+from kit.privileges import as_unprivileged_user
 from kit.waiting import wait_until
 
 
@@ -68,7 +72,7 @@ def test_colours_are_for_terminals(proxy, environment):
 def test_names_that_peers_chose_are_escaped(run, proxy):
     one = proxy(**{f"{PROXY}.List": [{"connection": row(7, client="@a\x1b[2J\u202e\udcff\n")}]})
     done = run("list", f"--socket={one.path}")
-    assert r"@a\x1b[2J\u202e\xff\x0a" in done.stdout
+    assert r"@a\x1b[2J\u202e\xff\n" in done.stdout
     assert done.stdout.count("\n") == 2
 
 
@@ -226,5 +230,173 @@ def test_what_is_not_known_is_a_dash(run, proxy):
     one = proxy(**{f"{PROXY}.List": [{"connection": unknown}]})
     assert run("list", f"--socket={one.path}").stdout.splitlines()[1].split() == [
         *("7", "held", "-", "127.0.0.1:8080", "65s", "1.5s", "2.0K", "3.0G", "512B"),
-        *("flowing/flowing", "-", "-", "0.0.0.0:80", "0"),
+        *("-", "-", "-", "0.0.0.0:80", "0"),
     ]
+
+
+def test_connections_are_in_the_order_of_their_ids(run, proxy):
+    rows = [{"connection": row(number)} for number in (3, 12, 1)]
+    one = proxy(**{f"{PROXY}.List": rows})
+    lines = run("list", f"--socket={one.path}").stdout.splitlines()[1:]
+    assert [line.split()[0] for line in lines] == ["1", "3", "12"]
+
+
+def test_what_a_proxy_could_not_list_is_one_line(run, proxy):
+    missing = b'{"error":"net.socketproxyd.Proxy.Incomplete","parameters":{"missing":7}}\0'
+    one = proxy(**{f"{PROXY}.List": [{"connection": row(1)}, {"connection": row(2)}, missing]})
+    done = run("list", f"--socket={one.path}", "--json=short")
+    assert (done.returncode, len(json.loads(done.stdout))) == (1, 2)
+    assert done.stderr == f"socket-proxyctl: {one.path}: 7 more could not be listed\n"
+
+
+@pytest.mark.parametrize("columns", range(8, 120, 4))
+def test_no_number_is_cut(run, proxy, environment, columns):
+    """Where there is no room for a column, it is left out."""
+    one = proxy(**{f"{PROXY}.List": [{"connection": row(1234567)}]})
+    text, status = screen(
+        [COMMAND, "list", f"--socket={one.path}"], environment | {"NO_COLOR": "1"}, columns
+    )
+    assert status == 0
+    titles, cells = (line.split() for line in text.splitlines())
+    whole = run("list", f"--socket={one.path}").stdout.splitlines()
+    assert set(titles) <= set(whole[0].split())
+    assert all("…" in cell or cell in whole[1].split() for cell in cells)
+    assert len(titles) == len(cells)
+    assert columns < 80 or "DOWN" in titles
+
+
+def test_addresses_are_whole_if_that_costs_only_columns(proxy, environment):
+    one = proxy(**{f"{PROXY}.List": [{"connection": row(7)}]})
+    text, _ = screen([COMMAND, "list", f"--socket={one.path}"], environment, 60)
+    assert "192.0.2.7:40007" in text
+    assert "127.0.0.1:8080" in text
+
+
+FAILURES = [
+    ["list"],
+    ["list", "--json=short"],
+    ["status"],
+    ["status", "--json=pretty"],
+    ["metrics", "--json=short"],
+    ["terminate", "7", "--json=short"],
+]
+
+
+@pytest.mark.parametrize("command", [*FAILURES, ["--help"], ["list", "--help"]])
+def test_a_full_disk_is_one_line(start, proxy, command):
+    metric = [{"name": "x", "value": 1, "description": "X.", "type": "gauge"}]
+    one = proxy(**{f"{METRICS}.{name}": metric for name in ("List", "Describe")})
+    socket = [] if "--help" in command else [f"--socket={one.path}"]
+    with open("/dev/full", "w") as full:
+        process = start(*command, *socket, stdout=full, stderr=subprocess.PIPE, text=True)
+        errors = process.stderr.read()
+    assert process.wait(deadline()) == 1
+    assert errors == "socket-proxyctl: No space left on device\n"
+
+
+@pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1), (0, 1, 2)])
+def test_closed_standard_streams(proxy, environment, place, closed):
+    """A socket to the proxy must not become one of them."""
+    one = proxy()
+    words = " ".join(f"{fd}>&-" for fd in closed)
+    command = f"exec {COMMAND} list --socket={one.path} {words}"
+    streams = [place / "stdin", place / "stdout", place / "stderr"]
+    for path in streams:
+        path.touch()
+    with streams[0].open() as empty, streams[1].open("w") as out, streams[2].open("w") as errors:
+        done = subprocess.run(
+            ["/bin/sh", "-c", command],
+            env=environment,
+            stdin=empty,
+            stdout=out,
+            stderr=errors,
+            timeout=deadline(),
+            check=False,
+        )
+    assert done.returncode == (1 if 1 in closed else 0)
+    assert streams[1].read_text().count("\n") == (0 if 1 in closed else 3)
+    told = 1 in closed and 2 not in closed
+    assert streams[2].read_text() == told * "socket-proxyctl: standard output is closed\n"
+
+
+@pytest.mark.parametrize("command", ["list", "status", "metrics", "watch", "top"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_it_at_once_though_a_proxy_hangs(proxy, environment, command, number):
+    """In a terminal, as Ctrl-C does: no traceback, and the shell sees the signal."""
+    called = threading.Event()
+
+    def hang(_):
+        called.set()
+        return [b"{"]
+
+    methods = ("List", "Status", "Watch")
+    one = proxy(**{f"{PROXY}.{name}": hang for name in methods}, **{f"{METRICS}.Describe": hang})
+    pid, fd = pty.fork()
+    if pid == 0:
+        try:
+            words = [str(COMMAND), command, f"--socket={one.path}"]
+            os.execve(COMMAND, words, environment)
+        finally:
+            os._exit(127)
+    assert called.wait(deadline())
+    os.kill(pid, number)
+    data = b""
+    try:
+        while piece := os.read(fd, 65536):
+            data += piece
+    except OSError:  # EIO: the other side is closed
+        pass
+    os.close(fd)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -number
+    assert b"Traceback" not in data
+
+
+@pytest.mark.parametrize("command", ["list", "status", "metrics"])
+def test_a_proxy_that_hangs_is_one_line(run, proxy, command):
+    """After ten seconds; the others are shown."""
+    hang = {f"{PROXY}.{name}": [b"{"] for name in ("List", "Status")}
+    one, other = proxy("one", **hang, **{f"{METRICS}.Describe": [b"{"]}), proxy("other")
+    done = run(command, f"--socket={one.path}", f"--socket={other.path}", "--json=short")
+    assert done.returncode == 1
+    assert f"socket-proxyctl: {one.path}: no answer: timed out\n" in done.stderr
+    assert command == "metrics" or other.path in done.stdout
+    assert other.calls
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        ("org.varlink.service.InterfaceNotFound", "no proxy, or one of another version"),
+        ("org.varlink.service.MethodNotFound", "a proxy of another version"),
+    ],
+)
+def test_another_service_or_version_is_one_line(run, proxy, error, message):
+    one = proxy(**{f"{PROXY}.{name}": [error] for name in ("List", "Status", "Watch", "Terminate")})
+    for command in (["list"], ["status"], ["watch"], ["terminate", "7"]):
+        done = run(*command, f"--socket={one.path}")
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+        assert message in done.stderr
+
+
+def test_a_socket_that_may_not_be_reached_is_one_line(proxy, environment):
+    one = proxy()
+    os.chmod(one.path, 0o600)
+    prefix = as_unprivileged_user(COMMAND)
+    os.chmod(os.path.dirname(one.path), 0o755)
+    done = subprocess.run(
+        [*prefix, COMMAND, "status", f"--socket={one.path}"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=deadline(),
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"socket-proxyctl: {one.path}: no answer: Permission denied\n"
+
+
+def test_a_file_that_is_no_socket_is_one_line(run, place):
+    (place / "file").write_text("")
+    done = run("list", f"--socket={place}/file")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"socket-proxyctl: {place}/file: no answer: Connection refused\n"

@@ -209,6 +209,47 @@ def test_the_service_leaves_out_what_would_fail_a_report(service, proxy, manager
     assert reply["parameters"] == VALUES[0] | {"object": "a.service"}
 
 
+@pytest.fixture
+def streams(environment):
+    """Start the command as `varlinkctl call ssh-exec:` does, and send it calls."""
+
+    def call(*calls, **more):
+        done = subprocess.run(
+            [COMMAND, "--user"],
+            env=environment | {"SYSTEMD_VARLINK_LISTEN": "-"} | more,
+            input="".join(json.dumps(one) + "\0" for one in calls),
+            capture_output=True,
+            text=True,
+            timeout=patience(),
+            check=False,
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        return [json.loads(one) for one in done.stdout.split("\0")[:-1]]
+
+    return call
+
+
+def test_the_service_on_standard_streams(two, streams):
+    info, *metrics = streams(
+        {"method": "org.varlink.service.GetInfo"}, {"method": f"{METRICS}.List", "more": True}
+    )
+    assert info["parameters"]["product"] == "socket-proxyctl"
+    assert [one["parameters"]["object"] for one in metrics] == [
+        f"{unit}.service" for unit in ("web", "mail") for _ in VALUES
+    ]
+    assert not metrics[-1].get("continues")
+
+
+def test_the_service_without_a_service_manager(streams, place):
+    (place / "bin/systemctl").unlink()
+    (reply,) = streams({"method": f"{METRICS}.List", "more": True}, PATH=str(place / "bin"))
+    assert reply["error"] == f"{METRICS}.NoSuchMetric"
+
+
+def test_other_values_of_the_variable_mean_nothing_here(run):
+    assert run(SYSTEMD_VARLINK_LISTEN="/run/socket").returncode == 2
+
+
 def test_the_service_without_proxies(service):
     assert service.call(f"{METRICS}.List", more=True)[0]["error"] == f"{METRICS}.NoSuchMetric"
 

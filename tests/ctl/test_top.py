@@ -83,7 +83,33 @@ def test_it_fits_the_terminal(proxy, terminal, columns):
     assert lines[1].startswith("Clients: 100 total, 100 open")
     assert ids(screen) == list(range(100, 100 - len(ids(screen)), -1))
     assert len(ids(screen)) == 24 - 6
-    assert ("QUEUED" in "\n".join(lines)) == (columns == 200)
+    titles = lines[4].split()
+    assert ("UP" in titles) == (columns == 200)
+    assert ("DOWN/S" in titles) == (columns >= 80)
+
+
+@pytest.mark.parametrize("columns", range(72, 84))
+def test_the_last_column_is_shown(proxy, terminal, columns):
+    """Whatever is cleared behind a line as wide as the terminal must not be its last character."""
+    client = "[2001:db8:1234:5678:9abc:def0:1234:5678]:40000"
+    one = proxy(**{f"{PROXY}.List": [{"connection": row(7, client=client, target=client)}]})
+    screen = terminal(columns)
+    screen.start(COMMAND, "top", f"--socket={one.path}", "--interval=100ms")
+    screen.shows("q quit")
+    titles = screen.lines()[4]
+    assert titles.split()[-1] in {"IDLE", "DOWN/S", "QUEUED"}
+    assert len(titles) >= columns - 1
+
+
+def test_the_foot_says_how_many_there_are(proxy, terminal):
+    one = proxy(**{f"{PROXY}.List": many(100)})
+    screen = terminal(100, 20)
+    screen.start(COMMAND, "top", f"--socket={one.path}", "--interval=100ms")
+    screen.shows("1-14 of 100")
+    screen.press("End")
+    screen.shows("87-100 of 100")
+    screen.resize(100, 120)
+    screen.wait_for(lambda: "of 100" not in screen.lines()[-1], "all")
 
 
 def test_keys(proxy, terminal):

@@ -3,9 +3,10 @@
 import json
 import signal
 import subprocess
+import threading
 
 from ctl.fake_proxy import PROXY, row
-from kit.waiting import wait_until
+from kit.waiting import patience, wait_until
 
 WATCH = f"{PROXY}.Watch"
 
@@ -71,7 +72,7 @@ def test_an_interrupt_ends_it_without_a_word(start, proxy):
     process.stdout.readline()
     process.send_signal(signal.SIGINT)
     wait_until(lambda: process.poll() is not None, "the end of the command")
-    assert (process.returncode, process.stderr.read()) == (130, "")
+    assert (process.returncode, process.stderr.read()) == (-signal.SIGINT, "")
 
 
 def test_names_are_escaped_and_garbage_is_one_line(run, proxy):
@@ -87,3 +88,30 @@ def test_a_caller_that_may_not_watch(run, proxy):
     done = run("watch", f"--socket={one.path}")
     assert (done.returncode, done.stdout) == (1, "")
     assert "only root and the proxy's own user" in done.stderr
+
+
+def test_a_full_disk_is_not_blamed_on_the_proxy(start, proxy):
+    one = proxy(**{WATCH: events(7)})
+    with open("/dev/full", "w") as full:
+        process = start(
+            "watch", f"--socket={one.path}", stdout=full, stderr=subprocess.PIPE, text=True
+        )
+        errors = process.stderr.read()
+    assert process.wait(patience()) == 1
+    assert errors == "socket-proxyctl: No space left on device\n"
+
+
+def test_a_reader_that_has_seen_enough_ends_it(start, proxy):
+    more = threading.Event()
+
+    def watch(_):
+        yield from events(7)
+        more.wait(patience())
+        yield from events(8) * 100
+
+    one = proxy(**{WATCH: watch})
+    process = start("watch", f"--socket={one.path}", stdout=subprocess.PIPE)
+    process.stdout.readline()
+    process.stdout.close()
+    more.set()
+    assert process.wait(patience()) == 0

@@ -191,12 +191,20 @@ class FakeRelay:
     # ── connects ─────────────────────────────────────────────────────────────────────────────
 
     def connect(
-        self, client, family, address, preamble=None, listener=0, timeout_ms=0, *origin, **ids
+        self,
+        client,
+        family,
+        address,
+        preamble=None,
+        listener=0,
+        timeout_ms=0,
+        upstream=0,
+        peer=b"",
     ):
         self.attempts.append((self.now_ms - self.start_ms, address, timeout_ms))
         outcome = self._outcome(address)
         if outcome not in (UP, LATER):
-            return ConnectFailed(listener, client, outcome, preamble or b"", self.now_ms, 0)
+            return ConnectFailed(listener, client, outcome, preamble or b"", self.now_ms, 0, peer)
         return self._connected(client, preamble)
 
     def dial(self, address):

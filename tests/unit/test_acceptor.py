@@ -10,6 +10,7 @@ import pytest
 from kit.sockets import reset
 
 from proxyd import address as sockaddr
+from proxyd import log, peers
 from proxyd._relay import Accepted, AcceptFailed, ConnectFailed, Refused
 from proxyd.acceptor import PAUSE_MS, Acceptor
 from proxyd.event_loop import EventLoop
@@ -632,6 +633,24 @@ def connect_elsewhere(sock):
     assert os.read(connected, 1) == b"x"
     os.close(connected)
     return pid
+
+
+def test_a_client_that_is_refused_is_a_warning(world, fake_listeners, levels):
+    world.listener(world.listen(), "/run/x")
+    acceptor = world.start(1)
+    peer = sockaddr.pack_inet("192.0.2.7", 5000)
+    acceptor.handle(Refused(0, peer))
+    peers.log_addresses(wanted=False)
+    try:
+        acceptor.handle(Refused(0, peer))
+        log._repeats.clear()
+        acceptor.handle(Refused(0, peer))
+    finally:
+        peers.log_addresses(wanted=True)
+    assert levels == [
+        (log.WARNING, f"{LIMIT_LINE} Client: 192.0.2.7:5000."),
+        (log.WARNING, LIMIT_LINE),
+    ]
 
 
 def test_events_go_to_their_listener(world, fake_listeners, capfd):

@@ -203,6 +203,31 @@ def test_nothing_is_made_before_the_first_caller(world):
     assert world.entrance.next_ms(6) == 77
 
 
+def test_callers_are_served_while_no_further_one_is_accepted(world, monkeypatch):
+    world.call()
+    world.ready()
+
+    def fail(*_):
+        raise OSError(errno.EMFILE, "x")
+
+    monkeypatch.setattr(entrance_module, "_accept_one", fail)
+    world.ready()
+    assert world.entrance.next_ms(0) == 77
+    world.entrance.step(77)
+    assert world.steps == [77]
+    world.entrance._service.callers.next_ms = lambda _now_ms: None
+    assert world.entrance.next_ms(0) == PAUSE_MS
+
+
+def test_a_listener_that_others_have_made_blocking_does_not_block(world):
+    """O_NONBLOCK belongs to all processes that share it."""
+    os.set_blocking(world.listener.fd, True)
+    world.call()
+    world.ready()
+    assert len(world.accepted) == 1
+    assert not os.get_blocking(world.listener.fd)
+
+
 @pytest.mark.parametrize("error", [OSError(errno.EMFILE, "x"), ImportError("x"), MemoryError()])
 def test_a_failure_pauses_the_entrance(world, capfd, error):
     def fail(callers_max):

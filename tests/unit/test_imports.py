@@ -47,6 +47,7 @@ RARE = {
     "proxyd.ports",
     "proxyd.proxy_protocol",
     "proxyd.resolver",
+    "proxyd.sizes",
     "proxyd.stats",
     "proxyd.timespan",
     "proxyd.workers",

@@ -587,7 +587,7 @@ def test_a_row(world):
         "target": TARGET,
         "targetAddress": "/run/\\xff",
         "localAddress": "10.0.0.2:81",
-        "ageUSec": 2_000_000,
+        "ageUSec": 2_020_000,
         "idleUSec": 500_000,
         "heldUSec": 20_000,
         "connectUSec": 120,

@@ -1,6 +1,8 @@
 """What the log says about outages, and the pauses between probes."""
 
 import errno
+import os
+import socket
 import sys
 from types import SimpleNamespace
 
@@ -8,6 +10,7 @@ import pytest
 from kit.fake_relay import LATER, UP
 from kit.upstream_world import EPOLLHUP, NAME, REFUSED, TCP, UNIX, inet, up_at
 
+from proxyd import address as sockaddr
 from proxyd import log, outage
 
 
@@ -139,6 +142,27 @@ def test_clients_that_are_given_up_are_logged_with_the_last_error(world, capfd):
     first, last = capfd.readouterr().err.splitlines()
     assert "No such file or directory" in first
     assert last == f"Failed to connect to remote host: Connection refused ({UNIX})."
+
+
+def test_a_client_that_is_given_up_is_an_error_with_its_address(world, levels):
+    one = world(UNIX, plan=errno.ENOTDIR)
+    name = sockaddr.from_socket_name(socket.AF_UNIX, "/run/client")
+    ours, theirs = socket.socketpair()
+    with ours:
+        one.upstream.take(theirs.detach(), socket.AF_UNIX, 3, None, "", name)
+        assert ours.recv(1) == b""
+    why = os.strerror(errno.ENOTDIR)
+    text = f"Failed to connect to remote host: {why} ({UNIX}). Client: /run/client."
+    assert levels == [(log.ERROR, text)]
+    one.come_total += 1
+
+
+def test_the_end_of_an_outage_is_information(world, levels):
+    one = world(plan=up_at(50))
+    one.come()
+    one.run(1000)
+    assert [level for level, _ in levels] == [log.INFO, log.INFO]
+    assert "answers after" in levels[1][1]
 
 
 def test_many_clients_that_are_given_up_are_one_line(world, capfd):

@@ -332,6 +332,17 @@ def test_with_a_drain_time_connections_may_finish(world, capfd, drain):
     assert capfd.readouterr().err == f"Totals: 2 accepted, {NOTHING_LEFT}.\n"
 
 
+def test_the_levels_of_a_connection_and_of_the_totals(world, levels):
+    world.relay.at(0, world.relay.come, world.relay.leave)
+    world.options.exit_idle_time = 5_000_000
+    server = world.make()
+    server.loop._labels = {}
+    server._handle(Ended(1, "ended", 5, 6, 70, 0, 0))
+    assert server.serve() == 0
+    assert [level for level, _ in levels] == [log.DEBUG, log.INFO]
+    assert levels[1][1].startswith("Totals: 1 accepted, ")
+
+
 def test_after_the_drain_time_connections_are_cut(world, capfd):
     world.options.drain_timeout = 20_000_000
     world.relay.at(0, world.relay.come, world.relay.come)

@@ -11,7 +11,8 @@ from kit.fake_relay import FakeRelay
 
 from proxyd import stats
 from proxyd._relay import Ended, Relay
-from proxyd.stats import bytes_text, draining, ending, status, summary
+from proxyd.sizes import bytes_text
+from proxyd.stats import draining, ending, status, summary
 
 M = 1024 * 1024
 NOW_MS = 7_000_000
