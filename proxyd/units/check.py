@@ -7,6 +7,7 @@ from proxyd.units import (
     names,
     paths,
     rules_command,
+    rules_folder,
     rules_healing,
     rules_isolation,
     rules_life,
@@ -26,6 +27,7 @@ RULES: tuple[Rule, ...] = (
     *rules_isolation.RULES,
     *rules_socket.RULES,
     *rules_command.RULES,
+    *rules_folder.RULES,
 )
 
 _NOT_SETS = (".d", ".wants", ".requires", ".upholds")

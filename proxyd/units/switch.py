@@ -110,6 +110,7 @@ def _plan(one: Set) -> Plan:
         _plan_backend(one, backend, plan)
     _plan_limits(one, plan)
     _plan_command(one, plan)
+    _plan_inspection(one, plan)
     return plan
 
 
@@ -171,6 +172,15 @@ def _plan_command(one: Set, plan: Plan) -> None:
     if new != setting.value:
         plan.service += [("ExecStart", ""), ("ExecStart", new)]
         plan.reasons.append(f"ExecStart=: {' '.join(['our program', *options])}")
+
+
+def _plan_inspection(one: Set, plan: Plan) -> None:
+    name = one.proxy.name
+    has = one.proxy.entries("Service", "RuntimeDirectory") or "inspect" in one.command.given
+    if has or one.per_connection or "\\" in (name.instance or ""):
+        return
+    row = ("RuntimeDirectory", recipes.runtime_directory(name.text))
+    plan.add(plan.service, [row], "for the socket on which socket-proxyctl asks it")
 
 
 def _new_options(one: Set) -> list[str]:

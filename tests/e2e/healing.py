@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from e2e.machine import TOOLS, UNIT_FOLDER, Failure, Machine, check, same
 
-CONTROL = "/run/heal"
+CONTROL = "/run/e2e-heal"
 BACKEND = f"/usr/bin/python3 {TOOLS}/backend.py"
 
 SOCKET = "[Socket]\nListenStream=127.0.0.1:9000\n"

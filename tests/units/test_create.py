@@ -199,3 +199,30 @@ def test_a_namespace_without_its_drop_in_is_not_sound(tmp_path):
     folder = written(tmp_path, [*WITH, "--namespace"], ENABLED)
     (folder / "app.service.d/50-socket-proxyd.conf").unlink()
     assert "private-network-alone" in rules_in(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [
+        ("web", "%N"),
+        ("a-b.c", "%N"),
+        (r"my\x2dapp", "my-app"),
+        (r"my\x2dapp-a\x20b", "my-app-a_b"),
+    ],
+)
+def test_every_proxy_has_a_folder_of_its_own(name, folder):
+    done = create(*BASIC, f"--name={name}")
+    assert done.returncode == 0, done.stderr
+    assert f"\nRuntimeDirectory={folder}\n" in done.stdout
+
+
+def test_every_instance_has_a_folder_of_its_own():
+    listen = "--listen=127.0.0.1:%i"
+    done = create(listen, BASIC[1], "--backend=app@.service", r"--name=my\x2dapp")
+    assert "\nRuntimeDirectory=my-app@%i\n" in done.stdout
+    done = create(listen, BASIC[1], "--backend=app@.service")
+    assert "\nRuntimeDirectory=%N\n" in done.stdout
+
+
+def test_a_process_for_each_connection_has_no_folder():
+    assert "RuntimeDirectory=" not in create(*WITH, "--accept").stdout

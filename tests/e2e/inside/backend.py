@@ -1,4 +1,4 @@
-"""A backend that does what files in /run/heal say; it answers what a connection sends.
+"""A backend that does what files in /run/e2e-heal say; it answers what a connection sends.
 
 The header of the PROXY protocol, version 2, is not answered.
 
@@ -14,7 +14,7 @@ import socket
 import sys
 import time
 
-CONTROL = "/run/heal"
+CONTROL = "/run/e2e-heal"
 
 
 def delay(name: str) -> None:
