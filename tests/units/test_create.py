@@ -93,16 +93,18 @@ def test_a_container_of_quadlets(tmp_path, on_demand):
     assert found_in(tmp_path / "set") == []
 
 
+@pytest.mark.parametrize("accept", [[], ["--accept"]])
 @pytest.mark.parametrize("on_demand", [[], ["--on-demand"]])
-def test_a_compose_file(tmp_path, on_demand):
+def test_a_compose_file(tmp_path, on_demand, accept):
     (tmp_path / "web.yaml").write_text("services: {}\n")
-    done = create(*BASIC, "--backend=web.yaml", "--output=set", *on_demand, cwd=tmp_path)
+    done = create(*BASIC, "--backend=web.yaml", "--output=set", *on_demand, *accept, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert found_in(tmp_path / "set") == []
     service = (tmp_path / "set/web-compose.service").read_text()
     assert f"--file={tmp_path}/web.yaml up --detach" in service
     if knows_settle_time():
-        assert "--settle-time=" in (tmp_path / "set/web-proxy.service").read_text()
+        proxy = tmp_path / f"set/web-proxy{'@' if accept else ''}.service"
+        assert "--settle-time=" in proxy.read_text()
 
 
 @pytest.mark.parametrize("backend", ["app", "/etc/systemd/system/app.service", "./app.service"])
