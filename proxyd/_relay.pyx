@@ -16,7 +16,7 @@ relay/calls.pxi the functions. Read on in relay/__init__.pxd, which says in whic
 """
 
 from cpython.ref cimport Py_INCREF
-from cython cimport no_gc_clear
+from cython cimport no_gc, no_gc_clear
 
 from proxyd.relay cimport types
 from proxyd.relay.accept cimport listener_count_early, listener_unwatch, listener_watch

@@ -148,7 +148,8 @@ def _open_entrance(
     options: Options, listeners: list[Listener], entrance: Listener | None
 ) -> Listener | None:
     """Open the inspection socket, if one is wanted and none was inherited. Raises UsageError."""
-    folder = os.environ.get("RUNTIME_DIRECTORY", "").partition(":")[0]
+    # A list of absolute paths; the name of an instance may contain colons.
+    folder = os.environ.get("RUNTIME_DIRECTORY", "").partition(":/")[0]
     if entrance is not None or options.inspect == "":
         return entrance
     if options.inspect is None and (not folder or listeners[0].connected):

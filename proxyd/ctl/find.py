@@ -4,6 +4,7 @@ Nothing is connected to that could start a proxy: only units with a main process
 """
 
 import os
+import shlex
 import shutil
 import subprocess
 
@@ -115,10 +116,10 @@ def _socket_path(manager: "Manager", properties: dict[str, str], arguments: list
     if given == "no":
         return ""
     if given.startswith("fd:"):
-        return _inherited(manager, properties.get("TriggeredBy", "").split(), given[3:])
+        return _inherited(manager, _words(properties.get("TriggeredBy", "")), given[3:])
     if given:
         return given
-    folders = properties.get("RuntimeDirectory", "").split()
+    folders = _words(properties.get("RuntimeDirectory", ""))
     return f"{manager.runtime_folder}/{folders[0]}/inspect" if folders else ""
 
 
@@ -132,6 +133,14 @@ def _inspect_option(arguments: list[str]) -> str:
         if len(name) > len("--in") and "--inspect".startswith(name):
             value = rest if equals else "".join(arguments[at + 1 : at + 2])
     return value
+
+
+def _words(value: str) -> list[str]:
+    """Return the elements of a list; those with a backslash are quoted."""
+    try:
+        return shlex.split(value)
+    except ValueError:
+        return value.split()
 
 
 def _inherited(manager: "Manager", units: list[str], name: str) -> str:

@@ -28,7 +28,8 @@ from proxyd.inspection.varlink import (
     reply,
 )
 
-FD_NAME = "varlink"
+FD_NAMES = ("varlink", "connection")
+"""The second is what older versions of systemd, such as 252, call the socket of Accept=yes."""
 
 DOMAIN = "net.socketproxyd."
 """What metrics begin with: systemd-report drops others, and then fails."""
@@ -76,7 +77,7 @@ def caller() -> Peer | None:
         passed = socket.socket(fileno=fd)
         passed.getpeername()
     except OSError as error:
-        raise UsageError(f"{FD_NAME} is not a connected socket: {error.strerror}") from None
+        raise UsageError(f"{FD_NAMES[0]} is not a connected socket: {error.strerror}") from None
     passed.settimeout(_CALLER_PATIENCE)
     return passed
 
@@ -86,9 +87,10 @@ def _passed_fd() -> int | None:
         return None
     names = os.environ.get("LISTEN_FDNAMES", "").split(":")
     count = os.environ.get("LISTEN_FDS", "")
-    if FD_NAME not in names or not count.isdecimal() or names.index(FD_NAME) >= int(count):
+    at = next((at for at, name in enumerate(names) if name in FD_NAMES), None)
+    if at is None or not count.isdecimal() or at >= int(count):
         return None
-    return 3 + names.index(FD_NAME)
+    return 3 + at
 
 
 def serve(peer: Peer, user: bool) -> int:

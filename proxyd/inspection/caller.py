@@ -3,11 +3,16 @@
 import _socket
 import errno
 from _collections_abc import Callable
-from typing import Protocol
 
 from proxyd._relay import refuse_rights
 from proxyd.inspection.access import Peer, peer_of
 from proxyd.inspection.varlink import Call, CallError, MessageError, failure, parse
+
+TYPE_CHECKING = False  # as in typing, which is slow to import
+if TYPE_CHECKING:
+    from typing import Protocol
+else:
+    Protocol = object
 
 CALL_MAX = 64 * 1024
 """The maximum size of a message to us, in bytes."""

@@ -1,7 +1,7 @@
 """The callers: how many there may be, and how much of the main loop's time they get.
 
-The main loop forwards bytes in the same thread. So the callers get a millisecond of a turn, piece
-by piece and in rotation, and the rest of their work waits for the next turn.
+The main loop forwards bytes in the same thread. So the callers get half a millisecond of a turn,
+piece by piece and in rotation, and the rest of their work waits for the next turn.
 """
 
 import time
@@ -17,7 +17,7 @@ DISCARD_MS = 1000
 RESERVED = 8
 """Of the places for callers, those that only root and our own user may take."""
 
-TURN_S = 0.001
+TURN_S = 0.0005
 """How long the callers may keep the main loop in one turn, beyond the piece that exceeds it."""
 
 _EPOLLOUT, _EPOLLHUP, _EPOLLERR = 4, 16, 8

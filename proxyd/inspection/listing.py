@@ -1,12 +1,14 @@
 """List: the clients of one snapshot, piece by piece."""
 
+import json
 from _collections_abc import Callable, Iterable
 
 from proxyd.inspection.interfaces import PROXY
+from proxyd.inspection.rows import Row
 from proxyd.inspection.snapshot import Snapshot, Snapshots
-from proxyd.inspection.varlink import CallError, Fields, reply
+from proxyd.inspection.varlink import CallError, message
 
-ROWS_MAX = 64
+ROWS_MAX = 32
 """How many rows a piece has: the relay waits while they are made into text."""
 
 
@@ -29,10 +31,10 @@ class ListStream:
         """Only rows of this target and in this state are wanted, if they are given."""
         self._snapshots = snapshots
         self._snapshot: Snapshot = snapshots.request()
-        self._target = target
+        self._target = None if target is None else json.dumps(target)
         self._state = state
         self._at = self._held_at = 0
-        self._kept: Fields | None = None
+        self._kept: Row | None = None
         """The last row, which is sent after the next one or as the end of all."""
         self._wake: Callable[[], None] | None = None
         self.finished = False
@@ -56,33 +58,42 @@ class ListStream:
         infos = snapshot.rows[self._at : self._at + ROWS_MAX]
         self._at += len(infos)
         if infos:
-            return self._take(map(snapshot.makes.connection, infos))
+            return self._take(
+                snapshot.makes.connection(info)
+                for info in infos
+                if self._wants(snapshot.names.target(info), info.state)
+            )
         if not snapshot.complete:
             return None
         held = snapshot.held[self._held_at : self._held_at + ROWS_MAX]
         self._held_at += len(held)
         if held:
-            return self._take([snapshot.makes.held(*one) for one in held])
+            return self._take(
+                snapshot.makes.held(target, client)
+                for target, client in held
+                if self._wants(target, "held")
+            )
         if snapshot.missing and self._kept is not None:
             last, self._kept = self._kept, None
-            return reply({"connection": last}, continues=True)
+            return _reply(last, continues=True)
         self.finished = True
         if snapshot.missing:
             raise CallError(f"{PROXY}.Incomplete", missing=snapshot.missing)
         if self._kept is None:
             raise CallError(f"{PROXY}.NoSuchConnection")
-        return reply({"connection": self._kept})
+        return _reply(self._kept)
 
-    def _take(self, rows: Iterable[Fields]) -> bytes:
+    def _wants(self, target: str, state: str) -> bool:
+        if self._state not in (None, state):
+            return False
+        return self._target is None or self._snapshot.names.quoted(target) == self._target
+
+    def _take(self, rows: Iterable[Row]) -> bytes:
         """Return all rows but the last, after the one kept before."""
         messages = []
         for row in rows:
-            if self._target is not None and row["target"] != self._target:
-                continue
-            if self._state is not None and row["state"] != self._state:
-                continue
             if self._kept is not None:
-                messages.append(reply({"connection": self._kept}, continues=True))
+                messages.append(_reply(self._kept, continues=True))
             self._kept = row
         return b"".join(messages)
 
@@ -91,3 +102,7 @@ class ListStream:
         if self._wake is not None:
             self._snapshot.wakes.remove(self._wake)
         self._snapshots.release(self._snapshot)
+
+
+def _reply(row: Row, *, continues: bool = False) -> bytes:
+    return message(f'{{"connection":{row}}}', continues=continues)

@@ -14,7 +14,7 @@ from proxyd.inspection.callers import Callers
 from proxyd.inspection.interfaces import METRICS, PROXY, TEXTS
 from proxyd.inspection.listing import ListStream
 from proxyd.inspection.metrics import MetricsStream, Passes, collect, describe
-from proxyd.inspection.rows import RowMaker
+from proxyd.inspection.rows import Names, RowMaker
 from proxyd.inspection.snapshot import Snapshots
 from proxyd.inspection.terminate import Terminations
 from proxyd.inspection.varlink import SERVICE, Call, CallError, Fields, plain, reply
@@ -54,7 +54,9 @@ class Service:
             "threadsMax": threads_max,
             "callersMax": callers_max,
         }
-        self._snapshots = Snapshots(self._relay, lambda: loop.relay.now_ms, acceptor, upstreams)
+        self._names = Names(acceptor)
+        clock = lambda: loop.relay.now_ms  # noqa: E731
+        self._snapshots = Snapshots(self._relay, clock, self._names, upstreams)
         self._passes = Passes(self._relay, lambda: collect(acceptor, loop.relay, upstreams))
         self._terminations = Terminations(self._relay)
         self._watchers = Watchers(loop, self._relay, self._make_rows)
@@ -71,7 +73,7 @@ class Service:
         }
 
     def _make_rows(self) -> RowMaker:
-        return RowMaker(self._acceptor, self._loop.relay.now_ms)
+        return RowMaker(self._names, self._loop.relay.now_ms)
 
     # ── events ────────────────────────────────────────────────────────────────────────────────────
 

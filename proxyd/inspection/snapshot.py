@@ -7,9 +7,8 @@ looked at once more at the end.
 
 from _collections_abc import Callable, Iterable, Iterator
 
-from proxyd.acceptor import Acceptor
 from proxyd.held import HeldClient
-from proxyd.inspection.rows import RowMaker
+from proxyd.inspection.rows import Names, RowMaker
 from proxyd.upstream import Upstream
 
 TYPE_CHECKING = False  # as in typing
@@ -23,9 +22,20 @@ SNAPSHOTS_MAX = 2
 class Snapshot:
     """All clients at the moment when it was started."""
 
-    __slots__ = ("complete", "held", "makes", "missing", "number", "rows", "users", "wakes")
+    __slots__ = (
+        "complete",
+        "held",
+        "makes",
+        "missing",
+        "names",
+        "number",
+        "rows",
+        "users",
+        "wakes",
+    )
 
-    def __init__(self) -> None:
+    def __init__(self, names: Names) -> None:
+        self.names = names
         self.number = 0
         """The relay's; 0: it has not been started."""
         self.rows: list[ConnectionInfo] = []
@@ -45,9 +55,9 @@ class Snapshots:
     """Starts snapshots, one after the other, and collects their rows."""
 
     __slots__ = (
-        "_acceptor",
         "_alive",
         "_clock",
+        "_names",
         "_next",
         "_relay",
         "_running",
@@ -59,13 +69,13 @@ class Snapshots:
         self,
         relay: "Relay",
         clock: Callable[[], int],
-        acceptor: Acceptor,
+        names: Names,
         upstreams: Iterable[Upstream],
     ) -> None:
         """`clock` returns the relay's time in milliseconds; `upstreams` may change."""
         self._relay = relay
         self._clock = clock
-        self._acceptor = acceptor
+        self._names = names
         self._upstreams = upstreams
         self._running: Snapshot | None = None
         self._next: Snapshot | None = None
@@ -77,7 +87,7 @@ class Snapshots:
     def request(self) -> Snapshot:
         """Return a snapshot that starts now or later. It is used until release()."""
         if self._next is None:
-            self._next = Snapshot()
+            self._next = Snapshot(self._names)
         snapshot = self._next
         snapshot.users += 1
         self._start_next()
@@ -101,7 +111,7 @@ class Snapshots:
         self._next = None
         self._alive.append(snapshot)
         self._start_ms = self._clock()
-        snapshot.makes = RowMaker(self._acceptor, self._start_ms)
+        snapshot.makes = RowMaker(self._names, self._start_ms)
         snapshot.held = list(self._all_held())
         snapshot.number = self._relay.start_snapshot()
 

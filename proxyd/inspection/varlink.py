@@ -89,19 +89,22 @@ def _flag(value: Fields, name: str) -> bool:
 
 def reply(parameters: Fields, *, continues: bool = False) -> bytes:
     """Return the message of one reply; with `continues`, more will follow."""
-    value: Fields = {"parameters": parameters}
-    if continues:
-        value["continues"] = True
-    return _encode(value)
+    return message(_encode(parameters), continues=continues)
+
+
+def message(parameters: str, *, continues: bool = False) -> bytes:
+    """Return the message of one reply whose parameters are JSON already."""
+    more = ',"continues":true' if continues else ""
+    return f'{{"parameters":{parameters}{more}}}\0'.encode()
 
 
 def failure(error: CallError) -> bytes:
     """Return the message of an error."""
-    return _encode({"error": error.name, "parameters": error.fields})
+    return f"{_encode({'error': error.name, 'parameters': error.fields})}\0".encode()
 
 
-def _encode(value: Fields) -> bytes:
-    return json.dumps(value, separators=(",", ":")).encode() + b"\0"
+def _encode(value: Fields) -> str:
+    return json.dumps(value, separators=(",", ":"))
 
 
 def plain(text: str) -> str:

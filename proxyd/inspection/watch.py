@@ -4,8 +4,8 @@ from _collections_abc import Callable
 
 from proxyd.event_loop import EventLoop
 from proxyd.held import HeldClient
-from proxyd.inspection.rows import RowMaker
-from proxyd.inspection.varlink import Fields, reply
+from proxyd.inspection.rows import Row, RowMaker
+from proxyd.inspection.varlink import message
 
 TYPE_CHECKING = False  # as in typing
 if TYPE_CHECKING:
@@ -57,13 +57,11 @@ class Watchers:
         row = self._make_rows().held(target, client)
         self._tell("end" if how else "begin", row, how)
 
-    def _tell(self, event: str, row: Fields, how: str) -> None:
-        parameters: Fields = {"event": event, "connection": row}
-        if how:
-            parameters["how"] = how
-        message = reply(parameters, continues=True)
+    def _tell(self, event: str, row: Row, how: str) -> None:
+        ending = f',"how":"{how}"' if how else ""
+        told = message(f'{{"event":"{event}","connection":{row}{ending}}}', continues=True)
         for stream in self._streams:
-            stream.push(message)
+            stream.push(told)
 
 
 class WatchStream:

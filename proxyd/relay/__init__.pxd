@@ -1,5 +1,6 @@
-# The mechanism. Every file holds inline C functions, and all of them are compiled into the one
-# extension proxyd._relay. Nothing in this folder is imported, or installed.
+# The mechanism. Every .pxd holds inline C functions, and all of them are compiled into the one
+# extension proxyd._relay, together with two .pxi, which hold what Python sees of them: events.pxi
+# the classes of values, calls.pxi the functions. Nothing in this folder is imported, or installed.
 #
 # Why not C, and why not several extensions: in Cython the functions read as the Python around them
 # does, with its checker and its linter; one extension means one dlopen(3) before the first client

@@ -181,6 +181,7 @@ cdef class HalfInfo:
         self.state = state
 
 
+@no_gc  # there may be thousands, and they are in no circle
 cdef class ConnectionInfo:
     """A connection, as it was when its thread has looked at it."""
 

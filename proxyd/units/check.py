@@ -2,10 +2,12 @@
 
 import os
 
+from proxyd.errors import reason
 from proxyd.units import (
     names,
     paths,
     rules_command,
+    rules_folder,
     rules_healing,
     rules_isolation,
     rules_life,
@@ -25,6 +27,7 @@ RULES: tuple[Rule, ...] = (
     *rules_isolation.RULES,
     *rules_socket.RULES,
     *rules_command.RULES,
+    *rules_folder.RULES,
 )
 
 _NOT_SETS = (".d", ".wants", ".requires", ".upholds")
@@ -75,8 +78,8 @@ def check(arguments: list[str], scope: Scope) -> tuple[list[Finding], int]:
             folder, unit = of_file(argument)
             if not names.is_unit(unit):
                 _complain(findings, argument, "is not a unit file, a drop-in or a folder")
-            elif not os.path.lexists(argument):
-                _complain(findings, argument, "no such file")
+            elif problem := _why_no_file(argument):
+                _complain(findings, argument, problem)
             else:
                 proxies += _check_files(folder, [unit], scope, findings)
         else:
@@ -84,6 +87,17 @@ def check(arguments: list[str], scope: Scope) -> tuple[list[Finding], int]:
     if units or not arguments:
         proxies += _check_machine(units, scope, findings)
     return _sorted(findings), proxies
+
+
+def _why_no_file(path: str) -> str:
+    """Return why there is no file to check at `path`, or nothing."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return "no such file"
+    except OSError as error:
+        return f"cannot be read: {reason(error)}"
+    return ""
 
 
 def _check_root(root: str, scope: Scope, findings: list[Finding]) -> int:
@@ -161,7 +175,7 @@ def _judge(sets: list[Set], findings: list[Finding]) -> None:
 
 
 def _units_of(one: Set) -> list[Unit]:
-    backends = [backend.unit for backend in one.backends if backend.unit is not None]
+    backends = [backend.found for backend in one.backends if backend.found is not None]
     return [one.proxy, *one.sockets, *backends]
 
 
@@ -197,12 +211,14 @@ def _of_problem(problem: Problem) -> Finding:
 def _pass_through(lines: list[verify.Line], sets: list[Set], findings: list[Finding]) -> None:
     """Add the lines of systemd-analyze, except those that repeat a finding."""
     said = {(finding.path, finding.line) for finding in findings if finding.rule == "ignored-line"}
+    unread = {finding.path for finding in findings if finding.rule == "unreadable"}
+    unread |= {unit for path in unread if names.is_unit(unit := os.path.basename(path))}
     paths_of = {
         name: unit.shown for one in sets for unit in _units_of(one) for name in unit.aliases
     }
     for line in lines:
         path = line.path or paths_of.get(line.unit, line.unit)
-        if (path, line.line) not in said:
+        if (path, line.line) not in said and path not in unread and line.unit not in unread:
             findings.append(Finding((path, line.line), line.severity, line.message, "verify"))
 
 
@@ -232,11 +248,18 @@ def of_file(path: str) -> tuple[str, str]:
 
 
 def _folders(top: str, findings: list[Finding]) -> dict[str, list[str]]:
-    """Return {folder: the units in it} for a folder and those below it, each a set of its own."""
+    """Return {folder: the units in it} for a folder and those below it, each a set of its own.
+
+    Symlinks are followed, but not back to a folder above: that would be the whole machine.
+    """
     found: dict[str, list[str]] = {}
-    seen: set[str] = set()
-    _walk(os.path.abspath(top), found, seen, findings, 0)
+    _walk(os.path.abspath(top), found, _above(os.path.realpath(top)), findings, 0)
     return found
+
+
+def _above(folder: str) -> set[str]:
+    parent = os.path.dirname(folder)
+    return {parent, *_above(parent)} if parent != folder else set()
 
 
 def _walk(

@@ -4,7 +4,7 @@ import argparse
 import os
 
 from proxyd.bind import parse_listen
-from proxyd.errors import UsageError
+from proxyd.errors import UsageError, reason
 from proxyd.target import parse_target, split_pair
 from proxyd.units import names, quadlet, recipes, text, unitfile, words
 from proxyd.units.recipes import Request
@@ -59,6 +59,7 @@ def _read_backend(request: Request, backend: str, has_target: bool) -> str | Non
     if kind in _QUADLET:
         return _read_quadlet(request, backend, has_target)
     if kind in _COMPOSE:
+        _check_readable(backend)
         folder = os.path.basename(os.path.dirname(os.path.abspath(backend)))
         base = folder if stem in ("compose", "docker-compose") and folder else stem
         request.compose = os.path.abspath(backend).replace("%", "%%")
@@ -73,14 +74,27 @@ def _read_backend(request: Request, backend: str, has_target: bool) -> str | Non
     return None
 
 
+def _check_readable(path: str) -> None:
+    """Check that a compose file is text; it may be missing here. Raises UsageError."""
+    try:
+        data = unitfile.read_bytes(path)
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: cannot be read: {reason(error)}") from None
+    if b"\0" in data:
+        raise UsageError(f"{path}: is not a text file: it contains NUL bytes")
+
+
 def _read_quadlet(request: Request, path: str, has_target: bool) -> str:
     """Record the service that Quadlet makes of a file; return the one target that it publishes.
 
     If a target was given, the file may be missing here.
     """
     file = unitfile.read(path)
-    if file.problems and ("/" in path or not has_target):
-        raise UsageError(f"{path}: {file.problems[0].message}")
+    faults = [problem for problem in file.problems if problem.fatal]
+    if faults and ("/" in path or not has_target or os.path.lexists(path)):
+        raise UsageError(f"{path}: {faults[0].message}")
     source = quadlet.source(path)
     if source is None:
         raise UsageError(f"--backend={path}: is not the name of a file of Quadlet's")

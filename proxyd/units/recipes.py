@@ -162,7 +162,7 @@ def _proxy(request: Request, sockets: list[str]) -> Text:
         unit.append(("CollectMode", "inactive-or-failed"))
     else:
         unit += HEALS
-        service += RESTARTS
+        service += [*RESTARTS, ("RuntimeDirectory", runtime_directory(request.unit("service")))]
     if request.namespace:
         service.append(("PrivateNetwork", "yes"))
     return Text(request.unit("service"), [("Unit", unit), ("Service", service)], [])
@@ -193,6 +193,19 @@ def _quoted(word: str) -> str:
     """Quote a word of a command line: %i is expanded, variables are not."""
     escaped = word.replace("\\", "\\\\").replace('"', '\\"').replace("$", "$$")
     return f'"{escaped}"' if any(char in escaped for char in " \t;'\"*") else escaped
+
+
+def runtime_directory(unit: str) -> str:
+    """Return the folder for the inspection socket of a proxy, which no other unit has.
+
+    systemd 257 cannot start a service whose folder has a backslash in its name.
+    """
+    name = names.parse(unit)
+    if "\\" not in name.prefix:
+        return "%N"
+    plain = names.unescape(name.prefix).replace("/", "-")
+    safe = "".join(char if char.isalnum() or char in "-_." else "_" for char in plain)
+    return safe if name.instance is None else f"{safe}@%i"
 
 
 def _backend(request: Request) -> Text:

@@ -60,6 +60,8 @@ def _is_on(found: Set, unit: Unit) -> bool:
     """Tell whether the backend is meant to run always."""
     if unit.vendors and facts.is_enabled(unit):
         return True
+    if found.per_connection and facts.is_oneshot(unit):  # it cannot have Restart=always
+        return bool(facts.is_enabled(unit))
     if found.command.rests or found.per_connection:
         return bool(facts.is_enabled(unit)) and facts.restarts(unit)
     return bool(facts.is_enabled(unit)) or facts.restarts(unit)

@@ -20,14 +20,19 @@ _SYNTHETIC = "1"
 class Backend:
     """A service that the proxy starts."""
 
-    __slots__ = ("kinds", "name", "unit")
+    __slots__ = ("found", "kinds", "name")
 
-    def __init__(self, name: str, unit: Unit | None) -> None:
+    def __init__(self, name: str, found: Unit | None) -> None:
         self.name = name
-        self.unit = unit
-        """None if it has no file here, so that its settings are unknown."""
+        self.found = found
+        """None if it has no file here."""
         self.kinds: dict[str, Setting | None] = {}
         """{kind of dependency: where the proxy says it}."""
+
+    @property
+    def unit(self) -> Unit | None:
+        """Return the unit; None if its settings are unknown: it was not found, or not read."""
+        return self.found if self.found is not None and self.found.known else None
 
 
 class Set:

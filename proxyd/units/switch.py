@@ -9,6 +9,7 @@ import os
 from proxyd.errors import UsageError
 from proxyd.units import check, facts, names, recipes, report, rules_command, text
 from proxyd.units.command import PROGRAM
+from proxyd.units.library import Library
 from proxyd.units.sets import Backend, Set, find_sets
 from proxyd.units.text import Section, Text
 from proxyd.units.unit import DEPENDENCIES, Unit
@@ -81,7 +82,10 @@ def _find(argument: str, scope: check.Scope) -> Set:
     if not names.is_unit(unit):
         raise UsageError(f"{argument}: is not a unit")
     if not library.path(unit) and not names.parse(unit).instance:
-        raise UsageError(f"{argument}: no such unit")
+        raise UsageError(_why_not(argument, library))
+    loaded = library.get(unit)
+    if loaded is not None and loaded.fault is not None:
+        raise UsageError(f"{argument}: {loaded.fault.message}")
     sets = find_sets(library, [unit])
     if not sets:
         raise UsageError(f"{argument}: does not run {PROGRAM}")
@@ -91,6 +95,14 @@ def _find(argument: str, scope: check.Scope) -> Set:
     return sets[0]
 
 
+def _why_not(argument: str, library: Library) -> str:
+    """Return why a unit is not in the library: its folder may be one that cannot be read."""
+    for problem in library.problems:
+        if problem.path in library.folders and "/" in argument:
+            return f"{problem.path}: {problem.message}"
+    return f"{argument}: no such unit"
+
+
 def _plan(one: Set) -> Plan:
     plan = Plan()
     _plan_sockets(one, plan)
@@ -98,6 +110,7 @@ def _plan(one: Set) -> Plan:
         _plan_backend(one, backend, plan)
     _plan_limits(one, plan)
     _plan_command(one, plan)
+    _plan_inspection(one, plan)
     return plan
 
 
@@ -159,6 +172,15 @@ def _plan_command(one: Set, plan: Plan) -> None:
     if new != setting.value:
         plan.service += [("ExecStart", ""), ("ExecStart", new)]
         plan.reasons.append(f"ExecStart=: {' '.join(['our program', *options])}")
+
+
+def _plan_inspection(one: Set, plan: Plan) -> None:
+    name = one.proxy.name
+    has = one.proxy.entries("Service", "RuntimeDirectory") or "inspect" in one.command.given
+    if has or one.per_connection or "\\" in (name.instance or ""):
+        return
+    row = ("RuntimeDirectory", recipes.runtime_directory(name.text))
+    plan.add(plan.service, [row], "for the socket on which socket-proxyctl asks it")
 
 
 def _new_options(one: Set) -> list[str]:
@@ -319,5 +341,6 @@ def _remarks(one: Set, whole: bool) -> list[str]:
         if unit is not None and one.command.rests and facts.is_enabled(unit):
             remarks.append(f"{backend.name} is enabled: it runs on, unless it is disabled")
         elif unit is None:
-            remarks.append(f"{backend.name} was not found: it was not looked at")
+            why = "was not found" if backend.found is None else "cannot be read"
+            remarks.append(f"{backend.name} {why}: it was not looked at")
     return remarks

@@ -100,9 +100,15 @@ class Unit:
         return [problem for file in self.files for problem in file.problems]
 
     @property
-    def loaded(self) -> bool:
-        """Tell whether it has a file that systemd could load."""
-        return bool(self.files) and not any(problem.fatal for problem in self.files[0].problems)
+    def fault(self) -> Problem | None:
+        """Return why systemd could load nothing of its file; None if it could."""
+        problems = self.files[0].problems if self.files else []
+        return next((problem for problem in problems if problem.fatal), None)
+
+    @property
+    def known(self) -> bool:
+        """Tell whether its settings are known, from its file or from the service manager."""
+        return self.fault is None or bool(self.told)
 
     def all(self, section: str, key: str) -> list[Setting]:
         """Return every assignment of a setting, resets included, under any of its spellings."""

@@ -47,6 +47,14 @@ def test_there_is_a_socket_in_the_runtime_directory(stage, folder, callers):
     assert not os.path.exists(path)
 
 
+def test_an_instance_may_have_a_colon_in_its_name(stage, callers):
+    path = stage.path("proxy@[::1]:80")
+    os.mkdir(path)
+    proxy = launch(stage, path)
+    (reply,) = callers(f"{path}/inspect").call(f"{PROXY}.Status")
+    assert reply["parameters"]["pid"] == proxy.pid
+
+
 def test_counters_equal_the_traffic(stage, folder, callers):
     launch(stage, folder)
     for size in (1, 1000, 100_000):

@@ -32,6 +32,12 @@ def test_all_running_proxies_are_found(run, proxy, manager):
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_a_folder_with_a_backslash_is_quoted_by_systemctl(run, proxy, manager):
+    proxy(r"a@x\x2dy")
+    manager({"a.service": running(RuntimeDirectory=r'"a@x\\x2dy" other')})
+    assert asked(run)[0] == [("a.service", r"a@x\x2dy/inspect")]
+
+
 def test_the_option_is_preferred_to_the_runtime_directory(run, proxy, manager, place):
     there = proxy("there")
     program = "/usr/bin/systemd-socket-proxyd"

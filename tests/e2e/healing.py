@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from e2e.machine import TOOLS, UNIT_FOLDER, Failure, Machine, check, same
 
-CONTROL = "/run/heal"
+CONTROL = "/run/e2e-heal"
 BACKEND = f"/usr/bin/python3 {TOOLS}/backend.py"
 
 SOCKET = "[Socket]\nListenStream=127.0.0.1:9000\n"
@@ -52,7 +52,8 @@ PROGRAM = f"{CONTROL}/systemd-socket-proxyd"
 class Subject:
     """Units in the machine: {name: text}, `-> X` being a symlink.
 
-    `sockets` are started, and a client connects to `address`.
+    `sockets` are started, and a client connects to `address`. `backend` is empty if the proxy
+    starts none.
     """
 
     def __init__(
@@ -91,13 +92,16 @@ class Subject:
     def register(self, written: list[str]) -> None:
         """Have the units stopped after the scenario."""
         own = [name for name in written if "/" not in name and "@." not in name]
-        self.machine.uses(*own, *self.sockets.split(), self.proxy, self.backend)
+        self.machine.uses(*own, *self.units())
+
+    def units(self) -> list[str]:
+        """The sockets, the proxy, and the backend if there is one."""
+        return [*self.sockets.split(), self.proxy, *self.backend.split()]
 
     def begin(self) -> None:
         """Bring everything to where nobody has connected yet."""
         m = self.machine
-        everything = f"{self.sockets} {self.proxy} {self.backend}"
-        m.run(f"rm -rf {CONTROL}; {self.systemctl} stop {everything}", timeout=60)
+        m.run(f"rm -rf {CONTROL}; {self.systemctl} stop {' '.join(self.units())}", timeout=60)
         self.prepare()
         m.sh(f"{self.systemctl} daemon-reload; {self.systemctl} reset-failed")
         m.run(f"{self.systemctl} start {self.sockets}")
@@ -127,9 +131,8 @@ class Subject:
                 time.sleep(0.2)
 
     def states(self) -> str:
-        units = [*self.sockets.split(), self.proxy, self.backend]
         return ", ".join(
-            f"{u} {self.show('ActiveState', u)}/{self.show('Result', u)}" for u in units
+            f"{u} {self.show('ActiveState', u)}/{self.show('Result', u)}" for u in self.units()
         )
 
     def show(self, prop: str, unit: str = "") -> str:
@@ -261,7 +264,7 @@ def proxy_cannot_start(s: Subject) -> None:
 
 def restarts_by_hand(s: Subject) -> None:
     s.served("at first")
-    for unit in (s.backend, s.proxy, *s.sockets.split()):
+    for unit in reversed(s.units()):
         done = s.machine.run(f"{s.systemctl} restart {unit}")
         check(not done.returncode, f"restart of {unit}: {done.stderr.strip()}")
         s.served(f"after a restart of {unit}")
@@ -278,8 +281,8 @@ def reload(s: Subject) -> None:
 def stop_all(s: Subject) -> None:
     """What is stopped as a whole stays stopped."""
     s.served("at first")
-    s.machine.sh(f"{s.systemctl} stop {s.sockets} {s.proxy} {s.backend}")
-    for unit in (*s.sockets.split(), s.proxy, s.backend):
+    s.machine.sh(f"{s.systemctl} stop {' '.join(s.units())}")
+    for unit in s.units():
         same(unit, s.show("ActiveState", unit) in ("inactive", "failed"), True)
 
 
@@ -289,7 +292,7 @@ def reboot(s: Subject) -> None:
     try:
         s.served("at first")
         s.restart_all()
-        for unit in () if "*" in s.proxy else (s.proxy, s.backend):
+        for unit in () if "*" in s.proxy else (s.proxy, *s.backend.split()):
             same(f"{unit} after a reboot", s.show("ActiveState", unit), "inactive")
         s.served("after a reboot")
     finally:

@@ -51,11 +51,15 @@ def same(what: str, got: object, wanted: object) -> None:
 
 
 class Machine:
-    """`program` is what ExecStart= runs, and `folder` a directory of the running scenario."""
+    """`program` is what ExecStart= runs, and `ctl` its companion.
+
+    `folder` is a directory of the running scenario.
+    """
 
     def __init__(self, container: Container, program: str):
         self.container = container
         self.program = program
+        self.ctl = f"{program.rpartition('/')[0]}/socket-proxyctl"
         self.folder = ""
         self._units: list[str] = []
         self._files: list[str] = []

@@ -4,6 +4,8 @@ A path is given a Proxy, which says how the program is run (hardened, traced), a
 Failure if the program does not do its work.
 """
 
+import json
+import select
 import subprocess
 from collections.abc import Callable
 
@@ -289,6 +291,28 @@ def connected_socket(proxy: Proxy) -> None:
     units = "systemctl list-units --plain --no-legend 'proxy@*.service'"
     m.wait_for("the instance ends", lambda: m.sh(units) == "")
     m.stop("proxy.socket")
+
+
+@path
+def inspection(proxy: Proxy) -> None:
+    """Every method on the inspection socket, a watcher that leaves, and callers of another user."""
+    m = proxy.start("127.0.0.1:9000", "127.0.0.1:8000", service="RuntimeDirectory=proxy\n")
+    client = m.client("exec socat -u TCP:127.0.0.1:9000 -")
+    m.wait_for("it is listed", lambda: m.sh(f"{m.ctl} list --json=short") not in ("", "[]\n"))
+    (row,) = json.loads(m.sh(f"{m.ctl} list --json=short"))
+    watch = m.client(f"exec {m.ctl} watch --json=short")
+    m.wait_for("it watches", lambda: m.sh(f"{CURL} http://127.0.0.1:9000/small") and ended(watch))
+    check("accepted_total" in m.sh(f"{m.ctl} metrics"), "no metrics")
+    m.sh(f"setpriv --reuid=65534 --clear-groups {m.ctl} status --socket=/run/proxy/inspect")
+    m.sh(f"{m.ctl} terminate {row['id']}")
+    m.wait_for("the client is cut", lambda: client.poll() is not None)
+    watch.kill()
+    proxy.end()
+
+
+def ended(watch: subprocess.Popen) -> bool:
+    """Whether a watcher has something to read."""
+    return bool(select.select([watch.stdout], [], [], 0)[0])
 
 
 @path

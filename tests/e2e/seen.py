@@ -111,6 +111,28 @@ def in_its_own_network(s: Subject) -> None:
     check(not same_network(s), "the proxy is in the network of the host")
 
 
+def not_deserialized(s: Subject) -> None:
+    unserved(s)
+    check("Failed to deserialize" in s.machine.journal(), "the start has not failed so")
+
+
+def inspected_after_a_stop_of_the_other(s: Subject) -> None:
+    check(_inspected(s), "socket-proxyctl gets no answer")
+
+
+def not_inspected_after_a_stop_of_the_other(s: Subject) -> None:
+    check(not _inspected(s), "socket-proxyctl gets an answer")
+
+
+def _inspected(s: Subject) -> bool:
+    m = s.machine
+    m.client("exec socat -u TCP:127.0.0.1:9000 -")
+    s.wait("it runs", lambda: s.show("ActiveState") == "active")
+    check(m.run(f"{m.ctl} status --unit={s.proxy}").returncode == 0, "no answer at first")
+    m.sh("systemctl start other.service; systemctl stop other.service")
+    return m.run(f"{m.ctl} status --unit={s.proxy}").returncode == 0
+
+
 def protocol(s: Subject) -> None:
     s.ask(4)
     check(s.show("ActiveState") != "active", "the start has succeeded")

@@ -40,7 +40,7 @@
 
 /* A C function has several points if it matters which of its uses fails. */
 #define POINTS(X) \
-    X(accept4) X(bind) X(calloc) X(close) X(connect) X(epoll_create1) X(epoll_ctl_add) \
+    X(accept4) X(bind) X(calloc) X(chmod) X(close) X(connect) X(epoll_create1) X(epoll_ctl_add) \
     X(epoll_ctl_mod) X(epoll_ctl_del) X(epoll_wait) X(eventfd) X(eventfd_read) X(eventfd_write) \
     X(fcntl) X(fcntl_setpipe) X(fstat) X(getaddrinfo) X(getpeername) X(getrlimit) X(getsockname) \
     X(getsockopt) X(getsockopt_error) X(ioctl) X(listen) X(lseek) X(lstat) X(malloc) X(open) \
@@ -309,6 +309,7 @@ PLAIN(eventfd_read, eventfd_read, fd, int, (int fd, eventfd_t *value), (fd, valu
 PLAIN(eventfd_write, eventfd_write, fd, int, (int fd, eventfd_t value), (fd, value))
 PLAIN(pipe2, pipe2, -1, int, (int ends[2], int flags), (ends, flags))
 PLAIN(poll, poll, -1, int, (struct pollfd *fds, nfds_t count, int timeout), (fds, count, timeout))
+PLAIN(chmod, chmod, -1, int, (const char *path, mode_t mode), (path, mode))
 PLAIN(unlink, unlink, -1, int, (const char *path), (path))
 PLAIN(readlink, readlink, -1, ssize_t, (const char *path, char *buffer, size_t size), (path, buffer, size))
 PLAIN(lseek64, lseek, fd, off64_t, (int fd, off64_t offset, int whence), (fd, offset, whence))

@@ -20,6 +20,7 @@ import tempfile
 import time
 from typing import NamedTuple
 
+from faults.callers import INFO, LIST, STATUS
 from faults.control import NO_STRIKE
 from faults.world import CUT, World
 from kit.rig import open_fds
@@ -32,7 +33,7 @@ PASSED_ON = 3
 NEVER_CLOSED = ("anon_inode:[eventfd]",)
 """What the program opens once and keeps open until its process ends."""
 
-IMPORTED_LATE = ("stats", "timespan", "proxy_protocol", "resolver", "lookup", "ports")
+IMPORTED_LATE = ("stats", "timespan", "proxy_protocol", "resolver", "lookup", "ports", "inspection")
 """Modules that the program imports only when it needs them: each run imports them again."""
 
 STILL_TURNS = 25
@@ -55,6 +56,17 @@ LONGEST_S = 15.0
 
 LINES_MAX = 12
 """More lines on stderr are a flood."""
+
+
+def forget_modules():
+    """Have modules imported again that a run imports late."""
+    package = sys.modules["proxyd"]
+    for name in list(sys.modules):
+        if name.removeprefix("proxyd.").partition(".")[0] in IMPORTED_LATE:
+            del sys.modules[name]
+    for name in IMPORTED_LATE:
+        if hasattr(package, name):
+            delattr(package, name)
 
 
 def is_unix_listener(fd):
@@ -168,13 +180,17 @@ class ProgramRun:
         target = self.world.target
         if self.scenario.by_name:
             target = f"localhost:{self.world.backend.getsockname()[1]}"
-        return ["systemd-socket-proxyd", *self.scenario.options, target]
+        inspect = [f"--inspect={self.world.inspection_path}"] if self.scenario.inspected else []
+        return ["systemd-socket-proxyd", *self.scenario.options, *inspect, target]
 
     def _pass_on(self):
         """Give the program what the service manager would give it: fd 3 and the environment."""
         for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "SYSTEMD_LOG_LEVEL"):
             os.environ.pop(name, None)
         os.environ.update(self.scenario.environment)
+        os.environ.pop("RUNTIME_DIRECTORY", None)
+        if self.scenario.inspected_by_default:
+            os.environ["RUNTIME_DIRECTORY"] = self.directory
         os.environ["NOTIFY_SOCKET"] = "@" + self.notify.getsockname()[1:].decode()
         if self.scenario.opens:
             return
@@ -191,10 +207,7 @@ class ProgramRun:
 
     def _run_program(self, strike):
         """Run the program; its exit status."""
-        for name in IMPORTED_LATE:
-            sys.modules.pop(f"proxyd.{name}", None)
-            if hasattr(sys.modules["proxyd"], name):
-                delattr(sys.modules["proxyd"], name)
+        forget_modules()
         while signal.sigtimedwait((signal.SIGTERM, signal.SIGUSR1), 0):
             pass
         self.notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
@@ -286,6 +299,8 @@ class ProgramRun:
             self._let_answers_age()
             self.fresh = world.connect(300, 300)
             yield from world.until(lambda: self.fresh.over)
+            if world.callers:
+                yield from self._call_freshly()
             self._judge()
             self.judged_in_run = True
             world.leave()
@@ -302,6 +317,13 @@ class ProgramRun:
             yield
 
     # ── after the run ────────────────────────────────────────────────────────────────────────
+
+    def _call_freshly(self):
+        """Another caller is answered, now that no call fails any more."""
+        caller = self.world.call(INFO, STATUS, LIST)
+        yield from self.world.until(lambda: caller.over)
+        if not caller.answered:
+            self.faults.append(f"a fresh caller is not answered: {bytes(caller.hearing.data)!r}")
 
     def _let_answers_age(self):
         """A failed look-up is an answer too, which is used for a second."""

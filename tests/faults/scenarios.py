@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 
+from faults.callers import INFO, LIST, METRICS, STATUS, TERMINATE, WATCH
 from faults.world import CUT, REFUSED, half_close, reset_client, reset_far
 
 BULK = 1536 * 1024
@@ -44,6 +45,10 @@ class Scenario:
         """Threads of the program work outside its turns."""
         self.opens = more.pop("opens", False)
         """The program opens its listener itself (--listen=)."""
+        self.inspected = more.pop("inspected", False)
+        """The program has an inspection socket …"""
+        self.inspected_by_default = more.pop("inspected_by_default", False)
+        """… or is to have one if it can."""
         self.environment = more.pop("environment", {})
         self.quick = more.pop("quick", True)
         """Part of the quick walk."""
@@ -261,6 +266,47 @@ def logged(world):
 @scenario(client="unix", opens=True)
 def opened(world):
     """The program opens its listener itself, a socket file."""
+    yield from world.exchange()
+
+
+@scenario(pairs=[("tcp4", "tcp4"), ("unix", "unix")], inspected=True)
+def inspected(world):
+    """Callers ask for everything, while there are clients, and while they come and go."""
+    world.call(WATCH)
+    conn = world.connect(300, 300, then=None)
+    yield from world.until(lambda: conn.hearing.end or len(conn.hearing.data) == 300)
+    callers = [world.call(INFO, STATUS, METRICS, TERMINATE), world.call(LIST)]
+    yield from world.exchange()
+    yield from world.until(lambda: all(caller.over for caller in callers))
+    half_close(conn.client)
+    yield from world.until(lambda: conn.over)
+
+
+@scenario(options=["--threads=2", "--hand-over=always"], inspected=True, quick=False)
+def inspected_threads(world):
+    """As inspected, with two relay threads."""
+    yield from inspected(world)
+
+
+@scenario(listens=False, inspected=True, quick=False)
+def inspected_hold(world):
+    """Clients are held, and listed."""
+    for _ in range(2):
+        world.connect(300, 500)
+    yield from world.turns(20)
+    callers = [world.call(LIST), world.call(METRICS)]
+    yield from world.until(lambda: all(caller.over for caller in callers))
+    world.backend.listen(64)
+    yield from world.until_all_over()
+
+
+@scenario(inspected_by_default=True, quick=False)
+def inspected_by_default(world):
+    """The inspection socket is in RuntimeDirectory=, if it can be opened there."""
+    yield from world.exchange()
+    if os.path.exists(world.inspection_path):
+        caller = world.call(INFO, LIST)
+        yield from world.until(lambda: caller.over)
     yield from world.exchange()
 
 

@@ -67,7 +67,9 @@ RELAY = {
 }
 
 PYTHON = {
+    "accept4": "EINTR ECONNABORTED EMFILE+3 ENFILE ENOBUFS ENOMEM EPERM",
     "bind": "EADDRINUSE EACCES",
+    "chmod": "EACCES EPERM EROFS",
     "close": "EINTR EIO",
     "eventfd": "EMFILE ENFILE ENOMEM",
     "eventfd_read": "EAGAIN EINTR",
@@ -90,6 +92,9 @@ PYTHON = {
     "read": "EINTR EAGAIN",
     "read_file": "EINTR EIO short",
     "readlink": "EACCES ENOMEM",
+    "recv": "EINTR EAGAIN ENOMEM ECONNRESET short",
+    "recvmsg": "EINTR EAGAIN ENOMEM ECONNRESET short",
+    "send": "EINTR EAGAIN+3 ENOBUFS ENOMEM EPIPE ECONNRESET short+3",
     "sendto": "EAGAIN EINTR ECONNREFUSED ENOBUFS ENOMEM ENOENT",
     "setsockopt": "ENOBUFS EPERM",
     "socket": "EMFILE+3 ENFILE ENOMEM EACCES EAFNOSUPPORT",
@@ -129,6 +134,7 @@ LEFT_OUT = {
 SYSTEM_CALLS = {
     "accept4": "accept4",
     "bind": "bind",
+    "chmod": "chmod",
     "clone": "pthread_create",
     "clone3": "pthread_create",
     "close": "close",

@@ -1,9 +1,11 @@
 """Clients and a backend around the program, stepped by the walk, and what they must observe."""
 
 import contextlib
+import os
 import select
 import socket
 
+from faults.callers import CallerRun
 from kit.socket_state import write_error
 from kit.sockets import is_unix, open_listener, reset
 from kit.stepped import Incoming, Outgoing, open_client
@@ -143,6 +145,7 @@ class World:
         self.faults = []
         self.conns = []
         self.fars = []
+        self.callers = []
         self.sockets = []
         self.log_size = lambda: 0
         self.backend_reads = True
@@ -187,15 +190,18 @@ class World:
             *self.sockets,
             *(conn.client for conn in self.conns),
             *(far.connection for far in self.fars),
+            *(caller.socket for caller in self.callers),
         ]
         return {str(one.fileno()) for one in mine}
 
     def leave(self):
-        """Close all clients and the backend's connections."""
+        """Close all clients, the backend's connections, and the callers."""
         for conn in self.conns:
             conn.client.close()
         for far in self.fars:
             far.connection.close()
+        for caller in self.callers:
+            caller.socket.close()
 
     def close(self):
         self.leave()
@@ -225,6 +231,16 @@ class World:
         """A whole conversation, from the connect until both ends have seen its end."""
         conn = self.connect(up, down, **options)
         yield from self.until(lambda: conn.over)
+
+    @property
+    def inspection_path(self):
+        """Where the inspection socket is, if the program has one."""
+        return os.path.join(self.directory, "inspect")
+
+    def call(self, *calls):
+        """A caller of the inspection socket, which makes these calls without waiting."""
+        self.callers.append(CallerRun(self.inspection_path, list(calls)))
+        return self.callers[-1]
 
     def until(self, condition):
         """Let the program have turns until `condition()` holds."""
@@ -260,7 +276,7 @@ class World:
                 break
             connection.setblocking(False)
             self.fars.append(Far(connection, name, self))
-        for each in [*self.conns, *self.fars]:
+        for each in [*self.conns, *self.fars, *self.callers]:
             each.step()
         return self.signature() != before
 
@@ -273,6 +289,8 @@ class World:
             sum(each.hearing.end is not None for each in [*self.conns, *self.fars]),
             sum(len(conn.sending.rest) for conn in self.conns),
             sum(len(far.sending.rest) for far in self.fars if far.sending),
+            sum(len(caller.hearing.data) for caller in self.callers),
+            sum(caller.hearing.end is not None for caller in self.callers),
         )
 
     def header_size(self, data):
@@ -288,6 +306,8 @@ class World:
 
     def judge(self):
         """Check every connection; returns those that ended otherwise than without a failure."""
+        for caller in self.callers:
+            self.faults += caller.judge()
         return [conn for conn in self.conns if not self._judge(conn)]
 
     def _judge(self, conn):

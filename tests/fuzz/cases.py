@@ -58,6 +58,8 @@ OPTIONS = {
     b"--threads": (*NUMBERS[:6], b"auto", b"2", b"3"),
     b"--hand-over": (b"busy", b"always", b"", b"Always", b"always "),
     b"--buffer-size": SIZES,
+    b"--inspect": (b"@inspect", b"/nonexistent/i", b"", b"fd:web", b"fd:", b"x", *PATHS),
+    b"--log-addresses": (b"yes", b"no", b"", b"Yes", b"1"),
     b"--listen": None,
     b"--help": (),
 }
@@ -69,6 +71,7 @@ ENVIRONMENT = {
     b"NOTIFY_SOCKET": SOCKETS,
     b"WATCHDOG_USEC": NUMBERS,
     b"WATCHDOG_PID": (b"@own", *NUMBERS),
+    b"RUNTIME_DIRECTORY": (b"/nonexistent", b"", b"relative", b"/a:/b", b":", b"/" + b"r" * 200),
     b"SYSTEMD_LOG_LEVEL": LEVELS,
     b"JOURNAL_STREAM": (b"1:2", b"", b":", b"x:y", b"1", b"-1:5", b"9" * 30 + b":1"),
     b"POSIXLY_CORRECT": (b"", b"1"),

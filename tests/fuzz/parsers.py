@@ -7,6 +7,7 @@ a fault too.
 """
 
 import os
+import socket
 import sys
 
 import atheris
@@ -15,11 +16,16 @@ with atheris.instrument_imports(include=["proxyd"]):
     from proxyd import activation, address, bind, log, sd_notify, target, timespan
     from proxyd.command_line import parse_args
     from proxyd.errors import UsageError
+    from proxyd.inspection import varlink
+    from proxyd.inspection.caller import Caller, CallerGoneError
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 SLOWEST = 5
 NO_FDS = 2**16
 """Used instead of fd 3 as the first of LISTEN_FDS=, to leave the fuzzer's own fds alone."""
+
+
+CALL = b'{"method":"a"}\0'
 
 
 def text_of(data):
@@ -98,8 +104,42 @@ def logging(data):
     log.error(text_of(text))
 
 
+def called(data):
+    """Calls are answered in their order, however they arrive; the first bad one ends that."""
+    size, stream = data[0] + 1 if data else 1, data[1:].replace(b"\1", CALL)
+    answered = []
+
+    def answer(call, _peer):
+        answered.append(call.method)
+        return varlink.reply({})
+
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        caller = Caller(theirs.fileno(), answer, 0, lambda _caller: None)
+        try:
+            for at in range(0, len(stream), size):
+                ours.send(stream[at : at + size])
+                while caller.step(0):
+                    pass
+        except CallerGoneError:
+            pass
+        caller.close()
+    assert answered == methods(stream)
+
+
+def methods(stream):
+    """The methods of all messages before the first bad one."""
+    found = []
+    for message in stream.split(b"\0")[:-1]:
+        try:
+            found.append(varlink.parse(message).method)
+        except varlink.MessageError:
+            break
+    return found
+
+
 PARSERS = (
-    command_line, span, where_to, where_from, pair, passed_in, word_to_the_manager, logging,
+    command_line, span, where_to, where_from, pair, passed_in, word_to_the_manager, logging, called,
 )  # fmt: skip
 
 

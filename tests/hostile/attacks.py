@@ -13,6 +13,7 @@ import socket
 import struct
 import time
 
+from hostile.callers import callers
 from kit.asynchronous import connect, open_socket
 
 PAIRS = ("tcp-to-tcp", "tcp-to-unix", "unix-to-tcp", "unix-to-unix")
@@ -29,11 +30,15 @@ STUCK = 0.5
 class Place:
     """Where an attack happens: addresses, its random numbers, and the sockets it has opened."""
 
-    def __init__(self, addresses, seconds, dice):
+    def __init__(self, addresses, seconds, dice, socket_count):
+        """`socket_count` tells how many sockets the program has."""
         self.addresses = addresses
+        self.socket_count = socket_count
         self.seconds = seconds
         self.dice = dice
         self.open = []
+        self.faults = []
+        """What the attack has found, in words."""
         self.until = time.monotonic() + seconds
 
     def going_on(self):
@@ -218,6 +223,7 @@ ATTACKS = {
     "resets": (resets, ()),
     "60000": (connect_and_reset, ()),
     "half-open": (half_open, ("--idle-timeout=2s",)),
+    "callers": (callers, ()),
 }
 """Name → the attack, and the options of the attacked proxy."""
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 import queue
 import shutil
 import signal
@@ -10,12 +11,13 @@ import tempfile
 import time
 
 from hostile.attacks import ATTACKS, PAIRS, Place, dice
+from hostile.callers import INSPECT
 from hostile.held import Held
 from kit.load import Load
 from kit.logs import too_many_lines
 from kit.notify import NotifySocket
 from kit.privileges import WITH_PARENT
-from kit.proxy import Proxy
+from kit.proxy import SIGNS_OF_A_CRASH, Proxy
 from kit.waiting import wait_until
 
 from bench import memory
@@ -65,10 +67,12 @@ class Scene:
         pairs = self._targets("targets", "", 701) | self._targets("attacked", "-attacked", 702)
         pairs |= {"tcp-to-nobody": "127.0.0.1:704", "tcp-to-full": self._full_target()}
         sockets = {name: self._listener(name) for name in pairs}
+        os.chmod(self.folder, 0o711)  # for callers of other users
         always = "--hand-over=always"
         threads = [f"--threads={chosen.threads}", always] if chosen.threads else []
         self.proxy = Proxy(
             [*WITH_PARENT, chosen.executable, "--connections-max=4096", *threads, *options,
+             f"--inspect={self.folder}/{INSPECT}",
              *(f"{name}={target}" for name, target in pairs.items())],
             inherit=list(sockets.values()),
             names=":".join(pairs),
@@ -79,6 +83,7 @@ class Scene:
         self.sockets_at_start = self.proxy.socket_count()
         self.private_at_start = memory.private([self.proxy.pid])
         self.addresses = {name: sock.getsockname() for name, sock in sockets.items()}
+        self.addresses[INSPECT] = f"{self.folder}/{INSPECT}"
         self.guests = None
         if guests:
             listeners = [
@@ -170,6 +175,9 @@ class Scene:
         if not self.proxy.end() or self.proxy.status != 0:
             self.faults.append(f"SIGTERM ended it with {self.proxy.status}")
         self.faults += too_many_lines(self.proxy.log(), took)
+        for sign in (*SIGNS_OF_A_CRASH, "Internal error"):
+            if sign in self.proxy.log():
+                self.faults.append(f"{sign} in the log: {self.proxy.log()[-1000:]}")
 
     def close(self):
         for load in self.loads:
@@ -216,9 +224,15 @@ class Hostile:
         scene = Scene(self.chosen, options, guests=True)
         try:
             before = scene.let_pass(1.0)
-            place = Place(scene.addresses, self.chosen.seconds, dice(self.chosen.seed))
+            place = Place(
+                scene.addresses,
+                self.chosen.seconds,
+                dice(self.chosen.seed),
+                scene.proxy.socket_count,
+            )
             try:
                 note = asyncio.run(work(place))
+                scene.faults += place.faults
                 during = scene.mark()
                 self.memory(scene)
             finally:

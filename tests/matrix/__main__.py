@@ -208,7 +208,7 @@ def run_row(name: str, options: argparse.Namespace, work: Path) -> str:
 def base_root(cache: Path, suite: str) -> Path:
     """Return the suite's root folder, made under the lock of ci/test e2e, which shares it."""
     stamp = cache / suite / ".e2e-recipe"
-    if stamp.is_file() and stamp.read_text() == root.recipe_id(root.PACKAGES):
+    if stamp.is_file() and stamp.read_text() == root.recipe_id(root.packages_of(suite)):
         return cache / suite
     with host.locked(E2E_LOCK):
         return root.ensure_root(cache, suite)

@@ -272,6 +272,12 @@ class Soak:
             missing.append(f"the stream moved {moved / 1e9:.1f} GB instead of {wanted / 1e9:.1f}")
         if not self.counts.get("bytes one at a time"):
             missing.append("the slow connections moved nothing")
+        missing += [
+            f"{one.name} inspected: no {what}"
+            for one in self.world.served
+            for what in ("list", "metrics", "watch")
+            if not self.counts.get(f"{one.name} inspected: {what}")
+        ]
         return missing
 
     # ── the report ───────────────────────────────────────────────────────────────────────────
@@ -326,6 +332,8 @@ class Soak:
         if self.latencies:
             p50, p99, worst = self.latencies
             yield f"ping-pong meanwhile: p50 {p50} µs, p99 {p99} µs, max {worst / 1000:.0f} ms"
+        calls = sum(count for name, count in counts.items() if " inspected: " in name)
+        yield f"{calls} calls of the inspection sockets were answered"
         yield from self.table()
         yield f"CPU: proxies {self.cpu(False):.1f} s, load {self.cpu(True):.1f} s"
         if interrupted:

@@ -92,6 +92,7 @@ class World:
         self._proxy("shaky", ["--connect-timeout=5s"], pairs, shaky, rate=16)
         self._clients("steady clients", ["main", "header"])
         self._clients("other clients", ["idle", "few", "shaky"])
+        self._inspectors()
 
     def _next_port(self):
         self._port += 1
@@ -123,11 +124,12 @@ class World:
             for label, pair in zip(names, pairs, strict=True)
         ]
         proxy = Proxy(
-            [*WITH_PARENT, *prefix, str(self.executable), *options, *targets],
+            [*WITH_PARENT, *prefix, str(self.executable), *options,
+             f"--inspect={self._inspection_path(name)}", *targets],
             inherit=listeners,
             names=":".join(names),
             notify=NotifySocket(),
-        )
+        )  # fmt: skip
         served = Served(name, proxy, [
             {
                 "name": f"{name} {label}", "family": pair[0], "backend": pair[1],
@@ -159,6 +161,27 @@ class World:
             "first_number": self.dice.randrange(1 << 40),
         }  # fmt: skip
         self.loads.append(Load("soak.client", settings, self.reports))
+        self.wait_ready(self.loads[-1:])
+
+    def _inspection_path(self, name):
+        return f"{self.folder}/{name}-inspect"
+
+    def _inspectors(self):
+        proxies = [
+            {
+                "name": f"{one.name} inspected",
+                "path": self._inspection_path(one.name),
+                "strict": one.name != "few",  # it is short of fds
+                "terminates": one.name == "shaky",
+            }
+            for one in self.served
+        ]
+        settings = {
+            "name": "clients of the inspection",
+            "seed": self.dice.random(),
+            "proxies": proxies,
+        }
+        self.loads.append(Load("soak.inspector", settings, self.reports))
         self.wait_ready(self.loads[-1:])
 
     def wait_ready(self, loads):

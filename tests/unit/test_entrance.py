@@ -4,6 +4,7 @@ import errno
 import os
 import socket
 import stat
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +16,8 @@ from proxyd.errors import UsageError
 from proxyd.event_loop import EventLoop
 from proxyd.inspection import entrance as entrance_module
 from proxyd.inspection.entrance import (
+    _ACCEPTS_MAX,
+    _PARTS,
     PAUSE_MS,
     Entrance,
     check_inherited,
@@ -170,6 +173,9 @@ class World:
             caller.connect(self.path)
 
     def ready(self):
+        """A caller is reported, and again as long as it is not accepted."""
+        while self.entrance._parts:
+            self.loop._handlers[self.listener.fd](1)
         self.loop._handlers[self.listener.fd](1)
 
     def close(self):
@@ -201,6 +207,30 @@ def test_nothing_is_made_before_the_first_caller(world):
     world.entrance.step(6)
     assert world.steps == [6]
     assert world.entrance.next_ms(6) == 77
+
+
+def test_imports_do_not_keep_the_loop_for_long(world):
+    """One part in a turn, and what is left over at the end is little."""
+    world.call()
+    for left in reversed(range(len(_PARTS))):
+        world.loop._handlers[world.listener.fd](1)
+        assert len(world.entrance._parts) == left
+    assert world.makes == []
+    before = set(sys.modules)
+    import proxyd.inspection.service  # noqa: F401
+
+    assert set(sys.modules) == before
+
+
+def test_few_callers_are_accepted_at_once(world):
+    callers = [socket.socket(socket.AF_UNIX) for _ in range(3 * _ACCEPTS_MAX)]
+    for caller in callers:
+        caller.connect(world.path)
+    for turn in range(1, 4):
+        world.ready()
+        assert len(world.accepted) == turn * _ACCEPTS_MAX
+    for caller in callers:
+        caller.close()
 
 
 def test_callers_are_served_while_no_further_one_is_accepted(world, monkeypatch):

@@ -170,6 +170,7 @@ def test_binary_files_loops_and_pipes(units):
     wanted = {"loop.service", "pool.service", "self@.service", "dangling.socket", "binary.service"}
     assert told >= {*wanted, "pipe.socket", "latin.service:2"}
     assert "[no-order]" in done.stdout
+    assert done.stdout.count("binary.service") == 1  # nothing of what systemd-analyze says of it
 
 
 def test_names_that_are_not_utf_8(units):
@@ -180,26 +181,81 @@ def test_names_that_are_not_utf_8(units):
     assert run("check", folder).returncode == 1
 
 
-@pytest.mark.skipif(os.geteuid() == 0 and not Path("/usr/bin/setpriv").exists(), reason="root")
-def test_what_may_not_be_read(units):
-    folder = units(SET | {"closed/x.service": "[Service]\n", "b.service.d/x.conf": "[Unit]\n"})
-    (folder / "closed").chmod(0)
-    (folder / "b.service.d").chmod(0)
-    (folder / "p.socket").chmod(0)
-    for path in (folder, *folder.parents):
+@pytest.fixture
+def run_as_nobody(tmp_path):
+    """Run the command as a user who may not read files of mode 0, here in tmp_path."""
+    as_root = os.geteuid() == 0
+    if as_root and not shutil.which("setpriv"):
+        pytest.skip("no setpriv")
+    unprivileged = ["setpriv", "--reuid=65534", "--clear-groups", "--"] if as_root else []
+    if subprocess.run([*unprivileged, COMMAND, "--version"], check=False).returncode:
+        pytest.skip("nobody may not run the command here")
+    for path in (tmp_path, *tmp_path.parents):
         if path.stat().st_uid == os.geteuid() and path != Path("/") and path.parts[1] == "tmp":
             path.chmod(path.stat().st_mode | 0o055)
-    unprivileged = ["setpriv", "--reuid=65534", "--clear-groups", "--"] if not os.geteuid() else []
-    done = subprocess.run(
-        [*unprivileged, COMMAND, "check", str(folder)], capture_output=True, text=True, check=False
-    )
-    (folder / "closed").chmod(0o700)
-    (folder / "b.service.d").chmod(0o700)
-    if "Permission denied" in done.stderr and not done.stdout:
-        pytest.skip("nobody may not run the command here")
-    assert "Traceback" not in done.stderr
+
+    def run_it(*arguments):
+        done = subprocess.run(
+            [*unprivileged, COMMAND, *arguments], capture_output=True, text=True, check=False
+        )
+        assert "Traceback" not in done.stderr
+        return done
+
+    return run_it
+
+
+def test_what_may_not_be_read(units, run_as_nobody):
+    folder = units(SET | {"closed/x.service": "[Service]\n", "b.service.d/x.conf": "[Unit]\n"})
+    for name in ("closed", "b.service.d", "p.socket"):
+        (folder / name).chmod(0)
+    done = run_as_nobody("check", str(folder))
+    for name in ("closed", "b.service.d"):
+        (folder / name).chmod(0o700)
     for name in ("closed", "b.service.d", "p.socket"):
         assert f"{name}: error: cannot be read: Permission denied" in done.stdout
+
+
+def test_a_backend_that_may_not_be_read_is_not_judged(units, run_as_nobody):
+    """One line says so, and no rule takes the file to be empty."""
+    folder = units(SET | {"p.service": PROXY.replace("[Unit]", "[Unit]\nAfter=b.service")})
+    (folder / "b.service").chmod(0)
+    done = run_as_nobody("check", str(folder))
+    line = f"{folder}/b.service: error: cannot be read: Permission denied [unreadable]\n"
+    assert (done.returncode, done.stdout) == (1, line)
+    switched = run_as_nobody("switch", str(folder / "p.service"))
+    assert "b.service cannot be read: it was not looked at" in switched.stderr
+
+
+def test_switch_of_what_may_not_be_read(units, run_as_nobody):
+    folder = units(SET)
+    (folder / "b.service").chmod(0)
+    done = run_as_nobody("switch", str(folder / "b.service"))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.endswith("b.service: cannot be read: Permission denied\n")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["check", "closed/p.service"],
+        ["switch", "closed/p.service"],
+        ["create", "--listen=80", "--target=81", "--backend=closed/compose.yaml"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_a_folder_that_may_not_be_searched(units, run_as_nobody, monkeypatch, arguments):
+    folder = units({"closed/p.service": PROXY, "closed/compose.yaml": "services: {}\n"})
+    monkeypatch.chdir(folder)
+    (folder / "closed").chmod(0)
+    done = run_as_nobody(*arguments)
+    (folder / "closed").chmod(0o700)
+    assert done.returncode == 1
+    (line,) = (done.stdout + done.stderr).replace(NO_PROXY, "").splitlines()
+    assert "closed" in line
+    assert "cannot be read: Permission denied" in line
+
+
+NO_PROXY = "systemd-socket-proxyd-units: no unit here runs systemd-socket-proxyd\n"
 
 
 def test_templates_that_want_themselves(units):
@@ -271,6 +327,15 @@ def test_a_tree_without_end(tmp_path):
     done = run("check", str(tmp_path))
     assert (done.returncode, done.stdout) == (0, "")
     assert "no unit here runs" in done.stderr
+
+
+def test_a_link_to_a_folder_above_is_not_followed(units):
+    folder = units(SET)
+    (folder / "up").symlink_to(folder.parent)
+    (folder / "root").symlink_to("/")
+    (folder.parent / "other").mkdir()
+    (folder.parent / "other/x.service").write_text("[Service\n")
+    assert run("check", ".", cwd=folder).stdout == run("check", "p.service", cwd=folder).stdout
 
 
 def test_a_reader_that_leaves(units):

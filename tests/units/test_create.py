@@ -93,16 +93,18 @@ def test_a_container_of_quadlets(tmp_path, on_demand):
     assert found_in(tmp_path / "set") == []
 
 
+@pytest.mark.parametrize("accept", [[], ["--accept"]])
 @pytest.mark.parametrize("on_demand", [[], ["--on-demand"]])
-def test_a_compose_file(tmp_path, on_demand):
+def test_a_compose_file(tmp_path, on_demand, accept):
     (tmp_path / "web.yaml").write_text("services: {}\n")
-    done = create(*BASIC, "--backend=web.yaml", "--output=set", *on_demand, cwd=tmp_path)
+    done = create(*BASIC, "--backend=web.yaml", "--output=set", *on_demand, *accept, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert found_in(tmp_path / "set") == []
     service = (tmp_path / "set/web-compose.service").read_text()
     assert f"--file={tmp_path}/web.yaml up --detach" in service
     if knows_settle_time():
-        assert "--settle-time=" in (tmp_path / "set/web-proxy.service").read_text()
+        proxy = tmp_path / f"set/web-proxy{'@' if accept else ''}.service"
+        assert "--settle-time=" in proxy.read_text()
 
 
 @pytest.mark.parametrize("backend", ["app", "/etc/systemd/system/app.service", "./app.service"])
@@ -163,6 +165,14 @@ def test_what_makes_no_sense_is_told(arguments, message):
     assert message in done.stderr
 
 
+@pytest.mark.parametrize("name", ["web.container", "compose.yaml"])
+def test_a_file_that_is_not_text(tmp_path, name):
+    (tmp_path / name).write_bytes(b"\x7fELF\0")
+    done = create(*BASIC, f"--backend={name}", cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert f"{name}: is not a text file" in done.stderr
+
+
 def test_upholds_is_left_out_where_systemd_does_not_know_it():
     for version, there in (("248", False), ("249", True), ("257", True)):
         done = create(*WITH, "--on-demand", f"--systemd={version}")
@@ -191,3 +201,30 @@ def test_a_namespace_without_its_drop_in_is_not_sound(tmp_path):
     folder = written(tmp_path, [*WITH, "--namespace"], ENABLED)
     (folder / "app.service.d/50-socket-proxyd.conf").unlink()
     assert "private-network-alone" in rules_in(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [
+        ("web", "%N"),
+        ("a-b.c", "%N"),
+        (r"my\x2dapp", "my-app"),
+        (r"my\x2dapp-a\x20b", "my-app-a_b"),
+    ],
+)
+def test_every_proxy_has_a_folder_of_its_own(name, folder):
+    done = create(*BASIC, f"--name={name}")
+    assert done.returncode == 0, done.stderr
+    assert f"\nRuntimeDirectory={folder}\n" in done.stdout
+
+
+def test_every_instance_has_a_folder_of_its_own():
+    listen = "--listen=127.0.0.1:%i"
+    done = create(listen, BASIC[1], "--backend=app@.service", r"--name=my\x2dapp")
+    assert "\nRuntimeDirectory=my-app@%i\n" in done.stdout
+    done = create(listen, BASIC[1], "--backend=app@.service")
+    assert "\nRuntimeDirectory=%N\n" in done.stdout
+
+
+def test_a_process_for_each_connection_has_no_folder():
+    assert "RuntimeDirectory=" not in create(*WITH, "--accept").stdout

@@ -94,7 +94,7 @@ def test_a_template_stays_one(units):
 
 
 def test_nothing_to_change(units):
-    sound = Path(__file__).parent / "corpus/sound/on-demand/web-proxy.service"
+    sound = Path(__file__).parent / "corpus/sound/folders/web-proxy.service"
     done = switch(sound)
     assert (done.returncode, done.stdout) == (0, "")
     assert "nothing to change" in done.stderr
@@ -143,3 +143,12 @@ def test_an_error_of_another_unit_is_told_and_does_not_stop_it(units):
     assert done.returncode == 0
     assert "[socket-ordered-after-service]" in done.stderr
     assert "Upholds=app.service" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("service", "added"),
+    [("", 1), ("RuntimeDirectory=mine\n", 0)],
+)
+def test_the_proxy_gets_a_folder_for_its_inspection_socket(units, service, added):
+    folder = units({"p.socket": SOCKET, "p.service": proxy("Requires=p.socket\n", service=service)})
+    assert switch(folder / "p.service").stdout.count("\nRuntimeDirectory=%N\n") == added

@@ -1,4 +1,6 @@
-"""A backend that does what files in /run/heal say; it answers each connection with a line.
+"""A backend that does what files in /run/e2e-heal say; it answers what a connection sends.
+
+The header of the PROXY protocol, version 2, is not answered.
 
 Usage: backend.py ADDRESS PORT | backend.py PATH
 
@@ -12,7 +14,7 @@ import socket
 import sys
 import time
 
-CONTROL = "/run/heal"
+CONTROL = "/run/e2e-heal"
 
 
 def delay(name: str) -> None:
@@ -55,11 +57,19 @@ def main() -> None:
         if os.fork() == 0:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             while data := client.recv(4096):
-                client.sendall(b"answer " + data)
+                if data := without_header(data):
+                    client.sendall(b"answer " + data)
             os._exit(0)
         client.close()
         while os.waitpid(-1, os.WNOHANG)[0] if children() else 0:
             pass
+
+
+def without_header(data: bytes) -> bytes:
+    """What follows the header, which one write of the proxy brings as a whole."""
+    if not data.startswith(b"\r\n\r\n\0\r\nQUIT\n"):
+        return data
+    return data[16 + int.from_bytes(data[14:16], "big") :]
 
 
 def children() -> bool:

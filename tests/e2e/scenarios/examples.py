@@ -14,7 +14,7 @@ NGINX = "user www-data;\npid /run/nginx.pid;\nevents {{}}\nhttp {{\n{server}\n}}
 def install(m: Machine, folder: str) -> None:
     """Copy the units and drop-ins of an example; enabling them is systemd's business."""
     for path in sorted((EXAMPLES / folder).rglob("*")):
-        if path.suffix in (".service", ".socket") or path.parent.suffix == ".d":
+        if path.suffix in (".service", ".socket", ".timer") or path.parent.suffix == ".d":
             name = str(path.relative_to(EXAMPLES / folder))
             m.unit(name, path.read_text().replace("/usr/bin/systemd-socket-proxyd", m.program))
 
@@ -30,6 +30,7 @@ def install_nginx(m: Machine, folder: str, service: str) -> None:
 def wait_until_ready(m: Machine, unit: str) -> None:
     """The examples are Type=notify: they serve earlier, but are not active before READY=1."""
     m.wait_for(f"{unit} is active", lambda: m.is_active(unit), 5)
+    m.sh(f"{m.ctl} status --unit={unit}")
 
 
 def serve_page(m: Machine, example: str, service: str) -> None:

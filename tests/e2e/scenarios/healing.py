@@ -47,7 +47,7 @@ def _adapted(text: str, address: str) -> str:
     gated = f"{GATE}ExecStart={BACKEND} {address}"
     ours = re.sub(r"^ExecStart=.*", lambda _: gated, ours, flags=re.MULTILINE)
     ours = re.sub(r"^ExecStop=.*\n", "", ours, flags=re.MULTILINE)
-    return ours.replace("[Unit]", "[Unit]\nConditionPathExists=!/run/heal/refuse", 1)
+    return ours.replace("[Unit]", "[Unit]\nConditionPathExists=!/run/e2e-heal/refuse", 1)
 
 
 def app(m: Machine, folder: str, address: str = "127.0.0.1 8001", **more: str) -> Subject:
@@ -117,15 +117,19 @@ def heals_per_connection(s: Subject) -> str:
     return heals(s, without=not_of_it)
 
 
-NGINX = {"sockets": "proxy-to-nginx.socket", "proxy": "proxy-to-nginx.service"}
-
-
-def nginx(m: Machine, folder: str, address: str) -> Subject:
+def nginx(m: Machine, folder: str, address: str, proxy: str = "proxy-to-nginx") -> Subject:
     """The example, with our backend under the name of nginx."""
     service = f"[Service]\n{GATE}ExecStart={BACKEND} {address}\n"
-    condition = "[Unit]\nConditionPathExists=!/run/heal/refuse\n"
+    condition = "[Unit]\nConditionPathExists=!/run/e2e-heal/refuse\n"
     units = example(folder) | {"nginx.service": condition + service}
-    return Subject(m, units, backend="nginx.service", address="TCP:127.0.0.1:80", **NGINX)
+    return Subject(
+        m,
+        units,
+        sockets=f"{proxy}.socket",
+        proxy=f"{proxy}.service",
+        backend="nginx.service",
+        address="TCP:127.0.0.1:80",
+    )
 
 
 @scenario(needs="--connect-timeout", original="has no --connect-timeout=", slow=True)
@@ -138,6 +142,12 @@ def heals_unix_target(m: Machine) -> str:
 def heals_namespace(m: Machine) -> str:
     """examples/nginx-namespace, one private network, through everything that can happen"""
     return heals(nginx(m, "nginx-namespace", "127.0.0.1 8080"))
+
+
+@scenario(needs="--connect-timeout", original="has no --connect-timeout=", slow=True)
+def heals_proxy_protocol(m: Machine) -> str:
+    """examples/proxy-protocol, whose target gets a header, through everything that can happen"""
+    return heals(nginx(m, "proxy-protocol", "/run/nginx/socket", "web-proxy"))
 
 
 WEB = {"sockets": "web-proxy.socket", "proxy": "web-proxy.service", "address": "TCP:127.0.0.1:8080"}
@@ -165,7 +175,7 @@ def heals_compose(m: Machine) -> str:
     return heals(compose(m, units, "web-compose.service", **WEB))
 
 
-REFUSED = "[Unit]\nConditionPathExists=!/run/heal/refuse\n"
+REFUSED = "[Unit]\nConditionPathExists=!/run/e2e-heal/refuse\n"
 
 
 def compose(m: Machine, units: dict[str, str], backend: str, **names: str) -> Subject:
@@ -179,7 +189,7 @@ def compose(m: Machine, units: dict[str, str], backend: str, **names: str) -> Su
 DOCKER = f"""#!/bin/sh
 case " $* " in
 *" up "*)
-    test ! -e /run/heal/fail || exit 1
+    test ! -e /run/e2e-heal/fail || exit 1
     systemctl is-active --quiet e2e-container.service || exec systemd-run --quiet --collect \\
         --unit=e2e-container.service --property=Restart=always --property=RestartSec=200ms \\
         --property=StartLimitIntervalSec=0 {BACKEND} 127.0.0.1 8081 ;;
@@ -197,7 +207,7 @@ def install_quadlet(m: Machine) -> None:
 
 PODMAN = f"""#!/bin/sh
 test "$1" = run || exit 0
-test ! -e /run/heal/fail || exit 125
+test ! -e /run/e2e-heal/fail || exit 125
 systemd-notify --ready
 exec {BACKEND} 127.0.0.1 8081
 """
@@ -282,7 +292,7 @@ CREATED = {
 
 BACK = """\
 [Unit]
-ConditionPathExists=!/run/heal/refuse
+ConditionPathExists=!/run/e2e-heal/refuse
 [Service]
 {gate}ExecStart={backend} {address}
 RuntimeDirectory=back
@@ -346,7 +356,7 @@ def create_user(m: Machine) -> str:
 
 CONTAINER = """\
 [Unit]
-ConditionPathExists=!/run/heal/refuse
+ConditionPathExists=!/run/e2e-heal/refuse
 [Container]
 Image=localhost/web
 PublishPort=127.0.0.1:8081:80

@@ -159,8 +159,9 @@ KIN = (
 # Called by some versions of the libraries only; systemd's stands for the age of all of them.
 BY_VERSION = {"sysinfo": range(253), "pidfd_open": range(259, 9999)}
 
-# The allocator of Python 3.13 and newer asks; it does without where ProcSubset=pid hides the file.
-ASKED_FOR = "/proc/sys/vm/overcommit_memory"
+# The allocator of Python 3.13 and newer asks, and the inspection socket; both do without where
+# ProcSubset=pid hides the file.
+ASKED_FOR = ("/proc/sys/vm/overcommit_memory", "/proc/sys/kernel/overflowuid")
 
 # Opened to be locked while the socket file of --listen= is made, or removed.
 LOCKED = "/run/proxy"
@@ -181,7 +182,7 @@ def traced_paths(m: Machine) -> str:
     same("allowed, but never called", sorted(unused), [])
     for opened, flags in OPENED.findall(trace):
         check("O_WRONLY" not in flags and "O_RDWR" not in flags, f"{opened} opened with {flags}")
-        check(opened.startswith(READ_ONLY) or opened in (ASKED_FOR, LOCKED), f"{opened} opened")
+        check(opened.startswith(READ_ONLY) or opened in (*ASKED_FOR, LOCKED), f"{opened} opened")
     for line in EXECUTABLE.findall(trace):
         check("mmap(" in line and "PROT_WRITE" not in line, f"made executable: {line}")
     return f"{len(called)} system calls, {len(called - default)} of them beyond @default"

@@ -27,11 +27,14 @@ from e2e.seen import (
     idle_in_spite_of_a_client,
     in_its_own_network,
     in_the_hosts_network,
+    inspected_after_a_stop_of_the_other,
     left_out_at_boot,
     looping,
     lost_when_slow,
     never_idle,
+    not_deserialized,
     not_healed,
+    not_inspected_after_a_stop_of_the_other,
     not_looping,
     opened,
     protocol,
@@ -65,6 +68,7 @@ class Case:
         heals: Callable[[Subject], object],
         mended: dict[str, list[tuple[str, str]]] | None = None,
         until: int = 9999,
+        since: int = 0,
         name: str = "",
     ):
         self.rule = rule
@@ -73,8 +77,8 @@ class Case:
         self.mended = mended or {}
         self.bites = bites
         self.heals = heals
-        self.until = until
-        """The last version of systemd that it bites. Later ones tell what mends it."""
+        self.since, self.until = since, until
+        """The versions of systemd that it bites."""
 
 
 def edited(edits: dict[str, list[tuple[str, str]]]) -> Units:
@@ -91,7 +95,7 @@ def edited(edits: dict[str, list[tuple[str, str]]]) -> Units:
 def run(m: Machine, case: Case) -> str:
     bite = Subject(m, edited(case.broken))
     version = int(m.sh("systemctl --version").split()[1].partition("~")[0])
-    bites = version <= case.until
+    bites = case.since <= version <= case.until
     found = bite.rules() if bites else bite.rules_of_files()
     check(case.rule in found, f"check finds {sorted(found)}, not {case.rule}")
     if bites:
@@ -138,6 +142,21 @@ def add(line: str) -> list[tuple[str, str]]:
 
 ONESHOT = f"/bin/sh -c '{BACKEND} 127.0.0.1 8000 &'"
 SECOND = "[Socket]\nListenStream=127.0.0.1:9001\nService=heal.service\n"
+
+TO_PATH = ("127.0.0.1:8000", "/run/back/target")
+AT_PATH = [
+    ("127.0.0.1 8000", "/run/back/target"),
+    ("[Service]", "[Service]\nRuntimeDirectory=back"),
+]
+OTHER_PROXY = [
+    (
+        "",
+        (
+            "[Service]\nRuntimeDirectory=both\n"
+            "ExecStart={program} --listen=127.0.0.1:9001 127.0.0.1:8000\n"
+        ),
+    )
+]
 
 REQUIRES = [("Wants=back.service\nUpholds", "Requires")]
 RESTARTS = [("[Service]", "[Service]\nRestart=on-failure\nRestartSec=1s")]
@@ -424,6 +443,30 @@ CASES = (
         {P: [("--connect-timeout=20s ", "")]},
         lost_when_slow,
         held_when_slow,
+    ),
+    Case(
+        "runtime-directory-shared",
+        {P: [TO_PATH, *add("RuntimeDirectory=back")], B: AT_PATH},
+        not_healed(healing.proxy_killed),
+        healing.proxy_killed,
+        {P: [TO_PATH, *add("RuntimeDirectory=%N")], B: AT_PATH},
+    ),
+    Case(
+        "runtime-directory-shared",
+        {P: add("RuntimeDirectory=both"), "other.service": OTHER_PROXY},
+        not_inspected_after_a_stop_of_the_other,
+        inspected_after_a_stop_of_the_other,
+        {P: add("RuntimeDirectory=%N"), "other.service": OTHER_PROXY},
+        name="inspection-sockets-collide",
+    ),
+    Case(
+        "runtime-directory-escaped",
+        {P: add(r"RuntimeDirectory=a\x5cx2db")},
+        not_deserialized,
+        served,
+        {P: add("RuntimeDirectory=a-b")},
+        since=257,
+        until=257,
     ),
     Case(
         "not-a-stream",

@@ -56,13 +56,17 @@ def remove_group(group: Path) -> None:
 
 
 def remove_leftovers(prefix: str) -> None:
-    """Remove the groups below our own that a killed run has left, by the start of their names."""
+    """Remove the groups below our own that a killed run has left, by the start of their names.
+
+    A name ends with the pid of the run or of its container: groups of a run that lives are kept.
+    """
     for controller in ("", "name=systemd", "memory", "pids"):
         mount = hierarchy(controller)
         if mount is not None:
             own = mount / own_groups().get(controller, "/").lstrip("/")
             for group in own.glob(f"{prefix}*"):
-                remove_group(group)
+                if not Path("/proc", group.name.rpartition("-")[2]).exists():
+                    remove_group(group)
 
 
 class Limits:

@@ -37,12 +37,11 @@ class BuildFailed(Exception):
     """The project did not build or install; str() has the end of the log."""
 
 
-def install_deb(deb: Path, folder: Path, cache: Path) -> str:
+def install_deb(deb: Path, folder: Path, log: Path) -> str:
     """Install the package in the root folder `folder`; the installed command.
 
     Its dependencies must be in the folder: dpkg fetches nothing, and fails without them.
     """
-    log = cache / "build.log"
     log.unlink(missing_ok=True)
     shutil.copy(deb, folder / "opt/package.deb")
     try:
@@ -52,12 +51,11 @@ def install_deb(deb: Path, folder: Path, cache: Path) -> str:
     return DEB_COMMAND
 
 
-def install_wheel(repo: Path, sdist: Path | None, folder: Path, cache: Path) -> str:
+def install_wheel(repo: Path, sdist: Path | None, folder: Path, cache: Path, log: Path) -> str:
     """Build the project's wheel in the root folder `folder`, install it; the installed command.
 
     The wheel is built from `sdist`, or from one that is made of the working tree of `repo`.
     """
-    log = cache / "build.log"
     log.unlink(missing_ok=True)
     requirements = build_requirements(repo)
     shutil.copytree(fetch(requirements, cache), folder / "opt/wheels")

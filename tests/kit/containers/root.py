@@ -22,6 +22,9 @@ PACKAGES = """
     libpam-systemd dbus-user-session
 """
 
+MORE_PACKAGES = {"unstable": "systemd-report"}
+"""What only some suites have."""
+
 # Installing a server package must not start the server in the chroot.
 POLICY_RC_D = "#!/bin/sh\nexit 101\n"
 
@@ -39,11 +42,13 @@ class CommandFailed(Exception):
     """A command of the preparation failed; str() has the end of its output."""
 
 
-def ensure_root(cache: Path, suite: str, packages: str = PACKAGES) -> Path:
+def ensure_root(cache: Path, suite: str, packages: str = "") -> Path:
     """Return the root folder of `suite` under `cache`, made now if it is missing or outdated.
 
-    It has `packages`. Unavailable when it cannot be made, most often for want of a network.
+    It has `packages`, or those of the scenarios. Unavailable when it cannot be made, most often for
+    want of a network.
     """
+    packages = packages or packages_of(suite)
     root = cache / suite
     recipe = root / ".e2e-recipe"
     if recipe.is_file() and recipe.read_text() == recipe_id(packages):
@@ -62,6 +67,11 @@ def ensure_root(cache: Path, suite: str, packages: str = PACKAGES) -> Path:
     (part / ".e2e-recipe").write_text(recipe_id(packages))
     part.rename(root)
     return root
+
+
+def packages_of(suite: str) -> str:
+    """The packages that scenarios need in `suite`."""
+    return f"{PACKAGES} {MORE_PACKAGES.get(suite, '')}"
 
 
 def recipe_id(packages: str) -> str:
