@@ -120,11 +120,7 @@ class Callers:
                 self._close(caller)
             except Exception as error:  # noqa: BLE001 - a fault in here must not end the forwarding
                 self._close(caller)
-                log.limited(
-                    "inspection",
-                    f"Internal error in the inspection: {type(error).__name__}: {error}",
-                    log.ERROR,
-                )
+                _log_fault(error)
             if time.monotonic() >= end:
                 break
         self._drop_stalled(now_ms)
@@ -147,6 +143,11 @@ class Callers:
         times = (self._stall_ms, self._discard_ms)
         return min((time for time in times if time is not None), default=None)
 
+    def fail(self, error: Exception) -> None:
+        """Drop all callers, because of a fault that is not that of one of them."""
+        self.close_all()
+        _log_fault(error)
+
     def close_all(self) -> None:
         """Drop all callers."""
         for caller in list(self._by_fd.values()):
@@ -164,3 +165,8 @@ class Callers:
         if not self._loop.relay.discard(fd):
             self._undiscarded.append((fd, peer))
             self._discard_ms = self._loop.relay.now_ms + DISCARD_MS
+
+
+def _log_fault(error: Exception) -> None:
+    text = f"Internal error in the inspection: {type(error).__name__}: {error}"
+    log.limited("inspection", text, log.ERROR)

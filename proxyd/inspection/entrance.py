@@ -150,8 +150,12 @@ class Entrance:
 
     def handle(self, event: "InspectionEvent") -> None:
         """Pass on an event."""
-        if self._service is not None:
+        if self._service is None:
+            return
+        try:
             self._service.handle(event)
+        except Exception as error:  # noqa: BLE001 - a fault in there must not end the forwarding
+            self._service.callers.fail(error)
 
     def rest(self) -> None:
         """Serve no caller until resume()."""

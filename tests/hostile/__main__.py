@@ -12,6 +12,8 @@ only during `flood`, which fills the limit. Response times are reported, but do 
 verdict. The program must log each kind of line at most once in 5 s, close all sockets afterwards,
 and exit with status 0 on SIGTERM.
 
+In `callers` other users attack the inspection socket: root's calls must be answered in full.
+
 `held` uses clients that send and never read, and targets that do the same. It compares what the
 program then holds for each client, in its own memory, in pipes and in socket buffers, with the
 maximum that the code allows.

@@ -290,6 +290,17 @@ def test_callers_are_no_events_that_put_off_an_idle_exit(world):
     os.close(wr)
 
 
+def test_a_fault_of_ours_while_an_event_is_handled_ends_the_callers(world):
+    world.call()
+    world.ready()
+    faults = []
+    world.entrance._service.callers.fail = faults.append
+    world.entrance._service.handle = lambda _event: 1 // 0
+    world.entrance.handle(object())
+    assert len(faults) == 1
+    assert isinstance(faults[0], ZeroDivisionError)
+
+
 def test_callers_rest_while_the_program_looks_whether_to_end(world):
     world.call()
     world.ready()

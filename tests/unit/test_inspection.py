@@ -531,6 +531,15 @@ def test_strangers_leave_places_for_others(world, monkeypatch):
     assert sum(not one.closed(caller) for caller in callers[20:]) == 8
 
 
+def test_a_fault_that_concerns_all_ends_all_callers(world, capfd):
+    one = world()
+    callers = [one.connect() for _ in range(2)]
+    one.service.callers.fail(ValueError("x"))
+    assert all(map(one.closed, callers))
+    assert len(one.service.callers) == 0
+    assert "Internal error in the inspection: ValueError: x" in capfd.readouterr().err
+
+
 def test_a_fault_of_ours_ends_one_caller_only(world, capfd):
     one = world()
     one.service._methods[f"{PROXY}.Status"] = lambda _call: 1 // 0
