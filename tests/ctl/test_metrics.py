@@ -140,15 +140,15 @@ def test_odd_names_do_no_harm(run, proxy, odd):
     assert (done.returncode, done.stderr) == (0, "")
 
 
-@pytest.fixture
-def service(environment):
+@pytest.fixture(params=["varlink", "connection"])
+def service(environment, request):
     """Start the command as a service manager or varlinkctl does: with a connected socket."""
     ours, theirs = socket.socketpair()
     ours.settimeout(patience())
     # The pid must be the command's, so it replaces the shell that knows it.
     process = subprocess.Popen(
         ["/bin/sh", "-c", 'LISTEN_PID=$$ exec "$0" --user 3<&0 </dev/null', COMMAND],
-        env=environment | {"LISTEN_FDS": "1", "LISTEN_FDNAMES": "varlink"},
+        env=environment | {"LISTEN_FDS": "1", "LISTEN_FDNAMES": request.param},
         stdin=theirs,
         stderr=subprocess.PIPE,
     )

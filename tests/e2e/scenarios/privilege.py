@@ -147,6 +147,7 @@ EXECUTABLE = re.compile(r"\b(?:mprotect|mmap)\(.*PROT_EXEC.*", re.MULTILINE)
 # What one call is named on different architectures and in different C libraries.
 KIN = (
     "access faccessat",
+    "chmod fchmodat",
     "clone clone3",
     "epoll_pwait epoll_wait",
     "fstat newfstatat stat",
