@@ -223,8 +223,8 @@ cdef inline void connection_close_orphans(Worker *worker, Connection *c) noexcep
         atomic_add(&worker.quarantine.orphan_sockets, -1)
     if not c.placeless:
         atomic_add(&worker.gauges.in_quarantine, -1)
-        mailbox_wake(&worker.main.mailbox)  # clients may be waiting for room
     free(c)
+    mailbox_wake(&worker.main.mailbox)  # clients may be waiting for room
 
 
 # ── sockets without a connection ─────────────────────────────────────────────────────────────────
