@@ -225,7 +225,7 @@ def inspection_systemd_report(m: Machine) -> str:
     same("accepted", accepted, {"proxy.service": 3, "other.service": 0})
     shown = m.sh(f"{report} metrics net.socketproxyd")
     check("down.service" not in shown, "a proxy that is down is shown")
-    check("Accepted" in m.sh(f"{report} describe-metrics net.socketproxyd"), "not described")
+    check("Accepted" in m.sh(f"{report} describe net.socketproxyd"), "not described")
     check("net.socketproxyd.Accepted" in m.sh(f"{report} generate"), "not in the whole report")
     check(not m.is_active("down.service"), "the report has started a proxy")
     m.stop(REPORT)
