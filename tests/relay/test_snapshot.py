@@ -3,6 +3,7 @@ it does to one of them: terminate().
 """
 
 import os
+import resource
 import socket
 import time
 
@@ -30,6 +31,20 @@ from proxyd._relay import (
 
 ROWS_MAX = 64
 """Rows of an event."""
+
+
+FILES = 8192
+"""Four for each connection: two of the relay, and their peers."""
+
+
+@pytest.fixture(autouse=True)
+def many_files():
+    """Allow the files of many connections. Where packages are built, a process may have 1024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = FILES if hard == resource.RLIM_INFINITY else min(FILES, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def snapshot(rig, **options):
