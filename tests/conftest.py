@@ -31,9 +31,10 @@ def pytest_configure(config):
             "project", deadline=None, suppress_health_check=[HealthCheck.too_slow]
         )
         settings.load_profile("project")
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        # A shell starts what is to run in the background like that, and programs inherit it.
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
+        # A shell, or nohup, starts what runs in the background like that, and programs inherit it.
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
     package = importlib.util.find_spec("proxyd")
     if package is not None and SOURCES in Path(package.origin).resolve().parents:
         pytest.exit(f"the tests would import {SOURCES}: run them with ci/test", returncode=4)
