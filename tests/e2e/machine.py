@@ -63,6 +63,7 @@ class Machine:
         self.folder = ""
         self._units: list[str] = []
         self._files: list[str] = []
+        self._replaced: list[str] = []
         self._clients: list[subprocess.Popen] = []
         self._cursor = ""
         self.help = self.run(f"{program} --help").stdout
@@ -89,9 +90,10 @@ class Machine:
         sockets_first = sorted(self._units, key=lambda unit: not unit.endswith(".socket"))
         script = [f"systemctl stop '{unit}'" for unit in sockets_first]
         script += [f"rm -rf '{path}'" for path in [*self._files, self.folder]]
+        script += [f"test ! -e {path}.e2e || mv {path}.e2e {path}" for path in self._replaced]
         script += ["systemctl daemon-reload", "systemctl reset-failed"]
         self.run("\n".join(script), timeout=120)
-        self._units, self._files, self._clients = [], [], []
+        self._units, self._files, self._replaced, self._clients = [], [], [], []
 
     # --- commands ------------------------------------------------------------------------------
 
@@ -127,6 +129,12 @@ class Machine:
         self.sh(f"mkdir -p $(dirname {path}); cat >{path}; chmod {mode} {path}", stdin=text)
         self._files.append(path)
         return path
+
+    def replace(self, path: str, text: str) -> None:
+        """Write a program that the machine may have as well, and has again after the scenario."""
+        self.sh(f"test -e {path}.e2e -o ! -e {path} || mv {path} {path}.e2e")
+        self.write(path, text, mode="755")
+        self._replaced.append(path)
 
     def wait_for(self, what: str, condition: Callable[[], object], timeout: float = 10) -> None:
         deadline = time.monotonic() + timeout

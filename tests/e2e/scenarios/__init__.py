@@ -15,6 +15,7 @@ from e2e.scenarios import inspection  # isort: skip  # noqa: F401
 from e2e.scenarios import user_manager  # isort: skip  # noqa: F401
 from e2e.scenarios import healing  # isort: skip  # noqa: F401
 from e2e.scenarios import healing_alone  # isort: skip  # noqa: F401
+from e2e.scenarios import healing_podman  # isort: skip  # noqa: F401
 from e2e.scenarios import unit_rules  # isort: skip  # noqa: F401
 from e2e.scenarios import published_port  # isort: skip  # noqa: F401
 from e2e.scenarios import unit_reading  # isort: skip  # noqa: F401

@@ -180,7 +180,7 @@ REFUSED = "[Unit]\nConditionPathExists=!/run/e2e-heal/refuse\n"
 
 def compose(m: Machine, units: dict[str, str], backend: str, **names: str) -> Subject:
     """A set whose backend is a project: what crashes is its container, a unit of its own here."""
-    m.write("/usr/bin/docker", DOCKER, mode="755")
+    m.replace("/usr/bin/docker", DOCKER)
     m.uses("e2e-container.service")
     return Subject(m, units, backend=backend, crashes="e2e-container.service", **names)
 
@@ -200,8 +200,9 @@ esac
 
 def install_quadlet(m: Machine) -> None:
     """What Podman's generator makes of a .container, and a podman that runs our backend."""
-    m.write("/usr/bin/podman", PODMAN, mode="755")
-    generator = m.write("/etc/systemd/system-generators/e2e-quadlet", "", mode="755")
+    m.replace("/usr/bin/podman", PODMAN)
+    # It has the name of Podman's own, and comes before it.
+    generator = m.write("/etc/systemd/system-generators/podman-system-generator", "", mode="755")
     m.sh(f"cp {TOOLS}/quadlet.py {generator}")
 
 

@@ -20,6 +20,7 @@ PACKAGES = """
     openssh-server openssh-client rsync git postgresql
     redis-server iperf3 python3-websockets dnsmasq-base strace
     libpam-systemd dbus-user-session
+    podman crun netavark aardvark-dns iptables nftables slirp4netns passt uidmap busybox-static
 """
 
 MORE_PACKAGES = {"unstable": "systemd-report"}
