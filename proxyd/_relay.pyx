@@ -300,6 +300,11 @@ cdef class Relay:
         totals.endings = {ENDINGS[i]: self.sum_of(&worker.ends[i]) for i in range(ENDING_COUNT)}
         return totals
 
+    def add_upstream(self, int upstream):
+        """Make ready to count under this index, so that a connect needs no memory for it. Raises
+        ValueError if it is negative or too large."""
+        self.upstream_at(upstream)
+
     def target_totals(self, int upstream):
         """The TargetTotals of one index. Raises ValueError if it is negative or too large."""
         cdef UpstreamTotals *counted = self.upstream_at(upstream)

@@ -87,6 +87,7 @@ class Server:
         """By target."""
         for index, target in enumerate(dict.fromkeys(one.target for one in listeners)):
             target.index = index
+            self.relay.add_upstream(index)
         for listener in listeners:
             self._assign_upstream(listener)
         connections_max = fit_connections(

@@ -362,6 +362,9 @@ class FakeRelay:
         self.terminated.append(connection)
         self.answers.append(Terminated(connection, found))
 
+    def add_upstream(self, upstream):
+        pass
+
     def target_totals(self, upstream):
         return SimpleNamespace(
             bytes_to_target=self.bytes_to_targets,
