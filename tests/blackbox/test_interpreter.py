@@ -46,7 +46,7 @@ VERBOSE = [("PYTHONPROFILEIMPORTTIME", "1"), ("PYTHONVERBOSE", "1"), ("PYTHONWAR
 
 
 def serves(stage, **launch):
-    """Start, serve a client and exit with 0; return stderr without the line about cut clients."""
+    """Start, serve a client and exit with 0; return stderr without the lines about the end."""
     proxy = stage.launch(stage.echo(), listeners=[stage.listener()], **launch)
     client = stage.connect()
     client.sendall(b"hello")
@@ -54,7 +54,9 @@ def serves(stage, **launch):
     client.close()
     assert proxy.end()
     assert proxy.status == 0, proxy.log()
-    return "\n".join(line for line in proxy.log_lines() if not line.startswith("Stopped; "))
+    return "\n".join(
+        line for line in proxy.log_lines() if not line.startswith(("Stopped; ", "Totals: "))
+    )
 
 
 @pytest.mark.parametrize(("variable", "value"), SILENT)
