@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from ctl.tmux import Tmux
 from kit.differences import differs
+from kit.file_limit import files_allowed
 from kit.privileges import as_unprivileged_user
 from kit.socket_state import was_reset
 from kit.sockets import read_exactly, reset
@@ -173,11 +174,12 @@ def test_many_connections_and_long_names(stage, inspected, ask, terminal, comman
     target = stage.echo("unix")
     Path(path).symlink_to(target)
     inspected("--connections-max=1100", path, listeners=[stage.listener()])
-    clients = [stage.connect() for _ in range(1000)]
-    for client in clients:
-        client.sendall(b"x")
-    for client in clients:
-        assert read_exactly(client, 1) == b"x"
+    with files_allowed(8192):
+        clients = [stage.connect() for _ in range(1000)]
+        for client in clients:
+            client.sendall(b"x")
+        for client in clients:
+            assert read_exactly(client, 1) == b"x"
     lines = ask("list").stdout.splitlines()
     assert len(lines) == 1001
     assert all(path in line for line in lines[1:])

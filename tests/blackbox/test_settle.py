@@ -172,13 +172,15 @@ def test_a_client_that_sends_its_request_and_closes(stage, forwarder):
 
 
 def test_a_client_that_only_tests_the_port(stage, forwarder):
-    """It has ended without sending anything, so there is no reason to hold it."""
+    """It has ended without sending anything, so there is no reason to hold it, and to try again."""
     backend, port = forwarder()
     serve(stage, backend, "--settle-time=5s", "--connect-timeout=1h")
     client = stage.connect()
     client.shutdown(socket.SHUT_WR)
     assert read_to_end(client) == (b"", "eof")
-    assert port.closed_early == 1
+    attempts = port.closed_early  # more than one, if its end came later than the next attempt
+    assert attempts > 0
+    never_within(0.5, lambda: port.closed_early > attempts, "another attempt")
 
 
 def test_stop_while_a_target_is_watched(stage, forwarder):

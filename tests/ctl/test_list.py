@@ -77,6 +77,8 @@ def test_names_that_peers_chose_are_escaped(run, proxy):
 
 
 def test_a_locale_without_the_characters(run, proxy):
+    if COMMAND.read_bytes().partition(b"\n")[0].endswith((b" -I", b" -IS")):
+        pytest.skip("the interpreter is isolated: in the C locale it writes UTF-8 all the same")
     one = proxy(**{f"{PROXY}.List": [{"connection": row(7, client="/run/ä")}]})
     done = run("list", f"--socket={one.path}", LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
     assert r"/run/\xe4" in done.stdout

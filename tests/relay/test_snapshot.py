@@ -3,11 +3,11 @@ it does to one of them: terminate().
 """
 
 import os
-import resource
 import socket
 import time
 
 import pytest
+from kit.file_limit import files_allowed
 from kit.rig import PATIENCE_S
 from kit.sockets import FAMILIES, open_listener, reset
 from kit.stepped import Incoming, Outgoing, close, half_close, open_client
@@ -39,12 +39,9 @@ FILES = 8192
 
 @pytest.fixture(autouse=True)
 def many_files():
-    """Allow the files of many connections. Where packages are built, a process may have 1024."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = FILES if hard == resource.RLIM_INFINITY else min(FILES, hard)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    """Allow the files of many connections."""
+    with files_allowed(FILES):
+        yield
 
 
 def snapshot(rig, **options):
