@@ -169,17 +169,24 @@ def test_top_while_a_proxy_ends_and_comes_again(
     screen.wait_for(lambda: screen.modes() == NORMAL, "the normal screen")
 
 
+@pytest.fixture
+def many_files():
+    """Allow the files of a thousand clients, and of their echoes."""
+    with files_allowed(8192):
+        yield
+
+
+@pytest.mark.usefixtures("many_files")
 def test_many_connections_and_long_names(stage, inspected, ask, terminal, command, folder):
     path = stage.path("t" * (100 - len(stage.directory)))
     target = stage.echo("unix")
     Path(path).symlink_to(target)
     inspected("--connections-max=1100", path, listeners=[stage.listener()])
-    with files_allowed(8192):
-        clients = [stage.connect() for _ in range(1000)]
-        for client in clients:
-            client.sendall(b"x")
-        for client in clients:
-            assert read_exactly(client, 1) == b"x"
+    clients = [stage.connect() for _ in range(1000)]
+    for client in clients:
+        client.sendall(b"x")
+    for client in clients:
+        assert read_exactly(client, 1) == b"x"
     lines = ask("list").stdout.splitlines()
     assert len(lines) == 1001
     assert all(path in line for line in lines[1:])
