@@ -8,12 +8,6 @@ from proxyd._relay import refuse_rights
 from proxyd.inspection.access import Peer, peer_of
 from proxyd.inspection.varlink import Call, CallError, MessageError, failure, parse
 
-TYPE_CHECKING = False  # as in typing, which is slow to import
-if TYPE_CHECKING:
-    from typing import Protocol
-else:
-    Protocol = object
-
 CALL_MAX = 64 * 1024
 """The maximum size of a message to us, in bytes."""
 
@@ -23,27 +17,56 @@ STALL_MS = 10_000
 _READ = 16 * 1024
 
 
-class Stream(Protocol):
+class Stream:
     """The replies to one call, piece by piece. After an error it is finished."""
 
-    finished: bool
-    """Whether next() has returned everything."""
+    __slots__ = ("finished",)
+
+    def __init__(self) -> None:
+        self.finished = False
+        """Whether next() has returned everything."""
 
     def next(self) -> bytes | None:
         """Return the next messages, which may be b""; None if there are none at the moment.
 
         Raises CallError for a call that fails late.
         """
+        raise NotImplementedError  # pragma: no cover - every stream has its own
 
     @property
     def overflows(self) -> bool:
-        """Tell whether more waits for the caller than it is worth."""
+        """Tell whether more waits for the caller than it is worth.
+
+        Most streams make the rest only when the caller has read.
+        """
+        return False
 
     def on_more(self, wake: Callable[[], None]) -> None:
         """Have `wake` called whenever there is something after next() has returned None."""
 
     def close(self) -> None:
         """Forget the caller: it has got everything, or is gone."""
+
+
+class SharedStream(Stream):
+    """A stream of what several callers wait for; `wakes` are called when there is more of it."""
+
+    __slots__ = ("_wake", "_wakes")
+
+    def __init__(self, wakes: list[Callable[[], None]]) -> None:
+        super().__init__()
+        self._wakes = wakes
+        self._wake: Callable[[], None] | None = None
+
+    def on_more(self, wake: Callable[[], None]) -> None:
+        """Call `wake` when there is more."""
+        self._wake = wake
+        self._wakes.append(wake)
+
+    def close(self) -> None:
+        """Do nothing more for the caller."""
+        if self._wake is not None:
+            self._wakes.remove(self._wake)
 
 
 Answer = Callable[[Call, Peer], "bytes | Stream"]

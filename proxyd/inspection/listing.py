@@ -1,8 +1,9 @@
 """List: the clients of one snapshot, piece by piece."""
 
 import json
-from _collections_abc import Callable, Iterable
+from _collections_abc import Iterable
 
+from proxyd.inspection.caller import SharedStream
 from proxyd.inspection.interfaces import PROXY
 from proxyd.inspection.rows import Row
 from proxyd.inspection.snapshot import Snapshot, Snapshots
@@ -12,7 +13,7 @@ ROWS_MAX = 32
 """How many rows a piece has: the relay waits while they are made into text."""
 
 
-class ListStream:
+class ListStream(SharedStream):
     """The replies to List."""
 
     __slots__ = (
@@ -23,31 +24,18 @@ class ListStream:
         "_snapshots",
         "_state",
         "_target",
-        "_wake",
-        "finished",
     )
 
     def __init__(self, snapshots: Snapshots, target: str | None, state: str | None) -> None:
         """Only rows of this target and in this state are wanted, if they are given."""
         self._snapshots = snapshots
         self._snapshot: Snapshot = snapshots.request()
+        super().__init__(self._snapshot.wakes)
         self._target = None if target is None else json.dumps(target)
         self._state = state
         self._at = self._held_at = 0
         self._kept: Row | None = None
         """The last row, which is sent after the next one or as the end of all."""
-        self._wake: Callable[[], None] | None = None
-        self.finished = False
-
-    @property
-    def overflows(self) -> bool:
-        """Tell that the rest is made only when the caller has read."""
-        return False
-
-    def on_more(self, wake: Callable[[], None]) -> None:
-        """Call `wake` when there are more rows."""
-        self._wake = wake
-        self._snapshot.wakes.append(wake)
 
     def next(self) -> bytes | None:
         """Return the next piece; None before it is there.
@@ -99,8 +87,7 @@ class ListStream:
 
     def close(self) -> None:
         """Release the snapshot."""
-        if self._wake is not None:
-            self._snapshot.wakes.remove(self._wake)
+        super().close()
         self._snapshots.release(self._snapshot)
 
 

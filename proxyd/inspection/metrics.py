@@ -10,6 +10,7 @@ from itertools import accumulate
 from proxyd._relay import CONNECT_BUCKETS_US, Relay, SnapshotRows
 from proxyd.acceptor import Acceptor
 from proxyd.held import WAIT_BUCKETS_MS
+from proxyd.inspection.caller import SharedStream
 from proxyd.inspection.varlink import Fields, plain, reply
 from proxyd.stats import all_endings
 from proxyd.target import Target
@@ -101,28 +102,17 @@ class Pass:
         """What to call at its end."""
 
 
-class MetricsStream:
+class MetricsStream(SharedStream):
     """The replies to List."""
 
-    __slots__ = ("_kept", "_pass", "_rest", "_wake", "finished")
+    __slots__ = ("_kept", "_pass", "_rest")
 
     def __init__(self, passes: Passes) -> None:
         self._pass = passes.request()
+        super().__init__(self._pass.wakes)
         self._rest: Iterator[Fields] | None = None
         self._kept: Fields | None = None
         """The last one made, which is sent after the next one or as the end of all."""
-        self._wake: Callable[[], None] | None = None
-        self.finished = False
-
-    @property
-    def overflows(self) -> bool:
-        """Tell that the rest is made only when the caller has read."""
-        return False
-
-    def on_more(self, wake: Callable[[], None]) -> None:
-        """Call `wake` at the end of the pass."""
-        self._wake = wake
-        self._pass.wakes.append(wake)
 
     def next(self) -> bytes | None:
         """Return the next piece; None before it is there."""
@@ -140,11 +130,6 @@ class MetricsStream:
                 break
             self._kept = message
         return b"".join(messages)
-
-    def close(self) -> None:
-        """Do nothing more for the caller."""
-        if self._wake is not None:
-            self._pass.wakes.remove(self._wake)
 
 
 def describe() -> bytes:

@@ -2,6 +2,7 @@
 
 from _collections_abc import Callable
 
+from proxyd.inspection.caller import Stream
 from proxyd.inspection.interfaces import PROXY
 from proxyd.inspection.varlink import CallError, reply
 
@@ -34,16 +35,16 @@ class Terminations:
                 return
 
 
-class TerminateStream:
+class TerminateStream(Stream):
     """The reply to Terminate."""
 
-    __slots__ = ("_on_close", "_wake", "connection", "finished", "found")
+    __slots__ = ("_on_close", "_wake", "connection", "found")
 
     def __init__(self, connection: int, on_close: "Callable[[TerminateStream], None]") -> None:
+        super().__init__()
         self.connection = connection
         self.found: bool | None = None
         """The answer, once there is one."""
-        self.finished = False
         self._on_close = on_close
         self._wake: Callable[[], None] | None = None
 
@@ -52,11 +53,6 @@ class TerminateStream:
         self.found = found
         if self._wake is not None:
             self._wake()
-
-    @property
-    def overflows(self) -> bool:
-        """Tell that the rest is made only when the caller has read."""
-        return False
 
     def on_more(self, wake: Callable[[], None]) -> None:
         """Call `wake` when there is an answer."""

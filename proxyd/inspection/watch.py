@@ -4,6 +4,7 @@ from _collections_abc import Callable
 
 from proxyd.event_loop import EventLoop
 from proxyd.held import HeldClient
+from proxyd.inspection.caller import Stream
 from proxyd.inspection.rows import Row, RowMaker
 from proxyd.inspection.varlink import message
 
@@ -64,17 +65,17 @@ class Watchers:
             stream.push(told)
 
 
-class WatchStream:
+class WatchStream(Stream):
     """The replies to Watch; they end with the connection of the caller."""
 
-    __slots__ = ("_messages", "_on_close", "_size", "_wake", "finished")
+    __slots__ = ("_messages", "_on_close", "_size", "_wake")
 
     def __init__(self, on_close: "Callable[[WatchStream], None]") -> None:
+        super().__init__()
         self._on_close = on_close
         self._messages: list[bytes] = []
         self._size = 0
         self._wake: Callable[[], None] = _nothing
-        self.finished = False
 
     def push(self, message: bytes) -> None:
         """Add a message; too many of them are noticed by next()."""

@@ -21,6 +21,12 @@ def screen(command, environment, columns):
             os.execve(command[0], list(map(str, command)), environment | {"COLUMNS": str(columns)})
         finally:
             os._exit(127)
+    data = everything(fd)
+    return data.decode().replace("\r\n", "\n"), os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def everything(fd):
+    """What comes from a terminal until its other side is closed; then it is closed, too."""
     data = b""
     try:
         while piece := os.read(fd, 65536):
@@ -28,7 +34,7 @@ def screen(command, environment, columns):
     except OSError:  # EIO: the other side is closed
         pass
     os.close(fd)
-    return data.decode().replace("\r\n", "\n"), os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    return data
 
 
 def test_a_pipe_gets_everything_and_no_escapes(run, proxy):
@@ -342,13 +348,7 @@ def test_a_signal_ends_it_at_once_though_a_proxy_hangs(proxy, environment, comma
             os._exit(127)
     assert called.wait(deadline())
     os.kill(pid, number)
-    data = b""
-    try:
-        while piece := os.read(fd, 65536):
-            data += piece
-    except OSError:  # EIO: the other side is closed
-        pass
-    os.close(fd)
+    data = everything(fd)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -number
     assert b"Traceback" not in data
 
