@@ -63,7 +63,7 @@ struct peer {
 };
 
 struct mark {           /* what is read at both ends of a measurement */
-    uint64_t wall, proxy, load;            /* ns */
+    uint64_t wall, proxy, load, idle;      /* ns */
     uint64_t round_trips, dials, bytes;    /* totals since the start */
 };
 
@@ -443,8 +443,19 @@ static void turn(void) {
     peers_free();
 }
 
+/* Nanoseconds that all CPUs together were idle, from proc_uptime(5). */
+static uint64_t idle_ns(void) {
+    double up, idle;
+    FILE *file = fopen("/proc/uptime", "re");
+    if (!file || fscanf(file, "%lf %lf", &up, &idle) != 2)
+        fail("/proc/uptime");
+    fclose(file);
+    return (uint64_t)(idle * 1e9);
+}
+
 static struct mark mark_now(void) {
-    struct mark m = {.wall = now(), .load = clock_ns(CLOCK_PROCESS_CPUTIME_ID)};
+    struct mark m = {
+        .wall = now(), .load = clock_ns(CLOCK_PROCESS_CPUTIME_ID), .idle = idle_ns()};
     for (int i = 0; i < option.clock_count; i++)
         m.proxy += clock_ns(option.clocks[i]);
     m.round_trips = round_trips;
@@ -470,11 +481,14 @@ static double percentile(double share) {
 
 static void print(struct mark a, struct mark b) {
     qsort(latency, latencies, sizeof *latency, ascending);
+    double all = (double)(b.wall - a.wall) * (double)sysconf(_SC_NPROCESSORS_ONLN);
     printf("{\"idle\": %d, \"wall\": %.9f, \"proxy_cpu\": %.9f, \"load_cpu\": %.9f, "
+           "\"machine_cpu\": %.9f, "
            "\"round_trips\": %lu, \"dials\": %lu, \"dial_failures\": %lu, \"bytes\": %lu, "
            "\"p50\": %.1f, \"p99\": %.1f}\n",
            idle_wanted, (double)(b.wall - a.wall) / 1e9, (double)(b.proxy - a.proxy) / 1e9,
-           (double)(b.load - a.load) / 1e9, b.round_trips - a.round_trips, b.dials - a.dials,
+           (double)(b.load - a.load) / 1e9, (all - (double)(b.idle - a.idle)) / 1e9,
+           b.round_trips - a.round_trips, b.dials - a.dials,
            dial_failures, b.bytes - a.bytes, percentile(0.5), percentile(0.99));
     fflush(stdout);
 }

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from statistics import median
+from statistics import median, quantiles
 
 from bench.measure import Sample
 from bench.works import Work
@@ -37,8 +37,9 @@ class Row:
     """One work with one contender.
 
     ``ratio`` is the reference's CPU per unit divided by this contender's, taken in each round and
-    then the median: what disturbs a round disturbs both. ``tail_ratio`` is the same of the p99, and
-    ``rate_ratio`` of the rate.
+    then the median: what disturbs a round disturbs both; ``spread`` is from the lower to the upper
+    quartile of these quotients. ``machine_ratio`` is the same of the CPU of the whole machine,
+    ``tail_ratio`` of the p99, and ``rate_ratio`` of the rate.
     """
 
     work: Work
@@ -48,7 +49,10 @@ class Row:
     p50: Spread
     p99: Spread
     load: float
+    machine: float
     ratio: float | None
+    spread: tuple[float, float] | None
+    machine_ratio: float | None
     tail_ratio: float | None
     rate_ratio: float | None
     extra: dict[str, float]
@@ -84,7 +88,10 @@ def row(work: Work, name: str, samples: dict[int, Sample], reference: dict[int, 
         Spread.of([one.p50 for one in each]),
         Spread.of([one.p99 for one in each]),
         median(one.load for one in each),
+        median(one.machine for one in each),
         ratio([(reference[number].cpu, samples[number].cpu) for number in common]),
+        quartiles([(reference[number].cpu, samples[number].cpu) for number in common]),
+        ratio([(reference[number].machine, samples[number].machine) for number in common]),
         ratio([(reference[number].p99, samples[number].p99) for number in common]),
         ratio([(reference[number].rate, samples[number].rate) for number in common]),
         {key: median_of(each, key) for key in extra_keys(each)},
@@ -107,9 +114,21 @@ def ratio(pairs: Sequence[tuple[float, float]]) -> float | None:
     return median(quotients) if quotients else None
 
 
+def quartiles(pairs: Sequence[tuple[float, float]]) -> tuple[float, float] | None:
+    """The lower and the upper quartile of the quotients; None with fewer than two of them."""
+    quotients = [first / second for first, second in pairs if second]
+    if len(quotients) < 2:
+        return None
+    lower, _, upper = quantiles(quotients, n=4, method="inclusive")
+    return lower, upper
+
+
 LEGEND = """\
 CPU per unit: of all threads and processes of the proxy, medians over the rounds.
-{reference}/it: the first's CPU by the row's in each round, then the median; below 1 it is cheaper.
+{reference}/it: the first's CPU by the row's in each round, then the median and the quartiles; below
+1 it is cheaper. The control is the first once more: its ratios would be 1 if there were no noise.
+machine: CPU time of all processes and the kernel together, of which a proxy may leave more or less
+to others. The rate belongs to it: work that is waited for less may cost more.
 load: share of its CPU that the load generator used; near 100 % it was the bottleneck.
 start: exec to the first byte for a client in the backlog, p50 the median and p99 the slowest start.
 idle: cost of a message with that many resting connections; fds and memory per resting connection,
@@ -122,8 +141,8 @@ def table(made: Sequence[Row]) -> str:
     reference = made[0].contender if made else ""
     heading = (
         f"{'work':<27}{'contender':<14}{'CPU per unit':>12}  {'[min – max]':<17}"
-        f"{reference + '/it':>16}{'rate':>13}{'p50':>11}{'p99':>11}{'p99 ratio':>11}"
-        f"{'rate ratio':>12}{'load':>6}"
+        f"{reference + '/it':>11}  {'[quartiles]':<14}{'machine':>12}{'ratio':>7}{'rate':>13}"
+        f"{'ratio':>7}{'p50':>11}{'p99':>11}{'ratio':>7}{'load':>6}"
     )
     lines = [heading, "─" * len(heading)]
     previous = None
@@ -142,8 +161,10 @@ def line(one: Row, *, first: bool) -> str:
     return (
         f"{one.work.title if first else '':<27}{one.contender:<14}"
         f"{cost:>12}  {spread:<17}"
-        f"{quotient(one.ratio):>16}{rate_text(one):>13}{latency(one.p50):>11}{latency(one.p99):>11}"
-        f"{quotient(one.tail_ratio):>11}{quotient(one.rate_ratio):>12}{one.load:>6.0%}{extras}"
+        f"{quotient(one.ratio):>11}  {bounds(one.spread):<14}{machine_text(one):>12}"
+        f"{quotient(one.machine_ratio):>7}{rate_text(one):>13}{quotient(one.rate_ratio):>7}"
+        f"{latency(one.p50):>11}{latency(one.p99):>11}{quotient(one.tail_ratio):>7}"
+        f"{one.load:>6.0%}{extras}"
     ).rstrip()
 
 
@@ -154,6 +175,19 @@ def costs(one: Row) -> tuple[str, str]:
     scale, unit = scale_of(one.work)
     minimum, maximum = number(one.cpu.minimum * scale), number(one.cpu.maximum * scale)
     return number(one.cpu.median * scale) + unit, f"[{minimum} – {maximum}]"
+
+
+def bounds(spread: tuple[float, float] | None) -> str:
+    """Two ratios, or nothing."""
+    return f"[{quotient(spread[0])} – {quotient(spread[1])}]" if spread else ""
+
+
+def machine_text(one: Row) -> str:
+    """CPU time of the whole machine per unit, or nothing."""
+    if not one.machine:
+        return ""
+    scale, unit = scale_of(one.work)
+    return number(one.machine * scale) + unit
 
 
 def scale_of(work: Work) -> tuple[float, str]:
