@@ -6,10 +6,13 @@ sources and SOURCE_DATE_EPOCH.
 
 import gzip
 import os
+import subprocess
+import sys
 import tarfile
 from glob import glob
 
 from setuptools import Extension, setup
+from setuptools.command.build_py import build_py
 from setuptools.command.sdist import sdist
 
 # CI compiles with PROXYD_WERROR=1. Optimisation and debugging are left to CFLAGS, which
@@ -21,6 +24,17 @@ NO_FOLDER = [f"-ffile-prefix-map={os.getcwd()}=."]
 
 # A wheel records the modes of its files.
 os.umask(0o022)
+
+
+class BuildPy(build_py):
+    """Also makes the bundle of the modules that every start needs."""
+
+    def run(self) -> None:  # noqa: D102
+        super().run()
+        if not getattr(self, "editable_mode", False):  # there, the sources are what is run
+            folder = os.path.join(self.build_lib, "proxyd")
+            command = [sys.executable, "-I", "make_bundle.py", folder]
+            subprocess.run(command, check=True)  # noqa: S603
 
 
 class Sdist(sdist):
@@ -68,13 +82,14 @@ setup(
     # Here because the two spellings in pyproject.toml exclude each other: setuptools before 77
     # rejects the SPDX string, and later versions will reject the table.
     license="MIT",
-    cmdclass={"sdist": Sdist},
+    cmdclass={"build_py": BuildPy, "sdist": Sdist},
     ext_modules=[
         Extension(
-            "proxyd._relay",
-            sources=["proxyd/_relay.pyx"],
+            f"proxyd.{name}",
+            sources=[f"proxyd/{name}.pyx"],
             depends=sorted(glob("proxyd/relay/*.px[di]")),
             extra_compile_args=[*NO_FOLDER, *WARNINGS],
         )
+        for name in ("_relay", "_datagram")
     ],
 )

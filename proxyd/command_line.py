@@ -4,12 +4,15 @@ argparse differs from it in a dozen details, and importing it takes longer than 
 start.
 """
 
-import os
-from _collections_abc import Iterator
+import posix
 
 from proxyd.errors import UsageError
 from proxyd.options import OPTIONS, ORIGINAL, Option, Options
 from proxyd.target import Target, parse_target, split_pair
+
+TYPE_CHECKING = False  # as in typing, which is slow to import
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 def parse_args(argv: list[str]) -> Options | Option:
@@ -55,7 +58,7 @@ def _parse_operands(operands: list[str]) -> list[tuple[str | None, Target]]:
 # ── getopt_long(3) ────────────────────────────────────────────────────────────────────────────────
 
 
-def getopt(argv: list[str], operands: list[str]) -> Iterator[tuple[Option, str]]:
+def getopt(argv: list[str], operands: list[str]) -> "Iterator[tuple[Option, str]]":
     """Yield each option with its argument; append the other words to `operands`.
 
     The messages, and argv[0] before them, are those of glibc. Raises UsageError.
@@ -71,12 +74,12 @@ def getopt(argv: list[str], operands: list[str]) -> Iterator[tuple[Option, str]]
             yield from _short_options(program, word[1:], rest)
         else:
             operands.append(word)
-            if "POSIXLY_CORRECT" in os.environ:
+            if b"POSIXLY_CORRECT" in posix.environ:
                 break
     operands.extend(rest)
 
 
-def _long_option(program: str, word: str, rest: Iterator[str]) -> tuple[Option, str]:
+def _long_option(program: str, word: str, rest: "Iterator[str]") -> tuple[Option, str]:
     """Read `word`, NAME or NAME=ARGUMENT; a separate argument is taken from `rest`."""
     name, equals, argument = word.partition("=")
     option = _find_long(program, word, name)
@@ -107,7 +110,9 @@ def _find_long(program: str, word: str, name: str) -> Option:
     raise UsageError(f"{program}: option '--{word}' is ambiguous; possibilities: {possibilities}")
 
 
-def _short_options(program: str, word: str, rest: Iterator[str]) -> Iterator[tuple[Option, str]]:
+def _short_options(
+    program: str, word: str, rest: "Iterator[str]"
+) -> "Iterator[tuple[Option, str]]":
     """Read a cluster such as `hc5`; a separate argument is taken from `rest`."""
     for at, char in enumerate(word, 1):
         option = next((option for option in OPTIONS if option.short == char), None)

@@ -5,7 +5,7 @@ tested in tests/unit/test_connect_errors.py. An error in none of the tables is p
 """
 
 import errno
-import os
+import posix
 
 from proxyd import address as sockaddr
 
@@ -103,7 +103,7 @@ def was_reached(error: int, address: bytes) -> bool:
     return error == 0
 
 
-def describe(error: int, address: bytes | None, target: str) -> str:
+def describe(error: int, address: bytes | None, target: str, verb: str = "connect to") -> str:
     """Return the line that says why `target` cannot be reached.
 
     `address`: the only address that it has, None if there are several.
@@ -113,13 +113,15 @@ def describe(error: int, address: bytes | None, target: str) -> str:
     elif error == CLOSED_EARLY:
         text = "it accepts and closes at once"
     else:
-        text = os.strerror(error)
-    return f"Failed to connect to remote host: {text} ({target})"
+        text = posix.strerror(error)
+    return f"Failed to {verb} remote host: {text} ({target})"
 
 
 def short_reason(why: str, target: str) -> str:
     """Return what describe() has said, without what surrounds it in the log."""
-    return why.removeprefix("Failed to connect to remote host: ").removesuffix(f" ({target})")
+    for verb in ("connect to", "reach"):
+        why = why.removeprefix(f"Failed to {verb} remote host: ")
+    return why.removesuffix(f" ({target})")
 
 
 def _is_unix(address: bytes) -> bool:

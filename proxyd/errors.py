@@ -1,6 +1,6 @@
 """Errors that become one line on stderr."""
 
-import os
+import posix
 
 
 class UsageError(Exception):
@@ -14,4 +14,4 @@ def reason(error: Exception) -> str:
     """Return why, without the number and the file name that str() of an OSError contains."""
     if not isinstance(error, OSError):
         return str(error)
-    return error.strerror or (os.strerror(error.errno) if error.errno else str(error))
+    return error.strerror or (posix.strerror(error.errno) if error.errno else str(error))

@@ -7,11 +7,14 @@ for any client, and a surplus one is reset.
 """
 
 import errno
-from _collections_abc import Callable
 
 from proxyd._relay import connected, peek
 from proxyd.connect_errors import CLOSED_EARLY, is_congestion, is_temporary, was_reached
 from proxyd.event_loop import EventLoop
+
+TYPE_CHECKING = False  # as in typing, which is slow to import
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 STAGGER_MS = 250
 """Connection Attempt Delay, RFC 8305 section 5."""
@@ -53,7 +56,9 @@ class HappyEyeballs:
         "temporary",
     )
 
-    def __init__(self, loop: EventLoop, expects_end: Callable[[], bool], *, repeats: bool) -> None:
+    def __init__(
+        self, loop: EventLoop, expects_end: "Callable[[], bool]", *, repeats: bool
+    ) -> None:
         """`repeats`: whether a silent address gets another attempt.
 
         `expects_end` tells whether the next client has closed without sending anything. If so, a

@@ -1,7 +1,5 @@
 """Held clients: accepted, and waiting for a target that cannot be reached yet."""
 
-from _collections_abc import Callable, Iterator
-
 from proxyd._relay import (
     ENDING_CLIENT_GONE,
     ENDING_CUT,
@@ -12,6 +10,10 @@ from proxyd._relay import (
 )
 from proxyd.address import AF_UNIX
 from proxyd.event_loop import EPOLLET, EventLoop
+
+TYPE_CHECKING = False  # as in typing, which is slow to import
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 FAILED = "failed"
 """How a client ends that is given up; for other ends there are words of the relay."""

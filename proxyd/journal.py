@@ -6,7 +6,10 @@ sockets of that namespace here (systemd.exec(5)), so an entry goes where the lin
 """
 
 import _socket
-from _collections_abc import Mapping
+
+TYPE_CHECKING = False  # as in typing, which is slow to import
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 SOCKET = "/run/systemd/journal/socket"
 
@@ -17,7 +20,7 @@ _DAEMON = 3
 """The facility, syslog(3), as the lines have it by default."""
 
 
-def send(priority: int, message: str, fields: Mapping[str, str]) -> None:
+def send(priority: int, message: str, fields: "Mapping[str, str]") -> None:
     """Send an entry; no value may contain a newline. Never waits.
 
     Raises OSError if the journal has not taken it: its socket cannot be reached from here, its

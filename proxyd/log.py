@@ -24,11 +24,14 @@ the lines of the others, so that no thread waits for a lock.
 import _signal  # type: ignore[import-not-found]
 import _socket
 import _thread
-import os
+import posix
 import time
-from _collections_abc import Mapping
 
 from proxyd.address import parse_number
+
+TYPE_CHECKING = False  # as in typing, which is slow to import
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 # Syslog severities, syslog(3).
 ERROR, WARNING, INFO, DEBUG = 3, 4, 6, 7
@@ -74,7 +77,7 @@ _writer: "tuple[tuple[int, int], _Description | _Splice | _Thread] | None" = Non
 """Device and inode of a pipe or terminal, and what writes to it."""
 
 
-def setup(environ: Mapping[str, str]) -> None:
+def setup(environ: "Mapping[str, str]") -> None:
     """Take the level and the destination from `environ`.
 
     SYSTEMD_LOG_LEVEL and JOURNAL_STREAM are described in systemd(1) and systemd.exec(5). Garbage in
@@ -83,7 +86,7 @@ def setup(environ: Mapping[str, str]) -> None:
     global _max_level, _on_journal
     _repeats.clear()
     _max_level = INFO
-    if os.isatty(2):
+    if posix.isatty(2):
         # Otherwise, with `stty tostop`, a line would stop us while we are in the background.
         _signal.signal(_signal.SIGTTOU, _signal.SIG_IGN)
     try:
@@ -163,7 +166,7 @@ def flush_limited() -> None:
     _repeats.clear()
 
 
-def _log(level: int, text: str, fields: Mapping[str, str] | None = None) -> None:
+def _log(level: int, text: str, fields: "Mapping[str, str] | None" = None) -> None:
     if level > _max_level or (fields and _on_journal and _send_fields(level, text, fields)):
         return
     try:
@@ -172,7 +175,7 @@ def _log(level: int, text: str, fields: Mapping[str, str] | None = None) -> None
         pass  # there is no way left to report it
 
 
-def _send_fields(level: int, text: str, fields: Mapping[str, str]) -> bool:
+def _send_fields(level: int, text: str, fields: "Mapping[str, str]") -> bool:
     """Send an entry with fields to the journal; False if it has to be a line instead."""
     known = {name: printable(value) for name, value in fields.items() if value}
     try:
@@ -228,12 +231,12 @@ def _write_line(line: bytes) -> None:
 def _put(data: bytes) -> int:
     """Write to stderr without blocking; return how many bytes it took. Raises OSError."""
     global _writer
-    stat = os.fstat(2)
+    stat = posix.fstat(2)
     kind = stat.st_mode & _FORMAT
     if kind == _SOCKET:
         return _send(data)
     if kind == _FILE:
-        return os.write(2, data)
+        return posix.write(2, data)
     which = stat.st_dev, stat.st_ino
     if _writer is None or _writer[0] != which:
         _writer = which, _find_writer(which, kind == _PIPE)
@@ -272,15 +275,15 @@ class _Description:
     __slots__ = ("_fd",)
 
     def __init__(self, which: tuple[int, int]) -> None:
-        flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-        self._fd = os.open("/proc/self/fd/2", flags)
-        stat = os.fstat(self._fd)
+        flags = posix.O_WRONLY | posix.O_NONBLOCK | posix.O_NOCTTY | posix.O_CLOEXEC
+        self._fd = posix.open("/proc/self/fd/2", flags)
+        stat = posix.fstat(self._fd)
         if (stat.st_dev, stat.st_ino) != which:  # /proc is not a procfs
-            os.close(self._fd)
+            posix.close(self._fd)
             raise FileNotFoundError
 
     def put(self, data: bytes) -> int:
-        return os.write(self._fd, data)
+        return posix.write(self._fd, data)
 
     def finish(self) -> None:
         pass
@@ -292,15 +295,15 @@ class _Splice:
     __slots__ = ("_rd", "_wr")
 
     def __init__(self) -> None:
-        self._rd, self._wr = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._rd, self._wr = posix.pipe2(posix.O_CLOEXEC | posix.O_NONBLOCK)
 
     def put(self, data: bytes) -> int:
-        left = os.write(self._wr, data)
+        left = posix.write(self._wr, data)
         try:
-            left -= os.splice(self._rd, 2, left, flags=_SPLICE_F_NONBLOCK)
+            left -= posix.splice(self._rd, 2, left, flags=_SPLICE_F_NONBLOCK)
         finally:
             if left:
-                os.read(self._rd, left)
+                posix.read(self._rd, left)
         return len(data) - left
 
     def finish(self) -> None:
@@ -354,7 +357,7 @@ class _Thread:
     def _write(self, data: bytes) -> None:
         try:
             while data:
-                data = data[os.write(2, data) :]
+                data = data[posix.write(2, data) :]
         except OSError:
             pass  # the terminal is gone
 
@@ -382,7 +385,7 @@ def _is_journal(stream: str) -> bool:
     device, _, inode = stream.partition(":")
     wanted = parse_number(device, 0, 2**64, "device"), parse_number(inode, 0, 2**64, "inode")
     try:
-        stat = os.fstat(2)
+        stat = posix.fstat(2)
     except OSError:
         return False
     return (stat.st_dev, stat.st_ino) == wanted

@@ -6,9 +6,11 @@ upstream of its own, made for its first client. There may be 65535 of them, so a
 held client is discarded before there are many.
 """
 
-from _collections_abc import Callable
-
 from proxyd.upstream import Upstream
+
+TYPE_CHECKING = False  # as in typing, which is slow to import
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 _IDLE_MAX = 32
 """Beyond this number, upstreams are kept only while they hold a client."""
@@ -20,7 +22,7 @@ class Ports:
     __slots__ = ("_by_port", "_discard", "_fixed", "_make")
 
     def __init__(
-        self, make: Callable[[int], Upstream], discard: Callable[[Upstream], None]
+        self, make: "Callable[[int], Upstream]", discard: "Callable[[Upstream], None]"
     ) -> None:
         """`make` returns a new upstream for a port, `discard` is called with one to forget."""
         self._make = make

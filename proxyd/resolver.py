@@ -12,12 +12,17 @@ other results are failures, and the last good answer is used for longer (RFC 876
 
 import _socket
 import _thread
-import os
-from _collections_abc import Callable
+import posix
 
 from proxyd import address as sockaddr
 from proxyd import log
 from proxyd.errors import reason
+
+TYPE_CHECKING = False  # as in typing, which is slow to import
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    Done = Callable[[list[bytes], _socket.gaierror | None], None]
 
 FRESH_MS = 1000
 """How long an answer, or the lack of one, is used."""
@@ -46,8 +51,6 @@ RETRYABLE = (
     _socket.EAI_SYSTEM,
 )
 """Errors after which a later look-up may succeed."""
-
-Done = Callable[[list[bytes], "_socket.gaierror | None"], None]
 
 
 class Name:
@@ -127,7 +130,7 @@ class Resolver:
     def __init__(self) -> None:
         from _queue import SimpleQueue
 
-        self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.fd = posix.eventfd(0, posix.EFD_CLOEXEC | posix.EFD_NONBLOCK)
         """Readable when collect() has something to do."""
         self._names: dict[bytes, Name] = {}
         self._jobs: SimpleQueue[Name] = SimpleQueue()
@@ -151,7 +154,7 @@ class Resolver:
             if name.error is not None:
                 log.error(f"Failed to resolve host: {name.error.strerror} ({host.decode()})")
 
-    def ask(self, host: bytes, now_ms: int, done: Done) -> None:
+    def ask(self, host: bytes, now_ms: int, done: "Done") -> None:
         """Call `done` with the addresses of `host`, or with none and the error; possibly at once.
 
         All callers that ask for a name during its look-up wait for the same look-up.
@@ -189,7 +192,7 @@ class Resolver:
     def collect(self, now_ms: int) -> None:
         """Pass on the results that have arrived."""
         try:
-            os.eventfd_read(self.fd)
+            posix.eventfd_read(self.fd)
         except (BlockingIOError, InterruptedError):
             return  # if there is a result, the eventfd becomes readable again
         while not self._answers.empty():
@@ -227,7 +230,7 @@ class Resolver:
         while True:
             name = self._jobs.get()
             self._answers.put((name, *_look_up(name.host)))
-            os.eventfd_write(self.fd, 1)
+            posix.eventfd_write(self.fd, 1)
 
 
 def _warn_of_stale(name: Name) -> None:

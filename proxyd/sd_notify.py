@@ -2,13 +2,16 @@
 
 import _socket
 import errno
-import os
-from _collections_abc import Callable, Mapping
+import posix
 
 from proxyd import address as sockaddr
 from proxyd import log
 from proxyd._relay import Relay
 from proxyd.errors import reason
+
+TYPE_CHECKING = False  # as in typing, which is slow to import
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
 
 STATUS_MS = 2000
 """Minimum interval between two STATUS= messages, which are sent only if they say something new."""
@@ -39,7 +42,7 @@ class Notifier:
     Messages are kept until they are sent, one of each kind, in the order of `_ORDER`.
     """
 
-    def __init__(self, sock: "NotifySocket", status: Callable[[], str], relay: Relay) -> None:
+    def __init__(self, sock: "NotifySocket", status: "Callable[[], str]", relay: Relay) -> None:
         self._sock = sock
         self._relay = relay
         self._status = status
@@ -119,7 +122,7 @@ class Notifier:
         self._relay.ping_workers()
         self._send("WATCHDOG", self._sock.watchdog, now_ms)
 
-    def _send(self, kind: str, send: Callable[[], bool], now_ms: int) -> None:
+    def _send(self, kind: str, send: "Callable[[], bool]", now_ms: int) -> None:
         """Send a message now, or as soon as the service manager takes it."""
         if self.enabled:
             self._due[kind] = send
@@ -149,7 +152,7 @@ class Notifier:
         self._pause_ms = min(self._pause_ms * 2, pause_ms_max)
         if "WATCHDOG" in self._due:
             full = error == errno.EAGAIN
-            why = "the queue of NOTIFY_SOCKET is full" if full else os.strerror(error)
+            why = "the queue of NOTIFY_SOCKET is full" if full else posix.strerror(error)
             self._warn_if_late(now_ms, why)
 
     def _warn_if_late(self, now_ms: int, why: str) -> None:
@@ -168,7 +171,7 @@ class NotifySocket:
 
     __slots__ = ("_address", "_sock", "_warned", "error", "watchdog_usec")
 
-    def __init__(self, environ: Mapping[str, str]) -> None:
+    def __init__(self, environ: "Mapping[str, str]") -> None:
         self._warned = False
         self._address = b""
         self.error = 0
@@ -239,19 +242,19 @@ class NotifySocket:
             log.warning(text)
 
 
-def _watchdog_usec(environ: Mapping[str, str]) -> int:
+def _watchdog_usec(environ: "Mapping[str, str]") -> int:
     """Return WATCHDOG_USEC if it is meant for this process, else 0; garbage costs a warning."""
     try:
         interval = _number(environ, "WATCHDOG_USEC")
         if interval == 0:
             return 0
-        return interval if _number(environ, "WATCHDOG_PID") in (0, os.getpid()) else 0
+        return interval if _number(environ, "WATCHDOG_PID") in (0, posix.getpid()) else 0
     except ValueError as error:
         log.warning(str(error))
         return 0
 
 
-def _number(environ: Mapping[str, str], name: str) -> int:
+def _number(environ: "Mapping[str, str]", name: str) -> int:
     """Read a positive number of 64 bits; 0 if the variable is not set. Raises ValueError."""
     text = environ.get(name)
     if text is None:

@@ -1,6 +1,6 @@
 """Further relay threads: when they start, and which connections they get."""
 
-import os
+import posix
 
 from proxyd import log
 from proxyd._relay import Relay
@@ -16,11 +16,11 @@ WAIT_MAX = 25
 
 def offload_when_busy(relay: Relay) -> None:
     """Use further threads only once one is busy: a WorkersWanted event asks for them."""
-    usable, online = os.sched_getaffinity(0), os.sysconf("SC_NPROCESSORS_ONLN")
+    usable, online = posix.sched_getaffinity(0), posix.sysconf("SC_NPROCESSORS_ONLN")
     whole = len(usable) >= online
     try:
         path = "/proc/uptime" if whole and online > CPUS_MAX else "/proc/stat"
-        stat = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        stat = posix.open(path, posix.O_RDONLY | posix.O_CLOEXEC)
     except OSError:  # ProcSubset=pid: as the manual says, a CPU is assumed to be idle then
         stat = -1
     limits = [limit for limit in (cpu_quota(), 0 if whole else 100 * len(usable)) if limit]
@@ -80,7 +80,7 @@ def start(relay: Relay, threads: int) -> None:
             relay.start_worker()
         except OSError as error:
             log.warning(
-                f"Failed to start a relay thread: {os.strerror(error.errno or 0)}. "
+                f"Failed to start a relay thread: {posix.strerror(error.errno or 0)}. "
                 f"Going on with {number} of {threads}."
             )
             return

@@ -2,11 +2,20 @@
 
 import _socket
 import errno
-from _collections_abc import Callable
 
 from proxyd._relay import refuse_rights
 from proxyd.inspection.access import Peer, peer_of
 from proxyd.inspection.varlink import Call, CallError, MessageError, failure, parse
+
+TYPE_CHECKING = False  # as in typing, which is slow to import
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Protocol
+
+    Answer = Callable[[Call, Peer], "bytes | Stream"]
+    """Answers a call. Raises CallError."""
+else:
+    Protocol = object
 
 CALL_MAX = 64 * 1024
 """The maximum size of a message to us, in bytes."""
@@ -41,7 +50,7 @@ class Stream:
         """
         return False
 
-    def on_more(self, wake: Callable[[], None]) -> None:
+    def on_more(self, wake: "Callable[[], None]") -> None:
         """Have `wake` called whenever there is something after next() has returned None."""
 
     def close(self) -> None:
@@ -53,12 +62,12 @@ class SharedStream(Stream):
 
     __slots__ = ("_wake", "_wakes")
 
-    def __init__(self, wakes: list[Callable[[], None]]) -> None:
+    def __init__(self, wakes: "list[Callable[[], None]]") -> None:
         super().__init__()
         self._wakes = wakes
         self._wake: Callable[[], None] | None = None
 
-    def on_more(self, wake: Callable[[], None]) -> None:
+    def on_more(self, wake: "Callable[[], None]") -> None:
         """Call `wake` when there is more."""
         self._wake = wake
         self._wakes.append(wake)
@@ -67,10 +76,6 @@ class SharedStream(Stream):
         """Do nothing more for the caller."""
         if self._wake is not None:
             self._wakes.remove(self._wake)
-
-
-Answer = Callable[[Call, Peer], "bytes | Stream"]
-"""Answers a call. Raises CallError."""
 
 
 class CallerGoneError(Exception):
@@ -97,7 +102,7 @@ class Caller:
     )
 
     def __init__(
-        self, fd: int, answer: Answer, now_ms: int, wake: "Callable[[Caller], None]"
+        self, fd: int, answer: "Answer", now_ms: int, wake: "Callable[[Caller], None]"
     ) -> None:
         """`wake` is called when there is something to do without an event of the socket."""
         self.fd = fd

@@ -9,7 +9,11 @@ import time
 from proxyd import log
 from proxyd.event_loop import EPOLLET, EPOLLIN, EventLoop
 from proxyd.inspection.access import Peer
-from proxyd.inspection.caller import Answer, Caller, CallerGoneError
+from proxyd.inspection.caller import Caller, CallerGoneError
+
+TYPE_CHECKING = False  # as in typing, which is slow to import
+if TYPE_CHECKING:
+    from proxyd.inspection.caller import Answer
 
 DISCARD_MS = 1000
 """How long to wait before sockets that could not be closed are tried again."""
@@ -37,7 +41,7 @@ class Callers:
         "_undiscarded",
     )
 
-    def __init__(self, loop: EventLoop, answer: Answer, callers_max: int) -> None:
+    def __init__(self, loop: EventLoop, answer: "Answer", callers_max: int) -> None:
         self._loop = loop
         self._answer = answer
         self._callers_max = callers_max

@@ -1,13 +1,13 @@
 """Terminate: the worker that has a connection resets it, and answers."""
 
-from _collections_abc import Callable
-
 from proxyd.inspection.caller import Stream
 from proxyd.inspection.interfaces import PROXY
 from proxyd.inspection.varlink import CallError, reply
 
 TYPE_CHECKING = False  # as in typing
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from proxyd._relay import Relay, Terminated
 
 
@@ -54,7 +54,7 @@ class TerminateStream(Stream):
         if self._wake is not None:
             self._wake()
 
-    def on_more(self, wake: Callable[[], None]) -> None:
+    def on_more(self, wake: "Callable[[], None]") -> None:
         """Call `wake` when there is an answer."""
         self._wake = wake
 

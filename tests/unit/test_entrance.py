@@ -91,7 +91,7 @@ def test_a_mode_that_cannot_be_set_leaves_no_socket(tmp_path, monkeypatch, capfd
     def refuse(path, mode):
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
-    monkeypatch.setattr(entrance_module.os, "chmod", refuse)
+    monkeypatch.setattr(entrance_module.posix, "chmod", refuse)
     assert open_by_default(str(tmp_path)) is None
     assert "Function not implemented" in capfd.readouterr().err
     assert list(tmp_path.iterdir()) == []

@@ -10,12 +10,15 @@ from pathlib import Path
 
 import pytest
 
+import proxyd
+
 PATIENCE = 30
 """Seconds after which something that has not happened counts as failed."""
 
 COMMAND = Path(sys.executable).parent / "systemd-socket-proxyd"
 
 SLOW = {
+    "_collections_abc",
     "argparse",
     "asyncio",
     "collections",
@@ -27,6 +30,7 @@ SLOW = {
     "importlib.metadata",
     "inspect",
     "logging",
+    "os",
     "re",
     "selectors",
     "signal",
@@ -39,7 +43,10 @@ SLOW = {
 """Each of them costs more than everything that the program needs. Their submodules count too."""
 
 RARE = {
+    "proxyd._datagram",
     "proxyd.bind",
+    "proxyd.datagram_upstream",
+    "proxyd.datagrams",
     "proxyd.inspection",
     "proxyd.journal",
     "proxyd.log_level",
@@ -47,8 +54,6 @@ RARE = {
     "proxyd.ports",
     "proxyd.proxy_protocol",
     "proxyd.resolver",
-    "proxyd.sizes",
-    "proxyd.stats",
     "proxyd.timespan",
     "proxyd.workers",
 }
@@ -89,13 +94,13 @@ def modules_of_bare_python():
     return imported(done.stderr)
 
 
-def modules_of_a_start(tmp_path, listener, *arguments, answers):
-    """What the installed command has imported when the first byte arrives at `answers`.
+def modules_of_a_start(tmp_path, listener, *arguments, answers, command=COMMAND, flags=()):
+    """What the command has imported when the first byte arrives at `answers`.
 
     It inherits `listener`, to which a client has connected before the start.
     """
     # Not a variable, as the interpreter may be told to ignore the environment.
-    command = [*interpreter(), "-X", "importtime", str(COMMAND), *arguments]
+    command = [*interpreter(), *flags, "-X", "importtime", str(command), *arguments]
     log = tmp_path / "log"
     with socket.socket(listener.family) as client, log.open("wb") as stderr:
         client.settimeout(PATIENCE)
@@ -165,6 +170,27 @@ def test_a_start_imports_little(tmp_path, sockets, kind):
     # Apart from our own, only a handful of small C modules of the interpreter.
     others = {one for one in modules if not one.startswith("proxyd")}
     assert len(others) <= 8, others
+
+
+@pytest.mark.skipif(not COMMAND.exists(), reason=f"SKIPPED LOUDLY: no {COMMAND}")
+def test_a_start_without_site_does_not_import_what_site_would_have(tmp_path, sockets):
+    """As from the DEB and the RPM: isolated, and told where the modules are."""
+    command = tmp_path / "command"
+    folder = str(Path(proxyd.__file__).parents[1])
+    text = re.sub(
+        "# A package whose interpreter .*?(?=^try:)",
+        "",
+        COMMAND.read_text(),
+        flags=re.DOTALL | re.MULTILINE,
+    )
+    assert "PYTHONPATH" not in text
+    command.write_text(text.replace("try:\n", f"sys.path.append({folder!r})\n\ntry:\n"))
+    listener, backend = sockets(socket.AF_INET), sockets(socket.AF_INET)
+    modules = modules_of_a_start(
+        tmp_path, listener, target(backend), answers=backend, command=command, flags=("-I", "-S")
+    )
+    assert unwanted(modules, SLOW) == set()
+    assert "_socket" in modules
 
 
 @pytest.mark.skipif(not COMMAND.exists(), reason=f"SKIPPED LOUDLY: no {COMMAND}")

@@ -158,7 +158,7 @@ def hide_proc(monkeypatch):
             raise FileNotFoundError(errno.ENOENT, "")
         return really(path, *args, **more)
 
-    monkeypatch.setattr(log.os, "open", hidden)
+    monkeypatch.setattr(log.posix, "open", hidden)
 
 
 def in_a_child(stderr, program):
@@ -196,7 +196,7 @@ def hidden(path, *args, **more):
     if path == "/proc/self/fd/2":
         raise FileNotFoundError
     return real(path, *args, **more)
-log.os.open = hidden
+log.posix.open = hidden
 """
 """As with InaccessiblePaths=/proc, or with a stderr that belongs to another user."""
 
@@ -406,7 +406,7 @@ def test_another_file_in_place_of_proc_is_not_written_to(tmp_path, monkeypatch):
     fake = tmp_path / "fake"
     fake.touch()
     monkeypatch.setattr(
-        log.os, "open", lambda path, *a: really(fake if "/proc/" in str(path) else path, *a)
+        log.posix, "open", lambda path, *a: really(fake if "/proc/" in str(path) else path, *a)
     )
     reader, writer = os.pipe()
     fds = os.listdir("/proc/self/fd")

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import posix
 import tempfile
 
 import pytest
@@ -247,7 +248,7 @@ def test_two_dashes_end_the_options():
 
 
 def test_posixly_correct(monkeypatch):
-    monkeypatch.setenv("POSIXLY_CORRECT", "")
+    monkeypatch.setitem(posix.environ, b"POSIXLY_CORRECT", b"")
     assert message("t", "-c5") == "Too many parameters."
     assert parse("-c5", "t").connections_max == 5
 

@@ -3,6 +3,7 @@
 import _socket
 import itertools
 import os
+import posix
 import select
 import socket
 import subprocess
@@ -149,7 +150,7 @@ def test_an_interrupted_collect_is_no_error(names, monkeypatch):
     def interrupted(fd):
         raise InterruptedError
 
-    monkeypatch.setattr(os, "eventfd_read", interrupted)
+    monkeypatch.setattr(posix, "eventfd_read", interrupted)
     names.collect(0)
 
 

@@ -4,7 +4,6 @@ import errno
 import os
 import signal
 import socket
-import sys
 import threading
 
 import pytest
@@ -435,17 +434,6 @@ def test_sigusr1_counts_the_clients_of_its_own_batch(world, capfd):
     assert line.startswith("1 accepted, 0 open, 1 waiting, 0 refused, 0 failed; ")
 
 
-def test_sigusr1_when_no_module_can_be_loaded(world, capfd, monkeypatch):
-    monkeypatch.setitem(sys.modules, "proxyd.stats", None)  # as if no fd were left
-    world.environ.clear()
-    world.relay.at(1000, world.signal(signal.SIGUSR1))
-    world.relay.at(2000, world.signal(signal.SIGTERM))
-    assert world.serve() == 0
-    assert world.now_ms == 2000
-    (line,) = capfd.readouterr().err.splitlines()
-    assert line.startswith("Failed to load the statistics: ")
-
-
 def test_a_wake_up_without_a_signal_changes_nothing(world):
     world.relay.at(1000, lambda: [Ready(world.signals, 1)])
     world.relay.at(2000, world.signal(signal.SIGTERM))
@@ -730,7 +718,7 @@ def test_without_proc_stat_a_cpu_counts_as_idle(world, monkeypatch):
     def refuse(path, flags):
         raise FileNotFoundError(errno.ENOENT, "", path)
 
-    monkeypatch.setattr(workers.os, "open", refuse)
+    monkeypatch.setattr(workers.posix, "open", refuse)
     world.options.threads = 2
     world.make()
     assert world.relay.stats == [-1]

@@ -71,8 +71,8 @@ def test_quota_without_proc(tmp_path):
     ],
 )
 def test_which_cpus_count(monkeypatch, usable, online, quota, stat, cpus, limit):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: usable)
-    monkeypatch.setattr(os, "sysconf", lambda name: online)
+    monkeypatch.setattr(workers.posix, "sched_getaffinity", lambda pid: usable)
+    monkeypatch.setattr(workers.posix, "sysconf", lambda name: online)
     monkeypatch.setattr(workers, "cpu_quota", lambda: quota)
     relay = FakeRelay()
     workers.offload_when_busy(relay)
