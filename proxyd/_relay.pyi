@@ -140,6 +140,9 @@ class Terminated:
 @final
 class WorkersWanted: ...
 
+@final
+class DatagramsChanged: ...
+
 Event: TypeAlias = (
     Ready
     | Accepted
@@ -151,6 +154,7 @@ Event: TypeAlias = (
     | SnapshotRows
     | Terminated
     | WorkersWanted
+    | DatagramsChanged
 )
 
 @final
@@ -300,6 +304,7 @@ class Relay:
     def unwatch(self, fd: int) -> None: ...
     def take_over(self, fd: int, family: int) -> None: ...
     def trim_pipes(self) -> None: ...
+    def main_worker(self) -> object: ...
     def new_id(self) -> int: ...
     def connect(
         self,

@@ -15,6 +15,7 @@ This file is its Python face: the listener, and the relay. relay/events.pxi has 
 relay/calls.pxi the functions. Read on in relay/__init__.pxd, which says in which order.
 """
 
+from cpython.pycapsule cimport PyCapsule_New
 from cpython.ref cimport Py_INCREF
 from cython cimport no_gc, no_gc_clear
 
@@ -216,7 +217,8 @@ cdef class Relay:
 
     @property
     def connections(self):
-        """Connections of all threads, including those still connecting and those ending."""
+        """Connections of all threads, including those still connecting and those ending, and flows
+        of datagrams."""
         return gauges_connections(&self.gauges)
 
     @property
@@ -473,6 +475,11 @@ cdef class Relay:
         """Close the idle pipes, when fds are short."""
         pool_clear(&self.worker.ctx.pool)
         workers_order(&self.worker, ORDER_TRIM)
+
+    def main_worker(self):
+        """A capsule for _datagram, which adds flows to this loop. It is valid while the relay is.
+        """
+        return PyCapsule_New(&self.worker, "proxyd.relay.Worker", NULL)
 
     # ── connections ──────────────────────────────────────────────────────────────────────────
 

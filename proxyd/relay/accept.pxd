@@ -48,7 +48,7 @@ cdef inline void listener_accept_clients(Worker *worker, Listener *listener) noe
     cdef int fd
     while count > 0 and worker.policy_event_count < POLICY_EVENTS_MAX // 2:
         count -= 1
-        if gauges_places(worker.gauges) >= connection_limit(worker) and not (
+        if not (worker_has_room(worker) or first and worker_make_room(worker)) and not (
                 listener.refuses and quarantine_takes_orphans(worker.quarantine)):
             if first:
                 listener_wait_for_room(worker, listener)
@@ -66,6 +66,15 @@ cdef inline void listener_accept_clients(Worker *worker, Listener *listener) noe
         else:
             policy_event_add(worker, EVENT_ACCEPT_FAILED, -1, -fd, listener.index)
         return
+
+
+cdef inline bint worker_has_room(Worker *worker) noexcept nogil:
+    return gauges_places(worker.gauges) < connection_limit(worker)
+
+
+cdef inline bint worker_make_room(Worker *worker) noexcept nogil:
+    """Give a client that waits the place of a flow of datagrams, if there is one to spare."""
+    return worker.flows != NULL and worker.flows.make_room(worker)
 
 
 cdef inline int listener_batch_size(Listener *listener, int64_t turn) noexcept nogil:

@@ -5,8 +5,8 @@ from proxyd.relay cimport records
 from proxyd.relay.records cimport CONNECT_BUCKETS, Address, HalfRow, Peer, Row
 from proxyd.relay.sys cimport int64_t, uint64_t
 from proxyd.relay.types cimport (
-    EVENT_ACCEPTED, EVENT_ACCEPT_FAILED, EVENT_READY, EVENT_REFUSED, EVENT_WORKERS_WANTED,
-    TO_CLIENT, TO_TARGET, Connection, PolicyEvent,
+    EVENT_ACCEPTED, EVENT_ACCEPT_FAILED, EVENT_DATAGRAMS_CHANGED, EVENT_READY, EVENT_REFUSED,
+    EVENT_WORKERS_WANTED, TO_CLIENT, TO_TARGET, Connection, PolicyEvent,
 )
 from proxyd.relay.upstream cimport connect_bucket_us
 
@@ -166,6 +166,10 @@ cdef class WorkersWanted:
     """One thread has more to do than it can, a CPU is idle, and there are no workers yet."""
 
 
+cdef class DatagramsChanged:
+    """Datagrams.take_events() has something to tell."""
+
+
 # ── what a connection is ─────────────────────────────────────────────────────────────────────────
 
 cdef class HalfInfo:
@@ -261,6 +265,8 @@ cdef object make_event(const PolicyEvent *event, int64_t now_ms):
         return Refused(event.listener, peer_bytes(&event.peer))
     if event.kind == EVENT_WORKERS_WANTED:
         return WorkersWanted()
+    if event.kind == EVENT_DATAGRAMS_CHANGED:
+        return DatagramsChanged()
     return ConnectFailed(
         event.listener, event.fd, event.value, b"", now_ms, 0, peer_bytes(&event.peer))
 

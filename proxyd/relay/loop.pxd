@@ -24,9 +24,9 @@ from proxyd.relay.sys cimport (
     epoll_wait, errno, free, hint_set, int64_t, malloc, uint32_t,
 )
 from proxyd.relay.types cimport (
-    CONNECTED, EPOLL_EVENTS_MAX, EVENT_READY, KIND_LISTENER, KIND_MAILBOX, KIND_WATCH, ORDER_ANSWER,
-    ORDER_STOP, ORDER_SWEEP, ORDER_SWEEP_END, ORDER_TRIM, Connection, Endpoint, Gauges, Link,
-    Listener, SelfConnectTable, Watch, Worker,
+    CONNECTED, EPOLL_EVENTS_MAX, EVENT_READY, KIND_FLOW_LISTENER, KIND_LISTENER, KIND_MAILBOX,
+    KIND_WATCH, ORDER_ANSWER, ORDER_STOP, ORDER_SWEEP, ORDER_SWEEP_END, ORDER_TRIM, Connection,
+    Endpoint, Gauges, Link, Listener, SelfConnectTable, Watch, Worker,
 )
 
 cdef enum:
@@ -55,6 +55,8 @@ cdef inline int worker_turn(Worker *worker, int64_t deadline_ms) noexcept nogil:
         worker_dispatch(worker, &worker.events[i])
     worker_pump_ready(worker)
     worker_accept(worker, count)
+    if worker.flows != NULL:
+        worker.flows.turn(worker)
     if worker.room_ms != 0:
         listeners_resume(worker)
     if worker.next_timer_ms != 0 and worker.next_timer_ms <= worker.ctx.now_ms:
@@ -74,6 +76,7 @@ cdef inline int worker_turn(Worker *worker, int64_t deadline_ms) noexcept nogil:
 cdef inline int worker_timeout(Worker *worker, int64_t deadline_ms) noexcept nogil:
     """Milliseconds that epoll_wait may sleep."""
     cdef int64_t until = deadline_ms
+    cdef int64_t flows_ms
     if not (list_empty(&worker.ready) and list_empty(&worker.failed) and list_empty(&worker.ended)):
         return 0
     if not (list_empty(&worker.batches) and list_empty(&worker.begun)) or sweep_can_walk(worker):
@@ -84,6 +87,10 @@ cdef inline int worker_timeout(Worker *worker, int64_t deadline_ms) noexcept nog
         until = earlier(until, worker.room_ms)
     if worker.idle_ms > 0 and not list_empty(&worker.live):
         until = earlier(until, (<Connection *>worker.live.next.owner).active_ms + worker.idle_ms)
+    if worker.flows != NULL:
+        flows_ms = worker.flows.next_ms(worker)
+        if flows_ms >= 0:
+            until = earlier(until, flows_ms)
     if until < 0:
         return -1
     return <int>min(max(until - clock_ms(), 0), 1 << 30)
@@ -111,6 +118,8 @@ cdef inline void worker_dispatch(Worker *worker, epoll_event *event) noexcept no
         policy_event_add(worker, EVENT_READY, watch.fd, event.events, 0)
     elif watch.kind == KIND_MAILBOX:
         worker_read_mailbox(worker)
+    elif watch.kind >= KIND_FLOW_LISTENER:
+        worker.flows.event(worker, watch, event.events)
     elif watch.kind != KIND_LISTENER:
         connection_event(worker, <Endpoint *>watch, event.events)
 

@@ -4,8 +4,9 @@
 
 cdef extern from "errno.h" nogil:
     int errno
-    int EAGAIN, EBADF, ECONNREFUSED, ECONNRESET, EINPROGRESS, EINTR, EINVAL, ELOOP, ENOBUFS, ENOMEM
-    int ENOSYS, ENOTCONN, EOPNOTSUPP, EPERM, EPIPE, ETIMEDOUT
+    int EADDRNOTAVAIL, EAGAIN, EBADF, ECONNREFUSED, ECONNRESET, EHOSTUNREACH, EINPROGRESS
+    int EINTR, EINVAL, EIO, ELOOP, EMSGSIZE, ENETUNREACH, ENOBUFS, ENOMEM, ENOSYS, ENOTCONN
+    int ENOTSOCK, EOPNOTSUPP, EPERM, EPIPE, ETIMEDOUT
 
 cdef extern from * nogil:
     """
@@ -50,7 +51,7 @@ cdef extern from "unistd.h" nogil:
 
 cdef extern from "fcntl.h" nogil:
     int O_CLOEXEC, O_NONBLOCK
-    int F_GETFL, F_SETFL, F_SETPIPE_SZ, F_GETPIPE_SZ
+    int F_DUPFD_CLOEXEC, F_GETFL, F_SETFL, F_SETPIPE_SZ, F_GETPIPE_SZ
     unsigned int SPLICE_F_MOVE, SPLICE_F_NONBLOCK
     int fcntl(int fd, int command, ...)
     int pipe2(int *ends, int flags)
@@ -79,16 +80,28 @@ cdef extern from "sys/socket.h" nogil:
         void *iov_base
         size_t iov_len
     struct msghdr:
+        void *msg_name
+        socklen_t msg_namelen
         iovec *msg_iov
         size_t msg_iovlen
+        void *msg_control
+        size_t msg_controllen
         int msg_flags
+    struct mmsghdr:
+        msghdr msg_hdr
+        unsigned int msg_len
+    struct cmsghdr:
+        size_t cmsg_len
+        int cmsg_level
+        int cmsg_type
     int AF_INET, AF_INET6, AF_UNIX, AF_UNSPEC, AF_VSOCK
-    int SOCK_STREAM, SOCK_NONBLOCK, SOCK_CLOEXEC
+    int SOCK_DGRAM, SOCK_STREAM, SOCK_NONBLOCK, SOCK_CLOEXEC
     int SOL_SOCKET, SO_DOMAIN, SO_ERROR, SO_KEEPALIVE, SO_LINGER, SO_OOBINLINE, SO_PEERCRED
     int SO_PASSCRED, SO_PASSSEC, SO_SNDBUF
-    int MSG_CTRUNC, MSG_DONTWAIT, MSG_NOSIGNAL, MSG_PEEK
+    int MSG_CTRUNC, MSG_DONTWAIT, MSG_ERRQUEUE, MSG_NOSIGNAL, MSG_PEEK, MSG_TRUNC
     int SHUT_RD, SHUT_RDWR, SHUT_WR
     int socket(int family, int kind, int protocol)
+    int bind(int fd, const sockaddr *address, socklen_t size)
     int connect(int fd, const sockaddr *address, socklen_t size)
     int accept4(int fd, sockaddr *address, socklen_t *size, int flags)
     int getsockname(int fd, sockaddr *address, socklen_t *size)
@@ -99,9 +112,21 @@ cdef extern from "sys/socket.h" nogil:
     ssize_t recv(int fd, void *buffer, size_t size, int flags)
     ssize_t recvmsg(int fd, msghdr *message, int flags)
     ssize_t send(int fd, const void *buffer, size_t size, int flags)
+    ssize_t sendmsg(int fd, const msghdr *message, int flags)
+    int recvmmsg(int fd, mmsghdr *messages, unsigned int count, int flags, timespec *timeout)
+    int sendmmsg(int fd, mmsghdr *messages, unsigned int count, int flags)
+    cmsghdr *CMSG_FIRSTHDR(msghdr *message)
+    cmsghdr *CMSG_NXTHDR(msghdr *message, cmsghdr *after)
+    unsigned char *CMSG_DATA(cmsghdr *part)
+    size_t CMSG_LEN(size_t size)
+    size_t CMSG_SPACE(size_t size)
+
+cdef extern from "sys/random.h" nogil:
+    ssize_t getrandom(void *buffer, size_t size, unsigned int flags)
 
 cdef extern from "netinet/in.h" nogil:
-    int IPPROTO_TCP
+    int IPPROTO_IP, IPPROTO_IPV6, IPPROTO_TCP
+    int IP_PKTINFO, IP_RECVERR, IPV6_PKTINFO, IPV6_RECVERR, IPV6_RECVPKTINFO
     struct in_addr:
         uint32_t s_addr
     struct in6_addr:
@@ -112,6 +137,14 @@ cdef extern from "netinet/in.h" nogil:
     struct sockaddr_in6:
         uint16_t sin6_port
         in6_addr sin6_addr
+        uint32_t sin6_scope_id
+    struct in_pktinfo:
+        int ipi_ifindex
+        in_addr ipi_spec_dst
+        in_addr ipi_addr
+    struct in6_pktinfo:
+        in6_addr ipi6_addr
+        unsigned int ipi6_ifindex
 
 cdef extern from "netinet/tcp.h" nogil:
     int TCP_INFO, TCP_NODELAY
@@ -182,6 +215,7 @@ cdef extern from "pthread.h" nogil:
     int pthread_attr_destroy(pthread_attr_t *attributes)
     int pthread_create(pthread_t *thread, const pthread_attr_t *attributes,
                        void *(*start)(void *) noexcept nogil, void *argument)
+    int pthread_detach(pthread_t thread)
     int pthread_join(pthread_t thread, void **result)
     int pthread_timedjoin_np(pthread_t thread, void **result, const timespec *until)
     int pthread_mutex_init(pthread_mutex_t *mutex, const void *attributes)
@@ -199,9 +233,31 @@ cdef extern from * nogil:
     #ifndef SO_PASSRIGHTS
     #define SO_PASSRIGHTS 83
     #endif
+    #ifndef SO_MEMINFO
+    #define SO_MEMINFO 55
+    #endif
+    #define MEMINFO_SIZE 9
+    #define MEMINFO_DROPS 8
+    #ifndef GRND_INSECURE
+    #define GRND_INSECURE 4
+    #endif
+    #ifndef SOL_UDP
+    #define SOL_UDP 17
+    #endif
+    #ifndef UDP_SEGMENT
+    #define UDP_SEGMENT 103
+    #endif
+    #ifndef UDP_GRO
+    #define UDP_GRO 104
+    #endif
     """
     int SO_PASSPIDFD           # Linux 6.5
     int SO_PASSRIGHTS          # Linux 6.16
+    unsigned int GRND_INSECURE  # getrandom(2) does not wait, Linux 5.6
+    int SO_MEMINFO             # sock_diag(7): MEMINFO_SIZE numbers of 32 bits, …
+    int MEMINFO_SIZE
+    int MEMINFO_DROPS          # … of which this one is the number of datagrams dropped
+    int SOL_UDP, UDP_GRO, UDP_SEGMENT  # linux/udp.h, whose header excludes netinet/udp.h
 
 # What more than one thread reads. A counter has one writer, its worker, and is read at any time by
 # others: a plain addition, but never torn. One with several writers takes counter_add_shared().

@@ -57,9 +57,10 @@ cdef enum:
     RIGHTS_AHEAD               # some, with the next message
     RIGHTS_ANY                 # any; but the connection is in quarantine, where a wait does no harm
 
-# what an epoll event points to, in the first field of Watch, Listener, Mailbox and Endpoint
+# what an epoll event points to, in the first field of Watch, Listener, Mailbox, Endpoint, and, of
+# datagrams, FlowListener and Flow
 cdef enum:
-    KIND_WATCH, KIND_LISTENER, KIND_MAILBOX, KIND_CLIENT, KIND_TARGET
+    KIND_WATCH, KIND_LISTENER, KIND_MAILBOX, KIND_CLIENT, KIND_TARGET, KIND_FLOW_LISTENER, KIND_FLOW
 
 ctypedef struct Counters:
     uint64_t forwarded[2]      # bytes delivered, by direction
@@ -261,7 +262,7 @@ ctypedef struct Connection:
 # kinds of PolicyEvent; connects that fail later, and ends, are lists of connections
 cdef enum:
     EVENT_READY, EVENT_ACCEPTED, EVENT_ACCEPT_FAILED, EVENT_REFUSED, EVENT_CONNECT_FAILED
-    EVENT_WORKERS_WANTED
+    EVENT_WORKERS_WANTED, EVENT_DATAGRAMS_CHANGED
 
 ctypedef struct PolicyEvent:
     int kind                   # EVENT_*
@@ -317,6 +318,13 @@ cdef enum:
 
 ctypedef struct Worker         # below
 
+# What an extension of its own adds to the loop of the main worker: see flows.pxd.
+ctypedef struct FlowHooks:
+    void (*event)(Worker *worker, void *place, uint32_t events) noexcept nogil
+    void (*turn)(Worker *worker) noexcept nogil  # once per batch of events, after the listeners
+    int64_t (*next_ms)(Worker *worker) noexcept nogil  # when to turn at the latest; -1: never
+    bint (*make_room)(Worker *worker) noexcept nogil  # end a flow; whether there was one to spare
+
 ctypedef struct Workers:
     Worker **each              # the workers other than the main one
     int count
@@ -336,6 +344,7 @@ ctypedef struct Worker:
     Gauges *gauges             # the program's
     SelfConnectTable *self_connects  # the program's
     Quarantine *quarantine     # the program's
+    FlowHooks *flows           # of the main worker; NULL: no datagrams are forwarded
     Mailbox mailbox            # what other threads have left for this one
     Worker *main               # the worker that accepts; NULL: this is the one
     Workers workers            # of the main worker: the others

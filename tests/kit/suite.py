@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from kit.datagrams import Datagrams
 from kit.differences import apply_differences, write_table
 from kit.stage import Stage
 from kit.waiting import set_patience
@@ -116,3 +117,11 @@ def stage(request, new_stage):
     """The program, its clients and its targets; all of them end with the test."""
     yield new_stage
     new_stage.close(checked=not getattr(request.node, "failed_in_call", True))
+
+
+@pytest.fixture
+def datagrams(stage):
+    """Listeners, targets and clients that send datagrams; closed before the program ends."""
+    world = Datagrams(stage)
+    yield world
+    world.close()

@@ -1,6 +1,7 @@
 """Tests of the extension module: a relay in this process, with both peers played by the test."""
 
 import pytest
+from kit.datagram_rig import DatagramRigs
 from kit.rig import MODES, Rigs
 
 
@@ -8,6 +9,15 @@ from kit.rig import MODES, Rigs
 def rigs(tmp_path):
     """Makes rigs; none of them may leave an fd open."""
     rigs = Rigs(str(tmp_path))
+    yield rigs
+    rigs.close()
+    assert not rigs.leaked()
+
+
+@pytest.fixture
+def datagram_rigs(tmp_path):
+    """Makes rigs of datagrams; none of them may leave an fd open."""
+    rigs = DatagramRigs(str(tmp_path))
     yield rigs
     rigs.close()
     assert not rigs.leaked()

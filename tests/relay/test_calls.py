@@ -7,35 +7,23 @@ compared.
 
 import functools
 import itertools
-import os
 import re
-import shutil
-import subprocess
 import sys
 import tempfile
-from pathlib import Path
 
 import pytest
 from kit.rig import Rigs
 from kit.rights import kernel_refuses
 from kit.stepped import accept, close, open_client
+from kit.traced import names, tracer, watched
 from kit.traffic import payload
 
 from proxyd._relay import CHECK_TCP, RelayListener
 
-TESTS = Path(__file__).parent.parent
-BEGIN, END = "/begin", "/end"
 STREAM = 16 << 20
 
 
 # ── the scenarios, in the program that is traced ─────────────────────────────────────────────────
-
-
-def watched(rig):
-    """Run one turn of the relay, between two marks in the trace."""
-    os.access(BEGIN, os.F_OK)
-    rig.turn()
-    os.access(END, os.F_OK)
 
 
 def message(rigs, *pair):
@@ -155,50 +143,11 @@ def play(name, client, target, *options):
 
 # ── the trace ────────────────────────────────────────────────────────────────────────────────────
 
-CALL = re.compile(r"^(\w+)\((.*)\)\s+= (-?\d+)", re.MULTILINE)
-
-OF_THE_ALLOCATOR = {"brk", "madvise", "mmap", "munmap"}
-"""Made when malloc() needs memory, which a sanitizer's does at any time."""
-
-
-class Call:
-    def __init__(self, name, arguments, result):
-        self.name = {"epoll_pwait": "epoll_wait"}.get(name, name)
-        self.arguments = arguments.split(", ")
-        self.result = int(result)
-
-    def __repr__(self):
-        return f"{self.name}({', '.join(self.arguments)}) = {self.result}"
-
 
 @pytest.fixture
 def calls(tmp_path):
     """Runs a scenario; returns a list of calls for each of its watched turns."""
-    if not shutil.which("strace"):
-        pytest.skip("SKIPPED LOUDLY: no strace here")
-    probe = subprocess.run(["strace", "-o", "/dev/null", "true"], capture_output=True, check=False)
-    if probe.returncode:
-        pytest.skip(f"SKIPPED LOUDLY: strace may not trace here: {probe.stderr.decode()[-200:]}")
-
-    def trace(scenario, pair, *options):
-        out = tmp_path / "trace"
-        command = [sys.executable, str(TESTS), "relay.test_calls", scenario, *pair, *options]
-        strace = ["strace", "-o", str(out), "-s", "8", "-e", "signal=none"]
-        done = subprocess.run(
-            [*strace, *command], capture_output=True, text=True, check=False, timeout=60
-        )
-        assert done.returncode == 0, done.stderr
-        turns = re.findall(rf'{BEGIN}".*\n((?s:.*?)).*"{END}"', out.read_text())
-        return [
-            [Call(*call) for call in CALL.findall(turn) if call[0] not in OF_THE_ALLOCATOR]
-            for turn in turns
-        ]
-
-    return trace
-
-
-def names(found):
-    return [call.name for call in found]
+    return tracer("relay.test_calls", tmp_path)
 
 
 needs_refusal = pytest.mark.skipif(not kernel_refuses(), reason="SO_PASSRIGHTS: Linux 6.16")
