@@ -5,8 +5,7 @@ allows it, and admits the clients for which it does not.
 """
 
 import errno
-import os
-from _collections_abc import Callable
+import posix
 
 from proxyd import log
 from proxyd._relay import (
@@ -24,6 +23,10 @@ from proxyd.listen import Listener
 from proxyd.loop_guard import what_to_check
 from proxyd.peers import address_field, address_note, client_label
 from proxyd.upstream import Upstream
+
+TYPE_CHECKING = False  # as in typing, which is slow to import
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 PAUSE_MS = 100
 """How long no client is accepted after fds or memory have run out, unless a connection ends."""
@@ -56,8 +59,10 @@ class Acceptor:
         connections_max: int,
         proxy_protocol: int,
     ) -> None:
-        """Each listener has its `upstream` and `ports` already."""
+        """Each has its `upstream` and `ports` already, unless it is for datagrams: not for us."""
         self.listeners = listeners
+        """All, the ones for datagrams included: events name them by their index."""
+        self._streams = [one for one in listeners if not one.datagram]
         self.refused = 0
         """Clients refused here, not by the relay: over the limit, or without an address to tell
         the target."""
@@ -67,14 +72,12 @@ class Acceptor:
         """When a client was last refused at the limit."""
         self.passed_in = 0
         """Clients that the service manager has accepted (Accept=yes)."""
-        self.broken = False
-        """Whether there is no listener left to accept from."""
         self.resume_ms: int | None = None
         """When to accept again, after fds or memory have run out."""
         self._loop = loop
         self._relay = loop.relay
-        self._upstreams = list({id(one.upstream): one.upstream for one in listeners}.values())
-        self._ports = {one.ports for one in listeners if one.ports is not None}
+        self._upstreams = list({id(one.upstream): one.upstream for one in self._streams}.values())
+        self._ports = {one.ports for one in self._streams if one.ports is not None}
         self._relay.connections_max = connections_max
         self._proxy_protocol = proxy_protocol
         self._header: Callable[[int, int, bytes], bytes] | None = None
@@ -86,18 +89,25 @@ class Acceptor:
             self._header, self._no_header = header, UnknownAddressError
         self._open_at_pause = 0
         for index, listener in enumerate(listeners):
-            self._add_to_relay(index, listener)
+            listener.index = index
+        for listener in self._streams:
+            self._add_to_relay(listener)
 
-    def _add_to_relay(self, index: int, listener: Listener) -> None:
+    def _add_to_relay(self, listener: Listener) -> None:
         check = what_to_check(listener) | (CHECK_PORT if listener.ports is not None else 0)
-        relay_listener = RelayListener(self._relay, listener.fd, listener.family, check, index)
-        listener.index = index
+        terms = listener.fd, listener.family, check, listener.index
+        relay_listener = RelayListener(self._relay, *terms)
         listener.relay_listener = relay_listener
         listener.upstream.add_listener(relay_listener)
 
+    @property
+    def broken(self) -> bool:
+        """Whether there is no listener left to accept or receive from."""
+        return all(one.broken for one in self.listeners)
+
     def start(self) -> None:
         """Start to accept. A connection that was passed in is served at once."""
-        for listener in self.listeners:
+        for listener in self._streams:
             tune_socket(listener.fd, listener.family)
             if listener.connected:
                 fd, listener.fd = listener.fd, -1
@@ -113,7 +123,7 @@ class Acceptor:
         """Tell the relay how many clients are held, and where it may connect others by itself."""
         self._relay.held = self._held()
         seen = self._proxy_protocol or self._loop.labelled  # each client has to pass through here
-        for listener in self.listeners:
+        for listener in self._streams:
             upstream = listener.upstream
             address = None if seen else upstream.auto_connect_address
             terms = upstream.connect_ms, upstream.target.index
@@ -129,7 +139,7 @@ class Acceptor:
             return
         if now_ms >= self.resume_ms or self._relay.connections < self._open_at_pause:
             self.resume_ms = None
-            for listener in self.listeners:
+            for listener in self._streams:
                 self._restart(listener)
 
     def _restart(self, listener: Listener) -> None:
@@ -219,12 +229,11 @@ class Acceptor:
                 f"listener {where}.",
             )
         elif error in _ERRORS_OF_CLIENT:
-            log.limited("accept", f"Failed to accept from {where}: {os.strerror(error)}.")
+            log.limited("accept", f"Failed to accept from {where}: {posix.strerror(error)}.")
         elif error in _ERRORS_OF_LISTENER:
-            log.error(f"Failed to accept from {where}: {os.strerror(error)}.")
+            log.error(f"Failed to accept from {where}: {posix.strerror(error)}.")
             self._stop_listener(listener)
             listener.broken = True
-            self.broken = all(one.broken for one in self.listeners)
         else:  # out of fds or memory, or a security module forbids it
             self._pause(error)
 
@@ -235,13 +244,13 @@ class Acceptor:
         self._resume_later()
         log.limited(
             "exhausted",
-            f"Failed to accept: {os.strerror(error)}. Waiting until a connection ends.",
+            f"Failed to accept: {posix.strerror(error)}. Waiting until a connection ends.",
         )
 
     def stop(self) -> None:
         """Stop accepting; waiting clients stay in the backlog."""
         self.resume_ms = None
-        for listener in self.listeners:
+        for listener in self._streams:
             self._stop_listener(listener)
 
     def _stop_listener(self, listener: Listener) -> None:

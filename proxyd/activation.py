@@ -1,21 +1,35 @@
 """Sockets inherited from the service manager: the protocol of sd_listen_fds(3)."""
 
 import _socket
-import os
-from _collections_abc import MutableMapping
+import posix
 
 from proxyd import address as sockaddr
 from proxyd.errors import UsageError, reason
 from proxyd.listen import UNNAMED, Listener
 
+TYPE_CHECKING = False  # as in typing, which is slow to import
+if TYPE_CHECKING:
+    from collections.abc import MutableMapping
+
 _FDS_START = 3
 
 # LISTEN_PIDFDID: systemd 259 and newer.
+_NOT_A_STREAM = "Passed in socket is not a stream socket."  # the original's words
+
+_PROTOCOLS = {
+    sockaddr.AF_UNIX: 0,
+    sockaddr.AF_INET: _socket.IPPROTO_UDP,
+    sockaddr.AF_INET6: _socket.IPPROTO_UDP,
+}
+"""Family → protocol of the datagram sockets that can be forwarded."""
+
+_SO_PROTOCOL = 38  # asm-generic/socket.h
+
 _VARIABLES = ("LISTEN_PID", "LISTEN_PIDFDID", "LISTEN_FDS", "LISTEN_FDNAMES")
 
 
 def inherited(
-    environ: MutableMapping[str, str], pid: int, *, by_name: bool = False
+    environ: "MutableMapping[str, str]", pid: int, *, by_name: bool = False
 ) -> list[Listener]:
     """Return the sockets passed to process `pid`, checked, close-on-exec and non-blocking.
 
@@ -44,7 +58,8 @@ def on_standard_fds() -> str:
         except OSError:
             continue
         try:
-            if sock.type == _socket.SOCK_STREAM and sock.getsockname():
+            kinds = _socket.SOCK_STREAM, _socket.SOCK_DGRAM
+            if sock.type in kinds and sock.getsockname():
                 return f"{setting}=socket"
         except OSError:
             pass
@@ -105,24 +120,24 @@ def _pidfd_inode(pid: int) -> int | None:
     which is also that of eventfds.
     """
     try:
-        pidfd, shared = _stat_and_close(os.pidfd_open(pid)), _stat_and_close(os.eventfd(0))
+        pidfd, shared = _stat_and_close(posix.pidfd_open(pid)), _stat_and_close(posix.eventfd(0))
     except (AttributeError, OSError):
         return None
     return pidfd.st_ino if pidfd.st_dev != shared.st_dev else None
 
 
-def _stat_and_close(fd: int) -> os.stat_result:
+def _stat_and_close(fd: int) -> posix.stat_result:
     try:
-        return os.fstat(fd)
+        return posix.fstat(fd)
     finally:
-        os.close(fd)
+        posix.close(fd)
 
 
 def _inherit(fd: int, name: str) -> Listener:
     """Check one fd, and make it a Listener. Raises UsageError."""
     try:
-        os.set_inheritable(fd, False)
-        os.set_blocking(fd, False)
+        posix.set_inheritable(fd, False)
+        posix.set_blocking(fd, False)
     except OSError as error:
         raise UsageError(
             f"Failed to receive sockets from parent: fd {fd} ('{name}'): {reason(error)}"
@@ -130,7 +145,7 @@ def _inherit(fd: int, name: str) -> Listener:
     try:
         sock = _socket.socket(fileno=fd)
     except OSError:  # not a socket at all
-        raise UsageError("Passed in socket is not a stream socket.") from None
+        raise UsageError(_NOT_A_STREAM) from None
     try:
         return _listener(sock, name)
     except (OSError, ValueError) as error:
@@ -143,13 +158,37 @@ def _inherit(fd: int, name: str) -> Listener:
 
 def _listener(sock: _socket.socket, name: str) -> Listener:
     """Make a Listener of `sock`, without owning it. Raises UsageError, OSError, ValueError."""
+    if sock.type == _socket.SOCK_DGRAM:
+        return _datagram_listener(sock, name)
     if sock.type != _socket.SOCK_STREAM:
-        raise UsageError("Passed in socket is not a stream socket.")
+        raise UsageError(_NOT_A_STREAM)
     address = sockaddr.from_socket_name(sock.family, sock.getsockname())
     listening = sock.getsockopt(_socket.SOL_SOCKET, _socket.SO_ACCEPTCONN)
     if not listening and not _was_connected(sock):
         raise UsageError("Passed in socket is neither listening nor connected.")
     return Listener(sock.fileno(), name, address, connected=not listening)
+
+
+def _datagram_listener(sock: _socket.socket, name: str) -> Listener:
+    """Make a Listener of a datagram socket that is bound, and not connected. Raises UsageError."""
+    protocol = sock.getsockopt(_socket.SOL_SOCKET, _SO_PROTOCOL)
+    if _PROTOCOLS.get(sock.family) != protocol or _has_peer(sock):
+        raise UsageError(_NOT_A_STREAM)
+    address = sockaddr.from_socket_name(sock.family, sock.getsockname())
+    bound = (
+        sockaddr.unix_name(address) if sock.family == sockaddr.AF_UNIX else sockaddr.port(address)
+    )
+    if not bound:
+        raise UsageError("Passed in datagram socket is not bound.")
+    return Listener(sock.fileno(), name, address, datagram=True)
+
+
+def _has_peer(sock: _socket.socket) -> bool:
+    try:
+        sock.getpeername()
+    except OSError:
+        return False
+    return True
 
 
 def _was_connected(sock: _socket.socket) -> bool:

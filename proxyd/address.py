@@ -13,8 +13,9 @@ An address is a sockaddr as `bytes`. It begins with the family, two bytes in hos
 
 import _socket
 import errno
-import os
 import sys
+
+from proxyd import os_text
 
 AF_UNIX = 1
 AF_INET = 2
@@ -111,6 +112,11 @@ def parse_number(digits: str, minimum: int, maximum: int, what: str) -> int:
     raise ValueError(f"'{digits}' is not a {what}")
 
 
+def datagram_text(address: bytes) -> str:
+    """Format the address of a datagram socket: udp:127.0.0.1:53, unix-dgram:/run/x."""
+    return f"{'unix-dgram' if family(address) == AF_UNIX else 'udp'}:{text(address)}"
+
+
 def text(address: bytes) -> str:
     """Format `address` for messages: 127.0.0.1:80, [::1]:80, /run/x, @x, vsock:2:80."""
     kind = family(address)
@@ -132,7 +138,7 @@ def _unix_text(raw: bytes) -> str:
         return "unix client"
     if raw.startswith(b"\0"):
         raw = b"@" + raw[1:]
-    return os.fsdecode(raw)
+    return os_text.decode(raw)
 
 
 def _scope_text(address: bytes) -> str:
@@ -154,7 +160,7 @@ def from_socket_name(family: int, name: object) -> bytes:
     Raises ValueError for an unsupported family.
     """
     if family == AF_UNIX and isinstance(name, (bytes, str)):
-        return _pack_sun_path(os.fsencode(name))
+        return _pack_sun_path(os_text.encode(name))
     if isinstance(name, tuple):
         if family == AF_INET:
             return pack_inet(name[0], name[1])
@@ -196,7 +202,7 @@ def split_scope(host: str) -> tuple[str, str]:
 def _can_be_scope(scope: str) -> bool:
     """Tell whether this can be the name of an interface (dev_valid_name()), or its number."""
     try:
-        size = len(os.fsencode(scope))
+        size = len(os_text.encode(scope))
     except UnicodeError:
         return False
     return 0 < size <= _INTERFACE_MAX and not any(c in "/:\0" or c.isspace() for c in scope)
@@ -244,7 +250,7 @@ def interface_index(name: str) -> int:
     """
     probe = _socket.socket(AF_INET6, _socket.SOCK_DGRAM)
     try:
-        probe.setsockopt(_socket.SOL_SOCKET, _SO_BINDTODEVICE, os.fsencode(name))
+        probe.setsockopt(_socket.SOL_SOCKET, _SO_BINDTODEVICE, os_text.encode(name))
         return probe.getsockopt(_socket.SOL_SOCKET, _SO_BINDTOIFINDEX)
     finally:
         probe.close()
@@ -252,7 +258,7 @@ def interface_index(name: str) -> int:
 
 def pack_unix(path: bytes | str) -> bytes:
     """Pack a path, or `@NAME` for the abstract namespace. Raises ValueError."""
-    raw = os.fsencode(path)
+    raw = os_text.encode(path)
     if raw.startswith(b"@"):
         raw = b"\0" + raw[1:]
         limit = _UNIX_PATH_MAX + 1  # an abstract name has no NUL at the end

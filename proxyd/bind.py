@@ -2,7 +2,7 @@
 
 import _socket
 import errno
-import os
+import posix
 
 from proxyd import address as sockaddr
 from proxyd.errors import UsageError, reason
@@ -16,6 +16,9 @@ _NO_SUCH_ADDRESS = (
     "FreeBind=yes"
 )
 
+_UDP, _UNIX_DATAGRAM = "udp:", "unix-dgram:"
+"""What stands in front of the address of a datagram socket."""
+
 LOCK_S = 5.0
 """How long to wait at the start while other processes bind in the same folder."""
 
@@ -26,9 +29,11 @@ _LOCK_PAUSE_S = 0.01
 class ListenAddress:
     """The value of --listen=[NAME=]ADDRESS."""
 
-    __slots__ = ("address", "any_family", "name", "text")
+    __slots__ = ("address", "any_family", "datagram", "name", "text")
 
-    def __init__(self, name: str, address: bytes, text: str, any_family: bool) -> None:
+    def __init__(
+        self, name: str, address: bytes, text: str, any_family: bool, datagram: bool = False
+    ) -> None:
         self.name = name
         self.address = address
         """Packed, for bind(2)."""
@@ -36,22 +41,43 @@ class ListenAddress:
         """ADDRESS as given."""
         self.any_family = any_family
         """A bare PORT: IPv6 and IPv4 in one socket, or IPv4 alone on a host without IPv6."""
+        self.datagram = datagram
 
 
 def parse_listen(text: str) -> ListenAddress:
     """Read [NAME=]ADDRESS, with the ADDRESS forms of ListenStream= (systemd.socket(5)).
 
-    Port 0 lets the kernel choose one. Raises ValueError, UsageError.
+    Those of ListenDatagram= have `udp:` or `unix-dgram:` in front. Port 0 lets the kernel choose
+    one. Raises ValueError, UsageError.
     """
     name, rest = split_pair(text)
-    bare_port = rest.isascii() and rest.isdigit()
+    kind, where = _split_kind(rest)
+    bare_port = where.isascii() and where.isdigit()
+    _check_kind(kind, where)
     try:
-        return ListenAddress(name or UNNAMED, _parse_address(rest, bare_port), rest, bare_port)
+        packed = _parse_address(where, bare_port)
+        return ListenAddress(name or UNNAMED, packed, rest, bare_port, datagram=kind != "")
     except sockaddr.UnknownInterfaceError as error:
         raise UsageError(
             f"Failed to listen on {rest}: {error}. Start this once it is there, or from a socket "
             "unit with BindToDevice=, which waits for it."
         ) from None
+
+
+def _split_kind(text: str) -> tuple[str, str]:
+    """Split off `udp:` or `unix-dgram:`; "" without one."""
+    for kind in (_UDP, _UNIX_DATAGRAM):
+        if text.startswith(kind):
+            return kind, text.removeprefix(kind)
+    return "", text
+
+
+def _check_kind(kind: str, where: str) -> None:
+    """Raise ValueError unless an address is of the kind that the word in front of it says."""
+    if kind == _UDP and (not where or sockaddr.parse_local(where) is not None):
+        raise ValueError("expected udp:PORT, udp:HOST:PORT or udp:[V6]:PORT")
+    if kind == _UNIX_DATAGRAM and not where.startswith(("/", "@")):
+        raise ValueError("expected unix-dgram:/PATH or unix-dgram:@NAME")
 
 
 def _parse_address(text: str, bare_port: bool) -> bytes:
@@ -73,14 +99,14 @@ def open_listener(where: ListenAddress) -> Listener:
     """
     if where.any_family:
         try:
-            return _open(where.name, where.address)
+            return _open(where, where.address)
         except OSError as error:
             if error.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
                 raise
             port = sockaddr.port(where.address)
-            return _open(where.name, sockaddr.pack_inet("0.0.0.0", port))
+            return _open(where, sockaddr.pack_inet("0.0.0.0", port))
     try:
-        return _open(where.name, where.address)
+        return _open(where, where.address)
     except OSError as error:
         if error.errno != errno.EADDRNOTAVAIL:
             raise
@@ -88,22 +114,24 @@ def open_listener(where: ListenAddress) -> Listener:
         raise OSError(error.errno, why) from None
 
 
-def _open(name: str, address: bytes) -> Listener:
+def _open(where: ListenAddress, address: bytes) -> Listener:
     path = _file_path(address)
     if not path:
-        return _open_locked(name, address, None)
+        return _open_locked(where, address, None)
     lock = _FolderLock(path, LOCK_S)
     try:
-        return _open_locked(name, address, lock)
+        return _open_locked(where, address, lock)
     finally:
         lock.release()
 
 
-def _open_locked(name: str, address: bytes, lock: "_FolderLock | None") -> Listener:
+def _open_locked(where: ListenAddress, address: bytes, lock: "_FolderLock | None") -> Listener:
     family = sockaddr.family(address)
-    sock = _socket.socket(family, _socket.SOCK_STREAM | _socket.SOCK_NONBLOCK)
+    kind = _socket.SOCK_DGRAM if where.datagram else _socket.SOCK_STREAM
+    sock = _socket.socket(family, kind | _socket.SOCK_NONBLOCK)
     try:
-        if family in (sockaddr.AF_INET, sockaddr.AF_INET6):
+        # With SO_REUSEADDR a second UDP socket may bind the port, and get the datagrams instead.
+        if family in (sockaddr.AF_INET, sockaddr.AF_INET6) and not where.datagram:
             sock.setsockopt(_socket.SOL_SOCKET, _socket.SO_REUSEADDR, 1)
         if family == sockaddr.AF_INET6:
             sock.setsockopt(_socket.IPPROTO_IPV6, _socket.IPV6_V6ONLY, 0)
@@ -111,12 +139,13 @@ def _open_locked(name: str, address: bytes, lock: "_FolderLock | None") -> Liste
             _refuse_descriptors(sock)
         inode = _bind(sock, address, lock)
         try:
-            sock.listen(_BACKLOG)
+            if not where.datagram:
+                sock.listen(_BACKLOG)
             bound = sockaddr.from_socket_name(family, sock.getsockname())
         except OSError:
             _unlink_ours(address, inode)
             raise
-        listener = Listener(sock.fileno(), name, bound)
+        listener = Listener(sock.fileno(), where.name, bound, datagram=where.datagram)
         listener.inode, listener.before_close = inode, _unlink_at_exit
         sock.detach()
         return listener
@@ -179,7 +208,7 @@ def _unlink_ours(address: bytes, inode: tuple[int, int] | None) -> None:
 
 def _unlink(path: bytes) -> bool:
     try:
-        os.unlink(path)
+        posix.unlink(path)
     except OSError:  # pragma: no cover - it was removed after _inode() looked
         return False
     return True
@@ -199,9 +228,8 @@ class _FolderLock:
         self._fd = -1
         self.missing = ""
         try:
-            self._fd = os.open(
-                os.path.dirname(path) or b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-            )
+            flags = posix.O_RDONLY | posix.O_DIRECTORY | posix.O_CLOEXEC
+            self._fd = posix.open(_folder_of(path), flags)
             self._take(patience_s)
         except BlockingIOError:
             self.missing = "another process holds it"
@@ -213,7 +241,7 @@ class _FolderLock:
     def release(self) -> None:
         fd, self._fd = self._fd, -1
         if fd >= 0:
-            os.close(fd)
+            posix.close(fd)
 
     def _take(self, patience_s: float) -> None:
         """Wait for the lock, but not forever. Raises BlockingIOError."""
@@ -249,6 +277,11 @@ def _stale(path: bytes) -> tuple[int, int] | None:
     return None
 
 
+def _folder_of(path: bytes) -> bytes:
+    folder, slash, _ = path.rpartition(b"/")
+    return folder or slash or b"."
+
+
 def _file_path(address: bytes) -> bytes | None:
     """Return the path of a UNIX address, None for an abstract or unnamed one."""
     name = sockaddr.unix_name(address) if sockaddr.family(address) == sockaddr.AF_UNIX else b""
@@ -258,7 +291,7 @@ def _file_path(address: bytes) -> bytes | None:
 def _inode(path: bytes) -> tuple[int, int] | None:
     """Return device and inode of the socket file at `path`, None if there is none."""
     try:
-        stat = os.lstat(path)
+        stat = posix.lstat(path)
     except OSError:
         return None
     is_socket = stat.st_mode & 0o170000 == 0o140000  # inode(7); importing stat costs more

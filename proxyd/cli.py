@@ -4,20 +4,22 @@ Whatever goes wrong becomes one line on stderr, and an exit status.
 """
 
 import errno
-import os
+import posix
 import sys
 
-from proxyd import log
+from proxyd import log, os_text
 from proxyd.activation import inherited, on_standard_fds, reject_mixture
 from proxyd.command_line import parse_args
 from proxyd.errors import UsageError, reason
 from proxyd.listen import Listener, close_listener, list_names, match_targets
-from proxyd.options import OPTIONS, Option, Options
+from proxyd.options import OPTIONS, PROXY_V1, Option, Options
 from proxyd.peers import log_addresses
 from proxyd.target import looks_like_a_port
 
 TYPE_CHECKING = False  # as in typing, which is slow to import
 if TYPE_CHECKING:
+    from typing import NoReturn
+
     from proxyd.bind import ListenAddress
 
 _USAGE = """\
@@ -30,12 +32,28 @@ Bidirectionally proxy local sockets to another (possibly remote) socket.
 """
 
 
+def run() -> "NoReturn":
+    """Run the program as the command, and end the process.
+
+    Nothing is left to be flushed then, and tidying the interpreter up takes 2 ms; but a tool that
+    measures or profiles may have registered something to be called. With PYTHONINSPECT, sys.exit()
+    would start the interactive interpreter.
+    """
+    import atexit
+
+    status = main()
+    if sys.flags.inspect or not atexit._ncallbacks():
+        posix._exit(status)
+    sys.exit(status)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the program; return its exit status."""
     _open_standard_fds()
-    log.setup(os.environ)
+    environ = os_text.environ()
+    log.setup(environ)
     try:
-        return _run_or_explain(sys.argv if argv is None else argv)
+        return _run_or_explain(sys.argv if argv is None else argv, environ)
     finally:
         log.finish()
 
@@ -47,19 +65,19 @@ def _open_standard_fds() -> None:
     """
     for fd in range(3):
         try:
-            os.fstat(fd)
+            posix.fstat(fd)
         except OSError as error:
             if error.errno != errno.EBADF:
                 continue  # it is open
             try:
-                os.open("/dev/null", os.O_RDWR)  # the lowest free number, which is fd
+                posix.open("/dev/null", posix.O_RDWR)  # the lowest free number, which is fd
             except OSError:  # pragma: no cover - no /dev/null: `ci/test faults` has it
                 return
 
 
-def _run_or_explain(argv: list[str]) -> int:
+def _run_or_explain(argv: list[str], environ: dict[str, str]) -> int:
     try:
-        return _run(argv)
+        return _run(argv, environ)
     except UsageError as error:
         log.error(str(error))
     except OSError as error:
@@ -73,14 +91,14 @@ def _run_or_explain(argv: list[str]) -> int:
     return 1
 
 
-def _run(argv: list[str]) -> int:
+def _run(argv: list[str], environ: dict[str, str]) -> int:
     options = parse_args(argv)
     if isinstance(options, Option):
         return _print(_version() if options.long == "version" else _help())
     by_name = any(name is not None for name, _ in options.targets)
-    passed = {name: os.environ.get(name, "") for name in ("LISTEN_FDS", "LISTEN_PID")}
+    passed = {name: environ.get(name, "") for name in ("LISTEN_FDS", "LISTEN_PID")}
     log_addresses(wanted=options.log_addresses)
-    listeners = inherited(os.environ, os.getpid(), by_name=by_name)
+    listeners = inherited(environ, posix.getpid(), by_name=by_name)
     entrance: Listener | None = None
     try:
         if options.inspect is not None and options.inspect.startswith("fd:"):
@@ -92,10 +110,10 @@ def _run(argv: list[str]) -> int:
             return 1
         reject_mixture(listeners)
         _assign_targets(options, listeners)
-        entrance = _open_entrance(options, listeners, entrance)
+        entrance = _open_entrance(options, listeners, entrance, environ)
         from proxyd import server  # late: importing it takes longest
 
-        return server.run(options, listeners, os.environ, entrance)
+        return server.run(options, listeners, environ, entrance)
     finally:
         for listener in [*listeners, *([entrance] if entrance is not None else [])]:
             close_listener(listener)
@@ -108,7 +126,7 @@ def _print(text: str) -> int:
     data = text.encode()
     try:
         while data:
-            data = data[os.write(1, data) :]
+            data = data[posix.write(1, data) :]
     except BrokenPipeError:
         pass  # a reader such as head(1) has seen enough
     except OSError as error:
@@ -145,11 +163,14 @@ def _take_entrance(name: str, listeners: list[Listener]) -> Listener:
 
 
 def _open_entrance(
-    options: Options, listeners: list[Listener], entrance: Listener | None
+    options: Options,
+    listeners: list[Listener],
+    entrance: Listener | None,
+    environ: dict[str, str],
 ) -> Listener | None:
     """Open the inspection socket, if one is wanted and none was inherited. Raises UsageError."""
     # A list of absolute paths; the name of an instance may contain colons.
-    folder = os.environ.get("RUNTIME_DIRECTORY", "").partition(":/")[0]
+    folder = environ.get("RUNTIME_DIRECTORY", "").partition(":/")[0]
     if entrance is not None or options.inspect == "":
         return entrance
     if options.inspect is None and (not folder or listeners[0].connected):
@@ -180,7 +201,7 @@ def _why_no_sockets(options: Options, passed: dict[str, str]) -> str:
     setting = on_standard_fds()
     if setting:
         return f"{setting} passes the socket where it is not expected: remove it from the unit."
-    if passed["LISTEN_FDS"] and passed["LISTEN_PID"] == str(os.getpid()):
+    if passed["LISTEN_FDS"] and passed["LISTEN_PID"] == str(posix.getpid()):
         return "LISTEN_PIDFDID says that they were passed to an earlier process with the same PID."
     if passed["LISTEN_FDS"] and passed["LISTEN_PID"]:
         return (
@@ -197,6 +218,7 @@ def _assign_targets(options: Options, listeners: list[Listener]) -> None:
     targets, unused = match_targets(options.targets, listeners)
     for listener, target in zip(listeners, targets, strict=True):
         listener.target = target
+    _check_header(options, listeners)
     names = list_names(listener.name for listener in listeners)
     for name in unused:
         log.warning(
@@ -211,6 +233,16 @@ def _assign_targets(options: Options, listeners: list[Listener]) -> None:
             )
 
 
+def _check_header(options: Options, listeners: list[Listener]) -> None:
+    """Raise UsageError if a PROXY header is wanted that datagrams cannot have."""
+    datagram = next((one for one in listeners if one.datagram), None)
+    if options.proxy_protocol == PROXY_V1 and datagram is not None:
+        raise UsageError(
+            "--proxy-protocol=v1 has no header for datagrams, v2 has: "
+            f"'{datagram.name}' ({datagram.text}) is a datagram listener."
+        )
+
+
 def _log_internal_error(error: Exception) -> None:
     """Log a bug of ours in one line; at debug level, with the full traceback."""
     trace = error.__traceback__
@@ -219,7 +251,8 @@ def _log_internal_error(error: Exception) -> None:
     where = ""
     if trace is not None:
         code = trace.tb_frame.f_code
-        where = f" in {code.co_name}, {os.path.basename(code.co_filename)}:{trace.tb_lineno}"
+        file = code.co_filename.rpartition("/")[2]
+        where = f" in {code.co_name}, {file}:{trace.tb_lineno}"
     log.error(f"Internal error{where}: {type(error).__name__}: {error}")
     if log.enabled(log.DEBUG):
         import traceback

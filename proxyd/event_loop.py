@@ -1,18 +1,19 @@
 """The relay's event loop, as the policy uses it: handlers for fds, and labels for connections."""
 
-from _collections_abc import Callable
-
 from proxyd import log
 from proxyd._relay import Ready, Relay
 from proxyd.limits import AttemptBudget
 
 TYPE_CHECKING = False  # as in typing, which is slow to import
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from proxyd._relay import (
         Accepted,
         AcceptFailed,
         Begun,
         ConnectFailed,
+        DatagramsChanged,
         Ended,
         Refused,
         SnapshotRows,
@@ -20,16 +21,22 @@ if TYPE_CHECKING:
         WorkersWanted,
     )
 
+    Handler = Callable[[int], object]
+    """Called with the epoll events of its fd."""
+
     InspectionEvent = Ended | Begun | SnapshotRows | Terminated
     PolicyEvent = (
-        Accepted | AcceptFailed | Refused | ConnectFailed | WorkersWanted | InspectionEvent
+        Accepted
+        | AcceptFailed
+        | Refused
+        | ConnectFailed
+        | DatagramsChanged
+        | WorkersWanted
+        | InspectionEvent
     )
 
 EPOLLIN = 1
 EPOLLET = 1 << 31
-
-Handler = Callable[[int], object]
-"""Called with the epoll events of its fd."""
 
 
 class EventLoop:
@@ -84,7 +91,7 @@ class EventLoop:
     # ── fds ───────────────────────────────────────────────────────────────────────────────────────
 
     def watch(
-        self, fd: int, handler: Handler, events: int = EPOLLIN, *, quiet: bool = False
+        self, fd: int, handler: "Handler", events: int = EPOLLIN, *, quiet: bool = False
     ) -> None:
         """Call `handler` when `fd` is ready. The fd stays the caller's. Raises OSError.
 
@@ -100,7 +107,7 @@ class EventLoop:
         self.relay.unwatch(fd)
         self.forget(fd)
 
-    def dial(self, address: bytes, handler: Callable[[int, int], object]) -> int:
+    def dial(self, address: bytes, handler: "Callable[[int, int], object]") -> int:
         """Start to connect a socket; return its fd, which the caller owns.
 
         `handler` is called with the fd and its events. Raises OSError if the connect fails at once.

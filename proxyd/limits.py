@@ -1,9 +1,11 @@
 """What the limit of open files allows: connections, and attempts to connect."""
 
-from _collections_abc import Callable
-
 from proxyd import log
 from proxyd._relay import raise_fd_limit
+
+TYPE_CHECKING = False  # as in typing, which is slow to import
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 # Open besides connections: stdio (3), epoll, signals, the service manager's socket, the
 # extension's eventfd, a client that is accepted only to be refused, what writes to stderr, and two
@@ -27,6 +29,9 @@ _STAT = 1
 
 _PER_CONNECTION = 2
 """Client and target. Pipes are optional; without one the relay copies."""
+
+_PER_FLOW = 1
+"""What a client and its target send each other in datagrams: the socket towards the target."""
 
 _WITH_PIPES = 6
 """A connection that stalls in both directions holds two pipes."""
@@ -53,12 +58,14 @@ def fit_connections(  # noqa: PLR0913 - each of them needs fds
     names: int,
     unix: bool = False,
     inspected: bool = False,
+    streams: bool = True,
 ) -> int:
     """Raise the soft RLIMIT_NOFILE to what `wanted` connections need; return how many fit.
 
     `names`: the number of names to look up; `inspected`: there is an inspection socket, whose
-    callers take no place of a connection. The limit is never lowered, and never raised beyond
-    the hard one. If it is too small, a warning is logged and fewer connections fit, at least one.
+    callers take no place of a connection; `streams`: there are not only flows of datagrams, which
+    have one socket each. The limit is never lowered, and never raised beyond the hard one. If it is
+    too small, a warning is logged and fewer connections fit, at least one.
     """
     base = _BASE + SPARE_ATTEMPTS + listeners + _PER_LOOKUP * names
     if unix:
@@ -67,12 +74,14 @@ def fit_connections(  # noqa: PLR0913 - each of them needs fds
         base += 1 + _STAT + _PER_THREAD * (threads - 1)
     if inspected:
         base += 1 + CALLERS_MIN
-    limit = raise_fd_limit(base + inspected * CALLERS_MAX + _WITH_PIPES * wanted)
-    fitting = max((limit - base) // _PER_CONNECTION, 1)
+    most, least = (_WITH_PIPES, _PER_CONNECTION) if streams else (_PER_FLOW, _PER_FLOW)
+    limit = raise_fd_limit(base + inspected * CALLERS_MAX + most * wanted)
+    fitting = max((limit - base) // least, 1)
     if fitting >= wanted:
         return wanted
+    what = "connections" if streams else "flows"
     log.warning(
-        f"The limit of {limit} open files allows {fitting} connections, not {wanted}: "
+        f"The limit of {limit} open files allows {fitting} {what}, not {wanted}: "
         "raise LimitNOFILE=."
     )
     return fitting
@@ -86,11 +95,11 @@ class AttemptBudget:
     def __init__(self) -> None:
         self._surpluses: list[Callable[[], int]] = []
 
-    def join(self, surplus: Callable[[], int]) -> None:
+    def join(self, surplus: "Callable[[], int]") -> None:
         """Count the attempts to one more target; `surplus` returns their current number."""
         self._surpluses.append(surplus)
 
-    def leave(self, surplus: Callable[[], int]) -> None:
+    def leave(self, surplus: "Callable[[], int]") -> None:
         """Stop counting the attempts to a target."""
         self._surpluses.remove(surplus)
 

@@ -1,8 +1,7 @@
 """Listeners: what one is, how it is closed, and which target its clients are for."""
 
 import _socket
-import os
-from _collections_abc import Callable, Iterable
+import posix
 
 from proxyd import address as sockaddr
 from proxyd.errors import UsageError
@@ -10,7 +9,11 @@ from proxyd.target import Target, valid_name
 
 TYPE_CHECKING = False  # as in typing, which is slow to import
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from proxyd._datagram import DatagramListener
     from proxyd._relay import RelayListener
+    from proxyd.datagram_upstream import DatagramUpstream
     from proxyd.ports import Ports
     from proxyd.upstream import Upstream
 
@@ -24,7 +27,7 @@ _NAMES_MAX = 10
 
 
 class Listener:
-    """A socket that connections come from.
+    """A socket that connections come from, or datagrams.
 
     Usually it listens; with `connected` it is itself the only connection (Accept=yes). It owns its
     fd. The parts of the program complete it one after another: first the socket is there, then its
@@ -37,6 +40,9 @@ class Listener:
         "before_close",
         "broken",
         "connected",
+        "datagram",
+        "datagram_relay",
+        "datagram_upstream",
         "family",
         "fd",
         "index",
@@ -58,23 +64,43 @@ class Listener:
     """… unless the target is `HOST:*` and they connected to another port than the listener's."""
     relay_listener: "RelayListener"
     """The relay's side of it."""
+    datagram_upstream: "DatagramUpstream"
+    """Where the datagrams of a datagram listener go …"""
+    datagram_relay: "DatagramListener"
+    """… and the relay's side of it: such a listener has neither of the other three."""
 
-    def __init__(self, fd: int, name: str, address: bytes, connected: bool = False) -> None:
+    def __init__(
+        self,
+        fd: int,
+        name: str,
+        address: bytes,
+        connected: bool = False,
+        *,
+        datagram: bool = False,
+    ) -> None:
         self.fd = fd
         self.name = name
         self.address = address
         """Packed, from getsockname(2)."""
         self.family = sockaddr.family(address)
-        self.text = sockaddr.text(address)
+        self.text = sockaddr.datagram_text(address) if datagram else sockaddr.text(address)
         """The address, for messages."""
         self.connected = connected
+        self.datagram = datagram
+        """Whether datagrams come from it; a datagram socket is never `connected`."""
         self.inode: tuple[int, int] | None = None
         """Device and inode of the socket file, if it is ours to unlink."""
         self.before_close: Callable[[Listener], None] | None = None
         """Unlinks this file."""
         self.accepting = False
         self.broken = False
-        """Whether accept(2) has failed for good."""
+        """Whether accept(2) or recvmmsg(2) has failed for good."""
+
+    @property
+    def involves_unix(self) -> bool:
+        """Tell whether its clients come from a UNIX socket, or go to one."""
+        target = self.target.address
+        return sockaddr.AF_UNIX in (self.family, sockaddr.family(target) if target else None)
 
 
 def close_listener(listener: Listener) -> None:
@@ -88,7 +114,7 @@ def close_listener(listener: Listener) -> None:
     fd, listener.fd = listener.fd, -1
     if fd >= 0 and (listener.family != sockaddr.AF_UNIX or _refuses_descriptors(fd)):
         try:
-            os.close(fd)
+            posix.close(fd)
         except OSError:
             pass  # closed before
 
@@ -112,8 +138,8 @@ def match_targets(
     """Find the target of each listener.
 
     Returns one target per listener, in the same order, and the names without a listener. Raises
-    UsageError for a listener without a target, and for a `HOST:*` target whose listener has no
-    TCP port to pass on.
+    UsageError for a listener without a target, or with one of another kind, and for a `HOST:*`
+    target whose listener has no port to pass on.
     """
     by_name = dict(targets)
     plain = by_name.get(None)
@@ -125,14 +151,24 @@ def match_targets(
                 f"No target for listener '{listener.name}' ({listener.text})"
                 f"{_instead(listener.name, by_name)}."
             )
-        if target.any_port and listener.family not in (sockaddr.AF_INET, sockaddr.AF_INET6):
-            raise UsageError(
-                f"Target {target.text} needs a TCP listener, to take the port from: "
-                f"'{listener.name}' ({listener.text}) is not one."
-            )
-        matched.append(target)
+        matched.append(_for_kind(target, listener))
     used = {listener.name for listener in listeners}
     return matched, [name for name in by_name if name is not None and name not in used]
+
+
+def _for_kind(target: Target, listener: Listener) -> Target:
+    """Return a target as it serves one listener. Raises UsageError."""
+    if target.any_port and listener.family not in (sockaddr.AF_INET, sockaddr.AF_INET6):
+        raise UsageError(
+            f"Target {target.text} needs a TCP or UDP listener, to take the port from: "
+            f"'{listener.name}' ({listener.text}) is not one."
+        )
+    if target.datagram and not listener.datagram:
+        raise UsageError(
+            f"Target {target.text} is for datagrams: "
+            f"'{listener.name}' ({listener.text}) is a stream listener."
+        )
+    return target.for_datagrams() if listener.datagram else target
 
 
 def _instead(name: str, by_name: "dict[str | None, Target]") -> str:
@@ -161,7 +197,7 @@ def _what_a_name_is(bad: str) -> str:
     return "without an equals sign, which does not begin with a slash, @ or ["
 
 
-def list_names(names: Iterable[str]) -> str:
+def list_names(names: "Iterable[str]") -> str:
     """Quote names for a message; of a long list, only the first ones."""
     quoted = [f"'{name}'" for name in dict.fromkeys(names)]
     more = f" and {len(quoted) - _NAMES_MAX} more" if len(quoted) > _NAMES_MAX else ""

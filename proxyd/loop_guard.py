@@ -26,6 +26,14 @@ def what_to_check(listener: Listener) -> int:
     return 0
 
 
+def is_guarded(listener: Listener) -> bool:
+    """Tell whether a client of a datagram listener may be one of our own sockets."""
+    if listener.family == AF_UNIX:
+        address = listener.target.address
+        return address is not None and address[:2] == listener.address[:2]
+    return _in_our_network(listener.fd, listener.family)
+
+
 def _in_our_network(fd: int, family: int) -> bool:
     """Tell whether a socket is in our network namespace; False if that is unknown."""
     try:

@@ -1,13 +1,14 @@
 """The options: their defaults, their table, and the conversion of their arguments."""
 
-import os
-from _collections_abc import Callable
+import posix
 
 from proxyd.errors import UsageError
 from proxyd.target import Target
 
 TYPE_CHECKING = False  # as in typing, which is slow to import
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from proxyd.bind import ListenAddress
 
 PROXY_V1, PROXY_V2 = 1, 2
@@ -68,7 +69,7 @@ class Option:
         self,
         long: str,
         explain: str,
-        convert: Callable[[Options, str], None] | None = None,
+        convert: "Callable[[Options, str], None] | None" = None,
         metavar: str = "",
         short: str = "",
     ) -> None:
@@ -146,7 +147,7 @@ def _set_log_addresses(options: Options, text: str) -> None:
 
 
 def _set_threads(options: Options, text: str) -> None:
-    options.threads = len(os.sched_getaffinity(0)) if text == "auto" else _unsigned(text)
+    options.threads = len(posix.sched_getaffinity(0)) if text == "auto" else _unsigned(text)
     if not 1 <= options.threads <= 1024:
         raise ValueError(text)
 
@@ -245,8 +246,10 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "listen",
         "Listen here as well: PORT, HOST:PORT, [V6]:PORT,\n"
-        "/PATH, @NAME or vsock:CID:PORT; with NAME= before\n"
-        "it for NAME=TARGET. May be given more than once",
+        "/PATH, @NAME or vsock:CID:PORT; for datagrams\n"
+        "udp:PORT, udp:HOST:PORT or unix-dgram:/PATH; with\n"
+        "NAME= before it for NAME=TARGET. May be given more\n"
+        "than once",
         _add_listen,
         "ADDRESS",
     ),

@@ -40,6 +40,7 @@ class Outage:
         "_pace",
         "_text",
         "_warn_ms",
+        "_what",
         "congested",
         "group",
         "since_ms",
@@ -47,9 +48,11 @@ class Outage:
         "why",
     )
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, what: str = "clients") -> None:
         self._text = text
         """The target, for messages."""
+        self._what = what
+        """What is held: clients or datagrams. The kernel does not tell the number of the latter."""
         self.group = text
         """Outages of one group are logged at most once in 5 s."""
         self.up = True
@@ -121,7 +124,7 @@ class Outage:
             self._log(log.WARNING)
             return
         span = _span_text(now_ms - self.since_ms)
-        text = f"{self.why}, clients have been held for {span}."
+        text = f"{self.why}, {self._what} have been held for {span}."
         log.limited(f"lasting {self.group}", text, log.WARNING, **self._fields())
 
     def end(self, now_ms: int) -> None:
@@ -135,28 +138,36 @@ class Outage:
         self.why = ""
 
     def _log_end(self, span_ms: int) -> None:
-        count = self._held_total
-        clients = "1 client was" if count == 1 else f"{count} clients were"
-        log.limited(
-            f"reached {self.group}",
-            f"{self._text} answers after {_span_text(span_ms)}, {clients} held.",
-            log.INFO,
-            MESSAGE_ID=log.RECOVERED,
-            TARGET=self._text,
-            OUTAGE_MSEC=str(span_ms),
-            CLIENTS_HELD=str(count),
-        )
+        fields = {
+            "MESSAGE_ID": log.RECOVERED,
+            "TARGET": self._text,
+            "OUTAGE_MSEC": str(span_ms),
+        }
+        held = ""
+        if self._what == "clients":
+            count = self._held_total
+            held = ", 1 client was held" if count == 1 else f", {count} clients were held"
+            fields["CLIENTS_HELD"] = str(count)
+        text = f"{self._text} answers after {_span_text(span_ms)}{held}."
+        log.limited(f"reached {self.group}", text, log.INFO, **fields)
 
     def given_up(self, reason: str, peer: bytes) -> None:
         """Log that a client with this packed address was given up."""
+        self._log_failed(reason, f"{reason}.{address_note(peer)}", CLIENT=address_field(peer))
+
+    def dropped(self, reason: str, what: str) -> None:
+        """Log that datagrams were dropped."""
+        self._log_failed(reason, f"{reason}, dropping {what}.")
+
+    def _log_failed(self, reason: str, text: str, **fields: str) -> None:
         log.limited(
             f"failed {self.group}",
-            f"{reason}.{address_note(peer)}",
+            text,
             log.ERROR,
             MESSAGE_ID=log.FAILED,
             TARGET=self._text,
             REASON=short_reason(reason, self._text),
-            CLIENT=address_field(peer),
+            **fields,
         )
 
     def next_probe_ms(self, now_ms: int) -> int:
@@ -170,7 +181,7 @@ class Outage:
 
     def _log(self, level: int) -> None:
         self._logged = True
-        text = f"{self.why}, holding clients until it answers."
+        text = f"{self.why}, holding {self._what} until it answers."
         log.limited(f"outage {self.group}", text, level, **self._fields())
 
     def _fields(self) -> dict[str, str]:

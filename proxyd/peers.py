@@ -32,5 +32,10 @@ def client_label(fd: int, peer: bytes) -> str:
     return address.text(address.unmapped(peer or socket_names(fd)[0]))
 
 
+def flow_label(peer: bytes) -> str:
+    """Return what the log calls the client of a flow at debug level."""
+    return address.text(address.unmapped(peer)) if peer and _wanted else "client"
+
+
 def _is_unnamed(peer: bytes) -> bool:
     return address.family(peer) == address.AF_UNIX and not address.unix_name(peer)

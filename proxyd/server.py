@@ -6,13 +6,13 @@ and gives both sockets back to the relay. The relay forwards until both sides ar
 """
 
 import _signal  # type: ignore[import-not-found]
-from _collections_abc import MutableMapping
 
-from proxyd import address, log
+from proxyd import address, log, stats
 from proxyd._relay import (
     Accepted,
     AcceptFailed,
     ConnectFailed,
+    DatagramsChanged,
     Ended,
     Refused,
     WorkersWanted,
@@ -20,7 +20,6 @@ from proxyd._relay import (
     take_signals,
 )
 from proxyd.acceptor import Acceptor, upstream_of
-from proxyd.errors import reason
 from proxyd.event_loop import EventLoop
 from proxyd.limits import fit_connections
 from proxyd.listen import Listener
@@ -29,6 +28,9 @@ from proxyd.upstream import Upstream
 
 TYPE_CHECKING = False  # as in typing, which is slow to import
 if TYPE_CHECKING:
+    from collections.abc import MutableMapping
+
+    from proxyd.datagrams import DatagramPolicy
     from proxyd.event_loop import PolicyEvent
     from proxyd.inspection.entrance import Entrance
     from proxyd.inspection.service import Service
@@ -44,7 +46,7 @@ STATUS_AGES_MS = 60_000
 def run(
     options: "Options",
     listeners: list[Listener],
-    environ: MutableMapping[str, str],
+    environ: "MutableMapping[str, str]",
     entrance: Listener | None = None,
 ) -> int:
     """Serve until the end; return the exit status. The listeners stay the caller's.
@@ -57,6 +59,8 @@ def run(
     finally:
         server.relay.close_all()  # after an error, too: a client that is cut must not see a FIN
         server.acceptor.stop()  # before other processes may get the listeners
+        if server.datagrams is not None:
+            server.datagrams.finish()
         if server.inspection is not None:
             server.inspection.close()
         for upstream in server.upstreams:
@@ -72,7 +76,7 @@ class Server:
         self,
         options: "Options",
         listeners: list[Listener],
-        environ: MutableMapping[str, str],
+        environ: "MutableMapping[str, str]",
         entrance: Listener | None = None,
     ) -> None:
         self.options = options
@@ -88,25 +92,28 @@ class Server:
         for index, target in enumerate(dict.fromkeys(one.target for one in listeners)):
             target.index = index
             self.relay.add_upstream(index)
-        for listener in listeners:
+        streams = [one for one in listeners if not one.datagram]
+        for listener in streams:
             self._assign_upstream(listener)
         connections_max = fit_connections(
             options.connections_max,
             len(listeners),
             options.threads,
             names=len(set(hosts)),
-            unix=any(_is_unix(one) for one in listeners),
+            unix=any(one.involves_unix for one in listeners),
             inspected=entrance is not None,
+            streams=bool(streams),
         )
         self.acceptor = Acceptor(self.loop, listeners, connections_max, options.proxy_protocol)
+        self.datagrams = self._make_datagrams() if len(streams) < len(listeners) else None
         single = len(listeners) == 1 and listeners[0].connected
         if options.threads > 1 and not single:
             self._use_threads()
         self.notifier = Notifier(NotifySocket(environ), self._status, self.relay)
         self.inspection = self._make_inspection(entrance) if entrance is not None else None
-        self.relay.wake_on_first = self.notifier.enabled
-        if self.loop.labelled:
-            import proxyd.stats  # noqa: F401 - for _log_end(), while there are fds to load it with
+        self.relay.wake_on_first = self.notifier.enabled or (
+            self.datagrams is not None and self.datagrams.needs_first_flow()
+        )
         self.held_ms = self.relay.now_ms
         """When a client was last held."""
         self.exit_idle_ms = _milliseconds(options.exit_idle_time)
@@ -160,6 +167,14 @@ class Server:
         self.upstreams.append(upstream)
         return upstream
 
+    def _make_datagrams(self) -> "DatagramPolicy":
+        from proxyd.datagrams import DatagramPolicy
+
+        timeout_ms = _milliseconds(self.options.connect_timeout)
+        proxy = self.options.proxy_protocol != 0
+        parts = self.loop, self.acceptor.listeners, self.resolver, timeout_ms
+        return DatagramPolicy(*parts, proxy=proxy)
+
     def _make_inspection(self, entrance: Listener) -> "Entrance":
         from proxyd.inspection.entrance import Entrance
 
@@ -170,7 +185,7 @@ class Server:
 
             threads, status = self.options.threads, self._status
             parts = self.loop, self.acceptor, self.upstreams
-            return Service(*parts, status, started_ms, threads, callers_max)
+            return Service(*parts, status, started_ms, threads, callers_max, self.datagrams)
 
         return Entrance(self.loop, entrance, make_service)
 
@@ -188,6 +203,8 @@ class Server:
     def serve(self) -> int:
         """Serve until the end; return the exit status."""
         self.acceptor.start()
+        if self.datagrams is not None:
+            self.datagrams.start()
         self._log_listening()
         self.notifier.ready()
         self._tick()
@@ -220,13 +237,13 @@ class Server:
             self._start_threads()
         elif isinstance(event, Accepted | AcceptFailed | Refused):
             self.acceptor.handle(event)
+        elif isinstance(event, DatagramsChanged):
+            pass  # _tick() is what it calls for
         elif self.inspection is not None:
             self.inspection.handle(event)
 
     def _log_end(self, event: Ended) -> None:
-        from proxyd.stats import ending
-
-        log.debug(ending(self.loop.pop_label(event.connection), event))
+        log.debug(stats.ending(self.loop.pop_label(event.connection), event))
 
     def _start_threads(self) -> None:
         from proxyd import workers
@@ -240,6 +257,9 @@ class Server:
             if upstream.held:
                 self.held_ms = now_ms
                 upstream.step(now_ms)
+        if self.datagrams is not None:
+            self.datagrams.step(now_ms)
+            self.held_ms = now_ms if self.datagrams.holds else self.held_ms
         self.acceptor.tick(now_ms)
         self.acceptor.update_relay()
         if self.summary_wanted:
@@ -253,12 +273,7 @@ class Server:
         self.relay.wake_at_count = max(self.acceptor.wake_at_count(), last)
 
     def _log_summary(self) -> None:
-        try:
-            from proxyd.stats import summary
-        except (OSError, ImportError) as error:  # there is no fd left to load it with
-            log.warning(f"Failed to load the statistics: {reason(error)}")
-            return
-        for line in summary(self.acceptor, self.relay, self.upstreams):
+        for line in stats.summary(self.acceptor, self.relay, self.upstreams, self.datagrams):
             log.info(line)
 
     def _timeout_ms(self) -> int:
@@ -267,6 +282,8 @@ class Server:
         times += [self.stop_ms, self._idle_exit_ms()]
         if self.inspection is not None:
             times.append(self.inspection.next_ms(self.relay.now_ms))
+        if self.datagrams is not None:
+            times.append(self.datagrams.next_ms())
         times += [upstream.next_ms() for upstream in self.upstreams if upstream.held]
         soonest = min((time for time in times if time is not None), default=None)
         return -1 if soonest is None else max(soonest - self.relay.now_ms, 0)
@@ -304,7 +321,11 @@ class Server:
         return came
 
     def _busy(self) -> bool:
-        return self.relay.connections > 0 or any(upstream.held for upstream in self.upstreams)
+        ignored, holds = 0, False
+        if self.datagrams is not None:
+            ignored, holds = self.datagrams.quiet_flows, self.datagrams.holds
+        held = holds or any(upstream.held for upstream in self.upstreams)
+        return held or self.relay.connections > ignored
 
     def _signalled(self) -> None:
         for number in take_signals():
@@ -323,11 +344,15 @@ class Server:
         drain_ms = _milliseconds(self.options.drain_timeout)
         self.stop_ms = None if drain_ms is None else now_ms + drain_ms
         self.acceptor.stop()
+        if self.datagrams is not None:
+            self.datagrams.stop()
         self.notifier.stopping(now_ms, waits=drain_ms != 0)
 
     def _end(self) -> None:
         if not self.stopping:
             self.notifier.stopping(self.relay.now_ms, waits=False)
+        if self.datagrams is not None:
+            self.datagrams.end()
         cut = self.relay.close_all()
         if self.loop.labelled:
             self.acceptor.stop()
@@ -336,34 +361,24 @@ class Server:
         waiting = sum(upstream.drop_all() for upstream in self.upstreams)
         if cut or waiting:
             log.info(f"Stopped; {cut} open and {waiting} waiting connections were cut.")
-        if self.relay.totals().accepted:  # with Accept=yes it would be a line for each connection
-            self._log_totals()
+        self._log_totals()
 
     def _log_totals(self) -> None:
         """Log what all the connections were, before nothing knows it any more."""
-        try:
-            from proxyd.stats import summary
-        except (OSError, ImportError):
-            return  # there is no fd left to load it with
-        log.info(f"Totals: {summary(self.acceptor, self.relay, self.upstreams)[0]}.")
+        for line in stats.totals(self.acceptor, self.relay, self.upstreams, self.datagrams):
+            log.info(line)
 
     def _status(self) -> str:
-        from proxyd import stats
-
         if self.stopping:
-            return stats.draining(self.relay, self.upstreams, self.stop_ms)
-        return stats.status(self.acceptor, self.relay, self.upstreams)
+            return stats.draining(self.relay, self.upstreams, self.stop_ms, self.datagrams)
+        return stats.status(self.acceptor, self.relay, self.upstreams, self.datagrams)
 
     def _status_ages(self, now_ms: int) -> bool:
         """Tell whether the status says how long ago something was."""
         times = [self.acceptor.refused_ms, *[one.held.failed_ms for one in self.upstreams]]
+        if self.datagrams is not None:
+            times += [self.datagrams.refused_ms, *self.datagrams.failed_ms]
         return any(time is not None and now_ms - time < STATUS_AGES_MS for time in times)
-
-
-def _is_unix(listener: Listener) -> bool:
-    """Tell whether the clients of a listener come from a UNIX socket, or go to one."""
-    target = listener.target.address
-    return address.AF_UNIX in (listener.family, address.family(target) if target else None)
 
 
 def _milliseconds(usec: int | None) -> int | None:

@@ -1,7 +1,7 @@
 """Which caller may call what: status and metrics are for everybody, the rest is not."""
 
 import _socket
-import os
+import posix
 
 _SO_PEERCRED_SIZE = 12  # struct ucred: pid, uid, gid
 
@@ -24,7 +24,7 @@ def peer_of(sock: _socket.socket) -> Peer:
     """Return who is at the other end. Raises OSError."""
     ucred = sock.getsockopt(_socket.SOL_SOCKET, _socket.SO_PEERCRED, _SO_PEERCRED_SIZE)
     uid = int.from_bytes(ucred[4:8], "little" if _LITTLE else "big")
-    return Peer(uid, privileged=is_privileged(uid, os.geteuid(), _overflow))
+    return Peer(uid, privileged=is_privileged(uid, posix.geteuid(), _overflow))
 
 
 def is_privileged(uid: int, own_uid: int, overflow_uid: int) -> bool:

@@ -1,8 +1,7 @@
 """The inspection socket, until somebody calls: it is bound, and watched."""
 
 import errno
-import os
-from _collections_abc import Callable
+import posix
 
 from proxyd import address as sockaddr
 from proxyd import log
@@ -13,6 +12,8 @@ from proxyd.listen import Listener, close_listener
 
 TYPE_CHECKING = False  # as in typing, which is slow to import
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from proxyd.event_loop import InspectionEvent
     from proxyd.inspection.service import Service
 
@@ -48,7 +49,7 @@ def check_inherited(name: str, listeners: list[Listener]) -> Listener:
         count = "no" if not found else "more than one"
         raise UsageError(f"There is {count} inherited socket with the name '{name}' of --inspect=.")
     (entrance,) = found
-    if entrance.family != sockaddr.AF_UNIX or entrance.connected:
+    if entrance.family != sockaddr.AF_UNIX or entrance.connected or entrance.datagram:
         raise UsageError(
             f"The socket '{name}' ({entrance.text}) of --inspect= is not a listening UNIX socket."
         )
@@ -79,7 +80,7 @@ def _open(path: str) -> Listener:
 
     entrance = open_listener(ListenAddress(NAME, sockaddr.pack_unix(path), path, False))
     try:
-        os.chmod(path, MODE)
+        posix.chmod(path, MODE)
     except OSError:
         close_listener(entrance)
         raise
@@ -130,7 +131,9 @@ class Entrance:
                 del self._parts[0]
                 return  # the caller is reported again
             service = self._load()
-            os.set_blocking(self._listener.fd, False)  # others may share it, and have cleared that
+            posix.set_blocking(
+                self._listener.fd, False
+            )  # others may share it, and have cleared that
             for _ in range(_ACCEPTS_MAX):
                 service.callers.add(_accept_one(self._listener.fd))
         except BlockingIOError:
@@ -199,7 +202,7 @@ def _accept_one(fd: int) -> int:
     finally:
         sock.detach()
     try:
-        os.set_blocking(accepted, False)
+        posix.set_blocking(accepted, False)
     except OSError:
         pass  # each call on it says that it is not to wait
     return int(accepted)

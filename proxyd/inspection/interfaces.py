@@ -32,20 +32,25 @@ _PROXY_TEXT = """\
 # What a running systemd-socket-proxyd is doing.
 interface net.socketproxyd.Proxy
 
-# One direction of a connection. bytes: delivered so far; inFlight: read, and not delivered yet.
+# What a listener or a target has: connections, or datagrams.
+type Kind (stream, datagram)
+
+# One direction of a connection or flow. bytes: delivered so far; inFlight: read, and not delivered
+# yet; datagrams: delivered so far, null for a connection.
 type Half (
   bytes: int,
   inFlight: int,
-  state: (flowing, draining, shut, dead)
+  state: (flowing, draining, shut, dead),
+  datagrams: ?int
 )
 
 # A client. held: it waits for its target; connecting; open; lingering: one side is closed, and the
-# other has not taken all yet. id: the same from the accept to the end. client: "" if the address is
-# not known. localAddress: our own, towards the target. thread: 0 is the main one, -1 that for
-# connections which may block.
+# other has not taken all yet; flow: it has sent datagrams. id: the same from the accept, or the
+# first datagram, to the end. client: "" if the address is not known. localAddress: our own, towards
+# the target. thread: 0 is the main one, -1 that for connections which may block.
 type Connection (
   id: int,
-  state: (held, connecting, open, lingering),
+  state: (held, connecting, open, lingering, flow),
   listener: string,
   client: string,
   clientPID: ?int,
@@ -71,13 +76,16 @@ type Limits (
 type Listener (
   name: string,
   address: string,
+  kind: Kind,
   target: string,
   accepting: bool
 )
 
-# failed: clients that were given up. downSinceUSec: null while the target is up.
+# held, served and failed: clients; for datagrams, those in hand, the flows begun, and the datagrams
+# dropped because the target was down. failed: given up. downSinceUSec: null while the target is up.
 type Target (
   target: string,
+  kind: Kind,
   up: bool,
   downSinceUSec: ?int,
   reason: ?string,
@@ -86,17 +94,27 @@ type Target (
   failed: int
 )
 
+# All datagrams so far: delivered, and dropped by cause. droppedByKernel: in full receive queues.
+type Datagrams (
+  flowsBegun: int,
+  toTargets: int,
+  toClients: int,
+  dropped: [string]int,
+  droppedByKernel: int
+)
+
 # Lists the clients, those of one target or in one state if asked to. Takes 'more'. For root and the
 # user of the service. Ends with Incomplete, after all others, if some could not be listed.
 method List(target: ?string, state: ?string) -> (connection: Connection)
 
-# Reports clients that come and go from now on, each once: when it is held for its target or, if it
-# is not, when it is being connected; and when it has left. Takes 'more'. For root and the user of
-# the service. A caller that does not read is dropped. how: of an end, as in the log; "failed" if
-# the client was given up.
+# Reports clients and flows that come and go from now on, each once: a client when it is held for
+# its target or, if it is not, when it is being connected; and when it has left. Takes 'more'. For
+# root and the user of the service. A caller that does not read is dropped. how: of an end, as in
+# the log; "failed" if the client was given up.
 method Watch() -> (event: (begin, end), connection: Connection, how: ?string)
 
-# Resets a connection, or a client that is held. For root and the user of the service.
+# Resets a connection, or a client that is held, or ends a flow. For root and the user of the
+# service.
 method Terminate(id: int) -> ()
 
 # For everybody.
@@ -107,6 +125,8 @@ method Status() -> (
   status: string,
   open: int,
   held: int,
+  flows: int,
+  datagrams: ?Datagrams,
   threads: int,
   limits: Limits,
   listeners: []Listener,

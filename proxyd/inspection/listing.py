@@ -1,13 +1,19 @@
-"""List: the clients of one snapshot, piece by piece."""
+"""List: the clients of one snapshot, piece by piece; then the flows, as they are by then."""
 
 import json
-from _collections_abc import Iterable
 
 from proxyd.inspection.caller import SharedStream
 from proxyd.inspection.interfaces import PROXY
 from proxyd.inspection.rows import Row
 from proxyd.inspection.snapshot import Snapshot, Snapshots
 from proxyd.inspection.varlink import CallError, message
+
+TYPE_CHECKING = False  # as in typing, which is slow to import
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from proxyd._datagram import FlowInfo
+    from proxyd.datagrams import DatagramPolicy
 
 ROWS_MAX = 32
 """How many rows a piece has: the relay waits while they are made into text."""
@@ -18,6 +24,8 @@ class ListStream(SharedStream):
 
     __slots__ = (
         "_at",
+        "_datagrams",
+        "_flow",
         "_held_at",
         "_kept",
         "_snapshot",
@@ -26,8 +34,17 @@ class ListStream(SharedStream):
         "_target",
     )
 
-    def __init__(self, snapshots: Snapshots, target: str | None, state: str | None) -> None:
+    def __init__(
+        self,
+        snapshots: Snapshots,
+        target: str | None,
+        state: str | None,
+        datagrams: "DatagramPolicy | None" = None,
+    ) -> None:
         """Only rows of this target and in this state are wanted, if they are given."""
+        self._datagrams = datagrams
+        self._flow = 0
+        """The id of the last flow that was told."""
         self._snapshots = snapshots
         self._snapshot: Snapshot = snapshots.request()
         super().__init__(self._snapshot.wakes)
@@ -61,6 +78,13 @@ class ListStream(SharedStream):
                 for target, client in held
                 if self._wants(target, "held")
             )
+        flows = self._next_flows()
+        if flows:
+            return self._take(
+                snapshot.makes.flow(flow)
+                for flow in flows
+                if self._wants(snapshot.names.flow_target(flow), "flow")
+            )
         if snapshot.missing and self._kept is not None:
             last, self._kept = self._kept, None
             return _reply(last, continues=True)
@@ -71,12 +95,19 @@ class ListStream(SharedStream):
             raise CallError(f"{PROXY}.NoSuchConnection")
         return _reply(self._kept)
 
+    def _next_flows(self) -> "list[FlowInfo]":
+        if self._datagrams is None:
+            return []
+        flows = self._datagrams.relay_part.rows(self._flow, ROWS_MAX)
+        self._flow = flows[-1].flow if flows else self._flow
+        return [flow for flow in flows if flow.flow <= self._snapshot.last_id]
+
     def _wants(self, target: str, state: str) -> bool:
         if self._state not in (None, state):
             return False
         return self._target is None or self._snapshot.names.quoted(target) == self._target
 
-    def _take(self, rows: Iterable[Row]) -> bytes:
+    def _take(self, rows: "Iterable[Row]") -> bytes:
         """Return all rows but the last, after the one kept before."""
         messages = []
         for row in rows:

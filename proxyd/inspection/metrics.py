@@ -4,7 +4,6 @@ What a target's open connections have moved is not in its counters before the re
 all. So a list waits for that, and everybody who asks meanwhile shares the next pass.
 """
 
-from _collections_abc import Callable, Iterator, Sequence
 from itertools import accumulate
 
 from proxyd._relay import CONNECT_BUCKETS_US, Relay, SnapshotRows
@@ -15,6 +14,12 @@ from proxyd.inspection.varlink import Fields, plain, reply
 from proxyd.stats import all_endings
 from proxyd.target import Target
 from proxyd.upstream import Upstream
+
+TYPE_CHECKING = False  # as in typing, which is slow to import
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from proxyd.datagrams import DatagramPolicy
 
 DOMAIN = "net.socketproxyd."
 
@@ -43,10 +48,22 @@ _FAMILIES = (
 )
 """Name, type and description of each family, in the order of their names."""
 
+_DATAGRAM_FAMILIES = (
+    ("DatagramBytesToClients", "counter", "Bytes delivered to clients in datagrams, by target"),
+    ("DatagramBytesToTargets", "counter", "Bytes delivered to targets in datagrams, by target"),
+    ("DatagramsDropped", "counter", "Datagrams dropped, by target and cause"),
+    ("DatagramsDroppedByKernel", "counter", "Datagrams dropped in full receive queues"),
+    ("DatagramsToClients", "counter", "Datagrams delivered to clients, by target"),
+    ("DatagramsToTargets", "counter", "Datagrams delivered to targets, by target"),
+    ("Flows", "gauge", "Flows of datagrams that are open"),
+    ("FlowsBegun", "counter", "Flows of datagrams begun, by target"),
+    ("FlowsEnded", "counter", "Flows of datagrams that have ended, by how"),
+)
+"""The same where there are listeners of datagrams."""
 _PIECE = 64
 """How many metrics are made at once: the relay waits while they are made into text."""
 
-Metric = tuple[str, Fields, str, Sequence[str], Sequence[int]]
+Metric = tuple[str, Fields, str, "Sequence[str]", "Sequence[int]"]
 """Name, fields, and the values: one for each label, which is the value of one more field, if that
 has a name."""
 
@@ -56,7 +73,7 @@ class Passes:
 
     __slots__ = ("_collect", "_next", "_relay", "_running")
 
-    def __init__(self, relay: Relay, collect: Callable[[], list[Metric]]) -> None:
+    def __init__(self, relay: Relay, collect: "Callable[[], list[Metric]]") -> None:
         """`collect` returns the metrics after a pass."""
         self._relay = relay
         self._collect = collect
@@ -132,16 +149,17 @@ class MetricsStream(SharedStream):
         return b"".join(messages)
 
 
-def describe() -> bytes:
-    """Answer Describe."""
+def describe(*, datagrams: bool) -> bytes:
+    """Answer Describe. `datagrams`: there are listeners of them."""
+    known = sorted(_FAMILIES + _DATAGRAM_FAMILIES) if datagrams else _FAMILIES
     families: list[Fields] = [
-        {"name": DOMAIN + name, "description": text, "type": kind} for name, kind, text in _FAMILIES
+        {"name": DOMAIN + name, "description": text, "type": kind} for name, kind, text in known
     ]
     *others, last = families
     return b"".join([reply(one, continues=True) for one in others]) + reply(last)
 
 
-def _messages(metrics: list[Metric]) -> Iterator[Fields]:
+def _messages(metrics: list[Metric]) -> "Iterator[Fields]":
     for name, fields, label, texts, values in metrics:
         for text, value in zip(texts, values, strict=True):
             all_fields = fields | {label: text} if label else fields
@@ -153,13 +171,22 @@ def _messages(metrics: list[Metric]) -> Iterator[Fields]:
             }
 
 
-def collect(acceptor: Acceptor, relay: Relay, upstreams: list[Upstream]) -> list[Metric]:
+def collect(
+    acceptor: Acceptor,
+    relay: Relay,
+    upstreams: list[Upstream],
+    datagrams: "DatagramPolicy | None" = None,
+) -> list[Metric]:
     """Return all metrics; those of one family follow each other."""
-    found = [*_overall(acceptor, relay, upstreams), *_by_target(relay, upstreams)]
+    flows = datagrams.flows if datagrams is not None else 0
+    found = [*_overall(acceptor, relay, upstreams, flows), *_by_target(relay, upstreams)]
+    found += _of_datagrams(datagrams) if datagrams is not None else []
     return sorted(found, key=lambda metric: metric[0])
 
 
-def _overall(acceptor: Acceptor, relay: Relay, upstreams: list[Upstream]) -> Iterator[Metric]:
+def _overall(
+    acceptor: Acceptor, relay: Relay, upstreams: list[Upstream], flows: int
+) -> "Iterator[Metric]":
     totals = relay.totals()
     yield _single("Accepted", totals.accepted + acceptor.passed_in)
     yield _single("BytesToClients", totals.bytes_to_clients)
@@ -167,12 +194,12 @@ def _overall(acceptor: Acceptor, relay: Relay, upstreams: list[Upstream]) -> Ite
     yield _single("ConnectionsMax", relay.connections_max)
     endings = all_endings(totals, upstreams)
     yield "Ended", {}, "how", [*endings], [*endings.values()]
-    yield _single("Open", relay.connections)
+    yield _single("Open", relay.connections - flows)
     yield _single("Refused", totals.refused + acceptor.refused)
     yield _single("Threads", relay.thread_count)
 
 
-def _by_target(relay: Relay, upstreams: list[Upstream]) -> Iterator[Metric]:
+def _by_target(relay: Relay, upstreams: list[Upstream]) -> "Iterator[Metric]":
     """Yield the metrics of each target; all ports of HOST:* are one."""
     groups: dict[Target, list[Upstream]] = {}
     for upstream in upstreams:
@@ -194,9 +221,26 @@ def _by_target(relay: Relay, upstreams: list[Upstream]) -> Iterator[Metric]:
         yield from _histogram("ConnectUSec", fields, _CONNECT_BOUNDS, took, totals.connect_us)
 
 
+def _of_datagrams(datagrams: "DatagramPolicy") -> "Iterator[Metric]":
+    totals = datagrams.totals()
+    yield _single("DatagramsDroppedByKernel", totals.kernel_dropped)
+    yield _single("Flows", datagrams.flows)
+    yield "FlowsEnded", {}, "how", [*totals.endings], [*totals.endings.values()]
+    for upstream in datagrams.upstreams:
+        fields: Fields = {"target": plain(upstream.label)}
+        own = upstream.relay_target.totals()
+        yield _single("DatagramBytesToClients", own.bytes_to_clients, fields)
+        yield _single("DatagramBytesToTargets", own.bytes_to_targets, fields)
+        yield "DatagramsDropped", fields, "cause", [*own.dropped], [*own.dropped.values()]
+        yield _single("DatagramsToClients", own.datagrams_to_clients, fields)
+        yield _single("DatagramsToTargets", own.datagrams_to_targets, fields)
+        yield _single("FlowsBegun", own.flows, fields)
+        yield _single("Up", int(upstream.outage.up), fields)
+
+
 def _histogram(
-    name: str, fields: Fields, bounds: Sequence[str], counts: Sequence[int], sum_us: int
-) -> Iterator[Metric]:
+    name: str, fields: Fields, bounds: "Sequence[str]", counts: "Sequence[int]", sum_us: int
+) -> "Iterator[Metric]":
     """Yield a histogram, cumulated as Prometheus has them; the last count has no bound."""
     cumulated = list(accumulate(counts))
     yield f"{name}Bucket", fields, "le", bounds, cumulated

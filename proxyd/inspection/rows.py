@@ -15,6 +15,7 @@ from proxyd.inspection.varlink import plain
 
 TYPE_CHECKING = False  # as in typing
 if TYPE_CHECKING:
+    from proxyd._datagram import FlowInfo
     from proxyd._relay import ConnectionInfo
     from proxyd.listen import Listener
 
@@ -24,7 +25,7 @@ Row = str
 _TEXTS_MAX = 1000
 """How many texts are kept."""
 
-_NOTHING = '{"bytes":0,"inFlight":0,"state":"flowing"}'
+_NOTHING = '{"bytes":0,"inFlight":0,"state":"flowing","datagrams":null}'
 """A half of a client that is held."""
 
 _INET = sockaddr.AF_INET.to_bytes(2, sys.byteorder)
@@ -54,8 +55,10 @@ class RowMaker:
             f'"sinceUSec":{self.since_us(accepted_ms)},"ageUSec":{self._span(accepted_ms)},'
             f'"idleUSec":{self._span(info.active_ms)},"heldUSec":{held},'
             f'"connectUSec":{"null" if info.connect_us < 0 else info.connect_us},'
-            f'"up":{{"bytes":{up.bytes},"inFlight":{up.in_flight},"state":"{up.state}"}},'
-            f'"down":{{"bytes":{down.bytes},"inFlight":{down.in_flight},"state":"{down.state}"}},'
+            f'"up":{{"bytes":{up.bytes},"inFlight":{up.in_flight},"state":"{up.state}",'
+            f'"datagrams":null}},'
+            f'"down":{{"bytes":{down.bytes},"inFlight":{down.in_flight},"state":"{down.state}",'
+            f'"datagrams":null}},'
             f'"thread":{info.thread}}}'
         )
 
@@ -71,6 +74,22 @@ class RowMaker:
             f'"sinceUSec":{self.since_us(client.since_ms)},"ageUSec":{age_us},'
             f'"idleUSec":{age_us},"heldUSec":{age_us},"connectUSec":null,'
             f'"up":{_NOTHING},"down":{_NOTHING},"thread":0}}'
+        )
+
+    def flow(self, info: "FlowInfo") -> Row:
+        """Return the row of a flow of datagrams."""
+        names = self._names
+        client = _local(info.client).replace("null", '""')
+        return (
+            f'{{"id":{info.flow},"state":"flow",'
+            f'"listener":{names.quoted(names.listener(info.listener).text)},'
+            f'"client":{client},"clientPID":null,'
+            f'"target":{names.quoted(names.flow_target(info))},'
+            f'"targetAddress":{names.address(info.target)},"localAddress":{_local(info.own)},'
+            f'"sinceUSec":{self.since_us(info.opened_ms)},"ageUSec":{self._span(info.opened_ms)},'
+            f'"idleUSec":{self._span(info.active_ms)},"heldUSec":null,"connectUSec":null,'
+            f'"up":{_way(info.bytes_up, info.datagrams_up)},'
+            f'"down":{_way(info.bytes_down, info.datagrams_down)},"thread":0}}'
         )
 
     def since_us(self, since_ms: int) -> int:
@@ -105,6 +124,10 @@ class Names:
             return f"{target.text.removesuffix('*')}{port}"
         return target.text
 
+    def flow_target(self, info: "FlowInfo") -> str:
+        """Return the target of a flow, with its kind."""
+        return self._listeners[info.listener].datagram_upstream.label
+
     def address(self, target: bytes) -> str:
         """Return the address of a target as JSON, null if it is not known."""
         if not target:
@@ -124,6 +147,11 @@ class Names:
                 self._quoted.clear()
             found = self._quoted[text] = _quote(text)
         return found
+
+
+def _way(size: int, datagrams: int) -> str:
+    """Return one direction of a flow."""
+    return f'{{"bytes":{size},"inFlight":0,"state":"flowing","datagrams":{datagrams}}}'
 
 
 def _local(address: bytes) -> str:

@@ -1,7 +1,6 @@
 """What the methods do. Imported with the first caller."""
 
-import os
-from _collections_abc import Callable
+import posix
 
 from proxyd import __version__
 from proxyd._relay import Ended, SnapshotRows, Terminated
@@ -19,15 +18,20 @@ from proxyd.inspection.snapshot import Snapshots
 from proxyd.inspection.terminate import Terminations
 from proxyd.inspection.varlink import SERVICE, Call, CallError, Fields, plain, reply
 from proxyd.inspection.watch import Watchers
+from proxyd.outage import Outage
 from proxyd.upstream import Upstream
 
 TYPE_CHECKING = False  # as in typing
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from proxyd.datagram_upstream import DatagramUpstream
+    from proxyd.datagrams import DatagramPolicy
     from proxyd.event_loop import InspectionEvent
 
 _FOR_EVERYBODY = (f"{PROXY}.Status", f"{METRICS}.List", f"{METRICS}.Describe")
 
-_STATES = ("held", "connecting", "open", "lingering")
+_STATES = ("held", "connecting", "open", "lingering", "flow")
 
 
 class Service:
@@ -38,12 +42,14 @@ class Service:
         loop: EventLoop,
         acceptor: Acceptor,
         upstreams: list[Upstream],
-        status: Callable[[], str],
+        status: "Callable[[], str]",
         started_ms: int,
         threads_max: int,
         callers_max: int,
+        datagrams: "DatagramPolicy | None" = None,
     ) -> None:
         self._loop = loop
+        self._datagrams = datagrams
         self._relay = loop.relay
         self._acceptor = acceptor
         self._upstreams = upstreams
@@ -57,9 +63,11 @@ class Service:
         self._names = Names(acceptor)
         clock = lambda: loop.relay.now_ms  # noqa: E731
         self._snapshots = Snapshots(self._relay, clock, self._names, upstreams)
-        self._passes = Passes(self._relay, lambda: collect(acceptor, loop.relay, upstreams))
+        self._passes = Passes(
+            self._relay, lambda: collect(acceptor, loop.relay, upstreams, datagrams)
+        )
         self._terminations = Terminations(self._relay)
-        self._watchers = Watchers(loop, self._relay, self._make_rows)
+        self._watchers = Watchers(loop, self._relay, self._make_rows, datagrams)
         self.callers = Callers(loop, self._answer, callers_max)
         self._methods: dict[str, Callable[[Call], bytes | Stream]] = {
             f"{SERVICE}.GetInfo": _get_info,
@@ -69,7 +77,7 @@ class Service:
             f"{PROXY}.Terminate": self._terminate,
             f"{PROXY}.Status": self._status,
             f"{METRICS}.List": self._list_metrics,
-            f"{METRICS}.Describe": _describe_metrics,
+            f"{METRICS}.Describe": self._describe_metrics,
         }
 
     def _make_rows(self) -> RowMaker:
@@ -107,7 +115,7 @@ class Service:
         state = call.text("state")
         if state not in (None, *_STATES):
             raise CallError(f"{SERVICE}.InvalidParameter", parameter="state")
-        return ListStream(self._snapshots, call.text("target"), state)
+        return ListStream(self._snapshots, call.text("target"), state, self._datagrams)
 
     def _watch(self, call: Call) -> Stream:
         call.require_more()
@@ -124,32 +132,41 @@ class Service:
                     return reply({})
         if connection <= 0:
             raise CallError(f"{PROXY}.NoSuchConnection")
+        if self._datagrams is not None and self._datagrams.relay_part.terminate(connection):
+            return reply({})
         return self._terminations.begin(connection)
 
     def _status(self, call: Call) -> bytes:
         call.allow()
         relay = self._loop.relay
         makes = self._make_rows()
+        datagrams = self._datagrams
+        flows = datagrams.flows if datagrams is not None else 0
+        others = datagrams.upstreams if datagrams is not None else []
         return reply(
             {
                 "version": __version__,
-                "pid": os.getpid(),
+                "pid": posix.getpid(),
                 "startedUSec": makes.since_us(self._started_ms),
                 "status": plain(self._status_text()),
-                "open": relay.connections,
+                "open": relay.connections - flows,
                 "held": sum(len(one.held) for one in self._upstreams),
+                "flows": flows,
+                "datagrams": _datagrams(datagrams) if datagrams is not None else None,
                 "threads": relay.thread_count,
                 "limits": self._limits,
                 "listeners": [
                     {
                         "name": plain(one.name),
                         "address": plain(one.text),
+                        "kind": "datagram" if one.datagram else "stream",
                         "target": plain(one.target.text),
                         "accepting": one.accepting,
                     }
                     for one in self._acceptor.listeners
                 ],
-                "targets": [_target(one, makes) for one in self._upstreams],
+                "targets": [_target(one, makes) for one in self._upstreams]
+                + [_datagram_target(one, makes) for one in others],
             }
         )
 
@@ -157,6 +174,11 @@ class Service:
         call.require_more()
         call.allow()
         return MetricsStream(self._passes)
+
+    def _describe_metrics(self, call: Call) -> bytes:
+        call.require_more()
+        call.allow()
+        return describe(datagrams=self._datagrams is not None)
 
 
 def _unknown(method: str) -> CallError:
@@ -189,21 +211,44 @@ def _get_interface_description(call: Call) -> bytes:
     return reply({"description": TEXTS[interface]})
 
 
-def _describe_metrics(call: Call) -> bytes:
-    call.require_more()
-    call.allow()
-    return describe()
-
-
 def _target(upstream: Upstream, makes: RowMaker) -> Fields:
-    outage = upstream.outage
-    since_ms = None if outage.up else outage.since_ms
     return {
         "target": plain(upstream.text),
-        "up": outage.up,
-        "downSinceUSec": None if since_ms is None else makes.since_us(since_ms),
-        "reason": plain(short_reason(outage.why, upstream.text)) if outage.why else None,
+        "kind": "stream",
+        **_outage(upstream.outage, upstream.text, makes),
         "held": len(upstream.held),
         "served": upstream.connected,
         "failed": upstream.held.failed,
+    }
+
+
+def _datagram_target(upstream: "DatagramUpstream", makes: RowMaker) -> Fields:
+    totals = upstream.relay_target.totals()
+    return {
+        "target": plain(upstream.label),
+        "kind": "datagram",
+        **_outage(upstream.outage, upstream.text, makes),
+        "held": upstream.relay_target.held,
+        "served": totals.flows,
+        "failed": upstream.dropped,
+    }
+
+
+def _outage(outage: Outage, target: str, makes: RowMaker) -> Fields:
+    since_ms = None if outage.up else outage.since_ms
+    return {
+        "up": outage.up,
+        "downSinceUSec": None if since_ms is None else makes.since_us(since_ms),
+        "reason": plain(short_reason(outage.why, target)) if outage.why else None,
+    }
+
+
+def _datagrams(datagrams: "DatagramPolicy") -> Fields:
+    totals = datagrams.totals()
+    return {
+        "flowsBegun": totals.flows,
+        "toTargets": totals.datagrams_to_targets,
+        "toClients": totals.datagrams_to_clients,
+        "dropped": totals.dropped,
+        "droppedByKernel": totals.kernel_dropped,
     }

@@ -5,14 +5,14 @@ whose connect fails meanwhile may have left the relay before it was copied, so t
 looked at once more at the end.
 """
 
-from _collections_abc import Callable, Iterable, Iterator
-
 from proxyd.held import HeldClient
 from proxyd.inspection.rows import Names, RowMaker
 from proxyd.upstream import Upstream
 
 TYPE_CHECKING = False  # as in typing
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
     from proxyd._relay import ConnectionInfo, Relay, SnapshotRows
 
 SNAPSHOTS_MAX = 2
@@ -25,6 +25,7 @@ class Snapshot:
     __slots__ = (
         "complete",
         "held",
+        "last_id",
         "makes",
         "missing",
         "names",
@@ -45,6 +46,8 @@ class Snapshot:
         self.missing = 0
         """How many connections the relay could not tell of; final once it is complete."""
         self.complete = False
+        self.last_id = 0
+        """No flow with a higher id belongs to it."""
         self.users = 0
         self.makes: RowMaker
         self.wakes: list[Callable[[], None]] = []
@@ -68,9 +71,9 @@ class Snapshots:
     def __init__(
         self,
         relay: "Relay",
-        clock: Callable[[], int],
+        clock: "Callable[[], int]",
         names: Names,
-        upstreams: Iterable[Upstream],
+        upstreams: "Iterable[Upstream]",
     ) -> None:
         """`clock` returns the relay's time in milliseconds; `upstreams` may change."""
         self._relay = relay
@@ -113,6 +116,7 @@ class Snapshots:
         self._start_ms = self._clock()
         snapshot.makes = RowMaker(self._names, self._start_ms)
         snapshot.held = list(self._all_held())
+        snapshot.last_id = self._relay.new_id()
         snapshot.number = self._relay.start_snapshot()
 
     def handle(self, event: "SnapshotRows") -> None:
@@ -144,7 +148,7 @@ class Snapshots:
             self._alive.remove(snapshot)
         self._start_next()
 
-    def _all_held(self) -> Iterator[tuple[str, HeldClient]]:
+    def _all_held(self) -> "Iterator[tuple[str, HeldClient]]":
         for upstream in self._upstreams:
             for client in upstream.held:
                 yield upstream.text, client

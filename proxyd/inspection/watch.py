@@ -1,7 +1,5 @@
 """Watch: connections that begin and end. Nothing is told, or paid, without a watcher."""
 
-from _collections_abc import Callable
-
 from proxyd.event_loop import EventLoop
 from proxyd.held import HeldClient
 from proxyd.inspection.caller import Stream
@@ -10,7 +8,11 @@ from proxyd.inspection.varlink import message
 
 TYPE_CHECKING = False  # as in typing
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from proxyd._datagram import FlowInfo
     from proxyd._relay import ConnectionInfo, Ended, Relay
+    from proxyd.datagrams import DatagramPolicy
 
 UNREAD_MAX = 256 * 1024
 """A watcher for which more bytes than this wait is dropped."""
@@ -19,12 +21,21 @@ UNREAD_MAX = 256 * 1024
 class Watchers:
     """Tells watchers what begins and ends, and the relay whether there are any."""
 
-    __slots__ = ("_loop", "_make_rows", "_relay", "_streams")
+    __slots__ = ("_datagrams", "_loop", "_make_rows", "_relay", "_streams")
 
-    def __init__(self, loop: EventLoop, relay: "Relay", make_rows: Callable[[], RowMaker]) -> None:
+    def __init__(
+        self,
+        loop: EventLoop,
+        relay: "Relay",
+        make_rows: "Callable[[], RowMaker]",
+        datagrams: "DatagramPolicy | None" = None,
+    ) -> None:
         self._loop = loop
         self._relay = relay
         self._make_rows = make_rows
+        self._datagrams = datagrams
+        if datagrams is not None:
+            datagrams.on_flow = self._flow
         self._streams: list[WatchStream] = []
 
     def add(self) -> "WatchStream":
@@ -33,6 +44,8 @@ class Watchers:
         self._streams.append(stream)
         self._relay.report_begins = self._relay.report_ends = True
         self._loop.on_held = self._held
+        if self._datagrams is not None:
+            self._datagrams.report(wanted=True)
         return stream
 
     def _remove(self, stream: "WatchStream") -> None:
@@ -41,6 +54,8 @@ class Watchers:
             self._relay.report_begins = False
             self._relay.report_ends = self._loop.labelled
             self._loop.on_held = None
+            if self._datagrams is not None:
+                self._datagrams.report(wanted=False)
 
     def begun(self, info: "ConnectionInfo") -> None:
         """Tell that a connection has begun, whose client was not held before."""
@@ -52,6 +67,11 @@ class Watchers:
         info = event.info
         if info is not None and self._streams:
             self._tell("end", self._make_rows().connection(info), event.ending)
+
+    def _flow(self, info: "FlowInfo", how: str | None) -> None:
+        """Tell that a flow has begun, or, with how, that it has ended."""
+        if self._streams:
+            self._tell("begin" if how is None else "end", self._make_rows().flow(info), how or "")
 
     def _held(self, target: str, client: HeldClient, how: str) -> None:
         """Tell that a client is held from its accept on, or how one that was held has ended."""
@@ -84,7 +104,7 @@ class WatchStream(Stream):
             self._size += len(message)
         self._wake()
 
-    def on_more(self, wake: Callable[[], None]) -> None:
+    def on_more(self, wake: "Callable[[], None]") -> None:
         """Call `wake` when there is a message."""
         self._wake = wake
 

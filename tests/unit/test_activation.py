@@ -18,6 +18,10 @@ from proxyd.errors import UsageError
 
 START = 400  # far from the fds of the test runner
 
+NOT_A_STREAM = r"^Passed in socket is not a stream socket\.$"
+
+UDPLITE = 136  # IPPROTO_UDPLITE
+
 
 @pytest.fixture
 def passed(monkeypatch):
@@ -143,14 +147,68 @@ def test_a_connection_must_be_alone(passed):
     right.close()
 
 
-@pytest.mark.parametrize("kind", [socket.SOCK_DGRAM, socket.SOCK_SEQPACKET])
-def test_not_a_stream_socket(passed, tmp_path, kind):
-    with pytest.raises(UsageError, match=r"^Passed in socket is not a stream socket\.$"):
-        inherited(passed(unix(tmp_path / "s", kind)))
+def test_not_a_stream_socket(passed, tmp_path):
+    with pytest.raises(UsageError, match=NOT_A_STREAM):
+        inherited(passed(unix(tmp_path / "s", socket.SOCK_SEQPACKET)))
+
+
+def udp(family=socket.AF_INET, protocol=0):
+    sock = socket.socket(family, socket.SOCK_DGRAM, protocol)
+    sock.bind(("", 0))
+    return sock
+
+
+def test_datagram_sockets(passed, tmp_path):
+    four, six, local = udp(), udp(socket.AF_INET6), unix(tmp_path / "s", socket.SOCK_DGRAM)
+    listeners = inherited(passed(four, six, local, tcp()))
+    assert [listener.datagram for listener in listeners] == [True, True, True, False]
+    assert [listener.family for listener in listeners] == [AF_INET, AF_INET6, AF_UNIX, AF_INET]
+    assert [listener.text.partition(":")[0] for listener in listeners[:3]] == [
+        "udp",
+        "udp",
+        "unix-dgram",
+    ]
+    for listener in listeners:
+        assert not os.get_inheritable(listener.fd)
+        assert not os.get_blocking(listener.fd)
+        assert not listener.connected
+
+
+def connected_udp():
+    with udp() as peer:
+        sock = udp()
+        sock.connect(("127.0.0.1", peer.getsockname()[1]))
+    return sock
+
+
+def half_of_a_pair():
+    left, right = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    right.close()
+    return left
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        connected_udp,
+        lambda: udp(protocol=UDPLITE),
+        half_of_a_pair,
+        lambda: socket.socket(socket.AF_NETLINK, socket.SOCK_DGRAM),
+    ],
+)
+def test_datagram_sockets_that_are_connected_or_of_another_protocol(passed, make):
+    with pytest.raises(UsageError, match=NOT_A_STREAM):
+        inherited(passed(make()))
+
+
+@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6, socket.AF_UNIX])
+def test_datagram_sockets_that_are_not_bound(passed, family):
+    with pytest.raises(UsageError, match=r"^Passed in datagram socket is not bound\.$"):
+        inherited(passed(socket.socket(family, socket.SOCK_DGRAM)))
 
 
 def test_not_a_socket(passed, tmp_path):
-    with pytest.raises(UsageError, match=r"^Passed in socket is not a stream socket\.$"):
+    with pytest.raises(UsageError, match=NOT_A_STREAM):
         inherited(passed((tmp_path / "f").open("w")))
 
 
@@ -272,7 +330,7 @@ def test_without_a_pidfd_there_is_no_inode(monkeypatch):
     def refused(pid):
         raise PermissionError(errno.EPERM, "")
 
-    monkeypatch.setattr(activation.os, "pidfd_open", refused)
+    monkeypatch.setattr(activation.posix, "pidfd_open", refused)
     assert activation._pidfd_inode(os.getpid()) is None
 
 

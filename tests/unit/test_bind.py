@@ -48,12 +48,32 @@ def opened():
         ("@x", "unknown", address.pack_unix("@x")),
         ("web=vsock:2:80", "web", address.pack_vsock(2, 80)),
         ("vsock::80", "unknown", address.pack_vsock(2**32 - 1, 80)),
+        ("udp=80", "udp", address.pack_inet("::", 80)),
     ],
 )
 def test_addresses(text, name, packed):
     where = parse_listen(text)
     assert (where.name, where.address) == (name, packed)
     assert where.text in text
+    assert not where.datagram
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "packed"),
+    [
+        ("udp:53", "unknown", address.pack_inet("::", 53)),
+        ("dns=udp:53", "dns", address.pack_inet("::", 53)),
+        ("udp:127.0.0.1:0", "unknown", address.pack_inet("127.0.0.1", 0)),
+        ("udp:[::1]:53", "unknown", address.pack_inet("::1", 53)),
+        ("unix-dgram:/run/a=b", "unknown", address.pack_unix("/run/a=b")),
+        ("log=unix-dgram:@x", "log", address.pack_unix("@x")),
+    ],
+)
+def test_addresses_of_datagram_sockets(text, name, packed):
+    where = parse_listen(text)
+    assert (where.name, where.address) == (name, packed)
+    assert where.datagram
+    assert where.any_family == text.endswith("udp:53")
 
 
 @pytest.mark.parametrize(
@@ -76,6 +96,19 @@ def test_addresses(text, name, packed):
         "vsock:1",
         "-1",
         "[fe80::1%]:80",
+        "udp:",
+        "udp:127.0.0.1",
+        "udp:localhost:53",
+        "udp:/run/x",
+        "udp:@x",
+        "udp:unix:/run/x",
+        "udp:vsock:2:53",
+        "udp://0.0.0.0:53",
+        "unix-dgram:",
+        "unix-dgram:53",
+        "unix-dgram:run/x",
+        "unix-dgram:unix:/run/x",
+        "unix-dgram:@",
     ],
 )
 def test_garbage(text):
@@ -122,14 +155,64 @@ def test_a_port_serves_both_families(opened, text, host):
         pass
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1", "[::1]"])
+def test_udp(opened, host):
+    listener = opened(f"dns=udp:{host}:0")
+    port = address.port(listener.address)
+    assert (listener.name, listener.datagram) == ("dns", True)
+    assert listener.text == f"udp:{host}:{port}"
+    assert not os.get_inheritable(listener.fd)
+    assert not os.get_blocking(listener.fd)
+    with pytest.raises(OSError, match="already in use"):  # else another could take the datagrams
+        opened(f"udp:{host}:{port}")
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_a_udp_port_serves_both_families(opened, host):
+    listener = opened("udp:0")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as client:
+        client.sendto(b"hello", (host, address.port(listener.address)))
+        assert os.read(listener.fd, 10) == b"hello"
+
+
+def test_a_udp_port_and_a_tcp_port_may_have_one_number(opened):
+    port = address.port(opened("0").address)
+    assert opened(f"udp:{port}").text == f"udp:[::]:{port}"
+
+
+def test_unix_datagrams(opened, tmp_path):
+    listener = opened(f"unix-dgram:{tmp_path}/s")
+    assert listener.text == f"unix-dgram:{tmp_path}/s"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as client:
+        client.sendto(b"hello", f"{tmp_path}/s")
+        assert os.read(listener.fd, 10) == b"hello"
+    close_listener(listener)
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_DGRAM])
+@pytest.mark.parametrize("wanted", ["", "unix-dgram:"])
+def test_stale_files_are_replaced_and_live_ones_are_not(opened, tmp_path, kind, wanted):
+    path = str(tmp_path / "s")
+    with socket.socket(socket.AF_UNIX, kind) as other:
+        other.bind(path)
+        if kind == socket.SOCK_STREAM:
+            other.listen()
+        with pytest.raises(OSError, match="already in use"):
+            opened(f"{wanted}{path}")
+    listener = opened(f"{wanted}{path}")
+    assert listener.inode is not None
+
+
 @pytest.mark.parametrize("code", [errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL])
 def test_a_port_without_ipv6(opened, monkeypatch, code):
     real = bind._open
 
-    def no_ipv6(name, packed):
+    def no_ipv6(where, packed):
         if address.family(packed) == address.AF_INET6:
             raise OSError(code, "no IPv6")
-        return real(name, packed)
+        return real(where, packed)
 
     monkeypatch.setattr(bind, "_open", no_ipv6)
     assert opened("0").text.startswith("0.0.0.0:")
@@ -276,7 +359,7 @@ def no_lock(request, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         shim = SimpleNamespace(**vars(os))
         shim.open = refuse
-        patch.setattr(bind, "os", shim)
+        patch.setattr(bind, "posix", shim)
         yield "Permission denied"
 
 
@@ -321,7 +404,7 @@ def test_a_socket_file_is_unlinked_before_its_socket_is_closed(opened, tmp_path,
         os.close(fd)
 
     shim.close, listening = close, listener.fd
-    monkeypatch.setattr(listen, "os", shim)
+    monkeypatch.setattr(listen, "posix", shim)
     close_listener(listener)
     assert seen == [False]
 

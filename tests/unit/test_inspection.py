@@ -48,7 +48,12 @@ class World:
         target = parse_target(TARGET)
         self.upstream = Upstream(self.loop, None, target, 0, None)
         self.listener = SimpleNamespace(
-            text=LISTENER, name="web", target=target, upstream=self.upstream, accepting=True
+            text=LISTENER,
+            name="web",
+            target=target,
+            upstream=self.upstream,
+            accepting=True,
+            datagram=False,
         )
         acceptor = SimpleNamespace(
             listeners=[self.listener], refused=1, unknown=0, passed_in=0, refused_ms=None
@@ -600,8 +605,8 @@ def test_a_row(world):
         "idleUSec": 500_000,
         "heldUSec": 20_000,
         "connectUSec": 120,
-        "up": {"bytes": 10, "inFlight": 3, "state": "draining"},
-        "down": {"bytes": 0, "inFlight": 0, "state": "flowing"},
+        "up": {"bytes": 10, "inFlight": 3, "state": "draining", "datagrams": None},
+        "down": {"bytes": 0, "inFlight": 0, "state": "flowing", "datagrams": None},
         "thread": 2,
     }
     fields = re.search(r"type Connection \((.*?)^\)", TEXTS[PROXY], re.DOTALL | re.MULTILINE)[1]
@@ -853,12 +858,20 @@ def test_status(world):
     assert (status["open"], status["held"], status["threads"]) == (4, 1, 1)
     assert status["limits"] == {"connectionsMax": 256, "threadsMax": 3, "callersMax": 64}
     assert status["listeners"] == [
-        {"name": "web", "address": LISTENER, "target": TARGET, "accepting": True}
+        {
+            "name": "web",
+            "address": LISTENER,
+            "kind": "stream",
+            "target": TARGET,
+            "accepting": True,
+        }
     ]
+    assert (status["flows"], status["datagrams"]) == (0, None)
     (target,) = status["targets"]
     assert target.pop("downSinceUSec") - status["startedUSec"] == 4_000_000
     assert target == {
         "target": TARGET,
+        "kind": "stream",
         "up": False,
         "reason": "why",
         "held": 1,

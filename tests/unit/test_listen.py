@@ -17,8 +17,8 @@ def pairs(*texts):
     return [(name, parse_target(rest)) for name, rest in map(split_pair, texts)]
 
 
-def listener(name, packed=TCP):
-    return Listener(-1, name, packed)
+def listener(name, packed=TCP, **options):
+    return Listener(-1, name, packed, **options)
 
 
 def test_a_plain_target_serves_every_listener():
@@ -58,9 +58,54 @@ def test_the_message_about_a_listener_without_a_pair_tells_what_there_is(name, g
 @pytest.mark.parametrize("packed", [UNIX, address.pack_vsock(2, 80)])
 def test_any_port_needs_a_tcp_listener(packed):
     listeners = [listener("a"), listener("b", packed)]
-    with pytest.raises(UsageError, match=r"localhost:\* needs a TCP listener.*'b'"):
+    with pytest.raises(UsageError, match=r"localhost:\* needs a TCP or UDP listener.*'b'"):
         match_targets(pairs("localhost:*"), listeners)
     assert match_targets(pairs("a=localhost:*", "b=@x"), listeners)[1] == []
+
+
+def test_any_port_of_a_udp_listener():
+    (target,), _ = match_targets(pairs("localhost:*"), [listener("a", datagram=True)])
+    assert (target.any_port, target.datagram) == (True, True)
+    with pytest.raises(UsageError, match="needs a TCP or UDP listener"):
+        match_targets(pairs("localhost:*"), [listener("a", UNIX, datagram=True)])
+
+
+@pytest.mark.parametrize("text", ["127.0.0.1:53", "localhost:53", "/run/t", "@t", "unix:/run/t"])
+def test_a_target_follows_the_kind_of_its_listener(text):
+    listeners = [listener("a"), listener("b", datagram=True), listener("c", UNIX, datagram=True)]
+    (stream, datagram, other), _ = match_targets(pairs(text), listeners)
+    assert (stream.datagram, datagram.datagram) == (False, True)
+    assert datagram is other
+    assert (stream.address, stream.host, stream.text) == (datagram.address, datagram.host, text)
+    assert datagram.text == text
+
+
+def test_listeners_of_both_kinds_may_have_one_name():
+    listeners = [listener("dns"), listener("dns", datagram=True)]
+    matched, unused = match_targets(pairs("dns=@t"), listeners)
+    assert ([target.datagram for target in matched], unused) == ([False, True], [])
+
+
+@pytest.mark.parametrize("text", ["udp:localhost:53", "unix-dgram:/run/t", "localhost:tftp"])
+def test_a_target_for_datagrams_needs_a_listener_of_datagrams(text):
+    (target,), _ = match_targets(pairs(text), [listener("a", datagram=True)])
+    assert target.datagram
+    expected = f"Target {text} is for datagrams: 'b' (127.0.0.1:80) is a stream listener."
+    with pytest.raises(UsageError, match=f"^{re.escape(expected)}$"):
+        match_targets(pairs(text), [listener("a", datagram=True), listener("b")])
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("vsock:2:80", "datagrams cannot be sent to a VSOCK address"),
+        ("localhost:http", "'http' is not a port number, nor a UDP service"),
+    ],
+)
+def test_a_target_for_streams_alone(text, why):
+    match_targets(pairs(text), [listener("a")])
+    with pytest.raises(UsageError, match=f"^Failed to parse target '{text}': {why}$"):
+        match_targets(pairs(text), [listener("a", datagram=True)])
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,21 @@ import pytest
 FOLDER = Path(__file__).resolve().parents[2] / "proxyd" / "relay"
 
 FILES = [
+    "flows",
+    "flow_listener",
+    "flow_replies",
+    "flow_send",
+    "flow_target",
+    "flow_held",
+    "flow",
+    "flow_spare",
+    "flow_tell",
+    "flow_rights",
+    "flow_table",
+    "flow_batch",
+    "flow_address",
+    "siphash",
+    "flow_types",
     "workers",
     "loop",
     "accept",

@@ -43,6 +43,8 @@ def test_literals_are_packed(text, packed):
         ("localhost", b"localhost", HTTP),
         ("localhost:http", b"localhost", HTTP),
         ("unix:8080", b"unix", 8080),
+        ("udp:53", b"udp", 53),
+        ("unix-dgram:53", b"unix-dgram", 53),
         ("vsock:8080", b"vsock", 8080),
         ("127.1:8080", b"127.1", 8080),  # which getaddrinfo(3) understands
         ("b\u00fccher.example:8080", b"xn--bcher-kva.example", 8080),
@@ -69,6 +71,47 @@ def test_the_index_of_an_interface_is_never_kept(monkeypatch):
         assert address_source(target, 8080, None).prompt(0) == address.pack_inet6(
             "fe80::1", 8080, index
         )
+
+
+@pytest.mark.parametrize(
+    ("text", "packed"),
+    [
+        ("udp:127.0.0.1:53", address.pack_inet("127.0.0.1", 53)),
+        ("udp:127.0.0.1:tftp", address.pack_inet("127.0.0.1", 69)),
+        ("127.0.0.1:tftp", address.pack_inet("127.0.0.1", 69)),  # a service of UDP alone
+        ("udp:[::1]:53", address.pack_inet("::1", 53)),
+        ("udp:::1:53", address.pack_inet("::1", 53)),
+        ("unix-dgram:/run/a=b:c", address.pack_unix("/run/a=b:c")),
+        ("unix-dgram:@a", address.pack_unix("@a")),
+    ],
+)
+def test_targets_that_say_that_they_are_for_datagrams(text, packed):
+    target = parse_target(text)
+    assert (target.address, target.host, target.text) == (packed, None, text)
+    assert target.datagram
+    assert target.for_datagrams() is target
+
+
+@pytest.mark.parametrize("text", ["udp:53", "unix-dgram:53", "localhost:53", "@a", "127.0.0.1:53"])
+def test_other_targets_become_ones_for_datagrams(text):
+    target = parse_target(text)
+    other = target.for_datagrams()
+    assert (target.datagram, other.datagram) == (False, True)
+    assert target.for_datagrams() is other
+    assert (other.text, other.address, other.host) == (text, target.address, target.host)
+
+
+def test_a_name_for_datagrams():
+    target = parse_target("udp:localhost:tftp")
+    assert (target.host, target.service, target.datagram) == (b"localhost", 69, True)
+    assert parse_target("udp:[fe80::1%eth0]:*").scope == "eth0"
+
+
+def test_the_port_of_a_service_may_depend_on_the_kind(monkeypatch):
+    ports = {("x", "tcp"): 1, ("x", "udp"): 2}
+    monkeypatch.setattr("_socket.getservbyname", lambda *service: ports[service])
+    target = parse_target("localhost:x")
+    assert (target.service, target.for_datagrams().service) == (1, 2)
 
 
 def test_any_port_of_a_literal():
@@ -135,6 +178,17 @@ def test_targets_without_a_port_do_not_look_like_any_port(text):
         ("/" + "a" * 107, "doesn't fit in an AF_UNIX address"),
         ("vsock::80", "expected vsock:CID:PORT"),
         ("vsock:a:80", "is not a CID from 0"),
+        ("udp:", "no port"),
+        ("udp::53", "no host"),
+        ("udp:[::1]", r"no port; expected udp:\[ADDRESS\]:PORT"),
+        ("udp:h:", "no port"),
+        ("udp:h:http", "'http' is not a port number, nor a UDP service"),
+        ("udp:/run/x:1", "expected udp:HOST:PORT"),
+        ("udp:vsock:2:80", "datagrams cannot be sent to a VSOCK address"),
+        ("udp://localhost:53", "a URL is not an address; write localhost:53$"),
+        ("unix-dgram:", "expected unix-dgram:/PATH or unix-dgram:@NAME"),
+        ("unix-dgram:run/x", "expected unix-dgram:/PATH or unix-dgram:@NAME"),
+        ("unix-dgram:@", "empty path"),
     ],
 )
 def test_garbage(text, why):
