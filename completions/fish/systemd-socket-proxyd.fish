@@ -28,17 +28,18 @@ function __fish_systemd_socket_proxyd_hosts
         }' $files 2>/dev/null
 end
 
-# Prints the names of TCP ports.
+# Prints the names of the ports of the protocol $argv[1].
 function __fish_systemd_socket_proxyd_services
-    command awk '
+    command awk -v protocol="/$argv[1]\$" '
         { sub(/#.*/, "") }
-        $2 ~ /\/tcp$/ { print $1; for (i = 3; i <= NF; i++) print $i }' /etc/services 2>/dev/null
+        $2 ~ protocol { print $1; for (i = 3; i <= NF; i++) print $i }' /etc/services 2>/dev/null
 end
 
-# Prints the abstract UNIX sockets that are listening.
+# Prints the abstract UNIX sockets that are listening or, with an argument, those for datagrams.
 function __fish_systemd_socket_proxyd_abstract
-    command awk '
-        $4 == "00010000" && $5 == "0001" && $8 ~ /^@[A-Za-z0-9_.\/:=@+-]+$/ { print $8 }
+    command awk -v datagram="$argv[1]" '
+        (datagram ? $5 == "0002" : $4 == "00010000" && $5 == "0001") &&
+            $8 ~ /^@[A-Za-z0-9_.\/:=@+-]+$/ { print $8 }
     ' /proc/net/unix 2>/dev/null
 end
 
@@ -78,7 +79,7 @@ function __fish_systemd_socket_proxyd_listeners
             if (!drop_in) there[unit]
         }
         hidden { next }
-        /^ListenStream=./ { listens[unit] }
+        /^Listen(Stream|Datagram)=./ { listens[unit] }
         /^FileDescriptorName=./ && !(unit in name) { name[unit] = substr($0, 20) }
         END {
             for (unit in listens) {
@@ -121,6 +122,18 @@ function __fish_systemd_socket_proxyd_addresses
                 echo /
                 __fish_systemd_socket_proxyd_abstract
             end | __fish_systemd_socket_proxyd_behind unix:
+        case 'unix-dgram:/*'
+            __fish_systemd_socket_proxyd_paths (string sub -s 12 -- $target) |
+                __fish_systemd_socket_proxyd_behind unix-dgram:
+        case 'unix-dgram:*'
+            begin
+                echo /
+                __fish_systemd_socket_proxyd_abstract datagram
+            end | __fish_systemd_socket_proxyd_behind unix-dgram:
+        case 'udp:*'
+            set -l rest (string sub -s 5 -- $target)
+            __fish_systemd_socket_proxyd_inet "$rest" udp $argv[2..] |
+                __fish_systemd_socket_proxyd_behind udp:
         case '@*'
             __fish_systemd_socket_proxyd_abstract
         case 'vsock:*:*'
@@ -128,20 +141,28 @@ function __fish_systemd_socket_proxyd_addresses
         case 'vsock:*'
             printf 'vsock:%s:\n' 1 2
         case '*'
-            if string match -q -r '^(\[.*\]|[^[].*|):' -- $target
-                set -q argv[2]
-                or begin
-                    echo '*'
-                    __fish_systemd_socket_proxyd_services
-                end | __fish_systemd_socket_proxyd_behind (string replace -r '[^:]*$' '' -- $target)
-                return
-            end
-            printf '%s\n' / @ unix: vsock: '127.0.0.1:' '[::1]:'
-            if set -q argv[2]
-                printf '%s\n' '0.0.0.0:' '[::]:'
-            else
-                __fish_systemd_socket_proxyd_hosts
-            end
+            string match -q -r '^(\[.*\]|[^[].*|):' -- $target
+            or printf '%s\n' / @ unix: vsock: udp: unix-dgram:
+            __fish_systemd_socket_proxyd_inet "$target" tcp $argv[2..]
+    end
+end
+
+# Prints completions of HOST:PORT in $argv[1], for the protocol $argv[2]; with a third argument, of
+# what --listen= takes.
+function __fish_systemd_socket_proxyd_inet
+    if string match -q -r '^(\[.*\]|[^[].*|):' -- $argv[1]
+        set -q argv[3]
+        or begin
+            echo '*'
+            __fish_systemd_socket_proxyd_services $argv[2]
+        end | __fish_systemd_socket_proxyd_behind (string replace -r '[^:]*$' '' -- $argv[1])
+        return
+    end
+    printf '%s\n' '127.0.0.1:' '[::1]:'
+    if set -q argv[3]
+        printf '%s\n' '0.0.0.0:' '[::]:'
+    else
+        __fish_systemd_socket_proxyd_hosts
     end
 end
 

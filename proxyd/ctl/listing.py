@@ -9,7 +9,7 @@ from proxyd.ctl.table import Column, Paper, Row, render
 from proxyd.ctl.text import escape, short_span
 from proxyd.sizes import bytes_text
 
-STATES = ("open", "held", "connecting", "lingering")
+STATES = ("open", "held", "connecting", "lingering", "flow")
 
 _STYLES = {"held": "warn", "connecting": "warn", "lingering": "dim"}
 
@@ -119,6 +119,7 @@ def status_lines(proxy: Proxy, status: dict[str, Any], sheet: Paper) -> list[str
 
 def _clients(status: dict[str, Any]) -> str:
     counts = [(status.get(name), name) for name in ("open", "held")]
+    counts += [(status.get("flows", 0), "flows")] if status.get("datagrams") else []
     return ", ".join(f"{count} {name}" for count, name in counts if count is not None)
 
 

@@ -60,7 +60,7 @@ def metric(reply: Fields) -> Fields:
 
 def status(reply: Fields) -> Fields:
     """Return a reply to Status. Raises UnexpectedError."""
-    _nullable(reply, {"limits": dict, "startedUSec": int})
+    _nullable(reply, {"limits": dict, "startedUSec": int, "flows": int, "datagrams": dict})
     for name in ("listeners", "targets"):
         for one in reply.get(name) or []:
             if not isinstance(one, dict):

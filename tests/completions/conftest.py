@@ -33,6 +33,7 @@ UNITS = {
     "mended.socket": "[Socket]\nListenStream=82\nFileDescriptorName=before\n",
     "mended.socket.d/name.conf": "[Socket]\nFileDescriptorName=after\n",
     "datagram.socket": "[Socket]\nListenDatagram=83\n",
+    "packet.socket": "[Socket]\nListenSequentialPacket=/run/packet\n",
     "template@.socket": "[Socket]\nListenStream=84\n",
     "orphan.socket.d/name.conf": "[Socket]\nListenStream=85\nFileDescriptorName=orphan\n",
 }
@@ -70,7 +71,7 @@ FILES = ("app.sock", "folder/in.sock", "with space.sock")
 
 @pytest.fixture(scope="session")
 def sockets(place):
-    """A folder with UNIX sockets and another file; there is an abstract socket as well.
+    """A folder with UNIX sockets and another file; there are abstract sockets, too, of both kinds.
 
     Abstract names are the whole machine's, and other runs may be under way: it begins with `place`.
     """
@@ -83,6 +84,8 @@ def sockets(place):
         listener.bind(address)
         listener.listen()
         opened.append(listener)
+    opened.append(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
+    opened[-1].bind(f"\0{place.name}-datagrams")
     yield folder
     for listener in opened:
         listener.close()

@@ -84,7 +84,8 @@ def test_ipv6_in_brackets(shell, name, typed, host):
 
 
 def test_only_hosts_are_offered(shell):
-    listed = shell.offers("", {"alpha:", "localhost:", "six.example:", "/", "unix:", "vsock:"})
+    kinds = {"/", "unix:", "vsock:", "udp:", "unix-dgram:"}
+    listed = shell.offers("", {"alpha:", "localhost:", "six.example:"} | kinds)
     for part in ("beta", "ip6-allnodes", "blocked", "0.0.0.0", "|1|", "epsilon", "zeta", "eta"):
         assert not re.search(rf"(^|\s){re.escape(part)}", listed, re.MULTILINE), part
 
@@ -105,7 +106,10 @@ def test_the_port_that_the_client_connected_to(shell):
     assert is_listed("*", shell.offers("localhost:", {"*"}))
 
 
-@pytest.mark.parametrize("before", ["", "unix:", "http=", "http=unix:", "--listen=", "--listen "])
+@pytest.mark.parametrize(
+    "before",
+    ["", "unix:", "http=", "http=unix:", "--listen=", "--listen ", "unix-dgram:", "a=unix-dgram:"],
+)
 def test_paths_of_sockets(shell, sockets, before):
     shell.completed(f"{before}{sockets}/a", "+", f"{before}{sockets}/app.sock +")
     shell.clear()
@@ -132,9 +136,27 @@ def test_vsock(shell):
     shell.completed("vsock:2", "80", "vsock:2:80")
 
 
+@pytest.mark.parametrize("before", ["", "dns=", "--listen=", "--listen=dns=", "--listen "])
+def test_datagrams(shell, before):
+    shell.completed(f"{before}ud", "127", f"{before}udp:127")
+    shell.clear()
+    shell.completed(f"{before}udp:127", "+", f"{before}udp:127.0.0.1:+")
+
+
+@pytest.mark.services
+def test_ports_of_udp(shell):
+    host = bracketed("[::1]:", shell.kind)
+    shell.completed(f"udp:{host}tft", "+", f"udp:{host}tftp +")
+
+
+def test_abstract_sockets_for_datagrams(shell, place, sockets):
+    before = f"unix-dgram:@{place.name}"
+    shell.completed(f"{before}-da", "+", f"{before}-datagrams +")
+
+
 def test_names_of_listeners(shell):
-    listed = shell.offers("", {"plain.socket=", "http=", "after="})
-    for name in ("named.socket", "mended.socket", "before", "datagram", "template", "orphan"):
+    listed = shell.offers("", {"plain.socket=", "http=", "after=", "datagram.socket="})
+    for name in ("named.socket", "mended.socket", "before", "packet", "template", "orphan"):
         assert not re.search(rf"(^|\s){name}", listed, re.MULTILINE), name
 
 
@@ -164,7 +186,7 @@ def test_no_options_after_the_end_of_options(shell):
 
 
 def test_addresses_to_listen_on(shell):
-    listed = shell.offers("--listen ", {"127.0.0.1:", "0.0.0.0:", "/", "vsock:"})
+    listed = shell.offers("--listen ", {"127.0.0.1:", "0.0.0.0:", "/", "vsock:", "udp:"})
     assert not is_listed("gamma.example:", listed)
 
 
