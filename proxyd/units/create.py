@@ -128,6 +128,8 @@ def _check_accept(request: Request) -> None:
         raise UsageError("--accept makes instances itself: the backend cannot be a template.")
     if request.namespace:
         raise UsageError("--accept cannot be combined with --namespace.")
+    if request.datagrams:
+        raise UsageError(f"--listen={request.datagrams[0]}: --accept is for connections only.")
     if any(name for name, _ in request.listen):
         raise UsageError("--accept knows no names of listeners: make one set for each.")
 

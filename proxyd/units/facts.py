@@ -93,6 +93,16 @@ def is_heavy(backend: Backend) -> bool:
     return backend.unit is not None and bool(container_command(backend.unit))
 
 
+def tells_readiness(unit: Unit) -> bool:
+    """Tell whether a service is active only once it serves."""
+    if unit.choice("Service", "Type") not in _READY:
+        return False
+    container = container_command(unit)
+    return not container or any(
+        word in ("--sdnotify=container", "--sdnotify=healthy") for word in container
+    )
+
+
 def container_command(unit: Unit) -> list[str]:
     """Return the words of the command that starts containers, empty if there is none."""
     for line in command.programs(unit, "ExecStart"):
@@ -102,6 +112,9 @@ def container_command(unit: Unit) -> list[str]:
             return [piece for word in line for piece in word.split()]
     return []
 
+
+_READY = ("notify", "notify-reload", "dbus", "forking", "oneshot")
+"""Type= of services that are only active once they serve."""
 
 _NEEDED_BY_MANY = (
     "containerd.",

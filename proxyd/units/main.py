@@ -59,7 +59,8 @@ _ARGUMENTS: Arguments = (
         {
             "action": "append",
             "metavar": "[NAME=]ADDRESS",
-            "help": "where clients connect, as in ListenStream=; may be given more than once",
+            "help": "where clients connect, as in ListenStream=, or, with udp: or unix-dgram: "
+            "before it, send datagrams; may be given more than once",
         },
     ),
     (

@@ -73,6 +73,16 @@ class Request:
         """Tell whether one set of units is asked for that serves many instances."""
         return self.name.endswith("@")
 
+    @property
+    def datagrams(self) -> list[str]:
+        """The listeners that take datagrams."""
+        return [one for _, one in self.listen if one.startswith(("udp:", "unix-dgram:"))]
+
+    @property
+    def only_datagrams(self) -> bool:
+        """Tell whether no listener takes connections."""
+        return len(self.datagrams) == len(self.listen)
+
     def unit(self, kind: str, suffix: str = "") -> str:
         """Return the name of a unit of the proxy's, for a file."""
         stem = self.name.removesuffix("@")
@@ -121,14 +131,14 @@ def _sockets(request: Request) -> list[Text]:
     plain = [address for name, address in request.listen if not name]
     files = []
     if plain:
-        rows = list(dict.fromkeys(row for address in plain for row in _stream(request, address)))
+        rows = list(dict.fromkeys(row for address in plain for row in _listen(request, address)))
         if request.accept:
             rows.append(("Accept", "yes"))
         files.append(Text(request.unit("socket"), [("Socket", rows), install], []))
     for name, address in request.listen:
         if name:
             rows = [
-                *_stream(request, address),
+                *_listen(request, address),
                 ("FileDescriptorName", name),
                 ("Service", request.meant(request.unit("service"))),
             ]
@@ -137,8 +147,11 @@ def _sockets(request: Request) -> list[Text]:
     return files
 
 
-def _stream(request: Request, address: str) -> Rows:
-    rows = [("ListenStream", address)]
+def _listen(request: Request, given: str) -> Rows:
+    kind, _, rest = given.partition(":")
+    datagram = kind in ("udp", "unix-dgram")
+    address = rest if datagram else given
+    rows = [("ListenDatagram" if datagram else "ListenStream", address)]
     return rows if request.user or not _needs_interface(address) else [*rows, ("FreeBind", "yes")]
 
 
@@ -180,7 +193,7 @@ def command(request: Request) -> str:
     options = []
     if request.backend:
         options.append(f"--connect-timeout={_quoted(request.start)}")
-    if request.container and knows_settle_time():
+    if request.container and knows_settle_time() and not request.only_datagrams:
         options.append(SETTLES)
     if request.idle:
         idle = _quoted(request.idle)

@@ -11,12 +11,8 @@ from proxyd.target import Target
 from proxyd.units import compose, facts
 from proxyd.units.command import Command
 from proxyd.units.rule import Finding, Rule
-from proxyd.units.rules_socket import listens_on
+from proxyd.units.rules_socket import listens_on, only_datagrams
 from proxyd.units.sets import Backend, Set
-from proxyd.units.unit import Unit
-
-_READY = ("notify", "notify-reload", "dbus", "forking", "oneshot")
-"""Type= of services that are only active once they serve."""
 
 
 def _where(command: Command) -> tuple[str, int]:
@@ -39,12 +35,21 @@ def _bad_command(rule: Rule, found: Set) -> Iterator[Finding]:
     yield from _unmatched(rule, found, command.options, [listener for listener, _ in listeners])
     if facts.network_is_own(found):
         return
-    for _, target in command.options.targets:
+    for name, target in command.options.targets:
         for listener, where in listeners:
+            if not _may_meet(listener, name, target):
+                continue
             if any(_is_same(listener, where, packed) for packed in _addresses(target)):
                 yield rule.found(
                     _where(command), f"the target {target.text} is the listener {where.text} itself"
                 )
+
+
+def _may_meet(listener: Listener, name: str | None, target: Target) -> bool:
+    """Tell whether what is sent to a target may arrive at a listener: it has one kind."""
+    if target.datagram or listener.datagram:
+        return listener.datagram and (target.datagram or name in (None, listener.name))
+    return True
 
 
 def _has_sockets(found: Set) -> bool:
@@ -59,9 +64,13 @@ def _listeners(found: Set, options: Options) -> list[tuple[Listener, ListenAddre
         default = "connection" if socket.flag("Socket", "Accept") else socket.text
         name = socket.value("Socket", "FileDescriptorName", default)
         for where, _ in listens_on(socket):
-            listeners.append((Listener(-1, name, where.address), where))
-    listeners += [(Listener(-1, where.name, where.address), where) for where in options.listen]
+            listeners.append((_listener(name, where), where))
+    listeners += [(_listener(where.name, where), where) for where in options.listen]
     return listeners
+
+
+def _listener(name: str, where: ListenAddress) -> Listener:
+    return Listener(-1, name, where.address, datagram=where.datagram)
 
 
 def _unmatched(
@@ -116,7 +125,7 @@ def _is_loopback(packed: bytes) -> bool:
 def _idle_never(rule: Rule, found: Set) -> Iterator[Finding]:
     command = found.command
     options = command.options
-    if command.original or options is None or found.per_connection:
+    if command.original or options is None or found.per_connection or only_datagrams(found):
         return
     if options.exit_idle_time is not None and options.idle_timeout is None:
         yield rule.found(
@@ -136,7 +145,7 @@ def _too_short(rule: Rule, found: Set) -> Iterator[Finding]:
         unit = backend.unit
         if unit is None or (facts.is_helper(found, backend) and not facts.is_heavy(backend)):
             continue
-        if _tells_readiness(unit):
+        if facts.tells_readiness(unit):
             longest = unit.span("Service", "TimeoutStartSec", "0")
             text = unit.value("Service", "TimeoutStartSec")
             short = longest is not None and options.connect_timeout < longest
@@ -150,21 +159,11 @@ def _too_short(rule: Rule, found: Set) -> Iterator[Finding]:
             yield rule.found(_where(command), f"{why}: --connect-timeout= {how}")
 
 
-def _tells_readiness(unit: Unit) -> bool:
-    kind = unit.choice("Service", "Type")
-    if kind not in _READY:
-        return False
-    container = facts.container_command(unit)
-    return not container or _sdnotify_container(container)
-
-
-def _sdnotify_container(container: list[str]) -> bool:
-    return any(word in ("--sdnotify=container", "--sdnotify=healthy") for word in container)
-
-
 def _published(rule: Rule, found: Set) -> Iterator[Finding]:
     command = found.command
     if command.original or command.options is None or not knows_settle_time():
+        return
+    if only_datagrams(found):
         return
     if "settle-time" in command.given:
         return

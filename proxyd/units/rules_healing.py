@@ -145,8 +145,9 @@ RULES = (
         "A service that starts more than StartLimitBurst= times (5) in StartLimitIntervalSec= "
         "(10s) is refused, and the socket that starts it fails with 'service-start-limit-hit'. "
         "A proxy gets there when it is killed a few times, when it ends as soon as it is idle, "
-        "or when the limit was lowered. A socket starts its service for each client, so the "
-        "limit guards nothing here.\n"
+        "or when the limit was lowered. Datagrams that it has left in the queue start it again "
+        "at once. A socket starts its service for each client, so the limit guards nothing "
+        "here.\n"
         "Seen as: `systemctl status SOCKET` says failed (Result: service-start-limit-hit).",
         _start_limit,
     ),

@@ -29,17 +29,33 @@ _EARLY = ("systemd-", "networking.", "nftables.", "netfilter-persistent.")
 
 
 def listens_on(socket: Unit) -> list[tuple[ListenAddress, Setting]]:
-    """Return the stream addresses of a socket unit that can be parsed."""
+    """Return the stream and datagram addresses of a socket unit that can be parsed."""
     found = []
-    for setting in socket.entries("Socket", "ListenStream"):
-        text = socket.expand(setting.value)
-        if UNKNOWN in text:
-            continue
-        try:
-            found.append((parse_listen(text), setting))
-        except (ValueError, UsageError):
-            continue
+    for key in ("ListenStream", "ListenDatagram"):
+        for setting in socket.entries("Socket", key):
+            text = socket.expand(setting.value)
+            if UNKNOWN in text:
+                continue
+            try:
+                found.append((parse_listen(_in_words(key, text)), setting))
+            except (ValueError, UsageError):
+                continue
     return found
+
+
+def _in_words(key: str, text: str) -> str:
+    """Return an address as --listen= has it."""
+    if key == "ListenStream":
+        return text
+    return f"unix-dgram:{text}" if text.startswith(("/", "@")) else f"udp:{text}"
+
+
+def only_datagrams(found: Set) -> bool:
+    """Tell whether the proxy gets datagrams, and no connections."""
+    listens = [where for socket in found.sockets for where, _ in listens_on(socket)]
+    options = found.command.options
+    listens += options.listen if options is not None else []
+    return bool(listens) and all(where.datagram for where in listens)
 
 
 def _ordered_after(rule: Rule, found: Set) -> Iterator[Finding]:
@@ -179,6 +195,9 @@ def _is_wildcard(packed: bytes) -> bool:
 
 
 def _clash(one: ListenAddress, other: ListenAddress) -> bool:
+    if one.datagram != other.datagram:
+        path = address.family(one.address) == address.AF_UNIX and "/" in one.text
+        return path and one.address == other.address  # one file; a port has two kinds
     if one.address == other.address:
         return address.family(one.address) != address.AF_INET6 or address.port(one.address) != 0
     if address.family(one.address) not in _INET or address.family(other.address) not in _INET:
@@ -228,11 +247,44 @@ def _wrong_stream(rule: Rule, found: Set) -> Iterator[Finding]:
     for socket in found.sockets:
         for key in ("ListenDatagram", "ListenSequentialPacket", "ListenFIFO", "ListenNetlink"):
             for setting in socket.entries("Socket", key):
+                vsock = socket.expand(setting.value).startswith("vsock:")
+                if key == "ListenDatagram" and not vsock and not found.command.original:
+                    continue
                 yield rule.found(
                     (setting.path, setting.line),
                     f"{key}= is no stream socket: the proxy ends with 'Passed in socket is not a "
                     "stream socket.'",
                 )
+
+
+def _accepts_datagrams(rule: Rule, found: Set) -> Iterator[Finding]:
+    for socket in found.sockets:
+        if not socket.flag("Socket", "Accept"):
+            continue
+        for setting in socket.entries("Socket", "ListenDatagram"):
+            yield rule.found(
+                (setting.path, setting.line),
+                f"ListenDatagram= with Accept=yes: systemd refuses {socket.text}",
+            )
+
+
+def _before_ready(rule: Rule, found: Set) -> Iterator[Finding]:
+    sockets = [socket for socket in found.sockets if _has_datagrams(socket)]
+    if not sockets or found.command.original:
+        return
+    for backend in found.backends:
+        if backend.unit is None or not facts.is_heavy(backend):
+            continue
+        if not facts.tells_readiness(backend.unit):
+            yield rule.found(
+                backend.unit.where(("Service", "Type"), ("Service", "ExecStart")),
+                f"when {backend.name} is ready cannot be known: its container engine takes "
+                f"datagrams of {sockets[0].text} before that, and drops them",
+            )
+
+
+def _has_datagrams(socket: Unit) -> bool:
+    return any(where.datagram for where, _ in listens_on(socket))
 
 
 RULES = (
@@ -288,8 +340,29 @@ RULES = (
         "not-a-stream",
         "error",
         "ListenStream=",
-        "The proxy forwards streams. It refuses to start with a datagram or packet socket, and "
-        "the original does so, too.",
+        "The proxy forwards streams and, other than the original, datagrams over IPv4, IPv6 and "
+        "UNIX sockets. Both refuse to start with any other socket.",
         _wrong_stream,
+    ),
+    Rule(
+        "accept-with-datagrams",
+        "error",
+        "Accept=no",
+        "Datagrams have no connection that could be accepted. systemd refuses to start the "
+        "socket, and one proxy serves all its clients anyway.\n"
+        "Seen as: 'Unit configured for accepting sockets, but sockets are non-accepting. "
+        "Refusing.'",
+        _accepts_datagrams,
+    ),
+    Rule(
+        "datagrams-before-ready",
+        "warning",
+        "Type=notify in the backend, with `podman run --sdnotify=container` (or =healthy where "
+        "Podman has that), and After= in the proxy",
+        "The proxy holds datagrams while the target refuses them. A published port of a "
+        "container is taken by the engine before the application in it listens: nothing refuses "
+        "what comes by then, and it is lost. If systemd knows when the backend is ready, the "
+        "proxy starts only then, and the first datagrams wait in the queue of the socket.",
+        _before_ready,
     ),
 )

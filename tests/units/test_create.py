@@ -50,6 +50,27 @@ SETS = {
         "--systemd=247",
         "--on-demand",
     ],
+    "datagrams": ["--listen=udp:53", "--target=127.0.0.1:5353", *WITH[2:], "--on-demand"],
+    "datagrams of an interface": ["--listen=udp:192.0.2.1:53", "--target=udp:10.0.0.1:53"],
+    "both kinds": ["--listen=53", "--listen=udp:53", "--target=127.0.0.1:5353"],
+    "both kinds by name": [
+        "--listen=web=80",
+        "--listen=log=unix-dgram:/run/app-log",
+        "--target=web=127.0.0.1:8081",
+        "--target=log=/run/app/log",
+        "--backend=app.service",
+    ],
+    "datagrams, template": [
+        "--listen=udp:127.0.0.1:%i",
+        "--target=127.0.0.2:%i",
+        "--backend=app@.service",
+    ],
+    "datagrams of a user": [
+        "--listen=unix-dgram:%t/a",
+        "--target=%t/app/socket",
+        "--backend=app.service",
+        "--user",
+    ],
     "user": ["--listen=%t/a", "--target=%t/app/socket", "--backend=app.service", "--user"],
     "user on demand": [*WITH, "--on-demand", "--user"],
 }
@@ -154,6 +175,10 @@ def test_nothing_is_overwritten(tmp_path):
         (["--listen=%i", "--target=h:%i", "--backend=a@.service", "--accept"], "--accept makes"),
         ([*WITH, "--accept", "--namespace"], "--accept cannot"),
         (["--listen=a=80", "--target=h:1", "--accept"], "--accept knows no names"),
+        (["--listen=udp:53", "--target=h:1", "--accept"], "--accept is for connections only"),
+        (["--listen=udp:53", "--target=127.0.0.1:53"], "nothing was written"),
+        (["--listen=53", "--target=udp:h:53"], "nothing was written"),
+        (["--listen=udp:h:53", "--target=h:53"], "--listen=udp:h:53: 'h' is not an IP address"),
         ([*WITH, "--systemd=old"], "--systemd=old"),
         (["--listen=8080", "--target=127.0.0.1:8080"], "nothing was written"),
         (["--listen=/run/x", "--target=h:*"], "nothing was written"),
@@ -186,6 +211,34 @@ def test_each_connection_gets_a_process(tmp_path):
     service = (folder / "app-proxy@.service").read_text()
     assert "--idle-timeout=15min" in service
     assert "--exit-idle-time" not in service
+
+
+@pytest.mark.parametrize(
+    ("listen", "row"),
+    [
+        ("udp:53", "ListenDatagram=53"),
+        ("udp:127.0.0.1:53", "ListenDatagram=127.0.0.1:53"),
+        ("udp:[::1]:53", "ListenDatagram=[::1]:53"),
+        ("unix-dgram:/run/a", "ListenDatagram=/run/a"),
+        ("unix-dgram:@a", "ListenDatagram=@a"),
+        ("53", "ListenStream=53"),
+    ],
+)
+def test_a_listener_of_datagrams(listen, row):
+    done = create(f"--listen={listen}", "--target=10.0.0.1:53")
+    assert f"\n{row}\n" in done.stdout
+    assert "FreeBind" not in done.stdout
+
+
+def test_a_container_that_gets_datagrams_alone_does_not_have_to_settle(tmp_path):
+    (tmp_path / "game.container").write_text(
+        "[Container]\nImage=x\nPublishPort=127.0.0.1:1:2/udp\n"
+    )
+    backend = "--backend=game.container"
+    done = create("--listen=udp:53", backend, cwd=tmp_path)
+    assert "--settle-time" not in done.stdout
+    assert "127.0.0.1:1" in done.stdout
+    assert "--settle-time" in create("--listen=53", "--listen=udp:53", backend, cwd=tmp_path).stdout
 
 
 def test_a_compose_project_of_a_user(tmp_path):
