@@ -94,21 +94,27 @@ def test_connected_socket_is_served_to_the_last_byte(stage):
     assert proxy.wait() == 0
 
 
-@pytest.mark.parametrize("kind", [socket.AF_INET, socket.AF_UNIX])
-def test_datagram_socket(stage, kind):
-    """A datagram socket is an error, with the original's message."""
-    with socket.socket(kind, socket.SOCK_DGRAM) as datagram:
-        datagram.bind(("127.0.0.1", 0) if kind == socket.AF_INET else stage.path("datagram"))
+@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_UNIX])
+def test_connected_datagram_socket(stage, family):
+    """A datagram socket with a peer is an error, with the original's message."""
+    with (
+        socket.socket(family, socket.SOCK_DGRAM) as datagram,
+        socket.socket(family, socket.SOCK_DGRAM) as peer,
+    ):
+        for number, one in enumerate((datagram, peer)):
+            one.bind(("127.0.0.1", 0) if family == socket.AF_INET else stage.path(f"dg{number}"))
+        datagram.connect(peer.getsockname())
         outcome = stage.run("127.0.0.1:1", listeners=[datagram])
     assert outcome.status == 1
     assert outcome.stderr == "Passed in socket is not a stream socket.\n"
 
 
-def test_datagram_socket_among_others(stage):
-    """One datagram socket among others is an error before any client is accepted."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as datagram:
-        datagram.bind(("127.0.0.1", 0))
-        outcome = stage.run("127.0.0.1:1", listeners=[stage.listener(), datagram])
+def test_packet_socket_among_others(stage):
+    """One packet socket among others is an error before any client is accepted."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as packets:
+        packets.bind(stage.path("packets"))
+        packets.listen()
+        outcome = stage.run("127.0.0.1:1", listeners=[stage.listener(), packets])
     assert outcome.status == 1
     assert outcome.stderr == "Passed in socket is not a stream socket.\n"
 

@@ -76,7 +76,7 @@ def test_rows_are_the_connections_with_their_addresses(stage, inspected, listen,
             assert row["localAddress"] is None  # unbound
         else:
             assert row["localAddress"] == text_of(server.getpeername())
-        half = {"bytes": size, "inFlight": 0, "state": "flowing"}
+        half = {"bytes": size, "inFlight": 0, "state": "flowing", "datagrams": None}
         assert (row["up"], row["down"]) == (half, half)
         assert row["connectUSec"] >= 0
         assert row["heldUSec"] is None
@@ -196,12 +196,12 @@ def test_bytes_in_flight_and_what_is_delivered(stage, inspected):
     row = caller.connection_of(client)
     assert row["up"]["inFlight"] > 0
     assert row["up"]["bytes"] + row["up"]["inFlight"] <= sent
-    assert row["down"] == {"bytes": 0, "inFlight": 0, "state": "flowing"}
+    assert row["down"] == {"bytes": 0, "inFlight": 0, "state": "flowing", "datagrams": None}
     read_exactly(server, sent)
     row = wait_until(
         lambda: (row := caller.connection_of(client))["up"]["inFlight"] == 0 and row, "all out"
     )
-    assert row["up"] == {"bytes": sent, "inFlight": 0, "state": "flowing"}
+    assert row["up"] == {"bytes": sent, "inFlight": 0, "state": "flowing", "datagrams": None}
 
 
 def test_states_of_the_halves(stage, inspected):

@@ -200,7 +200,12 @@ def test_watch_says_nothing_of_what_was_before(stage, inspected, callers, folder
     before.close()
     (end,) = events.ends(1)
     assert (end["event"], end["how"]) == ("end", "ended")
-    assert end["connection"]["up"] == {"bytes": 1, "inFlight": 0, "state": "shut"}
+    assert end["connection"]["up"] == {
+        "bytes": 1,
+        "inFlight": 0,
+        "state": "shut",
+        "datagrams": None,
+    }
 
 
 def test_watchers_are_told_the_same(stage, inspected, callers, folder):
