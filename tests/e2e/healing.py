@@ -31,6 +31,8 @@ Restart=on-failure
 RestartSec=1s
 """
 
+ANSWER = "answer word\n"
+
 GATE = f"ExecStartPre=/bin/sh -c '! test -e {CONTROL}/fail'\n"
 
 BACK = f"""\
@@ -47,6 +49,11 @@ UNITS = {"heal.socket": SOCKET, "heal.service": PROXY, "back.service": BACK}
 
 # The link that ExecStart= runs: taking it away is a proxy that cannot start.
 PROGRAM = f"{CONTROL}/systemd-socket-proxyd"
+
+
+def datagrams(port: int) -> str:
+    """The address of a client that sends datagrams: no end tells it that this is the answer."""
+    return f"UDP:127.0.0.1:{port},readbytes={len(ANSWER)}"
 
 
 class Subject:
@@ -119,7 +126,7 @@ class Subject:
     def ask(self, seconds: float = 20, address: str = "") -> bool:
         """Tell whether a client is answered within `seconds`."""
         line = f"echo word | timeout {seconds} socat -t {seconds} - {address or self.address}"
-        return self.machine.run(line, timeout=seconds + 10).stdout == "answer word\n"
+        return self.machine.run(line, timeout=seconds + 10).stdout == ANSWER
 
     def served(self, what: str) -> None:
         """Fail unless a client is served, which may have to come again as real ones do."""

@@ -9,7 +9,7 @@ import select
 import subprocess
 from collections.abc import Callable
 
-from e2e.machine import Failure, Machine, check, same
+from e2e.machine import TOOLS, Failure, Machine, check, same
 
 CURL = "curl -sS --max-time 10"
 
@@ -114,6 +114,24 @@ def hold(proxy: Proxy) -> None:
         m.wait_for("it is held", lambda: "1 waiting" in m.show("proxy.service", "StatusText"))
         m.start("backend.service")
         same("answer", client.communicate(timeout=20)[0], "small\n")
+    proxy.end()
+
+
+@path
+def datagrams(proxy: Proxy) -> None:
+    """UDP, and UNIX datagrams, that come before their target."""
+    m = proxy.machine
+    m.unit("echo.service", f"[Service]\nExecStart=python3 {TOOLS}/datagram_backend.py 9001\n")
+    listeners = "ListenDatagram=9000\nListenDatagram=/run/e2e-datagrams"
+    proxy.start("127.0.0.1:9000", "127.0.0.1:9001", socket=listeners)
+    client = m.client(f"exec python3 {TOOLS}/datagram_client.py 9000 20")
+    m.wait_for(
+        "they are held", lambda: "datagrams waiting" in m.show("proxy.service", "StatusText")
+    )
+    m.start("echo.service")
+    same("answers", client.communicate(timeout=20)[0].count("echo "), 20)
+    m.sh("logger --socket /run/e2e-datagrams line")
+    m.stop("echo.service")
     proxy.end()
 
 

@@ -1,8 +1,10 @@
-"""A backend that does what files in /run/e2e-heal say; it answers what a connection sends.
+"""A backend that does what files in /run/e2e-heal say; it answers what a client sends.
 
 The header of the PROXY protocol, version 2, is not answered.
 
-Usage: backend.py ADDRESS PORT | backend.py PATH
+Usage: backend.py ADDRESS PORT | backend.py PATH    connections
+       backend.py udp ADDRESS PORT                  datagrams
+       backend.py both ADDRESS PORT                 both
 
 start-delay, stop-delay  seconds before it listens, and between SIGTERM and its end
 crash                    it ends with status 1 as soon as it listens
@@ -31,6 +33,12 @@ def stop(*_: object) -> None:
     os._exit(0)
 
 
+def listen_for_datagrams(where: list[str]) -> socket.socket:
+    listener = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    listener.bind((where[0], int(where[1])))
+    return listener
+
+
 def listen(where: list[str]) -> socket.socket:
     if len(where) == 2:
         listener = socket.socket()
@@ -49,9 +57,26 @@ def listen(where: list[str]) -> socket.socket:
 def main() -> None:
     signal.signal(signal.SIGTERM, stop)
     delay("start-delay")
-    listener = listen(sys.argv[1:])
+    kind, where = "", sys.argv[1:]
+    if where[0] in ("udp", "both"):
+        kind = where.pop(0)
+    datagrams = listen_for_datagrams(where) if kind else None
+    listener = listen(where) if kind != "udp" else None
     if os.path.exists(f"{CONTROL}/crash"):
         sys.exit(1)
+    if listener and (not datagrams or os.fork()):
+        answer_connections(listener)
+    elif datagrams:
+        answer_datagrams(datagrams)
+
+
+def answer_datagrams(listener: socket.socket) -> None:
+    while True:
+        data, client = listener.recvfrom(65536)
+        listener.sendto(b"answer " + data, client)
+
+
+def answer_connections(listener: socket.socket) -> None:
     while True:
         client, _ = listener.accept()
         if os.fork() == 0:

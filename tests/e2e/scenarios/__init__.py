@@ -7,6 +7,7 @@ from e2e.scenarios import activation  # isort: skip  # noqa: F401
 from e2e.scenarios import service_manager  # isort: skip  # noqa: F401
 from e2e.scenarios import limits  # isort: skip  # noqa: F401
 from e2e.scenarios import on_demand  # isort: skip  # noqa: F401
+from e2e.scenarios import datagrams  # isort: skip  # noqa: F401
 from e2e.scenarios import callers  # isort: skip  # noqa: F401
 from e2e.scenarios import targets  # isort: skip  # noqa: F401
 from e2e.scenarios import privilege  # isort: skip  # noqa: F401
@@ -17,5 +18,6 @@ from e2e.scenarios import healing  # isort: skip  # noqa: F401
 from e2e.scenarios import healing_alone  # isort: skip  # noqa: F401
 from e2e.scenarios import healing_podman  # isort: skip  # noqa: F401
 from e2e.scenarios import unit_rules  # isort: skip  # noqa: F401
+from e2e.scenarios import datagrams_podman  # isort: skip  # noqa: F401
 from e2e.scenarios import published_port  # isort: skip  # noqa: F401
 from e2e.scenarios import unit_reading  # isort: skip  # noqa: F401

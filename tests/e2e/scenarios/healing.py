@@ -5,13 +5,15 @@ from pathlib import Path
 
 from e2e import healing
 from e2e.harness import scenario
-from e2e.healing import BACKEND, GATE, PROGRAM, Subject, heals
+from e2e.healing import BACKEND, GATE, PROGRAM, Subject, datagrams, heals
 from e2e.machine import TOOLS, Machine
 from e2e.scenarios.user_manager import UserManager
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 
 QUADLETS = "/etc/containers/systemd"
+
+NO_DATAGRAMS = "forwards no datagrams"
 
 SHORT = "--exit-idle-time=2s --idle-timeout=2s"
 
@@ -41,7 +43,7 @@ def _plain(name: str) -> str:
 
 def _adapted(text: str, address: str) -> str:
     ours = text.replace("/usr/bin/systemd-socket-proxyd", PROGRAM)
-    ours = re.sub(r"--exit-idle-time=\S+ --idle-timeout=\S+", SHORT, ours)
+    ours = re.sub(r"--exit-idle-time=\S+( --idle-timeout=\S+)?", SHORT, ours)
     if not address:
         return ours
     gated = f"{GATE}ExecStart={BACKEND} {address}"
@@ -87,6 +89,21 @@ def heals_template(m: Machine) -> str:
             sockets="app-proxy@8000.socket",
             proxy="app-proxy@8000.service",
             backend="app@8000.service",
+        )
+    )
+
+
+@scenario(needs="unix-dgram", original=NO_DATAGRAMS, slow=True)
+def heals_game_server(m: Machine) -> str:
+    """examples/game-server, with our backend for the game, through everything that can happen"""
+    return heals(
+        Subject(
+            m,
+            example("game-server", game="udp 127.0.0.1 30001"),
+            sockets="game-proxy.socket",
+            proxy="game-proxy.service",
+            backend="game.service",
+            address=datagrams(30000),
         )
     )
 
@@ -284,6 +301,17 @@ CREATED = {
         "127.0.0.1 8000",
         (),
     ),
+    "datagrams": (f"--listen=udp:127.0.0.1:9000 {TARGET} --on-demand", "udp 127.0.0.1 8000", ()),
+    "datagrams always on": (
+        f"--listen=udp:127.0.0.1:9000 {TARGET}",
+        "udp 127.0.0.1 8000",
+        NEVER_RESTS,
+    ),
+    "both kinds": (
+        f"{LISTEN} --listen=udp:127.0.0.1:9000 {TARGET} --on-demand",
+        "both 127.0.0.1 8000",
+        (),
+    ),
     "template": (
         "--listen=127.0.0.1:%i --target=127.0.0.2:%i --on-demand",
         "127.0.0.2 %i",
@@ -329,6 +357,10 @@ def created(m: Machine, arguments: str, address: str) -> Subject:
     elif "heal-b.socket" in units:
         both = "TCP:127.0.0.1:9000 TCP:127.0.0.1:9001"
         names = {"sockets": "heal-a.socket heal-b.socket", "address": both}
+    elif address.startswith("udp "):
+        names = {"address": datagrams(9000)}
+    elif address.startswith("both "):
+        names = {"address": f"TCP:127.0.0.1:9000 {datagrams(9000)}"}
     return Subject(m, units, **names)
 
 

@@ -62,9 +62,7 @@ def quadlet(folder: str) -> dict[str, str]:
 
 def as_root(m: Machine, units: dict[str, str], backend: str) -> str:
     set_up(m)
-    storage = STORAGE.format(run="/run/containers/storage", graph="/var/lib/containers/storage")
-    m.replace("/etc/containers/storage.conf", storage)
-    m.sh(f"{IMAGE} | {IMPORT}")
+    import_image_of_root(m)
     return heals(Subject(m, units, backend=backend, **WEB), without=OF_OUR_BACKEND)
 
 
@@ -72,31 +70,48 @@ def as_user(m: Machine, units: dict[str, str], backend: str) -> str:
     set_up(m)
     user = UserManager(m)
     try:
-        home, run = f"/home/{USER}", f"/run/user/{user.number}"
-        storage = STORAGE.format(run=f"{run}/containers", graph=f"{home}/containers")
-        m.sh(
-            f"mkdir {home}/.config/containers; cat >{home}/.config/containers/storage.conf",
-            stdin=storage,
-        )
-        m.sh(f"{IMAGE} | runuser -u {USER} -- env XDG_RUNTIME_DIR={run} {IMPORT}")
+        import_image(user)
         return heals(UserSubject(user, units, backend=backend, **WEB), without=OF_OUR_BACKEND)
     finally:
         user.end()
 
 
+def import_image_of_root(m: Machine) -> None:
+    """Make the image that the containers of root run."""
+    storage = STORAGE.format(run="/run/containers/storage", graph="/var/lib/containers/storage")
+    m.replace("/etc/containers/storage.conf", storage)
+    m.sh(f"{IMAGE} | {IMPORT}")
+
+
+def import_image(user: UserManager) -> None:
+    """Make the image that a user's containers run."""
+    m, home, run = user.m, f"/home/{USER}", f"/run/user/{user.number}"
+    storage = STORAGE.format(run=f"{run}/containers", graph=f"{home}/containers")
+    m.sh(
+        f"mkdir {home}/.config/containers; cat >{home}/.config/containers/storage.conf",
+        stdin=storage,
+    )
+    m.sh(f"{IMAGE} | runuser -u {USER} -- env XDG_RUNTIME_DIR={run} {IMPORT}")
+
+
 def set_up(m: Machine) -> None:
-    """Configure Podman for a container without devices and control groups of its own."""
-    if m.run("command -v podman").returncode:
-        raise CannotRun("there is no Podman")
-    m.sh("systemctl start network-online.target")  # what Quadlet makes waits for it
-    m.sh("chmod 666 /dev/net/tun")  # as on any machine; not so where a host gives it away
-    m.write("/etc/containers/containers.conf.d/e2e.conf", CONFIGURATION)
+    """Configure Podman, and make the root folder of an image."""
+    configure(m)
     for name, text in (("application", APPLICATION), ("answer", ANSWER)):
         m.write(f"{m.folder}/root/bin/{name}", text, mode="755")
     m.sh(
         f"cd {m.folder}/root/bin; cp /bin/busybox .; "
         "for name in sh nc sleep; do ln -s busybox $name; done"
     )
+
+
+def configure(m: Machine) -> None:
+    """Configure Podman for a container without devices and control groups of its own."""
+    if m.run("command -v podman").returncode:
+        raise CannotRun("there is no Podman")
+    m.sh("systemctl start network-online.target")  # what Quadlet makes waits for it
+    m.sh("chmod 666 /dev/net/tun")  # as on any machine; not so where a host gives it away
+    m.write("/etc/containers/containers.conf.d/e2e.conf", CONFIGURATION)
 
 
 CONFIGURATION = """\
@@ -124,5 +139,5 @@ wait
 """
 ANSWER = '#!/bin/sh\nread word\necho "answer $word"\n'
 
-IMAGE = "tar -C /srv/*podman*/root -c ."
+IMAGE = "tar -C /srv/*/root -c ."  # the folder of the scenario
 IMPORT = """podman import --change 'CMD ["/bin/application"]' - localhost/web"""

@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 from e2e import healing
 from e2e.harness import SCENARIOS, scenario
-from e2e.healing import BACK, BACKEND, CONTROL, PROXY, UNITS, Subject
-from e2e.machine import Machine, check
+from e2e.healing import BACK, BACKEND, CONTROL, PROXY, UNITS, Subject, datagrams
+from e2e.machine import Machine, check, same
 from e2e.scenarios.user_manager import USER, UserManager
 from e2e.seen import (
     accepted,
@@ -470,7 +470,7 @@ CASES = (
     ),
     Case(
         "not-a-stream",
-        {S: [("ListenStream=", "ListenDatagram=127.0.0.1:9002\nListenStream=")]},
+        {S: [("ListenStream=", "ListenSequentialPacket=/run/heal.packets\nListenStream=")]},
         does_not_start,
         served,
     ),
@@ -513,4 +513,24 @@ def rule_user_unit_wanted_by_multi_user(m: Machine) -> str:
     return "bites, is found, and is mended"
 
 
-assert len([name for name in SCENARIOS if name.startswith("rule-")]) == len(CASES) + 1
+@scenario(needs="unix-dgram", original="forwards no datagrams")
+def rule_accept_with_datagrams(m: Machine) -> str:
+    """accept-with-datagrams: systemd refuses the socket, `check` finds it, its mend mends it"""
+    socket = "[Socket]\nListenDatagram=127.0.0.1:9000\n"
+    backend = BACK.replace(f"{BACKEND} ", f"{BACKEND} udp ")
+    of_each = PROXY.replace("Requires=heal.socket\nAfter=heal.socket\n", "")
+    units = {"heal.socket": f"{socket}Accept=yes\n", "heal@.service": of_each}
+    address = datagrams(9000)
+    broken = Subject(m, units | {"back.service": backend}, proxy="heal@*.service", address=address)
+    check(m.run("systemctl start heal.socket").returncode, "the socket has started")
+    check("sockets are non-accepting. Refusing." in m.journal(), "not for this reason")
+    check(not broken.ask(2), "a client is served")
+    same("rules", m.rules("heal@.service"), {"accept-with-datagrams"})
+    m.sh("rm /etc/systemd/system/heal@.service")
+    mended = Subject(m, {"heal.socket": socket, "heal.service": PROXY}, address=address)
+    same("rules", mended.rules(), set())
+    mended.served("without Accept=yes")
+    return "bites, is found, and is mended"
+
+
+assert len([name for name in SCENARIOS if name.startswith("rule-")]) == len(CASES) + 2
