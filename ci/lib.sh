@@ -113,7 +113,7 @@ source_files() (
 # Those of them that the installed package depends on.
 built_files() {
     source_files |
-        grep -zE '^((proxyd|scripts|man|examples|completions|doc|systemd)/|(setup|pyproject|MANIFEST|README|CHANGELOG)\.)' |
+        grep -zE '^((proxyd|scripts|man|examples|completions|doc|systemd)/|(setup|make_bundle|pyproject|MANIFEST|README|CHANGELOG)\.)' |
         LC_ALL=C sort -z
 }
 

@@ -176,8 +176,10 @@ no_reports() {
     [ ${#all[@]} = 0 ]
 }
 
-# Half of the black-box suite: together, these files cover every way in which a connection ends.
-HALF=(forwarding half_close hold last_words limits reset signals stalled_reader)
+# Half of the black-box suite: together, these files cover every way in which a connection ends, and
+# what is done with datagrams.
+HALF=(forwarding half_close hold last_words limits reset signals stalled_reader datagrams datagrams_held
+    datagrams_limits)
 
 blackbox_files() {
     local name
@@ -203,7 +205,8 @@ part_thread() {
     local status=0 files
     use_compiler
     make_ready thread
-    run_suite "$ROOT"/tests/relay/test_{threads,workers,balance,snapshot}.py || status=1
+    run_suite "$ROOT"/tests/relay/test_{threads,workers,balance,snapshot,datagram_rights,datagram_limits}.py ||
+        status=1
     mapfile -t files < <(blackbox_files)
     # If no thread can be started, the program logs this of relay threads too: one line too many for
     # test_few_tasks. And under this sanitizer, clients are too slow to keep the program busy.
@@ -244,13 +247,16 @@ part_address-faults() {
 # analyze SOURCE-FOLDER : prints what gcc finds in the generated C, as "function warning", one a line.
 # With call summaries and without inlining it analyzes the whole file; otherwise it gives up early.
 analyze() {
-    local work=$SANITIZED/analyzer
+    local work=$SANITIZED/analyzer name
     mkdir -p "$work"
-    (cd "$1" && "$TOOLS/bin/cython" --line-directives -3 proxyd/_relay.pyx -o "$work/_relay.c" \
-        2>"$work/cython") || die "Cython failed: $(<"$work/cython")"
-    (cd "$1" && LC_ALL=C "$CC" -fanalyzer -fanalyzer-call-summaries -O1 -fno-inline -I"$(include_folder)" \
-        -c "$work/_relay.c" -o /dev/null -fno-diagnostics-show-caret -fdiagnostics-path-format=none \
-        2>"$work/log") || die "gcc failed: $(tail -n 20 "$work/log")"
+    : >"$work/log"
+    for name in _relay _datagram; do
+        (cd "$1" && "$TOOLS/bin/cython" --line-directives -3 "proxyd/$name.pyx" -o "$work/$name.c" \
+            2>"$work/cython") || die "Cython failed: $(<"$work/cython")"
+        (cd "$1" && LC_ALL=C "$CC" -fanalyzer -fanalyzer-call-summaries -O1 -fno-inline \
+            -I"$(include_folder)" -c "$work/$name.c" -o /dev/null -fno-diagnostics-show-caret \
+            -fdiagnostics-path-format=none 2>>"$work/log") || die "gcc failed: $(tail -n 20 "$work/log")"
+    done
     awk '/: In function / { gsub(/\047/, " "); name = $(NF - 1) }
         / warning: / { gsub(/[][]/, " "); print name, $NF }' "$work/log" | sort -u
 }

@@ -9,7 +9,9 @@
  *   close              closes all the same
  *   F_SETPIPE_SZ short the pipe really has one page, as beyond pipe-user-pages-soft
  *   connect EINTR      continues in the background
- * Calls of the extension are counted separately from those of everything else, mostly Python.
+ * Datagrams have no short calls, their connect never waits, and a refusal is all that ends a peer;
+ * recvmmsg and sendmmsg that come up short have taken one message.
+ * Calls of the extensions are counted separately from those of everything else, mostly Python.
  */
 #define _GNU_SOURCE
 #undef _FORTIFY_SOURCE
@@ -45,9 +47,9 @@
     X(fcntl) X(fcntl_setpipe) X(fstat) X(getaddrinfo) X(getpeername) X(getrlimit) X(getsockname) \
     X(getsockopt) X(getsockopt_error) X(ioctl) X(listen) X(lseek) X(lstat) X(malloc) X(open) \
     X(opendir) X(pidfd_open) X(pipe2) X(poll) X(pthread_create) X(read) X(read_file) X(readlink) X(recv) \
-    X(recvfrom) X(recvmsg) X(send) X(sendto) X(setrlimit) X(setsockopt) X(shutdown) \
-    X(pthread_sigmask) X(realloc) X(socket) X(splice_in) X(splice_out) X(stat) X(unlink) \
-    X(write)
+    X(recvfrom) X(recvmmsg) X(recvmsg) X(send) X(sendmmsg) X(sendmsg) X(sendto) X(setrlimit) \
+    X(setsockopt) X(shutdown) X(pthread_sigmask) X(realloc) X(socket) X(splice_in) X(splice_out) \
+    X(stat) X(unlink) X(write)
 
 #define AS_ENUM(name) P_##name,
 #define AS_STRING(name) #name,
@@ -76,7 +78,11 @@ struct control {
 };
 
 static struct control *control;
-static uintptr_t relay_start, relay_end;
+enum { EXTENSIONS = 2 };
+static const char *const extension_names[EXTENSIONS] = {"/_relay.", "/_datagram."};
+static struct {
+    uintptr_t start, end;       /* where it is loaded; 0: nowhere yet */
+} extensions[EXTENSIONS];
 static __thread int paused;     /* these calls are the walk's, which runs in the same process */
 
 #define FDS 4096
@@ -114,28 +120,32 @@ static void *found(void **cache, const char *name) {
 #define REAL(name) ({ static void *cache; (__typeof__(&name))found(&cache, #name); })
 #define CALLER ((uintptr_t)__builtin_return_address(0))
 
-static int find_relay(struct dl_phdr_info *info, size_t size, void *data) {
-    (void)size, (void)data;
-    if (strstr(info->dlpi_name, "/_relay.") == NULL)
+static int find_extension(struct dl_phdr_info *info, size_t size, void *data) {
+    int number = *(int *)data;
+    uintptr_t first = (uintptr_t)-1, last = 0;
+    (void)size;
+    if (strstr(info->dlpi_name, extension_names[number]) == NULL)
         return 0;
-    relay_start = (uintptr_t)-1;
     for (int i = 0; i < info->dlpi_phnum; i++) {
         const ElfW(Phdr) *part = &info->dlpi_phdr[i];
         uintptr_t start = info->dlpi_addr + part->p_vaddr;
         if (part->p_type != PT_LOAD)
             continue;
-        if (start < relay_start)
-            relay_start = start;
-        if (start + part->p_memsz > relay_end)
-            relay_end = start + part->p_memsz;
+        if (start < first)
+            first = start;
+        if (start + part->p_memsz > last)
+            last = start + part->p_memsz;
     }
+    extensions[number].start = first;
+    extensions[number].end = last;
     return 1;
 }
 
 void *dlopen(const char *path, int mode) {
     void *library = REAL(dlopen)(path, mode);
-    if (path != NULL && relay_end == 0 && strstr(path, "/_relay.") != NULL)
-        dl_iterate_phdr(find_relay, NULL);
+    for (int i = 0; i < EXTENSIONS; i++)
+        if (path != NULL && extensions[i].end == 0 && strstr(path, extension_names[i]) != NULL)
+            dl_iterate_phdr(find_extension, &i);
     return library;
 }
 
@@ -152,7 +162,12 @@ __attribute__((constructor)) static void map_control(void) {
 
 /* ── whether a call fails ────────────────────────────────────────────────────────────────────── */
 
-static int from_relay(uintptr_t caller) { return caller >= relay_start && caller < relay_end; }
+static int from_relay(uintptr_t caller) {
+    for (int i = 0; i < EXTENSIONS; i++)
+        if (caller >= extensions[i].start && caller < extensions[i].end)
+            return 1;
+    return 0;
+}
 
 static void record_hit(int fd) {
     socklen_t size = sizeof(control->own);
@@ -206,11 +221,22 @@ static void end_socket(int fd) {
     errno = error;
 }
 
+static int is_datagram(int fd) {
+    int kind = 0, error = errno;
+    socklen_t size = sizeof(kind);
+    int known = REAL(getsockopt)(fd, SOL_SOCKET, SO_TYPE, &kind, &size) == 0;
+    errno = error;
+    return known && kind == SOCK_DGRAM;
+}
+
 /* The consequences of a failed call on a connected socket. */
 static void follow_up(int fd) {
+    int ends = errno == ECONNRESET || errno == EPIPE || errno == ETIMEDOUT;
     if (errno == EAGAIN)
         announce(fd);
-    else if (errno == ECONNRESET || errno == EPIPE || errno == ETIMEDOUT)
+    else if (ends && is_datagram(fd))
+        errno = ECONNREFUSED;
+    else if (ends)
         end_socket(fd);
 }
 
@@ -438,6 +464,8 @@ int close(int fd) {
 int connect(int fd, const struct sockaddr *address, socklen_t size) {
     if (!strike(P_connect, CALLER, fd))
         return REAL(connect)(fd, address, size);
+    if (errno == EINTR && is_datagram(fd))
+        return REAL(connect)(fd, address, size);
     if (errno == EINTR) {
         REAL(connect)(fd, address, size);
         errno = EINTR;
@@ -489,9 +517,14 @@ ssize_t write(int fd, const void *buffer, size_t size) {
 
 /* Short means one byte: half of what was asked for is often all that there is. */
 
+static int strike_stream(int point, uintptr_t caller, int fd) {
+    int action = strike(point, caller, fd);
+    return action == SHORTEN && is_datagram(fd) ? NOTHING : action;
+}
+
 ssize_t recv(int fd, void *buffer, size_t size, int flags) {
     ssize_t got;
-    switch (strike(P_recv, CALLER, fd)) {
+    switch (strike_stream(P_recv, CALLER, fd)) {
     case NOTHING:
         return REAL(recv)(fd, buffer, size, flags);
     case SHORTEN:
@@ -505,9 +538,11 @@ ssize_t recv(int fd, void *buffer, size_t size, int flags) {
 }
 
 ssize_t recvmsg(int fd, struct msghdr *message, int flags) {
-    struct iovec whole = message->msg_iov[0];
+    struct iovec whole = {NULL, 0};
     ssize_t got;
-    switch (strike(P_recvmsg, CALLER, fd)) {
+    if (message->msg_iovlen > 0)
+        whole = message->msg_iov[0];
+    switch (strike_stream(P_recvmsg, CALLER, fd)) {
     case NOTHING:
         return REAL(recvmsg)(fd, message, flags);
     case SHORTEN:
@@ -524,13 +559,48 @@ ssize_t recvmsg(int fd, struct msghdr *message, int flags) {
 
 ssize_t send(int fd, const void *data, size_t size, int flags) {
     ssize_t sent;
-    switch (strike(P_send, CALLER, fd)) {
+    switch (strike_stream(P_send, CALLER, fd)) {
     case NOTHING:
         return REAL(send)(fd, data, size, flags);
     case SHORTEN:
         sent = REAL(send)(fd, data, 1, flags);
         announce(fd);
         return sent;
+    default:
+        follow_up(fd);
+        return -1;
+    }
+}
+
+ssize_t sendmsg(int fd, const struct msghdr *message, int flags) {
+    if (strike(P_sendmsg, CALLER, fd)) {
+        follow_up(fd);
+        return -1;
+    }
+    return REAL(sendmsg)(fd, message, flags);
+}
+
+int recvmmsg(int fd, struct mmsghdr *messages, unsigned int count, int flags, struct timespec *until) {
+    int got;
+    switch (strike(P_recvmmsg, CALLER, fd)) {
+    case NOTHING:
+        return REAL(recvmmsg)(fd, messages, count, flags, until);
+    case SHORTEN:
+        got = REAL(recvmmsg)(fd, messages, 1, flags, until);
+        announce(fd);
+        return got;
+    default:
+        follow_up(fd);
+        return -1;
+    }
+}
+
+int sendmmsg(int fd, struct mmsghdr *messages, unsigned int count, int flags) {
+    switch (strike(P_sendmmsg, CALLER, fd)) {
+    case NOTHING:
+        return REAL(sendmmsg)(fd, messages, count, flags);
+    case SHORTEN:
+        return REAL(sendmmsg)(fd, messages, 1, flags);
     default:
         follow_up(fd);
         return -1;

@@ -9,10 +9,11 @@ from collections import Counter
 from pathlib import Path
 
 from faults.table import FAILURES, SYSTEM_CALLS, SYSTEM_CALLS_LEFT_OUT
+from kit.datagrams import Echo, open_socket
 from kit.sockets import read_to_end
 from kit.stage import Stage
 from kit.traffic import Payload, in_background
-from kit.waiting import wait_until
+from kit.waiting import patience, wait_until
 
 CALL = re.compile(r"\d+ +(\w+)\(")
 
@@ -36,29 +37,36 @@ def main(executable):
 
 
 def run_traced(executable, trace):
-    """Run it under strace: short and long connections, two threads, a name, SIGUSR1, SIGTERM."""
+    """Run it under strace: short and long connections, datagrams, two threads, a name, SIGUSR1,
+    SIGTERM."""
     stage = Stage(executable, "ours")
+    server = Echo(open_socket("udp4", stage.directory))
     try:
         target = stage.echo().replace("127.0.0.1", "localhost")
-        path = stage.path("socket")
+        path, datagrams = stage.path("socket"), stage.path("datagrams")
         proxy = stage.launch(
             "--threads=2",
             "--hand-over=always",
-            "--proxy-protocol=v1",
-            f"--listen={path}",
-            target,
+            "--proxy-protocol=v2",
+            f"--listen=streams={path}",
+            f"--listen=datagrams=unix-dgram:{datagrams}",
+            f"streams={target}",
+            f"datagrams={server.text}",
             prefix=["strace", "-f", "-qq", "-o", trace],
             wait=False,
         )
         wait_until(lambda: "READY=1" in proxy.notify.lines(), "READY=1")
         for size in (100, BYTES):
             talk(stage.connect_to(path, socket.AF_UNIX), size)
+        ask(datagrams, stage.path("asker"))
+        ask(datagrams, stage.path("another"))
         tracee = Path(f"/proc/{proxy.pid}/task/{proxy.pid}/children").read_text().split()[0]
         os.kill(int(tracee), signal.SIGUSR1)
         proxy.wait_for_log("accepted")
         os.kill(int(tracee), signal.SIGTERM)
         proxy.wait()
     finally:
+        server.close()
         stage.close(checked=False)
 
 
@@ -69,6 +77,19 @@ def talk(client, size):
         client.sendall(block)
     client.shutdown(socket.SHUT_WR)
     assert len(heard.result()[0]) >= size
+
+
+def ask(path, own):
+    """Send bursts of datagrams, and receive their answers."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as client:
+        client.settimeout(patience())
+        client.bind(own)
+        client.connect(path)
+        for _ in range(3):
+            for _ in range(5):
+                client.send(b"question")
+            for _ in range(5):
+                assert client.recv(100).endswith(b"question")
 
 
 def show(call, count):

@@ -22,18 +22,27 @@ from typing import NamedTuple
 
 from faults.callers import INFO, LIST, STATUS
 from faults.control import NO_STRIKE
+from faults.datagrams import Asker
 from faults.world import CUT, World
 from kit.rig import open_fds
 
 from proxyd import cli, event_loop
 
 PASSED_ON = 3
-"""The fd at which the service manager passes a socket."""
+"""The fd at which the service manager passes a socket …"""
+
+PASSED_ON_TOO = 4
+"""… and one for datagrams, if the scenario has any."""
+
+PASSED_FDS = {str(PASSED_ON), str(PASSED_ON_TOO)}
 
 NEVER_CLOSED = ("anon_inode:[eventfd]",)
 """What the program opens once and keeps open until its process ends."""
 
-IMPORTED_LATE = ("stats", "timespan", "proxy_protocol", "resolver", "lookup", "ports", "inspection")
+IMPORTED_LATE = (
+    "stats", "timespan", "proxy_protocol", "resolver", "lookup", "ports", "inspection", "datagrams",
+    "datagram_upstream",
+)  # fmt: skip
 """Modules that the program imports only when it needs them: each run imports them again."""
 
 STILL_TURNS = 25
@@ -170,9 +179,15 @@ class ProgramRun:
     def _make_world(self):
         one = self.scenario
         world = World(
-            self.directory, one.client or "tcp4", one.target or "tcp4", listens=one.listens
+            self.directory,
+            one.client or "tcp4",
+            one.target or "tcp4",
+            listens=one.listens,
+            datagrams=one.datagrams,
         )
         world.log_size = lambda: os.fstat(2).st_size
+        if world.datagrams:
+            world.datagrams.now_ms = lambda: self.control.struct.clock_ms
         self.script = one.script(world)
         return world
 
@@ -181,7 +196,13 @@ class ProgramRun:
         if self.scenario.by_name:
             target = f"localhost:{self.world.backend.getsockname()[1]}"
         inspect = [f"--inspect={self.world.inspection_path}"] if self.scenario.inspected else []
-        return ["systemd-socket-proxyd", *self.scenario.options, *inspect, target]
+        targets = [target]
+        if self.world.datagrams:
+            datagrams = self.world.datagrams.target
+            if self.scenario.by_name:
+                datagrams = datagrams.replace("127.0.0.1", "localhost")
+            targets = [f"streams={target}", f"datagrams={datagrams}"]
+        return ["systemd-socket-proxyd", *self.scenario.options, *inspect, *targets]
 
     def _pass_on(self):
         """Give the program what the service manager would give it: fd 3 and the environment."""
@@ -202,6 +223,9 @@ class ProgramRun:
             os.dup2(connection.fileno(), PASSED_ON)
         else:
             os.dup2(self.world.listen_socket.fileno(), PASSED_ON)
+        if self.world.datagrams:
+            os.environ.update(LISTEN_FDS="2", LISTEN_FDNAMES="streams:datagrams")
+            os.dup2(self.world.datagrams.listen_socket.fileno(), PASSED_ON_TOO)
 
     # ── the run ──────────────────────────────────────────────────────────────────────────────
 
@@ -299,17 +323,19 @@ class ProgramRun:
             self._let_answers_age()
             self.fresh = world.connect(300, 300)
             yield from world.until(lambda: self.fresh.over)
+            if world.datagrams:
+                yield from self._ask_freshly()
             if world.callers:
                 yield from self._call_freshly()
             self._judge()
             self.judged_in_run = True
             world.leave()
             self.wanted = lambda: (
-                f"open still: {open_fds() - first}, "
+                f"open still: {open_fds() - first - world.fds()}, "
                 f"blocks more than at first: {self.control.struct.live - live}"
             )
             yield from world.until(
-                lambda: not open_fds() - first and self.control.struct.live == live
+                lambda: not open_fds() - first - world.fds() and self.control.struct.live == live
             )
             os.kill(os.getpid(), signal.SIGTERM)
         self.satisfied = True
@@ -317,6 +343,13 @@ class ProgramRun:
             yield
 
     # ── after the run ────────────────────────────────────────────────────────────────────────
+
+    def _ask_freshly(self):
+        """Another client of datagrams is answered."""
+        asker = self.world.datagrams.asker()
+        yield from self.world.datagrams.asked(asker)
+        if not asker.answered:
+            self.faults.append("a fresh client of datagrams is not answered")
 
     def _call_freshly(self):
         """Another caller is answered, now that no call fails any more."""
@@ -352,7 +385,7 @@ class ProgramRun:
         if not self.judged:
             self._end_of_process(status)
             self._judge()
-        self._judge_hits()
+        self._judge_hits(log)
         self._judge_end(status, log)
         if self.control.struct.live != self.live_before:
             self.faults.append(
@@ -362,6 +395,7 @@ class ProgramRun:
     def _end_of_process(self, status):
         """Do what the end of the process would: close everything that the program has open."""
         os.dup2(1, PASSED_ON)
+        os.dup2(1, PASSED_ON_TOO)
         left = self._left()
         if left and status == 0:
             self.faults.append(f"open at the end: {', '.join(left)}")
@@ -384,10 +418,17 @@ class ProgramRun:
                 return
             time.sleep(0.001)
 
-    def _judge_hits(self):
-        """No more connections may be affected than calls failed, and no others than theirs."""
+    def _judge_hits(self, log):
+        """No more connections may be affected than calls failed, and no others than theirs.
+
+        An error that is taken to last costs all datagrams that wait, which the log must tell.
+        """
         hits = self.control.struct.hits
-        troubled = [conn for conn in self.troubled if conn is not self.fresh]
+        troubled = [
+            conn
+            for conn in self.troubled
+            if conn is not self.fresh and not (isinstance(conn, Asker) and ", dropping " in log)
+        ]
         if not self.ready or self._look_up_failed():
             return
         if len(troubled) > hits:
@@ -421,7 +462,7 @@ class ProgramRun:
     def _left(self):
         """Close what the program has left open; returns what it should have closed."""
         left = []
-        for fd in open_fds() - self.before - self.world.fds() - {str(PASSED_ON)}:
+        for fd in open_fds() - self.before - self.world.fds() - PASSED_FDS:
             what = os.readlink(f"/proc/self/fd/{fd}")
             kept = what.startswith("socket:") and is_unix_listener(int(fd))
             os.close(int(fd))

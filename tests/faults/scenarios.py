@@ -8,6 +8,7 @@ import signal
 import socket
 
 from faults.callers import INFO, LIST, METRICS, STATUS, TERMINATE, WATCH
+from faults.datagrams import IDLE_OPTION
 from faults.world import CUT, REFUSED, half_close, reset_client, reset_far
 
 BULK = 1536 * 1024
@@ -49,6 +50,8 @@ class Scenario:
         """The program has an inspection socket …"""
         self.inspected_by_default = more.pop("inspected_by_default", False)
         """… or is to have one if it can."""
+        self.datagrams = more.pop("datagrams", None)
+        """(Families of a listener of datagrams and of its target); None: there is none."""
         self.environment = more.pop("environment", {})
         self.quick = more.pop("quick", True)
         """Part of the quick walk."""
@@ -56,9 +59,11 @@ class Scenario:
 
 
 def scenario(**options):
-    """Register a script as a scenario, or as one for each of `pairs`, which are families; the
-    first `quick_pairs` of these are part of the quick walk."""
+    """Register a script as a scenario, or as one for each of `pairs`, which are families (of
+    `datagram_pairs`: of listener and target of datagrams); the first `quick_pairs` of these are
+    part of the quick walk."""
     pairs = options.pop("pairs", None)
+    datagram_pairs = options.pop("datagram_pairs", [])
     quick = options.pop("quick", True)
     quick_pairs = options.pop("quick_pairs", 1)
 
@@ -71,7 +76,18 @@ def scenario(**options):
             SCENARIOS[one.name] = one
         return script
 
-    return enter
+    def enter_datagrams(script):
+        asked_for = [*options.pop("options", ()), IDLE_OPTION]
+        for number, pair in enumerate(datagram_pairs):
+            suffix = f"-{pair[0]}-{pair[1]}"
+            quickly = quick and number < quick_pairs
+            one = Scenario(
+                script, suffix=suffix, quick=quickly, datagrams=pair, options=asked_for, **options
+            )
+            SCENARIOS[one.name] = one
+        return script
+
+    return enter_datagrams if datagram_pairs else enter
 
 
 ALL_KINDS = [("tcp4", "tcp4"), ("tcp4", "unix"), ("unix", "tcp4"), ("unix", "unix")]
@@ -336,3 +352,107 @@ def threads_drain(world):
     yield from world.turns(5)
     for conn in conns:
         conn.reads = True
+
+
+# ── datagrams, with streams beside them ──────────────────────────────────────────────────────────
+
+DATAGRAM_KINDS = [("udp4", "udp4"), ("unix", "unix"), ("udp4", "unix"), ("unix", "udp4")]
+
+
+@scenario(datagram_pairs=DATAGRAM_KINDS, quick_pairs=2, early=True)
+def asked(world):
+    """Clients ask one by one and at once; the first is there before the program starts."""
+    side = world.datagrams
+    askers = [side.asker() for _ in range(3)]
+    askers[0].ask()
+    yield
+    yield from side.asked(*askers, count=4)
+    yield from world.exchange()
+    yield from side.asked(*askers, count=2, size=1200)
+
+
+@scenario(datagram_pairs=[("udp4", "udp4"), ("unix", "unix")], quick_pairs=2, listens=False)
+def asked_in_vain(world):
+    """Questions come before the server, and are held; later it is away for a while."""
+    side = world.datagrams
+    askers = [side.asker() for _ in range(2)]
+    for asker in askers:
+        asker.ask(3)
+    yield from world.turns(40)
+    world.backend.listen(64)
+    side.begin_server()
+    yield from world.until(lambda: all(asker.over for asker in askers))
+    side.end_server()
+    late = side.asker()
+    late.may_lose = True
+    for _ in range(3):
+        late.ask()
+        yield from world.turns(10)
+    side.begin_server()
+    yield from world.until(lambda: late.over)
+
+
+@scenario(datagram_pairs=[("udp4", "unix"), ("unix", "unix")])
+def asked_too_fast(world):
+    """The queue of a server that does not read is full, and questions wait for room in it."""
+    side = world.datagrams
+    side.reads = False
+    asker = side.asker()
+    asker.ask(40)
+    yield from world.until_still()
+    side.reads = True
+    yield from world.until(lambda: asker.over)
+
+
+@scenario(datagram_pairs=[("udp4", "udp4"), ("unix", "udp4")], options=["--proxy-protocol=v2"])
+def asked_with_header(world):
+    """With a PROXY header before each datagram."""
+    side = world.datagrams
+    world.proxy_protocol = "v2"
+    side.header_size = 28 if side.listen_family == "udp4" else 16
+    yield from side.asked(side.asker(), side.asker(), count=3)
+
+
+@scenario(datagram_pairs=[("udp4", "udp4")], options=["-c2"])
+def asked_by_too_many(world):
+    """The table of flows is full: those that have their answers make room."""
+    side = world.datagrams
+    for _ in range(4):
+        yield from side.asked(side.asker())
+
+
+@scenario(datagram_pairs=[("udp4", "udp4")], by_name=True, quick=False)
+def asked_by_name(world):
+    """The target is a name."""
+    yield from world.datagrams.asked(world.datagrams.asker(), count=3)
+
+
+@scenario(
+    datagram_pairs=[("udp4", "udp4")],
+    options=["--threads=2", "--hand-over=always"],
+    inspected=True,
+)
+def asked_and_inspected(world):
+    """Callers list and watch flows, streams are in two threads, and all is logged."""
+    side = world.datagrams
+    world.call(WATCH)
+    yield from side.asked(side.asker(), count=2)
+    callers = [world.call(INFO, STATUS, METRICS, TERMINATE), world.call(LIST)]
+    os.kill(os.getpid(), signal.SIGUSR1)
+    yield from side.asked(*side.askers, side.asker())
+    yield from world.exchange()
+    yield from world.until(lambda: all(caller.over for caller in callers))
+
+
+@scenario(datagram_pairs=[("udp4", "udp4")], options=["--drain-timeout=60s"], ends=True)
+def asked_before_the_end(world):
+    """SIGTERM while an answer is on its way, which arrives."""
+    side = world.datagrams
+    side.answers = False
+    asker = side.asker()
+    asker.ask()
+    yield from world.until(lambda: side.arrived or asker.over)
+    os.kill(os.getpid(), signal.SIGTERM)
+    yield from world.turns(5)
+    side.answers = True
+    yield from world.until(lambda: asker.over)

@@ -32,6 +32,7 @@ def strike_of(failure):
 
 RELAY = {
     "accept4": "EINTR+3 ECONNABORTED+3 EMFILE+3 ENFILE ENOBUFS ENOMEM EPERM",
+    "bind": "ENOMEM EADDRINUSE",
     "calloc": "ENOMEM+3",
     "close": "EINTR EIO",
     "connect": "ECONNREFUSED+3 EAGAIN+3 EADDRNOTAVAIL ENETUNREACH EHOSTUNREACH ETIMEDOUT "
@@ -55,7 +56,11 @@ RELAY = {
     "read": "EINTR EAGAIN EIO short",
     "realloc": "ENOMEM",
     "recv": "EINTR+3 EAGAIN+3 ENOMEM ECONNRESET ETIMEDOUT short+3",
+    "recvmmsg": "EINTR+3 EAGAIN+3 ENOMEM ECONNREFUSED+3 short+3",
     "recvmsg": "EINTR+3 EAGAIN+3 ENOMEM ECONNRESET short+3",
+    "sendmmsg": "EINTR+3 EAGAIN+3 ENOBUFS ENOMEM ECONNREFUSED EPERM EMSGSIZE short+3",
+    "sendmsg": "EINTR+3 EAGAIN+3 ENOBUFS ENOMEM ECONNREFUSED+3 EPERM EMSGSIZE EINVAL EIO "
+    "ENETUNREACH",
     "send": "EINTR+3 EAGAIN+3 ENOBUFS ENOMEM EPIPE ECONNRESET short+3",
     "setrlimit": "EPERM",
     "setsockopt": "ENOBUFS EPERM+all",
@@ -161,7 +166,10 @@ SYSTEM_CALLS = {
     "read": "read read_file",
     "readlink": "readlink",
     "recvfrom": "recv",
+    "recvmmsg": "recvmmsg",
     "recvmsg": "recvmsg",
+    "sendmmsg": "sendmmsg",
+    "sendmsg": "sendmsg",
     "sendto": "send sendto",
     "setsockopt": "setsockopt",
     "shutdown": "shutdown",
@@ -194,7 +202,6 @@ SYSTEM_CALLS_LEFT_OUT = {
     "rt_sigreturn": "does not return",
     "set_robust_list": "the C library's, at the start of a thread",
     "setitimer": "fails only for a bad argument",
-    "sendmmsg": "getaddrinfo's own, which is made to fail as a whole",
     "uname": "cannot fail",
 }
 """System calls that are not made to fail, and why."""

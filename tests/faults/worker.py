@@ -13,8 +13,8 @@ import tempfile
 import traceback
 from pathlib import Path
 
-PASSED_ON = 3
-"""The fd at which a service manager passes a socket; nothing else may use it."""
+PASSED_ON = (3, 4)
+"""The fds at which a service manager passes sockets; nothing else may use them."""
 
 SMALL_BUFFERS = "4096 65536 131072"
 """net.ipv4.tcp_rmem and tcp_wmem. With the usual 4 MiB, only a long stream would get stuck."""
@@ -31,10 +31,10 @@ def own_network():
 
 def main():
     own_network()
-    placeholder = os.open("/dev/null", os.O_RDWR)
-    assert placeholder == PASSED_ON, "an fd too many was inherited"
+    placeholders = tuple(os.open("/dev/null", os.O_RDWR) for _ in PASSED_ON)
+    assert placeholders == PASSED_ON, "an fd too many was inherited"
     results = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(placeholder, 1)
+    os.dup2(placeholders[0], 1)
     jobs = os.fdopen(os.dup(0))
     real_stderr = os.fdopen(os.dup(2), "w")
     log = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - it lives as long as the process
@@ -50,7 +50,8 @@ def main():
     gc.freeze()
     sys.excepthook = lambda *error: traceback.print_exception(*error, file=real_stderr)
     for line in jobs:
-        os.dup2(1, PASSED_ON)
+        for fd in PASSED_ON:
+            os.dup2(1, fd)
         job = json.loads(line)
         strike = Strike(*job["strike"]) if job["strike"] else NO_STRIKE
         outcome = ProgramRun(SCENARIOS[job["scenario"]], control, log).run(strike)

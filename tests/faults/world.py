@@ -6,6 +6,7 @@ import select
 import socket
 
 from faults.callers import CallerRun
+from faults.datagrams import Asker, DatagramSide
 from kit.socket_state import write_error
 from kit.sockets import is_unix, open_listener, reset
 from kit.stepped import Incoming, Outgoing, open_client
@@ -140,7 +141,7 @@ class Far:
 class World:
     """Everything around one run of the program."""
 
-    def __init__(self, directory, client="tcp4", target="tcp4", *, listens=True):
+    def __init__(self, directory, client="tcp4", target="tcp4", *, listens=True, datagrams=None):
         self.directory = directory
         self.faults = []
         self.conns = []
@@ -161,6 +162,8 @@ class World:
             self.backend.listen(64)
         self.client_family = client
         self.proxy_protocol = ""
+        self.datagrams = DatagramSide(directory, *datagrams, serves=listens) if datagrams else None
+        """What is there for datagrams, if anything."""
 
     def _open_backend(self, family):
         backend = open_listener(family, self.directory, receive_buffer=RECEIVE_BUFFER, backlog=None)
@@ -192,10 +195,13 @@ class World:
             *(far.connection for far in self.fars),
             *(caller.socket for caller in self.callers),
         ]
-        return {str(one.fileno()) for one in mine}
+        datagrams = self.datagrams.fds() if self.datagrams else set()
+        return {str(one.fileno()) for one in mine} | datagrams
 
     def leave(self):
         """Close all clients, the backend's connections, and the callers."""
+        if self.datagrams:
+            self.datagrams.leave()
         for conn in self.conns:
             conn.client.close()
         for far in self.fars:
@@ -205,6 +211,8 @@ class World:
 
     def close(self):
         self.leave()
+        if self.datagrams:
+            self.datagrams.close()
         for connection in self.sockets:
             connection.close()
 
@@ -278,6 +286,8 @@ class World:
             self.fars.append(Far(connection, name, self))
         for each in [*self.conns, *self.fars, *self.callers]:
             each.step()
+        if self.datagrams:
+            self.datagrams.step()
         return self.signature() != before
 
     def signature(self):
@@ -291,6 +301,7 @@ class World:
             sum(len(far.sending.rest) for far in self.fars if far.sending),
             sum(len(caller.hearing.data) for caller in self.callers),
             sum(caller.hearing.end is not None for caller in self.callers),
+            self.datagrams and self.datagrams.signature(),
         )
 
     def header_size(self, data):
@@ -305,10 +316,15 @@ class World:
     # ── the verdict ──────────────────────────────────────────────────────────────────────────
 
     def judge(self):
-        """Check every connection; returns those that ended otherwise than without a failure."""
+        """Check every connection; returns those that ended otherwise than without a failure, and
+        clients that lack an answer."""
         for caller in self.callers:
             self.faults += caller.judge()
-        return [conn for conn in self.conns if not self._judge(conn)]
+        unanswered = []
+        if self.datagrams:
+            unanswered = self.datagrams.judge()
+            self.faults += self.datagrams.faults
+        return [conn for conn in self.conns if not self._judge(conn)] + unanswered
 
     def _judge(self, conn):
         """Whether it ended as it would have without a failure; records what must never happen."""
@@ -348,7 +364,9 @@ class World:
         return not (is_unix(connection) and write_error(connection))
 
     def state(self, conn):
-        """A connection in a few words."""
+        """A connection, or a client of datagrams, in a few words."""
+        if isinstance(conn, Asker):
+            return conn.state()
         far = conn.far
         there = "never at the backend"
         if far is not None:

@@ -34,6 +34,9 @@ PATHS = (
     b"unix:", b"unix:x", b"@" + b"a" * 107, b"@" + b"a" * 108, b"/" + b"p" * 106, b"/" + b"p" * 108,
     b"vsock:2:80", b"vsock::80", b"vsock:4294967295:4294967295", b"vsock:2:", b"vsock:-1:1",
     b"vsock:2:80:1", b"@\xff\xff", b"/nonexistent/\xff", b"@a\nb", b"/nonexistent/a=b",
+    b"udp:127.0.0.1:80", b"udp:[::1]:80", b"udp:80", b"udp:", b"udp:localhost:http", b"udp:*:80",
+    b"udp:@a", b"udp:[::1%lo]:*", b"unix-dgram:/nonexistent/d", b"unix-dgram:@d", b"unix-dgram:",
+    b"unix-dgram:x", b"unix-dgram:@" + b"a" * 108, b"UDP:127.0.0.1:80", b"udp:udp:1",
 )  # fmt: skip
 NAMES = (
     b"web", b"unknown", b"connection", b"proxy@web.socket", b"", b"a:b", b"a=b", b"\xff", b"[x",
@@ -94,7 +97,8 @@ class Case:
     arguments: list = field(default_factory=list)
     environment: dict = field(default_factory=dict)
     fds: list = field(default_factory=list)
-    """Of "tcp", "tcp6", "unix", "dgram", "pipe", "connected", "closed"."""
+    """Of "tcp", "tcp6", "unix", "dgram", "dgram6", "unix-dgram", "associated" (a connected datagram
+    socket), "seqpacket", "pipe", "connected", "closed"."""
 
     def shell(self):
         """Return it as a command to type."""
@@ -199,7 +203,10 @@ def names(dice):
 
 
 def fds(dice):
-    kinds = ("tcp", "tcp6", "unix", "unix", "dgram", "pipe", "connected", "closed")
+    kinds = (
+        "tcp", "dgram", "unix", "unix-dgram", "tcp6", "dgram6", "associated", "seqpacket", "pipe",
+        "connected", "closed",
+    )  # fmt: skip
     return [pick(dice, kinds) for _ in range(dice.choice((0, 1, 1, 1, 2, 5)))]
 
 

@@ -58,6 +58,12 @@ def where_to(data):
     assert (made.host is None) != (made.address is None)
     if made.address is not None:
         assert address.text(made.address)
+    try:
+        other = made.for_datagrams()
+    except UsageError:
+        return
+    assert other.datagram
+    assert (other.text, other.host) == (made.text, made.host)
 
 
 def where_from(data):
@@ -67,6 +73,7 @@ def where_from(data):
         return
     assert target.valid_name(made.name)
     address.to_socket_name(made.address)
+    assert not made.datagram or address.family(made.address) != address.AF_VSOCK
 
 
 def pair(data):

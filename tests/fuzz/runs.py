@@ -25,6 +25,13 @@ STEP = 0.001
 LISTENERS = {"tcp": "tcp4", "tcp6": "tcp6", "unix": "abstract"}
 """A kind of listener in a case, and in `open_listener()`."""
 
+DATAGRAMS = {
+    "dgram": (socket.AF_INET, "127.0.0.1"),
+    "dgram6": (socket.AF_INET6, "::1"),
+    "unix-dgram": (socket.AF_UNIX, None),
+}
+"""A kind of datagram socket in a case: its family, and the host that it is bound to."""
+
 NO_SOCKETS = "Didn't get any sockets passed in."
 
 # Without HOME, Python looks up the user, and libraries of systemd then read SYSTEMD_LOG_LEVEL.
@@ -81,11 +88,24 @@ def make_fd(kind):
     """Return what becomes fd 3 or a later one; None: a closed fd."""
     if kind in LISTENERS:
         return open_listener(LISTENERS[kind], None)
-    if kind == "dgram":
-        return socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    if kind in DATAGRAMS:
+        return bound(*DATAGRAMS[kind])
+    if kind == "associated":
+        sock = bound(socket.AF_INET, "127.0.0.1")
+        sock.connect(sock.getsockname())
+        return sock
+    if kind == "seqpacket":
+        return socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     if kind == "connected":
         return socket.socketpair()[0]  # the other end is closed at once
     return open("/dev/null", "rb") if kind == "pipe" else None
+
+
+def bound(family, host):
+    """A datagram socket at a free port of `host`, or (None) a free abstract name."""
+    sock = socket.socket(family, socket.SOCK_DGRAM)
+    sock.bind("" if host is None else (host, 0))
+    return sock
 
 
 def place_fds(things, streams):

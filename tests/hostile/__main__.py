@@ -4,6 +4,7 @@
     ci/test hostile -- --seconds N            the length of each attack (3)
     ci/test hostile -- --only flood,resets    these attacks; `held` measures memory instead
     ci/test hostile -- --clients N            the number of clients in that measurement (20)
+    ci/test hostile -- --sources N            the number of forged sources of `spoofed` (200000)
 
 Each attack runs on a proxy of its own, between TCP and UNIX sockets in every combination. Each
 listener also has two well-behaved clients: one keeps its connection, and one connects again and
@@ -17,6 +18,9 @@ In `callers` other users attack the inspection socket: root's calls must be answ
 `held` uses clients that send and never read, and targets that do the same. It compares what the
 program then holds for each client, in its own memory, in pipes and in socket buffers, with the
 maximum that the code allows.
+
+`spoofed` sends datagrams with forged sources, two of each. A client that talks and a connection
+must be served, and flows and memory stay bounded.
 
 Exit status: 0 all passed, 1 something failed, 77 this machine cannot run it.
 """
@@ -36,13 +40,14 @@ def options():
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--seconds", type=float, default=3.0)
-    parser.add_argument("--only", default=",".join([*ATTACKS, "held"]))
+    parser.add_argument("--only", default=",".join([*ATTACKS, "held", "spoofed"]))
     parser.add_argument("--clients", type=int, default=20)
+    parser.add_argument("--sources", type=int, default=200_000)
     parser.add_argument("--threads", help="--threads= of the proxies")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--executable", required=True, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
-    unknown = set(chosen.only.split(",")) - {*ATTACKS, "held"}
+    unknown = set(chosen.only.split(",")) - {*ATTACKS, "held", "spoofed"}
     if unknown:
         parser.error(f"no such attack: {', '.join(sorted(unknown))}")
     return chosen

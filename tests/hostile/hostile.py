@@ -10,6 +10,7 @@ import socket
 import tempfile
 import time
 
+from hostile import spoofed
 from hostile.attacks import ATTACKS, PAIRS, Place, dice
 from hostile.callers import INSPECT
 from hostile.held import Held
@@ -204,6 +205,8 @@ class Hostile:
                 self.attack(name)
             if "held" in wanted:
                 self.held()
+            if "spoofed" in wanted:
+                self.spoofed()
         except KeyboardInterrupt:
             print("INTERRUPTED")
             return 130
@@ -263,6 +266,12 @@ class Hostile:
         )
         if grown > allowed:
             scene.faults.append(f"{grown} bytes of memory, expected at most {allowed}")
+
+    def spoofed(self):
+        """Send datagrams with forged sources."""
+        note, faults = spoofed.run(self.chosen.executable, self.chosen.sources)
+        print(f"spoofed: {note}")
+        self.tell("spoofed", faults)
 
     # ── what one client can make the proxy hold ──────────────────────────────────────────────
 

@@ -27,6 +27,7 @@ REPORTS = Path(os.environ["SANITIZE_REPORTS"])
 
 NO_LEAK_CHECK = {
     "test_calls": "its programs run under strace, and LeakSanitizer needs ptrace(2) for itself",
+    "test_datagram_calls": "likewise",
     "test_the_exit_does_not_wait_for_a_look_up": (
         "its program does not load the extension, and so not the check in address.h either, which"
         " knows the frames of threads"
@@ -48,11 +49,12 @@ NO_REPORT = re.compile(r"(==\d+==WARNING: AddressSanitizer failed to allocate .*
 """The warning that a malloc of too much has returned NULL, which `ci/parts/sanitize.sh` allows."""
 
 
-def build_function(name):
-    """A C function that this build has added to the extension, or None."""
-    import proxyd._relay as relay
+def build_functions(name):
+    """The C functions of this name that this build has added: one for each extension, or none."""
+    from proxyd import _datagram, _relay
 
-    return getattr(ctypes.PyDLL(relay.__file__), name, None)
+    found = [getattr(ctypes.PyDLL(one.__file__), name, None) for one in (_relay, _datagram)]
+    return [function for function in found if function is not None]
 
 
 def new_reports(folder):
@@ -99,22 +101,22 @@ class Reports:
     @pytest.hookimpl(wrapper=True)
     def pytest_sessionfinish(self, session):
         result = yield
-        find_leaks = build_function("proxyd_leaks")
-        if find_leaks is not None:
+        for find_leaks in build_functions("proxyd_leaks")[:1]:  # in the whole process
             find_leaks()  # ci/parts/sanitize.sh finds the report
         return result
 
 
 def children_write_their_coverage():
     """Let os._exit() in a forked child write gcov's counts, as a normal exit does."""
-    dump = build_function("proxyd_coverage_dump")
-    if dump is None:
+    dumps = build_functions("proxyd_coverage_dump")  # each extension has counts of its own
+    if not dumps:
         return
     parent, real_exit = os.getpid(), os._exit
 
     def dump_and_exit(status):
         if os.getpid() != parent:
-            dump()
+            for dump in dumps:
+                dump()
         real_exit(status)
 
     os._exit = dump_and_exit

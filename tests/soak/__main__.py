@@ -4,7 +4,7 @@
     ci/test soak -- --minutes 60
     ci/bench chart .cache/soak FILE.svg        draw the run: doc/reports/soak.svg is one of an hour
 
-Five proxies run at once, in a network of their own:
+Six proxies run at once, in a network of their own:
 
     main     TCP, IPv6 and UNIX in every combination. Its targets stay up, so nothing may be lost.
              It also forwards one stream of 200 GB an hour, and connections of one byte a second
@@ -12,12 +12,14 @@ Five proxies run at once, in a network of their own:
     idle     --idle-timeout=3s; some readers stall for longer, and some connections are silent
     few      80 open files, often fewer: accept, socket and pipe2 fail
     shaky    the targets are killed or exit, and come back
+    flows    datagrams over UDP and UNIX sockets, to targets of both sorts, with a stream
 
 Each exchange follows a random plan that both ends know: how many bytes each side sends and in
 writes of which size, when it stops reading and for how long, whether it sends an urgent byte, and
 whether it ends with a half-close, a reset or a plain close, and after which byte. Meanwhile,
 clients and targets are stopped and continued. Every byte that arrives is compared with the one that
-belongs at its offset in the stream.
+belongs at its offset in the stream. Datagrams are numbered: they may be lost, but each that arrives
+must be whole, come from where its question went, and come once and in order.
 
 Now and then the traffic pauses; then only lasting connections may be open. A run fails if there is
 a wrong byte, an end that arrives as another kind of end, a hang, a socket left open, private memory

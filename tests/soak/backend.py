@@ -1,8 +1,9 @@
 """The targets: accept on every given address, and follow the plan of each client.
 
 Settings: `name`; `listen`: [{"family", "address", "header"}], where `header` is the version of the
-PROXY header that precedes the data (0: none); `strict`: every plan must be completed, because this
-process is not killed. Reports "ready" with the addresses, and "counts" when ordered.
+PROXY header that precedes the data (0: none); `datagrams`: [{"family", "address"}], which are sent
+back; `strict`: every plan must be completed, because this process is not killed. Reports "ready"
+with the addresses, and "counts" when ordered.
 """
 
 import asyncio
@@ -12,6 +13,7 @@ import struct
 from kit.asynchronous import GONE, listen, read_exactly
 from kit.load import Tally, cancelled_servers, orders, read_settings, run, tell
 from kit.pattern import Corrupt, Stream
+from soak import datagrams
 from soak import plan as plans
 from soak.sides import BUFFER, DOWN, Fault, Side
 
@@ -112,6 +114,10 @@ async def main():
     settings = read_settings()
     backend = Backend(settings)
     listeners = [listen(one["family"], one["address"]) for one in settings["listen"]]
+    echoes = [
+        datagrams.Echo(datagrams.bind(one["family"], one["address"]), backend.tally)
+        for one in settings["datagrams"]
+    ]
     tell("ready", addresses=[one.getsockname() for one in listeners])
     accepting = [
         asyncio.ensure_future(backend.accept(listener, one["header"]))
@@ -124,8 +130,8 @@ async def main():
 
     await orders(handle)  # to the end of stdin
     await cancelled_servers(accepting, backend.tasks)
-    for listener in listeners:
-        listener.close()
+    for each in [*listeners, *echoes]:
+        each.close()
 
 
 if __name__ == "__main__":

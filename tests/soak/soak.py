@@ -265,6 +265,11 @@ class Soak:
             for listener in one.listeners
             if not self.counts.get(f"{listener['name']}: whole")
         ]
+        missing += [
+            f"{name}: no burst was answered whole"
+            for name in self.world.datagram_names
+            if not self.counts.get(f"{name}: answered")
+        ]
         moved = self.counts.get("bytes of the stream", 0)
         # A short run only shows that all kinds of traffic pass; how much depends on the machine.
         wanted = 200e9 / 3600 * self.seconds if self.seconds >= LONG else 1e6
@@ -323,6 +328,11 @@ class Soak:
         yield (
             f"one stream of {counts.get('bytes of the stream', 0) / 1e9:.1f} GB; "
             f"{counts.get('bytes one at a time', 0)} bytes at one a second"
+        )
+        yield (
+            f"datagrams: {counts.get('datagrams at targets', 0)} at their targets, "
+            f"{counts.get('datagrams answered', 0)} answered, "
+            f"{counts.get('datagrams lost', 0)} lost on the way"
         )
         done = self.chaos.counts
         yield (

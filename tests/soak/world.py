@@ -11,6 +11,7 @@ from kit.notify import NotifySocket
 from kit.privileges import WITH_PARENT
 from kit.proxy import Proxy
 from kit.sockets import open_listener
+from soak import datagrams
 
 FIRST_PORT = 701  # not ephemeral, so that no socket takes it while a target is down
 
@@ -43,6 +44,8 @@ class World:
         self.loads = []
         self.served = []
         self.listening_sockets = []
+        self.datagram_names = []
+        """What the clients of datagrams call their listeners."""
         self.ipv6 = _has_ipv6()
         self._port = FIRST_PORT
 
@@ -90,8 +93,9 @@ class World:
             prefix=["prlimit", "--nofile=80:80"],
         )
         self._proxy("shaky", ["--connect-timeout=5s"], pairs, shaky, rate=16)
+        self._flows(steady, shaky)
         self._clients("steady clients", ["main", "header"])
-        self._clients("other clients", ["idle", "few", "shaky"])
+        self._clients("other clients", ["idle", "few", "shaky", "flows"])
         self._inspectors()
 
     def _next_port(self):
@@ -107,9 +111,12 @@ class World:
                 else:
                     address = ["127.0.0.1" if family == "tcp" else "::1", self._next_port()]
                 listen.append({"family": family, "address": address, "header": header})
-        load = Load(
-            "soak.backend", {"name": name, "strict": strict, "listen": listen}, self.reports
-        )
+        grams = [
+            {"family": "udp", "address": ["127.0.0.1", self._next_port()]},
+            {"family": "unixgram", "address": f"{self.folder}/{name.split()[0]}-datagrams"},
+        ]
+        settings = {"name": name, "strict": strict, "listen": listen, "datagrams": grams}
+        load = Load("soak.backend", settings, self.reports)
         self.loads.append(load)
         self.wait_ready([load])
         return load
@@ -119,33 +126,82 @@ class World:
     ):
         listeners = [self._listener(pair[0]) for pair in pairs]
         names = [f"{one}-to-{two}" for one, two in pairs]
-        targets = [
-            f"{label}={_target(backend, pair[1], header)}"
+        targets = {
+            label: _target(backend, pair[1], header)
             for label, pair in zip(names, pairs, strict=True)
-        ]
+        }
+        told = [
+            self._told(
+                f"{name} {label}", *pair, listener, rate=rate * self.rate / len(pairs),
+                header=header, last=(last or {}).get(pair, ["ping"] if last else []), **traffic,
+            )
+            for label, pair, listener in zip(names, pairs, listeners, strict=True)
+        ]  # fmt: skip
+        self._serve(name, [*options], listeners, targets, told, prefix)
+
+    def _serve(self, name, options, listeners, targets, told, prefix=()):
+        """Start a proxy. `targets`: {name of a listener: target}; `told`: what the clients of
+        streams are told of the listeners."""
         proxy = Proxy(
             [*WITH_PARENT, *prefix, str(self.executable), *options,
-             f"--inspect={self._inspection_path(name)}", *targets],
+             f"--inspect={self._inspection_path(name)}",
+             *(f"{label}={target}" for label, target in targets.items())],
             inherit=listeners,
-            names=":".join(names),
+            names=":".join(targets),
             notify=NotifySocket(),
         )  # fmt: skip
-        served = Served(name, proxy, [
-            {
-                "name": f"{name} {label}", "family": pair[0], "backend": pair[1],
-                "address": listener.getsockname()[:2] if pair[0] != "unix"
-                else listener.getsockname(),
-                "rate": rate * self.rate / len(pairs), "header": header,
-                "open_max": traffic.get("open_max", 24), "strict": traffic.get("strict", False),
-                "stall_ms": traffic.get("stall_ms", 1500),
-                "sleeps_ms": traffic.get("sleeps_ms", 0),
-                "last": (last or {}).get(pair, ["ping"] if last else []),
-            }
-            for label, pair, listener in zip(names, pairs, listeners, strict=True)
-        ])  # fmt: skip
+        served = Served(name, proxy, told)
         self.served.append(served)
         proxy.wait_until_ready()
         served.sockets_at_start = proxy.socket_count()
+
+    def _told(self, name, family, backend, listener, *, rate, header=False, last=(), **traffic):
+        address = listener.getsockname()
+        return {
+            "name": name, "family": family, "backend": backend,
+            "address": address if family == "unix" else address[:2],
+            "rate": rate, "header": header,
+            "open_max": traffic.get("open_max", 24), "strict": traffic.get("strict", False),
+            "stall_ms": traffic.get("stall_ms", 1500),
+            "sleeps_ms": traffic.get("sleeps_ms", 0),
+            "last": list(last),
+        }  # fmt: skip
+
+    def _flows(self, steady, shaky):
+        """The proxy of datagrams, with a stream, and the clients of its datagrams."""
+        places = [
+            (backend, one) for backend in (steady, shaky) for one in backend.settings["datagrams"]
+        ]
+        listeners, targets, told = [self._listener("tcp")], {}, []
+        targets["streams"] = _target(steady, "tcp", header=False)
+        for family in ("udp", "unixgram"):
+            for backend, place in places:
+                label = f"{family}-to-{backend.name.split()[0]}-{place['family']}"
+                address = ["0.0.0.0", 0] if family == "udp" else f"{self.folder}/{label}"
+                listeners.append(datagrams.bind(family, address))
+                self.listening_sockets.append(listeners[-1])
+                targets[label] = _datagram_target(place)
+                told.append(
+                    {
+                        "name": f"flows {label}", "family": family,
+                        "address": listeners[-1].getsockname(),
+                        "rate": 2 * self.rate, "open_max": 24,
+                    }
+                )  # fmt: skip
+        self._serve(
+            "flows",
+            [f"--idle-timeout={IDLE_MS}ms", "--connect-timeout=5s"],
+            listeners,
+            targets,
+            [self._told("flows streams", "tcp", "tcp", listeners[0], rate=2 * self.rate)],
+        )
+        self.datagram_names = [one["name"] for one in told]
+        settings = {
+            "name": "clients of datagrams", "seed": self.dice.random(), "listeners": told,
+            "first_number": self.dice.randrange(1 << 40),
+        }  # fmt: skip
+        self.loads.append(Load("soak.datagram_client", settings, self.reports))
+        self.wait_ready(self.loads[-1:])
 
     def _listener(self, family):
         kind = "tcp4" if family == "tcp" else family
@@ -231,6 +287,11 @@ def _target(backend, family, header):
             host = f"[{address[0]}]" if family == "tcp6" else address[0]
             return f"{host}:{address[1]}"
     raise AssertionError(family)
+
+
+def _datagram_target(place):
+    address = place["address"]
+    return address if place["family"] == "unixgram" else f"{address[0]}:{address[1]}"
 
 
 def _has_ipv6():
