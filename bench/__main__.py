@@ -28,6 +28,9 @@ from bench.report import Run
 from bench.works import Work
 
 EXECUTABLE = Path(__file__).parent.parent / ".venv/bin/systemd-socket-proxyd"
+FORKS_MAX = 16
+"""Clients of a program that makes a process for each: socat sleeps for a second after each."""
+
 KINDS = {"load": measure.run, "idle": idle.run, "start": start.run}
 
 
@@ -77,9 +80,9 @@ def choose(options: argparse.Namespace) -> list[Contender]:
     """The contenders asked for that are available here, the reference first."""
     found = contenders.find(options.executable, shlex.split(options.options), options.before)
     originals = [name for name in found if name.startswith("original-")]
-    default = ["ours", *originals[-1:], "nginx"]
+    default = ["ours", "control", *originals[-1:], "nginx", "socat"]
     if options.before:
-        default = ["ours", "before"]
+        default = ["ours", "before", "control"]
     elif options.two_cpus:
         default = ["ours-2", "ours"]
     elif options.long:
@@ -106,6 +109,10 @@ def schedule(
 def applies(work: Work, contender: Contender, number: int) -> bool:
     """Whether to make this run. A direct connection is only a reference: one round is enough."""
     if contender.name == "direct" and number > 0:
+        return False
+    if not (contender.datagrams if sockets.is_datagram(work.pair) else contender.streams):
+        return False
+    if contender.forks and work.clients > FORKS_MAX:
         return False
     return work.kind != "start" or start.applies(contender)
 

@@ -3,8 +3,9 @@
     ci/bench chart RESULTS.json FILE.svg    what `ci/bench --json RESULTS.json` has written
     ci/bench chart FOLDER FILE.svg          what a soak run has left in FOLDER, .cache/soak
 
-The first shows the CPU time in the proxy per unit of work as a share of the newest original's, the
-second memory, descriptors and CPU time of the proxies over the time of the run.
+The first shows the CPU time in the proxy per unit of work as a share of the newest original's, or
+with datagrams, which that does not forward, of nginx's; the second memory, descriptors and CPU time
+of the proxies over the time of the run.
 """
 
 import argparse
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bench import machine, report
@@ -31,14 +33,25 @@ WORKS = {
     "bulk-up-1-256K/tcp-unix": "bulk, TCP to UNIX",
     "bulk-up-1-256K/unix-unix": "bulk, UNIX to UNIX",
 }
+DATAGRAM_WORKS = {
+    "pingpong-64Bx64/udp-udp": "64 B datagrams, 64 flows",
+    "pingpong-64Bx1/udp-udp": "64 B datagrams, 1 flow",
+    "flow/udp1-udp": "a new flow: question and answer",
+    "datagrams-up-64Bx1/udp-udp": "64 B to the target",
+    "datagrams-up-1200Bx1/udp-udp": "1200 B to the target",
+    "datagrams-up-1200Bx1-gso/udp-udp": "1200 B to the target, from QUIC (GSO)",
+    "datagrams-down-1200Bx1/udp-udp": "1200 B to the client",
+    "datagrams-down-1200Bx16-gso/udp-udp": "1200 B to 16 clients, from QUIC (GSO)",
+}
 SHARE_MAX = 2.0
 """Longer bars are cut off; the number at their end is their true length."""
 
+COLORS = ["#d9480f", "#4c6ef5", "#2b8a3e", "#9c36b5", "#b08900", "#0b7285"]
 PROXIES = ("main", "header", "idle", "few", "shaky")
 MB = 1 << 20
 
 STYLE = {
-    "axes.prop_cycle": mpl.cycler(color=["#d9480f", "#4c6ef5", "#2b8a3e", "#9c36b5", "#b08900"]),
+    "axes.prop_cycle": mpl.cycler(color=COLORS),
     "axes.spines.right": False,
     "axes.spines.top": False,
     "axes.titlelocation": "left",
@@ -65,7 +78,7 @@ def main() -> None:
     parser.add_argument("svg", type=Path)
     options = parser.parse_args()
     mpl.rcParams.update(STYLE)
-    figure = Figure(figsize=(9, 8), layout="constrained")
+    figure = Figure(figsize=(9, 11), layout="constrained")
     try:
         (draw_soak if options.source.is_dir() else draw_bench)(figure, options.source)
         figure.savefig(options.svg, metadata={"Date": None})
@@ -77,50 +90,76 @@ def main() -> None:
 
 def draw_bench(figure: Figure, source: Path) -> None:
     results = json.loads(source.read_text())
-    names, works, shares = shares_of(results["runs"])
-    axes = figure.subplots()
+    cpu = cpu_of(results["runs"])
+    names = list(dict.fromkeys(name for name, _ in cpu))
+    panels = [
+        (reference, {work: text for work, text in works.items() if (reference, work) in cpu})
+        for reference, works in ((original(names), WORKS), (nginx(names), DATAGRAM_WORKS))
+    ]
+    panels = [panel for panel in panels if panel[1]]
+    if not panels:
+        raise SystemExit("a chart needs an original among the contenders, or nginx for datagrams")
+    heights = [len(works) for _, works in panels]
+    colors = dict(zip(names, COLORS, strict=False))
+    all_axes = figure.subplots(len(panels), squeeze=False, height_ratios=heights)[:, 0]
+    for axes, (reference, works) in zip(all_axes, panels, strict=True):
+        draw_panel(axes, cpu, works, reference, colors)
+    figure.suptitle("CPU time in the proxy per unit of work")
+    figure.supxlabel(f"shorter is better; {machine.line(results['machine'])}")
+    labels = {}
+    for axes in all_axes:
+        handles, texts = axes.get_legend_handles_labels()
+        labels.update(zip(texts, handles, strict=True))
+    figure.legend(labels.values(), labels, loc="outside right upper")
+
+
+def draw_panel(
+    axes: Axes, cpu: dict, works: dict[str, str], reference: str, colors: dict[str, str]
+) -> None:
+    """Draw the contenders' shares of the reference's CPU time, in those works that it did."""
+    names = [name for name in colors if any((name, work) in cpu for work in works)]
     height = 0.8 / len(names)
-    for number, (name, values) in enumerate(zip(names, shares, strict=True)):
+    for number, name in enumerate(names):
+        values = [share(cpu, name, work, reference) for work in works]
         places = np.arange(len(works)) + number * height
-        bars = axes.barh(places, np.minimum(values, SHARE_MAX), height, label=label_of(name))
+        lengths = np.minimum(values, SHARE_MAX)
+        bars = axes.barh(places, lengths, height, label=label_of(name), color=colors[name])
         numbers = [
             f"{value:.2f}{' →' if value > SHARE_MAX else ''}" if value > 0 else ""
             for value in values
         ]
         axes.bar_label(bars, numbers, padding=3, fontsize="x-small")
     axes.axvline(1, color="#57606a", linestyle="dashed", linewidth=0.8)
-    axes.set_yticks(np.arange(len(works)) + 0.4 - height / 2, [WORKS[work] for work in works])
+    axes.set_yticks(np.arange(len(works)) + 0.4 - height / 2, list(works.values()))
     axes.set_ylim(len(works), -0.5)
     axes.set_xlim(0, SHARE_MAX * 1.05)
-    figure.suptitle(f"CPU time in the proxy per unit of work, {label_of(original(names))} = 1")
-    figure.supxlabel(f"shorter is better; {machine.line(results['machine'])}")
-    figure.legend(loc="outside right upper")
+    axes.set_title(f"{label_of(reference)} = 1")
 
 
-def shares_of(runs: list) -> tuple[list[str], list[str], list[list[float]]]:
-    """Return contenders, works, and each contender's share in each work; 0 if it has none."""
+def cpu_of(runs: list) -> dict[tuple[str, str], dict[int, float]]:
+    """Return the CPU time per unit of each contender in each work, by round."""
     cpu: dict[tuple[str, str], dict[int, float]] = {}
     for run in runs:
-        if run["sample"] and run["contender"] != "direct":
+        if run["sample"] and run["contender"] not in ("direct", "control"):
             rounds = cpu.setdefault((run["contender"], run["work"]), {})
             rounds[run["round"]] = run["sample"]["cpu"]
-    names = list(dict.fromkeys(name for name, _ in cpu))
-    works = [work for work in WORKS if (original(names), work) in cpu]
-    shares = [[share(cpu, name, work, original(names)) for work in works] for name in names]
-    return names, works, shares
+    return cpu
 
 
 def share(cpu: dict, name: str, work: str, reference: str) -> float:
-    """Return the median over the rounds of the quotient in each."""
+    """Return the median over the rounds of the quotient in each; 0 if there is none."""
     own, base = cpu.get((name, work), {}), cpu[reference, work]
     return report.ratio([(own[n], base[n]) for n in own if n in base]) or 0.0
 
 
 def original(names: list[str]) -> str:
-    originals = sorted(name for name in names if name.startswith("original-"))
-    if not originals:
-        raise SystemExit("a chart needs an original among the contenders")
-    return originals[-1]
+    """The newest of the originals; empty if there is none."""
+    return max((name for name in names if name.startswith("original-")), default="")
+
+
+def nginx(names: list[str]) -> str:
+    """What datagrams are compared with; empty if it is not there."""
+    return "nginx" if "nginx" in names else ""
 
 
 def label_of(name: str) -> str:

@@ -35,13 +35,18 @@ class Route:
     """What a forwarder is asked for: where from, where to, and further features.
 
     ``front`` is the port to listen on, 0 for an inherited listener (fd 3). ``target`` is
-    ``tcp:PORT`` or ``abstract:NAME``.
+    ``tcp:PORT``, ``abstract:NAME`` or, for datagrams on both sides, ``udp:PORT``.
     """
 
     front: int
     target: str
     proxy: str = ""
     drain: bool = False
+
+    @property
+    def datagrams(self) -> bool:
+        """Whether it is datagrams that are to be forwarded."""
+        return self.target.startswith("udp:")
 
 
 Argv = Callable[[Route, Path], list[str]]
@@ -85,7 +90,8 @@ def like_the_original(argv: Argv, ours: bool) -> Callable[[Route, Path], list[st
 
     def command(route: Route, folder: Path) -> list[str] | None:
         program = [word for word in argv("", "tcp:1", folder)[:-1] if not word.startswith("--conn")]
-        listen = [f"--listen=127.0.0.1:{route.front}"] if route.front else []
+        transport = "udp:" if route.datagrams else ""
+        listen = [f"--listen={transport}127.0.0.1:{route.front}"] if route.front else []
         proxy = [f"--proxy-protocol={route.proxy}"] if route.proxy else []
         drain = ["--drain-timeout=10s"] if route.drain else []
         if not ours and (listen or drain):
@@ -97,8 +103,10 @@ def like_the_original(argv: Argv, ours: bool) -> Callable[[Route, Path], list[st
     return command
 
 
-def haproxy(route: Route, folder: Path) -> list[str]:
+def haproxy(route: Route, folder: Path) -> list[str] | None:
     kind, _, rest = route.target.partition(":")
+    if route.datagrams:
+        return None
     target = f"abns@{rest}" if kind == "abstract" else f"127.0.0.1:{rest}"
     bind = f"127.0.0.1:{route.front}" if route.front else "fd@3"
     send = {"": "", "v1": "send-proxy", "v2": "send-proxy-v2"}[route.proxy]
@@ -117,11 +125,12 @@ def nginx(route: Route, folder: Path) -> list[str] | None:
     if not route.front or route.proxy == "v2":
         return None
     target = f"unix:@{rest}" if kind == "abstract" else f"127.0.0.1:{rest}"
+    udp = " udp" if route.datagrams else ""
     settings = folder / "nginx.conf"
     settings.write_text(
         f"load_module {contenders.NGINX_STREAM};\nuser root;\ndaemon off;\nworker_processes 1;\n"
         f"pid {folder}/nginx.pid;\nerror_log stderr crit;\nevents {{ }}\n"
-        f"stream {{ server {{ listen 127.0.0.1:{route.front}; proxy_pass {target};\n"
+        f"stream {{ server {{ listen 127.0.0.1:{route.front}{udp}; proxy_pass {target};\n"
         f"{'proxy_protocol on;' if route.proxy else ''} }} }}\n"
     )
     program = shutil.which("nginx") or "/usr/sbin/nginx"
@@ -132,6 +141,9 @@ def socat_argv(route: Route, _folder: Path) -> list[str] | None:
     kind, _, rest = route.target.partition(":")
     if route.proxy:
         return None
+    if route.datagrams:
+        listen = f"UDP4-LISTEN:{route.front},bind=127.0.0.1,reuseaddr,fork"
+        return ["socat", listen, f"UDP4:127.0.0.1:{rest}"] if route.front else None
     listen = (
         f"TCP-LISTEN:{route.front},bind=127.0.0.1,reuseaddr,fork"
         if route.front
@@ -143,7 +155,7 @@ def socat_argv(route: Route, _folder: Path) -> list[str] | None:
 
 def nc_loop(route: Route, folder: Path) -> list[str] | None:
     kind, _, rest = route.target.partition(":")
-    if not route.front or route.proxy:
+    if not route.front or route.proxy or route.datagrams:
         return None
     target = f"-U @{rest}" if kind == "abstract" else f"127.0.0.1 {rest}"
     listen = f"nc -l 127.0.0.1 {route.front}"
@@ -196,7 +208,10 @@ def running(
     """
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="cmp-")))
-        listener = stack.enter_context(closing(socket.create_server(("127.0.0.1", 0), backlog=64)))
+        kind = socket.SOCK_DGRAM if target.startswith("udp:") else socket.SOCK_STREAM
+        listener = stack.enter_context(closing(bound(kind)))
+        if kind == socket.SOCK_STREAM:
+            listener.listen(64)
         port = listener.getsockname()[1]
         front = 0 if activated else port
         argv = peer.argv(Route(front, target, **asked), folder)  # type: ignore[arg-type]
@@ -225,6 +240,15 @@ def running(
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             process.wait()
+
+
+def bound(kind: socket.SocketKind, port: int = 0) -> socket.socket:
+    """A socket at a port of the loopback; at a free one without ``port``."""
+    one = socket.socket(type=kind)
+    one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, kind == socket.SOCK_STREAM)
+    one.settimeout(PATIENCE)
+    one.bind(("127.0.0.1", port))
+    return one
 
 
 @contextmanager
@@ -430,6 +454,55 @@ def outlives(peer: Peer, number: signal.Signals) -> bool:
         return False
 
 
+def datagrams(peer: Peer) -> str:
+    """Forwards datagrams (UDP), and gives each of two clients its own answer"""
+    with closing(bound(socket.SOCK_DGRAM)) as target, ExitStack() as stack:
+        program = stack.enter_context(running(peer, f"udp:{target.getsockname()[1]}"))
+        first, second = (stack.enter_context(closing(datagram_client(program))) for _ in "12")
+        flows = [ask(client, target, b"?") for client in (first, second)]
+        for flow, answer in zip(flows, (b"first", b"second"), strict=True):
+            target.sendto(answer, flow)
+        return "yes" if (first.recv(10), second.recv(10)) == (b"first", b"second") else "no"
+
+
+def datagram_waits(peer: Peer) -> str:
+    """Delivers a datagram that came 1 s before its target was there"""
+    with closing(bound(socket.SOCK_DGRAM)) as target, ExitStack() as stack:
+        port = target.getsockname()[1]
+        program = stack.enter_context(running(peer, f"udp:{port}"))
+        client = stack.enter_context(closing(datagram_client(program)))
+        ask(client, target, b"it serves")
+        target.close()
+        client.send(b"made sure of")  # what it had forwarded before could not be answered
+        time.sleep(0.2)
+        client.send(b"early")
+        time.sleep(1)
+        with closing(bound(socket.SOCK_DGRAM, port)) as later, suppress(TimeoutError):
+            later.settimeout(3)
+            while later.recv(20) != b"early":
+                pass
+            return "yes"
+        return "no"
+
+
+def datagram_client(program: Running) -> socket.socket:
+    client = bound(socket.SOCK_DGRAM)
+    client.connect(("127.0.0.1", program.port))
+    return client
+
+
+def ask(client: socket.socket, target: socket.socket, question: bytes) -> tuple[str, int]:
+    """Send until it comes to the target; return where it comes from."""
+    target.settimeout(0.1)
+    deadline = time.monotonic() + PATIENCE / 3
+    while time.monotonic() < deadline:
+        with suppress(ConnectionRefusedError, TimeoutError):
+            client.send(question)
+            return target.recvfrom(100)[1]
+        time.sleep(0.02)
+    raise TimeoutError
+
+
 def at_rest(peer: Peer) -> str:
     """Processes, file descriptors and private memory for each connection at rest"""
     with backend() as listener, running(peer, target_of(listener)) as program, ExitStack() as stack:
@@ -462,6 +535,8 @@ CHECKS = (
     proxy_protocol,
     abstract,
     drains,
+    datagrams,
+    datagram_waits,
     at_rest,
     private_memory,
 )

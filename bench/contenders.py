@@ -1,8 +1,10 @@
 """The programs that are compared, and how each is started and stopped."""
 
+import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -28,28 +30,40 @@ class Contender:
 
     ``argv`` makes its command line from (front address, target address, folder for its files).
     ``activated``: it inherits its listening socket as fd 3 instead of opening one itself.
+    ``streams``, ``datagrams``: what it is measured with.
+    ``forks``: it makes a process for each client.
     """
 
     name: str
     version: str
     argv: Callable[[str, str, Path], list[str]] | None
     activated: bool = True
+    streams: bool = True
+    datagrams: bool = True
+    forks: bool = False
 
 
 @dataclass
 class Proxy:
-    """A running contender; ``pids`` are all its processes, and empty for a direct connection."""
+    """A running contender; ``pids`` are all its processes, and empty for a direct connection.
+
+    ``forks``: there is one for each client, too.
+    """
 
     address: str
     process: subprocess.Popen[bytes] | None = None
     pids: list[int] = field(default_factory=list)
     log: Path | None = None
+    forks: bool = False
 
     def stop(self) -> None:
         """End it with SIGTERM, then SIGKILL. Raises Failed if it had exited before."""
         if self.process is None:
             return
         ended = self.process.poll()
+        if self.forks:
+            for pid in children(self.process.pid):
+                os.kill(pid, signal.SIGTERM)
         if ended is None:
             self.process.send_signal(signal.SIGTERM)
             try:
@@ -66,8 +80,18 @@ class Proxy:
         return text.strip()[-300:]
 
 
-def start(contender: Contender, front: str, target: str, folder: Path, cpu: int) -> Proxy:
-    """Start ``contender`` on ``cpu`` between a listener of family ``front`` and ``target``."""
+def start(
+    contender: Contender,
+    front: str,
+    target: str,
+    folder: Path,
+    cpu: int,
+    backend: socket.socket | None = None,
+) -> Proxy:
+    """Start ``contender`` on ``cpu`` between a listener of family ``front`` and ``target``.
+
+    ``backend``: the socket of the target, which datagrams need.
+    """
     if contender.argv is None:
         return Proxy(target)
     log = folder / "log"
@@ -86,30 +110,45 @@ def start(contender: Contender, front: str, target: str, folder: Path, cpu: int)
             stderr=stderr,
         )
     listener.close()
-    proxy = Proxy(address, process, [process.pid], log)
+    proxy = Proxy(address, process, [process.pid], log, contender.forks)
     try:
-        await_service(proxy)
+        await_service(proxy, backend if sockets.is_datagram(front) else None)
     except Failed:
         process.kill()
         process.wait()
         raise
-    proxy.pids += children(process.pid)
+    if not contender.forks:
+        proxy.pids += children(process.pid)
     return proxy
 
 
-def await_service(proxy: Proxy) -> None:
-    """Wait until a connection has been accepted, so that the work of a start is done."""
+def await_service(proxy: Proxy, backend: socket.socket | None) -> None:
+    """Wait until a connection has been accepted, so that the work of a start is done.
+
+    ``backend``: wait until a datagram has come there instead.
+    """
     assert proxy.process is not None
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline and proxy.process.poll() is None:
         try:
-            sockets.connect(proxy.address).close()
+            if backend is None:
+                sockets.connect(proxy.address).close()
+            else:
+                send_one(proxy.address, backend)
         except OSError:
             time.sleep(0.01)
         else:
             time.sleep(0.05)
             return
     raise Failed(f"does not serve: {proxy.last_words()}")
+
+
+def send_one(address: str, backend: socket.socket) -> None:
+    """Send a datagram; raises BlockingIOError if it does not reach ``backend`` soon."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+        client.sendto(b"anybody?", ("127.0.0.1", int(address.rpartition(":")[2])))
+        time.sleep(0.02)
+        backend.recv(100)
 
 
 def children(pid: int) -> list[int]:
@@ -136,10 +175,12 @@ def find(
     originals.sort(key=lambda contender: contender.name)
     candidates = [
         ours(executable, options),
+        control(executable, options),
         earlier(before, options),
         *originals,
         haproxy(),
         nginx(),
+        socat(),
         direct(),
         two_threads(executable, options),
     ]
@@ -163,6 +204,12 @@ def earlier(executable: Path | None, options: Sequence[str]) -> Contender | None
     """The build that a change is compared with."""
     one = ours(executable, options) if executable else None
     return one and replace(one, name="before")
+
+
+def control(executable: Path, options: Sequence[str]) -> Contender | None:
+    """The program of this repository once more: how far two equal programs are apart."""
+    one = ours(executable, options)
+    return one and replace(one, name="control")
 
 
 def two_threads(executable: Path, options: Sequence[str]) -> Contender | None:
@@ -204,7 +251,7 @@ def original(program: list[str]) -> Contender:
     """A systemd-socket-proxyd in C, named after its major version."""
     version = first_line([*program, "--version"])
     major = re.sub(r"\D.*", "", version.removeprefix("systemd "))
-    return Contender(f"original-{major}", version, forwarder(program))
+    return Contender(f"original-{major}", version, forwarder(program), datagrams=False)
 
 
 def first_line(command: list[str]) -> str:
@@ -224,7 +271,8 @@ def haproxy() -> Contender | None:
         settings.write_text(HAPROXY % (CONNECTIONS_MAX, haproxy_form(front), haproxy_form(target)))
         return [program, "-db", "-f", str(settings)]
 
-    return Contender("haproxy", version_of([program, "-v"]), argv, activated=False)
+    version = version_of([program, "-v"])
+    return Contender("haproxy", version, argv, activated=False, datagrams=False)
 
 
 HAPROXY = """\
@@ -262,8 +310,10 @@ def nginx() -> Contender | None:
             "module": NGINX_STREAM,
             "folder": folder,
             "connections": 2 * CONNECTIONS_MAX + 100,
-            "front": nginx_form(front),
+            "front": nginx_form(front) + (" udp" if sockets.is_datagram(front) else ""),
             "target": nginx_form(target),
+            # It would keep a flow of one question for the time-out, if nobody told it.
+            "more": "proxy_responses 1;" if front.startswith("udp1") else "",
         }
         settings.write_text(NGINX % values)
         return [program, "-p", str(folder), "-c", str(settings), "-e", "stderr"]
@@ -282,7 +332,7 @@ events { worker_connections %(connections)d; }
 stream {
   access_log off;
   proxy_timeout 1h;
-  server { listen %(front)s; proxy_pass %(target)s; }
+  server { listen %(front)s; proxy_pass %(target)s; %(more)s }
 }
 """
 
@@ -291,6 +341,28 @@ def nginx_form(address: str) -> str:
     """``127.0.0.1:PORT`` or ``unix:/PATH``."""
     form = sockets.host_form(address)
     return f"unix:{form}" if form.startswith("/") else form
+
+
+def socat() -> Contender | None:
+    """For datagrams only, with its own listening socket: it makes a process for each client."""
+    program = shutil.which("socat")
+    if not program:
+        return None
+
+    def argv(front: str, target: str, _folder: Path) -> list[str]:
+        port = front.rpartition(":")[2]
+        listen = f"UDP4-LISTEN:{port},bind=127.0.0.1,reuseaddr,fork"
+        return [program, listen, f"UDP4:{sockets.host_form(target)}"]
+
+    version = re.search(r"version ([\d.]+)", subprocess.check_output([program, "-V"], text=True))
+    return Contender(
+        "socat",
+        version.group(1) if version else "unknown",
+        argv,
+        activated=False,
+        streams=False,
+        forks=True,
+    )
 
 
 def version_of(command: list[str]) -> str:

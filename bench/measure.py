@@ -13,7 +13,7 @@ from bench import contenders, sockets
 from bench.contenders import Contender, Failed, Proxy
 from bench.works import Work
 
-LOAD = str(contenders.CACHE / "bin" / "load")
+PROGRAMS = contenders.CACHE / "bin"
 PATIENCE = 30  # seconds past the run's own length
 
 
@@ -37,6 +37,7 @@ class Sample:
     ``rate``     units per second
     ``p50``, ``p99``   microseconds; 0 if the work has no latency
     ``load``     share of its CPU that the load generator used
+    ``machine``  seconds that all CPUs together were not idle, per unit; 0 if that is not known
     ``extra``    values that only some works have, by name
     """
 
@@ -46,14 +47,16 @@ class Sample:
     p99: float
     load: float
     extra: dict[str, float]
+    machine: float = 0
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A started contender and the backend socket behind it."""
+    """A started contender, the backend socket behind it, and the program that makes the load."""
 
     proxy: Proxy
     backend: int
+    program: str
 
 
 @contextmanager
@@ -65,9 +68,11 @@ def scene(contender: Contender, pair: str, settings: Settings) -> Iterator[Scene
     try:
         backend, target = sockets.bind(back, folder / "backend")
         with backend:
-            proxy = contenders.start(contender, front, target, folder, settings.proxy_cpu)
+            cpu = settings.proxy_cpu
+            proxy = contenders.start(contender, front, target, folder, cpu, backend)
+            program = PROGRAMS / ("datagrams" if sockets.is_datagram(front) else "load")
             try:
-                yield Scene(proxy, backend.fileno())
+                yield Scene(proxy, backend.fileno(), str(program))
             finally:
                 proxy.stop()
     finally:
@@ -75,16 +80,16 @@ def scene(contender: Contender, pair: str, settings: Settings) -> Iterator[Scene
 
 
 def load_command(work_load: tuple[str, ...], place: Scene, settings: Settings) -> list[str]:
-    """The command line of load.c."""
+    """The command line of load.c, or of datagrams.c."""
     return [
-        LOAD,
+        place.program,
         f"cpu={settings.load_cpu}",
         f"backend={place.backend}",
         f"connect={place.proxy.address}",
         f"light={int(settings.load_cpu < 0)}",
         f"warmup={settings.warmup}",
         f"seconds={settings.seconds}",
-        *(f"pid={pid}" for pid in place.proxy.pids),
+        *(f"{'parent' if place.proxy.forks else 'pid'}={pid}" for pid in place.proxy.pids),
         *work_load,
     ]
 
@@ -112,7 +117,8 @@ def sample(work: Work, result: dict[str, float]) -> Sample:
         raise Failed("no unit of work was done")
     extra = {}
     if result["dial_failures"]:
-        extra["failures"] = result["dial_failures"]
+        lost = sockets.is_datagram(work.pair)
+        extra["lost" if lost else "failures"] = result["dial_failures"]
     if work.name == "mixed":
         extra["GB/s"] = result["bytes"] / 1e9 / result["wall"]
     return Sample(
@@ -122,4 +128,5 @@ def sample(work: Work, result: dict[str, float]) -> Sample:
         p99=result["p99"] if work.latency_of else 0,
         load=result["load_cpu"] / result["wall"],
         extra=extra,
+        machine=result["machine_cpu"] / units,
     )

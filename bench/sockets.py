@@ -1,4 +1,7 @@
-"""Addresses and listening sockets, in the notation of load.c: ``tcp:PORT`` or ``unix:PATH``."""
+"""Addresses and listening sockets, in the notation of load.c: ``tcp:PORT`` or ``unix:PATH``.
+
+``udp:PORT`` is a socket for datagrams; at ``udp1:PORT`` each client asks one question.
+"""
 
 import ctypes
 import fcntl
@@ -36,6 +39,11 @@ def bind(family: str, path: Path) -> tuple[socket.socket, str]:
         listener = socket.socket(socket.AF_UNIX)
         listener.bind(os.fspath(path))
         address = f"unix:{path}"
+    elif is_datagram(family):
+        listener = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        listener.bind(("127.0.0.1", 0))
+        listener.setblocking(False)
+        return listener, f"{family}:{listener.getsockname()[1]}"
     else:
         listener = socket.socket(socket.AF_INET)
         listener.bind(("127.0.0.1", 0))
@@ -43,6 +51,11 @@ def bind(family: str, path: Path) -> tuple[socket.socket, str]:
     listener.listen(BACKLOG)
     listener.setblocking(False)
     return listener, address
+
+
+def is_datagram(family: str) -> bool:
+    """Whether a family, or an address of it, is one of datagrams."""
+    return family.startswith("udp")
 
 
 def free_address(family: str, path: Path) -> str:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 TCP_TCP, UNIX_TCP, TCP_UNIX, UNIX_UNIX = "tcp-tcp", "unix-tcp", "tcp-unix", "unix-unix"
+UDP_UDP, UDP1_UDP = "udp-udp", "udp1-udp"
 PAIRS = (TCP_TCP, UNIX_TCP, TCP_UNIX, UNIX_UNIX)
 KIB = 1024
 
@@ -44,6 +45,13 @@ class Work:
         return f"{self.name}/{self.pair}"
 
     @property
+    def clients(self) -> int:
+        """How many there are at least; thousands if they come and go."""
+        counts = [word.partition("=") for word in self.load]
+        clients = sum(int(n) for key, _, n in counts if key in ("pings", "uploads", "downloads"))
+        return clients or 1000
+
+    @property
     def latency_of(self) -> str:
         """The unit that percentiles are reported for; empty if there are none."""
         return self.unit if self.counter != "bytes" else ""
@@ -81,6 +89,47 @@ def mixed(pair: str) -> Work:
     return Work("mixed", pair, load=load, short=True)
 
 
+def datagrams(direction: str, flows: int, size: int, segments: int, *, short: bool = False) -> Work:
+    """Datagrams in one direction; with ``segments`` their sender hands over several at once."""
+    streams = "uploads" if direction == "up" else "downloads"
+    load = (f"{streams}={flows}", f"size={size}", f"segments={segments}", "window=64")
+    gso = "-gso" if segments > 1 else ""
+    return Work(
+        f"datagrams-{direction}-{size}Bx{flows}{gso}",
+        UDP_UDP,
+        load=load,
+        counter="datagrams",
+        unit="datagram",
+        short=short,
+    )
+
+
+def datagram_works() -> list[Work]:
+    """Every work of datagrams."""
+    return [
+        pingpong(64, 1, "64B", UDP_UDP),
+        pingpong(64, 64, "64B", UDP_UDP, short=True),
+        pingpong(1200, 64, "1200B", UDP_UDP),
+        datagrams("up", 1, 64, 1),
+        datagrams("up", 1, 1200, 1, short=True),
+        datagrams("up", 64, 1200, 1),
+        datagrams("up", 1, 1200, 16, short=True),
+        datagrams("down", 1, 64, 1),
+        datagrams("down", 1, 1200, 1, short=True),
+        datagrams("down", 1, 1200, 16),
+        datagrams("down", 16, 1200, 16, short=True),
+        Work(
+            "flow",
+            UDP1_UDP,
+            load=("dials=32", "size=64"),
+            counter="dials",
+            unit="flow",
+            short=True,
+        ),
+        Work("idle", UDP_UDP, "idle"),
+    ]
+
+
 def all_works() -> list[Work]:
     """Every work, in the order of the report."""
     works = [
@@ -100,7 +149,7 @@ def all_works() -> list[Work]:
     works += [mixed(TCP_TCP)]
     works += [Work("idle", TCP_TCP, "idle", short=True)]
     works += [Work("start", TCP_TCP, "start", unit="start", short=True)]
-    return works
+    return works + datagram_works()
 
 
 def in_short_form(direction: str, connections: int, write: int, pair: str) -> bool:
