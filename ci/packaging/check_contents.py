@@ -23,7 +23,10 @@ DOC = f"{DATA}/doc/systemd-socket-proxyd"
 
 WHEEL_HAS = (
     "proxyd/__init__.py",
+    "proxyd/_datagram.*.so",
+    "proxyd/_datagram.pyi",
     "proxyd/_relay.*.so",
+    "proxyd/start.cpython-3*.bundle",
     "proxyd/_relay.pyi",
     "proxyd/py.typed",
     "proxyd/ctl/__init__.py",
@@ -84,7 +87,8 @@ INSTALLED = {
 LINK = re.compile(r"\]\(([^)#:]+)[)#]")
 
 # An interpreter's suffix for extensions, from which a wheel's tags for Python and ABI follow.
-SUFFIX = re.compile(r"proxyd/_relay\.cpython-3(\d+)(t?)-(\w+)-linux-(gnu|musl)\.so")
+SUFFIX = re.compile(r"proxyd/_\w+\.cpython-3(\d+)(t?)-(\w+)-linux-(gnu|musl)\.so")
+EXTENSIONS = 2
 PLATFORMS = {"gnu": "manylinux", "musl": "musllinux"}
 
 
@@ -180,12 +184,13 @@ def text_faults(archive: zipfile.ZipFile, files: set[str]) -> list[str]:
 
 
 def tag_faults(wheel: Path, metadata: str, files: set[str], repaired: bool) -> list[str]:
-    """Name, metadata and extension must agree on the interpreter, the ABI and the platform."""
+    """Name, metadata, extensions and bundle must agree on interpreter, ABI and platform."""
     modules = sorted(name for name in files if name.endswith(".so"))
-    suffix = SUFFIX.fullmatch(modules[0])
-    if len(modules) != 1 or not suffix:
-        return [f"has the extension modules {modules}, wanted is one of CPython"]
-    minor, threads, machine, libc = suffix.groups()
+    suffixes = [SUFFIX.fullmatch(module) for module in modules]
+    kinds = {suffix.groups() if suffix else () for suffix in suffixes}
+    if len(modules) != EXTENSIONS or len(kinds) != 1 or () in kinds:
+        return [f"has the extension modules {modules}, wanted are {EXTENSIONS} of one CPython"]
+    minor, threads, machine, libc = kinds.pop()
     name, python, abi, platforms = wheel.stem.rsplit("-", 3)
     faults = []
     if (python, abi) != (f"cp3{minor}", f"cp3{minor}{threads}"):
@@ -196,6 +201,9 @@ def tag_faults(wheel: Path, metadata: str, files: set[str], repaired: bool) -> l
         for platform in platforms.split(".")
         if not fnmatch(platform, wanted)
     ]
+    bundles = {file for file in files if file.endswith(".bundle")}
+    if bundles != {f"proxyd/start.cpython-3{minor}.bundle"}:
+        faults.append(f"has the bundles {sorted(bundles)}, wanted is one for {python}")
     told = set(re.findall(r"^Tag: (.*)$", metadata, re.MULTILINE))
     named = {f"{python}-{abi}-{platform}" for platform in platforms.split(".")}
     if told != named:
