@@ -1,11 +1,9 @@
 """Flows of datagrams: how many there are, how long they last, and how the program ends."""
 
 import fcntl
-import json
 import resource
 import select
 import signal
-import socket
 import termios
 
 import pytest
@@ -13,7 +11,8 @@ from kit.datagrams import greet, is_served, status
 from kit.differences import differs
 from kit.sockets import read_to_end
 from kit.traffic import greet as greet_stream
-from kit.waiting import never_within, patience, wait_until
+from kit.varlink import METRICS, PROXY, CallFailed
+from kit.waiting import never_within, wait_until
 
 pytestmark = differs("original", reason="forwards no datagrams", run=False)
 
@@ -378,52 +377,21 @@ def test_no_addresses_in_the_log_if_they_are_not_wanted(datagrams):
 # ── inspection ────────────────────────────────────────────────────────────────────────────────────
 
 
-class Caller:
-    """A connection to the inspection socket."""
-
-    def __init__(self, path):
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(patience())
-        self.sock.connect(path)
-        self.data = b""
-
-    def ask(self, method, more=False, **parameters):
-        call = {"method": f"net.socketproxyd.{method}", "parameters": parameters, "more": more}
-        if method.startswith("Metrics"):
-            call["method"] = f"io.systemd.{method}"
-        self.sock.sendall(json.dumps(call).encode() + b"\0")
-
-    def message(self):
-        while b"\0" not in self.data:
-            self.data += self.sock.recv(1 << 16)
-        message, _, self.data = self.data.partition(b"\0")
-        return json.loads(message)
-
-    def call(self, method, more=False, **parameters):
-        self.ask(method, more, **parameters)
-        replies = [self.message()]
-        while replies[-1].get("continues"):
-            replies.append(self.message())
-        return replies
-
-
 @pytest.fixture
-def inspected(datagrams):
+def inspected(datagrams, callers):
     """A program with an echo, its listener, and a caller of its inspection socket."""
     listener, echo = datagrams.listener(), datagrams.echo()
     path = datagrams.stage.path("inspect")
     proxy = datagrams.launch(
         f"--inspect={path}", "--idle-timeout=20s", echo.text, listeners=[listener]
     )
-    caller = Caller(path)
-    yield proxy, listener, echo, caller
-    caller.sock.close()
+    return proxy, listener, echo, callers(path)
 
 
 def test_flows_are_listed(datagrams, inspected):
     _, listener, echo, caller = inspected
     clients = [established(datagrams, listener) for _ in range(100)]
-    rows = [one["parameters"]["connection"] for one in caller.call("Proxy.List", more=True)]
+    rows = caller.connections()
     assert len({row["id"] for row in rows}) == 100
     names = {f"127.0.0.1:{client.getsockname()[1]}" for client in clients}
     assert {row["client"] for row in rows} == names
@@ -434,16 +402,14 @@ def test_flows_are_listed(datagrams, inspected):
     assert row["localAddress"].startswith("127.0.0.1:")
     assert (row["up"]["datagrams"], row["up"]["bytes"]) == (2, 10)
     assert (row["down"]["datagrams"], row["down"]["bytes"]) == (2, 10)
-    assert len(caller.call("Proxy.List", more=True, state="flow")) == 100
-    (none,) = caller.call("Proxy.List", more=True, state="open")
-    assert none["error"].endswith("NoSuchConnection")
+    assert len(caller.connections(state="flow")) == 100
+    assert caller.connections(state="open") == []
 
 
 def test_the_status_has_flows(datagrams, inspected):
     _, listener, echo, caller = inspected
     established(datagrams, listener)
-    (reply,) = caller.call("Proxy.Status")
-    found = reply["parameters"]
+    found = caller.status()
     assert (found["open"], found["held"], found["flows"]) == (0, 0, 1)
     assert found["datagrams"] == {
         "flowsBegun": 1,
@@ -463,18 +429,18 @@ def test_a_flow_can_be_ended(datagrams, inspected):
     proxy, listener, _, caller = inspected
     client = established(datagrams, listener)
     before = proxy.socket_count()
-    (row,) = caller.call("Proxy.List", more=True)
-    flow = row["parameters"]["connection"]["id"]
-    assert caller.call("Proxy.Terminate", id=flow) == [{"parameters": {}}]
+    (row,) = caller.connections()
+    caller.terminate(row["id"])
     wait_until(lambda: proxy.socket_count() == before - 1, "the end of the flow")
-    (reply,) = caller.call("Proxy.Terminate", id=flow)
-    assert reply["error"].endswith("NoSuchConnection")
+    with pytest.raises(CallFailed) as refused:
+        caller.terminate(row["id"])
+    assert refused.value.args[0] == f"{PROXY}.NoSuchConnection"
     greet(client)
 
 
 def test_flows_are_watched(datagrams, inspected):
     _, listener, _, caller = inspected
-    caller.ask("Proxy.Watch", more=True)
+    caller.ask(f"{PROXY}.Watch", more=True)
     client = datagrams.client(listener)
 
     def begun():
@@ -490,9 +456,9 @@ def test_flows_are_watched(datagrams, inspected):
 def test_the_metrics_have_datagrams(datagrams, inspected):
     _, listener, echo, caller = inspected
     established(datagrams, listener)
-    described = {one["parameters"]["name"] for one in caller.call("Metrics.Describe", more=True)}
+    described = {one["parameters"]["name"] for one in caller.call(f"{METRICS}.Describe", more=True)}
     found = {}
-    for reply in caller.call("Metrics.List", more=True):
+    for reply in caller.call(f"{METRICS}.List", more=True):
         metric = reply["parameters"]
         assert metric["name"] in described
         key = metric["name"].removeprefix("net.socketproxyd.")

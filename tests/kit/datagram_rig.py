@@ -4,13 +4,12 @@ As in rig.py, one thread does everything, and nothing depends on scheduling.
 """
 
 import contextlib
-import gc
 import os
 import socket
 import struct
 import time
 
-from kit.rig import MAKING, PATIENCE_S, epoll_fds, open_fds
+from kit.rig import MAKING, PATIENCE_S, Rigs, epoll_fds
 from proxyd._datagram import DatagramListener, Datagrams, DatagramTarget
 from proxyd._relay import Accepted, DatagramsChanged, Relay, socket_names
 
@@ -256,23 +255,7 @@ class DatagramRig:
         return {cause: count for cause, count in self.datagrams.totals().dropped.items() if count}
 
 
-class DatagramRigs:
-    """Makes rigs, and checks afterwards that none of them leaves an fd open."""
+class DatagramRigs(Rigs):
+    """Makes rigs of datagrams."""
 
-    def __init__(self, directory):
-        self.directory = directory
-        self.before = open_fds()
-        self.made = []
-
-    def __call__(self, *args, **options):
-        self.made.append(DatagramRig(self.directory, *args, **options))
-        return self.made[-1]
-
-    def close(self):
-        for rig in self.made:
-            rig.close()
-        self.made.clear()
-        gc.collect()
-
-    def leaked(self):
-        return open_fds() - self.before
+    kind = DatagramRig

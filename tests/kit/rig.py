@@ -292,13 +292,15 @@ class Rig:
 class Rigs:
     """Makes rigs, and checks afterwards that none of them leaves an fd open."""
 
+    kind = Rig
+
     def __init__(self, directory):
         self.directory = directory
         self.before = open_fds()
         self.made = []
 
     def __call__(self, *args, **options):
-        self.made.append(Rig(self.directory, *args, **options))
+        self.made.append(self.kind(self.directory, *args, **options))
         return self.made[-1]
 
     def close(self):
