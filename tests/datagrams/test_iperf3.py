@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from kit.sockets import quiet_port
 
 
 @pytest.mark.parametrize("way", [[], ["--reverse"]])
@@ -11,9 +12,7 @@ def test_a_measurement(datagrams, programs, running, run, way, streams):
     stage = datagrams.stage
     stream = stage.listener()
     listener = datagrams.listener(port=stream.getsockname()[1])
-    backend = stage.absent()  # its port is free for UDP as well, or iperf3 says that it is not
-    port = backend.port()
-    backend.close()
+    port = quiet_port()
     server = running.start(
         programs.command(
             "iperf3", "--server", "--one-off", "--forceflush", "--bind=127.0.0.1", f"--port={port}"

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from kit.sockets import target_text
+from kit.sockets import quiet_port, target_text
 from kit.waiting import patience, wait_until
 
 FAMILIES = {
@@ -162,8 +162,8 @@ class Datagrams:
         return self._targets[-1]
 
     def absent(self, family="udp4"):
-        """A target that refuses datagrams until start()."""
-        target = self.target(family)
+        """A target that refuses datagrams until start(), or until another program is there."""
+        target = self.target(family, port=quiet_port())
         target.stop()
         if isinstance(target._address, str):
             os.unlink(target._address)

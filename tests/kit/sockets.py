@@ -1,11 +1,14 @@
 """Listening sockets and connections of the four kinds under test, and how connections end."""
 
+import contextlib
 import errno
 import os
+import random
 import select
 import socket
 import struct
 import time
+from pathlib import Path
 
 import pytest
 
@@ -52,6 +55,23 @@ def open_listener(family, directory, *, backlog=512, receive_buffer=None, host=N
     if backlog is not None:
         listener.listen(backlog)
     return listener
+
+
+def quiet_port():
+    """A port that is free now, for streams and datagrams, and that no program gets by chance: the
+    kernel gives away those in net.ipv4.ip_local_port_range alone, see ip(7)."""
+    low, high = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    quiet = [*range(1024, low), *range(high + 1, 1 << 16)] or range(1024, 1 << 16)
+    while True:
+        address = "127.0.0.1", random.choice(quiet)
+        with (
+            contextlib.suppress(OSError),
+            socket.socket() as stream,
+            socket.socket(type=socket.SOCK_DGRAM) as datagram,
+        ):
+            stream.bind(address)
+            datagram.bind(address)
+            return address[1]
 
 
 def target_text(address, family):
