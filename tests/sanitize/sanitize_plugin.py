@@ -28,6 +28,11 @@ REPORTS = Path(os.environ["SANITIZE_REPORTS"])
 NO_LEAK_CHECK = {
     "test_calls": "its programs run under strace, and LeakSanitizer needs ptrace(2) for itself",
     "test_datagram_calls": "likewise",
+    "test_bundle": (
+        "its programs are isolated and ignore PYTHONMALLOC: LeakSanitizer does not see what"
+        " pymalloc keeps in its arenas"
+    ),
+    "test_a_start_without_site_does_not_import_what_site_would_have": "likewise",
     "test_the_exit_does_not_wait_for_a_look_up": (
         "its program does not load the extension, and so not the check in address.h either, which"
         " knows the frames of threads"

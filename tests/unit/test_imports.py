@@ -69,8 +69,9 @@ def interpreter():
 
 
 def environment(**more):
-    """An environment as a service manager makes it."""
-    return {"PATH": os.environ["PATH"]} | more
+    """An environment as a service manager makes it; what sanitizers are told stays."""
+    told = {name: value for name, value in os.environ.items() if name.endswith("SAN_OPTIONS")}
+    return {"PATH": os.environ["PATH"]} | told | more
 
 
 def imported(log):
