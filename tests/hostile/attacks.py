@@ -39,6 +39,8 @@ class Place:
         self.open = []
         self.faults = []
         """What the attack has found, in words."""
+        self.callers_bytes = 0
+        """What callers of the inspection socket may have the program keep."""
         self.until = time.monotonic() + seconds
 
     def going_on(self):

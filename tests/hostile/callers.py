@@ -26,6 +26,9 @@ CALLERS_MAX = 64
 CALL_MAX = 64 * 1024
 """The maximum size of a call, as caller.py in the program has it."""
 
+UNREAD_MAX = 256 * 1024
+"""What may wait for a watcher, as watch.py in the program has it."""
+
 LEFT_AFTER = 16
 """Sockets in the program that belong to callers just closed, or to guests just coming."""
 
@@ -105,6 +108,7 @@ class Attack:
     def __init__(self, place):
         self.place = place
         self.path = place.addresses[INSPECT]
+        place.callers_bytes = CALLERS_MAX * (CALL_MAX + UNREAD_MAX)
         self.counts = {}
         self.most = 0
         """The most sockets that the program had."""

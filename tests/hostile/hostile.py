@@ -237,7 +237,7 @@ class Hostile:
                 note = asyncio.run(work(place))
                 scene.faults += place.faults
                 during = scene.mark()
-                self.memory(scene)
+                self.memory(scene, place.callers_bytes)
             finally:
                 place.close()
             # The guests have two connections per listener, with two sockets each.
@@ -253,12 +253,13 @@ class Hostile:
             print(f"  {when:7}{told(served)}")
         self.tell(name, scene.faults + unserved(name, before, during, after))
 
-    def memory(self, scene):
-        """Check that the proxy has no more memory of its own than its connections may hold."""
+    def memory(self, scene, callers_bytes):
+        """Check that the proxy has no more memory of its own than its connections may hold, and
+        what callers of the inspection socket may."""
         held = Held(scene.proxy)
         connections = max(held.sockets - scene.sockets_at_start, 0) // 2
         grown = held.private - scene.private_at_start
-        allowed = connections * (2 * UNSENT_MAX + STRUCT_MAX) + ALLOWANCE
+        allowed = connections * (2 * UNSENT_MAX + STRUCT_MAX) + ALLOWANCE + callers_bytes
         print(
             f"  with {connections} connections: {grown / KIB:.0f} KiB of its own memory more, "
             f"{held.pipe_bytes / MIB:.1f} MiB in {held.pipes} pipes, "
