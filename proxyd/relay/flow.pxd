@@ -7,7 +7,9 @@
 
 from proxyd.relay.bookkeeping cimport connection_limit, connections_decrement
 from proxyd.relay.connect cimport worker_new_id
-from proxyd.relay.flow_address cimport flow_make_header, name_is_local, name_of_socket, name_unmap
+from proxyd.relay.flow_address cimport (
+    flow_make_header, name_is_local, name_is_taken, name_of_socket, name_unmap,
+)
 from proxyd.relay.flow_spare cimport flow_become_spare, flow_close, flow_drain, flow_take_spare
 from proxyd.relay.flow_table cimport (
     flow_table_add, flow_table_add_own, flow_table_evicted_own, flow_table_has_own,
@@ -83,7 +85,8 @@ cdef inline bint flow_comes_back(
         return False
     name_unmap(&name, peer)
     return flow_table_has_own(&flows.table, &name) or (
-        flow_table_evicted_own(&flows.table, &name, flows.worker.ctx.now_ms))
+        flow_table_evicted_own(&flows.table, &name, flows.worker.ctx.now_ms)
+        and not name_is_taken(&name))
 
 
 cdef inline Flow *flow_new(

@@ -4,8 +4,9 @@
 from proxyd.relay.flow_types cimport Flow, FlowListener, LocalAddress, Name
 from proxyd.relay.sys cimport (
     AF_INET, AF_INET6, AF_UNIX, CMSG_DATA, CMSG_LEN, CMSG_SPACE, IPPROTO_IP, IPPROTO_IPV6,
-    IPV6_PKTINFO, IP_PKTINFO, cmsghdr, getsockname, in6_pktinfo, in_pktinfo, memcmp, memcpy, memset,
-    sockaddr, sockaddr_in, sockaddr_in6, sockaddr_storage, uint16_t, uint8_t,
+    IPV6_PKTINFO, IP_PKTINFO, SOCK_CLOEXEC, SOCK_DGRAM, bind, close, cmsghdr, getsockname,
+    in6_pktinfo, in_pktinfo, memcmp, memcpy, memset, sockaddr, sockaddr_in, sockaddr_in6,
+    sockaddr_storage, socket, uint16_t, uint8_t,
 )
 
 cdef enum:
@@ -190,6 +191,16 @@ cdef inline uint16_t name_port(const Name *name) noexcept nogil:
     if name.address.ss_family == AF_INET6:
         return (<const sockaddr_in6 *>&name.address).sin6_port
     return 0
+
+
+cdef inline bint name_is_taken(const Name *name) noexcept nogil:
+    """Whether a socket has this address now; True as well if that cannot be found out."""
+    cdef int fd = socket(name.address.ss_family, SOCK_DGRAM | SOCK_CLOEXEC, 0)
+    cdef bint taken = True
+    if fd >= 0:
+        taken = bind(fd, <const sockaddr *>&name.address, name.size) < 0
+        close(fd)
+    return taken
 
 
 cdef inline void name_of_socket(int fd, Name *name) noexcept nogil:

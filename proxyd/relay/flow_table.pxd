@@ -63,8 +63,8 @@ cdef inline bint flow_table_has_own(
 cdef inline bint flow_table_evicted_own(
     const FlowTable *table, const Name *name, int64_t now_ms
 ) noexcept nogil:
-    """Whether it was the address of a flow that was evicted just now. If not, another socket had to
-    get that port in the meantime."""
+    """Whether it was the address of a flow that was evicted just now; another socket may have it
+    meanwhile."""
     cdef uint32_t hash = own_hash(name)
     cdef uint32_t place = hash & (EVICTED_KEPT - 1)
     return table.evicted[place] == hash and now_ms - table.evicted_ms[place] <= LOOP_MS

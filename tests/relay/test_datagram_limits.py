@@ -262,6 +262,22 @@ def test_a_loop_of_more_datagrams_than_flows_ends(datagram_rigs, kind):
     assert rig.is_calm()
 
 
+def test_a_client_with_the_port_of_an_evicted_flow_is_none(datagram_rigs):
+    rig = datagram_rigs()
+    rig.relay.connections_max = 1
+    first, second = rig.client(), rig.client()
+    first.send(b"evicted")
+    ((_, own),) = rig.received()
+    second.send(b"instead")
+    rig.received()
+    assert rig.datagrams.totals().endings["evicted"] == 1
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as third:
+        third.bind(own)
+        third.sendto(b"with its port", rig.listen_socket.getsockname())
+        assert rig.received()[0][0] == b"with its port"
+    assert rig.of_kind(LoopFound) == []
+
+
 def test_a_listener_elsewhere_proves_no_loop(datagram_rigs):
     """In another network namespace the same address is somebody else's."""
     rig = datagram_rigs(guarded=False)
