@@ -40,7 +40,7 @@ NEVER_CLOSED = ("anon_inode:[eventfd]",)
 """What the program opens once and keeps open until its process ends."""
 
 IMPORTED_LATE = (
-    "stats", "timespan", "proxy_protocol", "resolver", "lookup", "ports", "inspection", "datagrams",
+    "timespan", "proxy_protocol", "resolver", "lookup", "ports", "inspection", "datagrams",
     "datagram_upstream",
 )  # fmt: skip
 """Modules that the program imports only when it needs them: each run imports them again."""
