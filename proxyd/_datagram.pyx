@@ -21,12 +21,13 @@ from proxyd.relay.flow_target cimport target_forget, target_move, target_probe
 from proxyd.relay.flow_tell cimport row_of_flow, socket_dropped
 from proxyd.relay.flow_types cimport (
     DROP_COUNT, FLOW_CUT, FLOW_ENDING_COUNT, TELL_BEGUN, TELL_DOWN, TELL_ENDED, TELL_HOLDS,
-    TELL_LIMIT, TELL_LISTENER_FAILED, TELL_LOOP, TELL_UP, Flow, FlowEvent, FlowListener, FlowRow,
-    Flows, FlowTarget, FlowTotals, LocalAddress, Name,
+    TELL_LIMIT, TELL_LISTENER_FAILED, TELL_LOOP, TELL_SOURCE, TELL_UP, Flow, FlowEvent,
+    FlowListener, FlowRow, Flows, FlowSource, FlowTarget, FlowTotals, LocalAddress, Name,
 )
 from proxyd.relay.flow_address cimport local_is_unknown
 from proxyd.relay.flows cimport flows_cut, flows_destroy, flows_set_up
 from proxyd.relay.list cimport link_init, list_append, list_remove
+from proxyd.relay.source cimport source_table_init
 from proxyd.relay.sys cimport (
     AF_INET, AF_UNIX, ENOMEM, calloc, free, int64_t, memcpy, memset, sockaddr_in, sockaddr_in6,
     sockaddr_storage, socklen_t, uint16_t, uint64_t,
@@ -36,7 +37,8 @@ from proxyd.relay.types cimport TO_CLIENT, TO_TARGET, Link, Worker
 # Why datagrams are dropped, by DROP_* in relay/flow_types.pxd: the words of the log, and the keys
 # of DatagramTotals.dropped.
 DROPS = ("at the limit", "target down", "too large", "from ourselves", "no socket",
-         "no return address", "client refused", "target refused", "with descriptors")
+         "no return address", "client refused", "target refused", "with descriptors",
+         "at the limit of the source")
 DROP_LIMIT = DROPS[flow_types.DROP_LIMIT]
 DROP_DOWN = DROPS[flow_types.DROP_DOWN]
 DROP_TOO_LARGE = DROPS[flow_types.DROP_TOO_LARGE]
@@ -46,6 +48,7 @@ DROP_UNANSWERABLE = DROPS[flow_types.DROP_UNANSWERABLE]
 DROP_CLIENT = DROPS[flow_types.DROP_CLIENT]
 DROP_TARGET = DROPS[flow_types.DROP_TARGET]
 DROP_RIGHTS = DROPS[flow_types.DROP_RIGHTS]
+DROP_SOURCE = DROPS[flow_types.DROP_SOURCE]
 
 # How a flow can end, by FLOW_EXPIRED …: the keys of DatagramTotals.endings.
 FLOW_ENDINGS = ("expired", "evicted", "cut")
@@ -86,16 +89,19 @@ cdef class TargetHolds:
 
 
 cdef class FlowsRefused:
-    """Datagrams were dropped since the table of flows is full. Told once a second at most."""
+    """Datagrams were dropped since there is no place for their flows. Told once a second at most.
+    """
 
     cdef readonly int listener             # index
     cdef readonly uint64_t count           # of datagrams since this was last told
     cdef readonly bytes peer               # packed address of the last one's sender
+    cdef readonly bint by_source           # the limit of its source, not that of all
 
-    def __init__(self, int listener, uint64_t count, bytes peer not None):
+    def __init__(self, int listener, uint64_t count, bytes peer not None, bint by_source=False):
         self.listener = listener
         self.count = count
         self.peer = peer
+        self.by_source = by_source
 
 
 cdef class LoopFound:
@@ -271,6 +277,16 @@ cdef class Datagrams:
     @report_flows.setter
     def report_flows(self, bint value):
         self.flows_state.report_flows = value
+
+    def limit_sources(self, int places_max):
+        """Let each source (Relay.limit_sources) have at most this number of flows. One more takes
+        the place of another flow of its source, if there is one to spare, or is refused. Call it
+        once, before any datagram is received. Raises OSError."""
+        cdef int failure = source_table_init(
+            &self.flows_state.sources, places_max, self.flows_state.worker.connections_max,
+            sizeof(FlowSource))
+        if failure < 0:
+            raise_errno(-failure)
 
     def totals(self):
         """The DatagramTotals of all targets, and of the listeners' queues."""
@@ -495,8 +511,9 @@ cdef object make_event(const FlowEvent *event):
         return TargetUp(event.index)
     if event.kind == TELL_HOLDS:
         return TargetHolds(event.index)
-    if event.kind == TELL_LIMIT:
-        return FlowsRefused(event.index, event.count, name_bytes(&event.peer))
+    if event.kind == TELL_LIMIT or event.kind == TELL_SOURCE:
+        return FlowsRefused(
+            event.index, event.count, name_bytes(&event.peer), event.kind == TELL_SOURCE)
     if event.kind == TELL_LOOP:
         return LoopFound(event.index, event.count, name_bytes(&event.peer))
     if event.kind == TELL_LISTENER_FAILED:

@@ -38,7 +38,7 @@ from proxyd.relay.pipe cimport pool_clear
 from proxyd.relay.quarantine cimport quarantine_destroy, quarantine_due, quarantine_init
 from proxyd.relay.records cimport (
     CONNECT_BUCKETS, ENDING_COUNT, REPORT_BEGINS, REPORT_ENDS, SWEEP_COUNT, SWEEP_CUT, SWEEP_TELL,
-    Origin, UpstreamTotals,
+    Origin, Source, SourceTable, UpstreamTotals,
 )
 from proxyd.relay.row cimport batch_free, batches_keep, row_add
 from proxyd.relay.self_connect cimport (
@@ -46,6 +46,9 @@ from proxyd.relay.self_connect cimport (
     self_connect_table_destroy, self_connect_table_init,
 )
 from proxyd.relay.socket cimport socket_unlinger
+from proxyd.relay.source cimport (
+    source_hold, source_table_destroy, source_table_init, source_take,
+)
 from proxyd.relay.sys cimport (
     AF_UNIX, ENOMEM, EPOLLET, EPOLLIN, EPOLLOUT, EPOLLRDHUP, EPOLL_CTL_ADD, EPOLL_CTL_DEL,
     SOL_SOCKET, SO_DOMAIN, atomic_get, calloc, close, counter_get, epoll_ctl, epoll_event, errno,
@@ -153,6 +156,7 @@ cdef class Relay:
     cdef Gauges gauges
     cdef SelfConnectTable self_connects
     cdef Quarantine quarantine
+    cdef SourceTable sources
     cdef bint outlived                 # by the quarantine's thread, which cannot be ended
     cdef Watch **watches               # by fd; NULL: not watched
     cdef int watches_size
@@ -171,6 +175,7 @@ cdef class Relay:
         worker_init(worker, &self.gauges, &self.self_connects)
         quarantine_init(&self.quarantine, &worker.mailbox)
         worker.quarantine = &self.quarantine
+        worker.sources = &self.sources
         worker.ctx.may_refuse = may_refuse
         if stream_unit < 1:
             raise ValueError("a recv of nothing would look like the end")
@@ -211,6 +216,7 @@ cdef class Relay:
             list_remove(&c.live)
             free(c)
         quarantine_destroy(&self.quarantine)
+        source_table_destroy(&self.sources)
         self_connect_table_destroy(&self.self_connects)
 
     # ── what the policy sees ─────────────────────────────────────────────────────────────────
@@ -236,6 +242,24 @@ cdef class Relay:
     @connections_max.setter
     def connections_max(self, int value):
         self.worker.connections_max = value
+
+    def limit_sources(self, int places_max, long long nobody=-1):
+        """Let each source have at most this number of places of the limit, which connections_max
+        has set. A source is an address (of IPv6, its first 64 bits), a uid, or a CID. A client
+        beyond that is closed, and a Refused event tells. Users with the uid `nobody` are not
+        limited: it stands for all those who have no name in our user namespace. Call it once,
+        before any client is accepted. Raises OSError.
+        """
+        cdef int failure = source_table_init(
+            &self.sources, places_max, self.worker.connections_max, sizeof(Source))
+        if failure < 0:
+            raise_errno(-failure)
+        self.sources.nobody = nobody
+
+    @property
+    def refused_by_source(self):
+        """Of the clients refused, those whose source had no place left."""
+        return self.sources.refused
 
     @property
     def held(self):
@@ -509,10 +533,12 @@ cdef class Relay:
         self.unwatch(client)
         if preamble is None:
             preamble = b""
+        origin.source = source_take(&self.sources, client)
         number = connection_connect(
             &self.worker, client, client_family, &terms, preamble, <size_t>len(preamble),
             &origin, connection)
         if number < 0:
+            source_hold(&self.sources, client, origin.source)
             return ConnectFailed(
                 listener, client, <int>-number, preamble, self.worker.ctx.now_ms, 0,
                 peer_bytes(&origin.peer))
@@ -531,6 +557,7 @@ cdef class Relay:
         origin.upstream = self.upstream_at(upstream)
         origin.listener = listener
         origin.held_ms = held_ms
+        origin.source = NULL
         origin.peer.size = 0
         if peer is not None and <size_t>len(peer) <= sizeof(origin.peer.address):
             memcpy(&origin.peer.address, <const char *>peer, len(peer))
@@ -555,7 +582,7 @@ cdef class Relay:
         try:
             self.watch(fd, EPOLLOUT | EPOLLIN | EPOLLRDHUP | EPOLLET)
         except OSError:
-            worker_hang_up(&self.worker, fd, target.ss_family, False)
+            worker_hang_up(&self.worker, fd, target.ss_family, False, NULL)
             raise
         watch = self.watches[fd]
         watch.began_ns = began_ns
@@ -567,7 +594,8 @@ cdef class Relay:
         """Close a client or a socket of dial(), watched or not. With `reset` its peer does not take
         this for a clean end. Never waits."""
         self.unwatch(fd)
-        worker_hang_up(&self.worker, fd, socket_family(fd), reset)
+        worker_hang_up(
+            &self.worker, fd, socket_family(fd), reset, source_take(&self.sources, fd))
 
     def discard(self, int fd):
         """As hang_up(), for a UNIX socket that has no place in the limit. False: it is still the
@@ -597,6 +625,7 @@ cdef class Relay:
         if is_new:
             connection = worker_new_id(&self.worker)
         c.id = connection
+        origin.source = source_take(&self.sources, client)
         c.origin = origin
         target_set_rights(&self.worker.ctx, &c.target)
         self.unwatch(client)
@@ -742,6 +771,8 @@ cdef class Relay:
             events.append(ConnectFailed(
                 c.origin.listener, c.client.fd, c.target.error, take_pending(c), c.opened_ms, c.id,
                 peer_bytes(&c.origin.peer)))
+            source_hold(&self.sources, c.client.fd, c.origin.source)
+            c.origin.source = NULL
             connections_decrement(worker)
             worker.held += 1
             connection_free(c)

@@ -2,7 +2,7 @@
 #
 # The terms are a target that is believed to be up (`auto_connect`), and a limit. Within them a
 # connection runs no Python at all. Everything else becomes an event for the policy: a client that
-# is accepted without terms, one over the limit, one whose connect fails at once, an error of
+# is accepted without terms, one over a limit, one whose connect fails at once, an error of
 # accept4(2).
 
 from proxyd.relay.bookkeeping cimport connection_limit, policy_event_add
@@ -10,15 +10,16 @@ from proxyd.relay.connect cimport connection_connect, worker_hang_up
 from proxyd.relay.gauges cimport gauges_places
 from proxyd.relay.list cimport list_append, list_empty, list_remove
 from proxyd.relay.quarantine cimport quarantine_takes_orphans
-from proxyd.relay.records cimport Origin, Peer
+from proxyd.relay.records cimport SOURCE_WORDS, Origin, Peer, Source
 from proxyd.relay.self_connect cimport local_port, self_connect_came_back
 from proxyd.relay.signals cimport alarm_is_handled, alarm_set
 from proxyd.relay.socket cimport socket_peer_pid, socket_tune, socket_unlinger
+from proxyd.relay.source cimport source_enter, source_hold, source_leave, source_of_client
 from proxyd.relay.sys cimport (
-    AF_UNIX, EAGAIN, EINTR, ELOOP, EPOLLIN, EPOLL_CTL_ADD, EPOLL_CTL_DEL, F_GETFL, F_SETFL,
+    AF_UNIX, EAGAIN, EINTR, ELOOP, EPOLLIN, EPOLL_CTL_ADD, EPOLL_CTL_DEL, EUSERS, F_GETFL, F_SETFL,
     IPPROTO_TCP, O_NONBLOCK, SOCK_CLOEXEC, SOCK_NONBLOCK, TCP_INFO, accept4, epoll_ctl,
     epoll_event, errno, errno_set, fcntl, getsockopt, int64_t, memcpy, memset, sockaddr,
-    sockaddr_storage, socklen_t, tcp_info,
+    sockaddr_storage, socklen_t, tcp_info, uint32_t,
 )
 from proxyd.relay.types cimport (
     CHECK_PORT, CHECK_TCP, CHECK_UNIX, EVENT_ACCEPTED, EVENT_ACCEPT_FAILED, EVENT_CONNECT_FAILED,
@@ -107,7 +108,7 @@ cdef inline int listener_accept(
         socket_tune(fd, listener.family)
     if (listener.check & CHECK_TCP and self_connect_came_back(worker.self_connects, fd, peer)
             or listener.check & CHECK_UNIX and socket_peer_pid(fd) == worker.pid):
-        worker_hang_up(worker, fd, listener.family, True)
+        worker_hang_up(worker, fd, listener.family, True, NULL)
         worker.refused += 1
         return -ELOOP
     return fd
@@ -151,20 +152,22 @@ cdef inline void listener_admit(
     Worker *worker, Listener *listener, int fd, const sockaddr_storage *peer, socklen_t size
 ) noexcept nogil:
     """A client is let in: it is connected, or handed to the policy."""
+    cdef Source *source = NULL
     cdef Origin origin
     cdef PolicyEvent *event
     cdef long long result
+    if worker.sources.buckets != NULL and not client_enter(worker, fd, peer, &source):
+        listener_refuse(worker, listener, fd, peer, size, True)
+        return
     if not listener.auto_connect or listener.check & CHECK_PORT and local_port(fd) != listener.port:
-        listener_hand_to_policy(worker, listener, fd, peer, size)
+        listener_hand_to_policy(worker, listener, fd, peer, size, source)
         return
     if gauges_places(worker.gauges) >= connection_limit(worker):
-        worker_hang_up(worker, fd, listener.family, False)
-        worker.refused += 1
-        event = policy_event_add(worker, EVENT_REFUSED, -1, 0, listener.index)
-        if event != NULL:
-            peer_keep(&event.peer, peer, size)
+        source_leave(source)
+        listener_refuse(worker, listener, fd, peer, size, False)
         return
     listener.connected_count += 1
+    origin.source = source
     origin.upstream = listener.terms.upstream
     origin.listener = listener.index
     origin.held_ms = 0
@@ -174,21 +177,54 @@ cdef inline void listener_admit(
     if result < 0:
         listener.auto_connect = False  # later clients must not overtake it
         worker.held += 1
+        source_hold(worker.sources, fd, source)
         event = policy_event_add(
             worker, EVENT_CONNECT_FAILED, fd, <int>-result, listener.index)
         if event != NULL:
             event.peer = origin.peer
 
 
+cdef inline bint client_enter(
+    Worker *worker, int fd, const sockaddr_storage *peer, Source **source
+) noexcept nogil:
+    """Give a client a place of its source; False: there is none left. A client is let in if its
+    source is not known, or if there is no memory for it; NULL then."""
+    cdef uint32_t key[SOURCE_WORDS]
+    cdef int failure
+    if not source_of_client(worker.sources, fd, peer, key):
+        return True
+    failure = source_enter(worker.sources, key, source)
+    if failure < 0:
+        source[0] = NULL
+    return failure != -EUSERS
+
+
+cdef inline void listener_refuse(
+    Worker *worker, Listener *listener, int fd, const sockaddr_storage *peer, socklen_t size,
+    bint by_source
+) noexcept nogil:
+    """Close a client over the limit, or with `by_source` over the share of its source."""
+    cdef PolicyEvent *event
+    worker_hang_up(worker, fd, listener.family, False, NULL)
+    worker.refused += 1
+    if by_source:
+        worker.sources.refused += 1
+    event = policy_event_add(worker, EVENT_REFUSED, -1, by_source, listener.index)
+    if event != NULL:
+        peer_keep(&event.peer, peer, size)
+
+
 cdef inline void listener_hand_to_policy(
-    Worker *worker, Listener *listener, int fd, const sockaddr_storage *peer, socklen_t size
+    Worker *worker, Listener *listener, int fd, const sockaddr_storage *peer, socklen_t size,
+    Source *source
 ) noexcept nogil:
     """Tell the policy of a client, with its address."""
     cdef PolicyEvent *event = policy_event_add(worker, EVENT_ACCEPTED, fd, 0, listener.index)
     worker.held += 1
     if event == NULL:  # listener_accept_clients() makes sure that there is room
-        worker_hang_up(worker, fd, listener.family, True)
+        worker_hang_up(worker, fd, listener.family, True, source)
     else:
+        source_hold(worker.sources, fd, source)
         peer_keep(&event.peer, peer, size)
 
 

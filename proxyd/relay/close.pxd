@@ -29,6 +29,7 @@ from proxyd.relay.rights cimport rights_may_close
 from proxyd.relay.row cimport row_new
 from proxyd.relay.self_connect cimport self_connect_remove
 from proxyd.relay.socket cimport socket_reset, socket_unlinger
+from proxyd.relay.source cimport source_leave
 from proxyd.relay.sys cimport (
     AF_INET, AF_INET6, AF_UNIX, EAGAIN, EINTR, SHUT_RDWR, SHUT_WR, SIOCOUTQ, atomic_add, close,
     counter_add, errno, free, hint_get, int64_t, ioctl, shutdown, uint64_t,
@@ -212,6 +213,8 @@ cdef inline void connection_close(
     connection_count_end(c)
     counter_add(&worker.ends[ending], 1)
     list_append(&worker.ended if reports & REPORT_ENDS else &worker.dead, &c.live)
+    if not c.has_orphans:
+        source_leave(c.origin.source)
     worker_remove_connection(worker)
     connections_decrement(worker)
 

@@ -20,11 +20,12 @@ from proxyd.relay.list cimport link_init, list_append, list_empty
 from proxyd.relay.mailbox cimport mailbox_put, mailbox_wake
 from proxyd.relay.pipe cimport pipe_init
 from proxyd.relay.quarantine cimport quarantine_takes_orphans
-from proxyd.relay.records cimport ENDING_CLIENT_GONE, ENDING_RESET, REPORT_BEGINS, Origin
+from proxyd.relay.records cimport ENDING_CLIENT_GONE, ENDING_RESET, REPORT_BEGINS, Origin, Source
 from proxyd.relay.rights cimport rights_may_close, rights_refuse
 from proxyd.relay.row cimport row_add
 from proxyd.relay.self_connect cimport self_connect_add
 from proxyd.relay.socket cimport socket_reset, socket_tune
+from proxyd.relay.source cimport source_leave
 from proxyd.relay.sweep cimport sweep_arrive
 from proxyd.relay.sys cimport (
     AF_UNIX, EAGAIN, EINPROGRESS, EINTR, ENOMEM, ENOTCONN, MSG_DONTWAIT, MSG_NOSIGNAL, SHUT_RDWR,
@@ -55,7 +56,7 @@ cdef inline long long connection_connect(
         return fd
     c = connection_new(worker, client, client_family, fd, family, preamble, preamble_size)
     if c == NULL:
-        worker_hang_up(worker, fd, family, False)
+        worker_hang_up(worker, fd, family, False, NULL)
         return -ENOMEM
     if is_new:
         number = worker_new_id(worker)
@@ -223,15 +224,18 @@ cdef inline void connection_close_orphans(Worker *worker, Connection *c) noexcep
         atomic_add(&worker.quarantine.orphan_sockets, -1)
     if not c.placeless:
         atomic_add(&worker.gauges.in_quarantine, -1)
+    source_leave(c.origin.source)
     free(c)
     mailbox_wake(&worker.main.mailbox)  # clients may be waiting for room
 
 
 # ── sockets without a connection ─────────────────────────────────────────────────────────────────
 
-cdef inline void worker_hang_up(Worker *worker, int fd, int family, bint reset) noexcept nogil:
-    """Close a socket that is not part of a connection. If there is not even the memory to leave it
-    to the quarantine, it stays open."""
+cdef inline void worker_hang_up(
+    Worker *worker, int fd, int family, bint reset, Source *source
+) noexcept nogil:
+    """Close a socket that is not part of a connection, after which its source (NULL: none) has a
+    place more. If there is not even the memory to leave it to the quarantine, it stays open."""
     cdef Rights unknown
     unknown.state = RIGHTS_UNKNOWN
     if family != AF_UNIX or rights_may_close(&unknown, fd):
@@ -239,7 +243,8 @@ cdef inline void worker_hang_up(Worker *worker, int fd, int family, bint reset) 
             socket_reset(fd, family)
         else:
             close(fd)
-    elif not socket_orphan(worker, fd, False):
+        source_leave(source)
+    elif not socket_orphan(worker, fd, False, source):
         shutdown(fd, SHUT_RDWR)
 
 
@@ -252,10 +257,12 @@ cdef inline bint worker_discard(Worker *worker, int fd) noexcept nogil:
         close(fd)
         return True
     shutdown(fd, SHUT_RDWR)
-    return quarantine_takes_orphans(worker.quarantine) and socket_orphan(worker, fd, True)
+    return quarantine_takes_orphans(worker.quarantine) and socket_orphan(worker, fd, True, NULL)
 
 
-cdef inline bint socket_orphan(Worker *worker, int fd, bint placeless) noexcept nogil:
+cdef inline bint socket_orphan(
+    Worker *worker, int fd, bint placeless, Source *source
+) noexcept nogil:
     """Leave a UNIX socket to the quarantine to close. False: no memory."""
     cdef Connection *c = connection_new(worker, fd, AF_UNIX, -1, AF_UNIX, NULL, 0)
     if c == NULL:
@@ -264,6 +271,7 @@ cdef inline bint socket_orphan(Worker *worker, int fd, bint placeless) noexcept 
     c.client.fd = -1
     c.state = CLOSED
     c.orphan_only = True
+    c.origin.source = source
     c.placeless = placeless
     if placeless:
         atomic_add(&worker.gauges.in_quarantine, -1)

@@ -62,14 +62,16 @@ cdef class AcceptFailed:
 
 
 cdef class Refused:
-    """A client over the limit was closed."""
+    """A client over a limit was closed."""
 
     cdef readonly int listener             # index
     cdef readonly bytes peer               # packed address; b"": not known
+    cdef readonly bint by_source           # the limit of its source, not that of all
 
-    def __init__(self, int listener, bytes peer not None=b""):
+    def __init__(self, int listener, bytes peer not None=b"", bint by_source=False):
         self.listener = listener
         self.peer = peer
+        self.by_source = by_source
 
 
 cdef class ConnectFailed:
@@ -262,7 +264,7 @@ cdef object make_event(const PolicyEvent *event, int64_t now_ms):
     if event.kind == EVENT_ACCEPT_FAILED:
         return AcceptFailed(event.listener, event.value)
     if event.kind == EVENT_REFUSED:
-        return Refused(event.listener, peer_bytes(&event.peer))
+        return Refused(event.listener, peer_bytes(&event.peer), event.value)
     if event.kind == EVENT_WORKERS_WANTED:
         return WorkersWanted()
     if event.kind == EVENT_DATAGRAMS_CHANGED:

@@ -7,35 +7,31 @@
 
 from proxyd.relay.bookkeeping cimport connection_limit, connections_decrement
 from proxyd.relay.connect cimport worker_new_id
-from proxyd.relay.flow_address cimport (
-    flow_make_header, name_is_local, name_is_taken, name_of_socket, name_unmap,
-)
-from proxyd.relay.flow_spare cimport flow_become_spare, flow_close, flow_drain, flow_take_spare
+from proxyd.relay.flow_address cimport flow_make_header, name_is_taken, name_unmap
+from proxyd.relay.flow_socket cimport flow_open
+from proxyd.relay.flow_spare cimport flow_become_spare, flow_close, flow_take_spare
 from proxyd.relay.flow_table cimport (
-    flow_table_add, flow_table_add_own, flow_table_evicted_own, flow_table_has_own,
-    flow_table_keep_evicted, flow_table_remove, flow_table_remove_own,
+    flow_table_add, flow_table_evicted_own, flow_table_has_own, flow_table_keep_evicted,
+    flow_table_remove,
 )
 from proxyd.relay.flow_tell cimport flow_tell, listener_notice, socket_dropped
 from proxyd.relay.flow_types cimport (
-    DROP_LIMIT, DROP_LOOP, DROP_NO_SOCKET, FLOW_ANSWERED, FLOW_ESTABLISHED, FLOW_EVICTED,
-    FLOW_EXPIRED, FLOW_UNANSWERED, NOTICE_LIMIT, NOTICE_LOOP, NOTICE_NO_SOCKET, TELL_BEGUN,
-    TELL_ENDED, Flow, FlowListener, FlowTarget, Flows, LocalAddress, Name,
+    DROP_COUNT, DROP_LIMIT, DROP_LOOP, DROP_NO_SOCKET, DROP_SOURCE, FLOW_ANSWERED, FLOW_CLASSES,
+    FLOW_ESTABLISHED, FLOW_EVICTED, FLOW_EXPIRED, FLOW_UNANSWERED, NOTICE_LIMIT, NOTICE_LOOP,
+    NOTICE_NO_SOCKET, NOTICE_SOURCE, TELL_BEGUN, TELL_ENDED, Flow, FlowListener, FlowSource,
+    FlowTarget, Flows, LocalAddress, Name,
 )
 from proxyd.relay.gauges cimport gauges_add_connection, gauges_places
 from proxyd.relay.list cimport link_init, list_append, list_empty, list_remove
-from proxyd.relay.socket cimport socket_take_error
+from proxyd.relay.records cimport SOURCE_WORDS, Source
+from proxyd.relay.source cimport source_enter, source_leave, source_of_address
 from proxyd.relay.sys cimport (
-    AF_INET, AF_UNIX, EAGAIN, ECONNREFUSED, EMSGSIZE, ENOMEM, EPOLLIN, EPOLLOUT, EPOLL_CTL_ADD,
-    EPOLL_CTL_MOD, IPPROTO_IP, IPPROTO_IPV6, IPV6_RECVERR, IP_RECVERR, MSG_DONTWAIT, MSG_ERRQUEUE,
-    SOCK_CLOEXEC, SOCK_DGRAM, SOCK_NONBLOCK, SOL_SOCKET, SO_PASSRIGHTS, bind, close, connect,
-    epoll_ctl, epoll_event, errno, free, int64_t, malloc, memcmp, memset, msghdr, recvmsg,
-    sa_family_t, setsockopt, sockaddr, socket, uint32_t, uint64_t,
+    AF_UNIX, ENOMEM, EUSERS, free, int64_t, malloc, memset, uint32_t, uint64_t,
 )
-from proxyd.relay.types cimport KIND_FLOW, Worker
+from proxyd.relay.types cimport KIND_FLOW, Link, Worker
 
 cdef enum:
     GUARDED_MS = 30000         # established flows that were silent for less are not evicted
-    ERRORS_MAX = 1024          # read from one socket at a time
 
 
 # ── begin ────────────────────────────────────────────────────────────────────────────────────────
@@ -46,33 +42,82 @@ cdef inline Flow *flow_begin(
 ) noexcept nogil:
     """A flow for a new client; NULL, and the errno with which the target cannot be reached; or
     NULL and 0, when its `count` datagrams are to be dropped, which is counted."""
-    cdef FlowTarget *target = listener.target
+    cdef FlowSource *source = NULL
     cdef Flow *flow
     cdef bint ours = True
+    cdef int refusal = flow_refusal(flows, listener, peer, &source)
     error[0] = 0
-    if flow_comes_back(flows, listener, peer):
-        target.totals.dropped[DROP_LOOP] += count
-        listener_notice(listener, NOTICE_LOOP, count, 0, peer)
-        return NULL
-    if gauges_places(flows.worker.gauges) >= connection_limit(flows.worker) and (
-            not flows_make_room(flows)):
-        target.totals.dropped[DROP_LIMIT] += count
-        listener_notice(listener, NOTICE_LIMIT, count, 0, peer)
+    if refusal != DROP_COUNT:
+        flow_refuse(listener, peer, count, refusal)
         return NULL
     flow = flow_new(flows, listener, peer, local)
     if flow != NULL:
         flow.hash = hash
+        flow.source = source
         error[0] = -flow_open(flows, flow, &ours)
     if flow != NULL and error[0] == 0:
         flow_enter(flows, flow)
         return flow
+    source_leave(<Source *>source)
     if flow == NULL or ours:
-        target.totals.dropped[DROP_NO_SOCKET] += count
+        listener.target.totals.dropped[DROP_NO_SOCKET] += count
         listener_notice(
             listener, NOTICE_NO_SOCKET, count, ENOMEM if flow == NULL else error[0], peer)
         error[0] = 0
     free(flow)
     return NULL
+
+
+cdef inline int flow_refusal(
+    Flows *flows, const FlowListener *listener, const Name *peer, FlowSource **source
+) noexcept nogil:
+    """Why a client may not have a flow, DROP_*; DROP_COUNT: it may, and has a place of its source
+    now."""
+    if flow_comes_back(flows, listener, peer):
+        return DROP_LOOP
+    if flows.sources.buckets != NULL and not flow_enter_source(flows, peer, source):
+        return DROP_SOURCE
+    if gauges_places(flows.worker.gauges) >= connection_limit(flows.worker) and (
+            not flows_make_room(flows, flows.classes)):
+        source_leave(<Source *>source[0])
+        return DROP_LIMIT
+    return DROP_COUNT
+
+
+cdef inline void flow_refuse(
+    FlowListener *listener, const Name *peer, uint64_t count, int why
+) noexcept nogil:
+    cdef int notice = NOTICE_LIMIT
+    if why == DROP_LOOP:
+        notice = NOTICE_LOOP
+    elif why == DROP_SOURCE:
+        notice = NOTICE_SOURCE
+    listener.target.totals.dropped[why] += count
+    listener_notice(listener, notice, count, 0, peer)
+
+
+cdef inline bint flow_enter_source(
+    Flows *flows, const Name *peer, FlowSource **entered
+) noexcept nogil:
+    """Give a new flow a place of its source, that of another flow of it perhaps; False: there is
+    none to spare. NULL: its source is not known, or there is no memory for it.
+
+    Flows have places of their own: whoever forges the address of a client cannot use up those of
+    its connections."""
+    cdef uint32_t key[SOURCE_WORDS]
+    cdef Source *source = NULL
+    cdef int failure, flow_class
+    if not source_of_address(&peer.address, key):
+        return True
+    failure = source_enter(&flows.sources, key, &source)
+    if failure == -EUSERS and flows_make_room(flows, (<FlowSource *>source).classes):
+        failure = source_enter(&flows.sources, key, &source)
+    if failure == 0:
+        entered[0] = <FlowSource *>source
+        if source.places == 1:
+            for flow_class in range(FLOW_CLASSES):
+                link_init(&entered[0].classes[flow_class], NULL)
+    return failure != -EUSERS
 
 
 cdef inline bint flow_comes_back(
@@ -111,6 +156,7 @@ cdef inline Flow *flow_new(
     flow.opened_ms = flow.active_ms = flows.worker.ctx.now_ms
     flow.flow_class = FLOW_UNANSWERED
     link_init(&flow.silent, flow)
+    link_init(&flow.of_source, flow)
     link_init(&flow.member, flow)
     if listener.proxy:
         flow_make_header(flow)
@@ -121,160 +167,11 @@ cdef inline void flow_enter(Flows *flows, Flow *flow) noexcept nogil:
     """It exists from now on."""
     flow.id = worker_new_id(flows.worker)
     flow_table_add(&flows.table, flow)
-    list_append(&flows.classes[flow.flow_class], &flow.silent)
+    flow_set_class(flows, flow, flow.flow_class)
     list_append(&flows.members, &flow.member)
     gauges_add_connection(flows.worker.gauges)
     flow.listener.target.totals.flows += 1
     flow_tell(flows, flow, TELL_BEGUN, 0)
-
-
-# ── its socket ───────────────────────────────────────────────────────────────────────────────────
-
-cdef inline int flow_reopen(Flows *flows, Flow *flow) noexcept nogil:
-    """The target has another address: a new socket for a flow; 0 or -errno, and then the flow is as
-    before."""
-    cdef Flow before = flow[0]
-    cdef bint ours
-    cdef int failure
-    flow_table_remove_own(&flows.table, flow)
-    flow.fd = -1
-    failure = flow_open(flows, flow, &ours)
-    if failure < 0:
-        flow.fd = before.fd
-        flow.own = before.own
-    else:
-        flow.listener.target.totals.kernel_dropped += socket_dropped(before.fd)
-        close(before.fd)
-    flow_table_add_own(&flows.table, flow)
-    return failure
-
-
-cdef inline int flow_open(Flows *flows, Flow *flow, bint *ours) noexcept nogil:
-    """Connect the socket that it has from a flow that has ended, or a new one; 0 or -errno. `ours`:
-    it was not for the target that this failed."""
-    cdef const FlowTarget *target = flow.listener.target
-    cdef int failure = 0
-    ours[0] = True
-    if not flow_takes_over(flow, target):
-        failure = flow_make_socket(flows, flow, target, ours)
-    if failure == 0:
-        flow.generation = target.generation
-        flow.gro = flow.failed = 0
-    return failure
-
-
-cdef inline bint flow_takes_over(Flow *flow, const FlowTarget *target) noexcept nogil:
-    """Connect the socket that it has; False: it has none, or none any more."""
-    if flow.fd < 0:
-        return False
-    if flow_connect(flow, target) == 0 and flow_drain(flow):
-        return True
-    close(flow.fd)
-    flow.fd = -1
-    return False
-
-
-cdef inline int flow_make_socket(
-    Flows *flows, Flow *flow, const FlowTarget *target, bint *ours
-) noexcept nogil:
-    cdef sa_family_t family = target.address.address.ss_family
-    cdef int failure
-    flow.fd = socket(family, SOCK_DGRAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0)
-    if flow.fd < 0:
-        return -errno
-    if family == AF_UNIX:
-        flow_name_socket(flow)
-    failure = flow_connect(flow, target)
-    if failure < 0:
-        ours[0] = failure == -EAGAIN or failure == -ENOMEM  # EAGAIN: there is no port left
-    else:
-        failure = flow_watch(flows, flow, EPOLL_CTL_ADD, False)
-    if failure < 0:
-        close(flow.fd)
-        flow.fd = -1
-    return failure
-
-
-cdef inline void flow_name_socket(Flow *flow) noexcept nogil:
-    """Have the kernel name a UNIX socket, or no reply would come; and refuse descriptors, whose
-    close(2) may wait (rights.pxd). Where these fail there are no replies, or descriptors are
-    dropped."""
-    cdef sa_family_t nameless = AF_UNIX
-    cdef int off = 0
-    bind(flow.fd, <sockaddr *>&nameless, sizeof(nameless))
-    setsockopt(flow.fd, SOL_SOCKET, SO_PASSRIGHTS, &off, sizeof(off))
-
-
-cdef inline int flow_connect(Flow *flow, const FlowTarget *target) noexcept nogil:
-    """Connect the socket, once more perhaps; 0 or -errno."""
-    cdef const Name *address = &target.address
-    if connect(flow.fd, <const sockaddr *>&address.address, address.size) < 0:
-        return -errno
-    name_of_socket(flow.fd, &flow.own)
-    if flow.own.size == address.size and (
-            memcmp(&flow.own.address, &address.address, address.size) == 0):
-        return -ECONNREFUSED   # to itself, by chance: nobody else has that port
-    flow.verdict_at_once = name_is_local(address, &flow.own)
-    if not flow.verdict_at_once:
-        flow_want_errors(flow, address)
-    return 0
-
-
-cdef inline void flow_want_errors(Flow *flow, const Name *address) noexcept nogil:
-    """Be told, too, that the way to another host has failed."""
-    cdef int on = 1
-    if address.address.ss_family == AF_INET:
-        setsockopt(flow.fd, IPPROTO_IP, IP_RECVERR, &on, sizeof(on))
-    else:
-        setsockopt(flow.fd, IPPROTO_IPV6, IPV6_RECVERR, &on, sizeof(on))
-
-
-cdef inline int flow_wait_for_room(Flows *flows, Flow *flow) noexcept nogil:
-    """Its listener is not read until the flow can send again; 0, or -errno if that would never be
-    announced."""
-    cdef int failure = flow_watch(flows, flow, EPOLL_CTL_MOD, True)
-    if failure == 0:
-        flow.listener.blocked = flow
-    return failure
-
-
-cdef inline void flow_has_room(Flows *flows, Flow *flow) noexcept nogil:
-    if not flow.wants_room:
-        return
-    flow_watch(flows, flow, EPOLL_CTL_MOD, False)  # if that fails, it is announced and tried again
-    if flow.listener.blocked == flow:
-        flow.listener.blocked = NULL
-
-
-cdef inline int flow_watch(Flows *flows, Flow *flow, int operation, bint for_room) noexcept nogil:
-    """Have epoll announce replies and errors, and with `for_room` when a send may succeed; 0 or
-    -errno.
-
-    It announces them until they were read, so that none has to be asked for in vain."""
-    cdef epoll_event event
-    event.events = EPOLLIN
-    if for_room:
-        event.events |= EPOLLOUT
-    event.data.ptr = flow
-    if epoll_ctl(flows.worker.ctx.epoll, operation, flow.fd, &event) < 0:
-        return -errno
-    flow.wants_room = for_room
-    return 0
-
-
-cdef inline int flow_take_error(Flow *flow) noexcept nogil:
-    """The error that has come for it, which is cleared; 0: none that says anything of the target.
-    """
-    cdef int error = socket_take_error(flow.fd)
-    cdef msghdr message
-    cdef int count = 0
-    memset(&message, 0, sizeof(message))
-    while not flow.verdict_at_once and count < ERRORS_MAX and (
-            recvmsg(flow.fd, &message, MSG_ERRQUEUE | MSG_DONTWAIT) >= 0):
-        count += 1             # each of them is announced until it was read
-    if count > 0:
-        socket_take_error(flow.fd)  # reading one puts the next one's errno there
-    return 0 if error == EMSGSIZE else error  # the path is too narrow: the kernel fragments
 
 
 # ── while it lives ───────────────────────────────────────────────────────────────────────────────
@@ -308,6 +205,9 @@ cdef inline void flow_set_class(Flows *flows, Flow *flow, int flow_class) noexce
     flow.flow_class = flow_class
     list_remove(&flow.silent)
     list_append(&flows.classes[flow_class], &flow.silent)
+    if flow.source != NULL:
+        list_remove(&flow.of_source)
+        list_append(&flow.source.classes[flow_class], &flow.of_source)
 
 
 cdef inline void flow_count(
@@ -324,16 +224,17 @@ cdef inline void flow_count(
 
 cdef inline bint worker_make_room_for_client(Worker *worker) noexcept nogil:
     """FlowHooks.make_room."""
-    return flows_make_room(<Flows *>worker.flows)
+    cdef Flows *flows = <Flows *>worker.flows
+    return flows_make_room(flows, flows.classes)
 
 
-cdef inline bint flows_make_room(Flows *flows) noexcept nogil:
-    """Evict the flow that is missed least, if there is one to spare."""
-    cdef Flow *flow = flows_first(flows, FLOW_ANSWERED)
+cdef inline bint flows_make_room(Flows *flows, const Link *classes) noexcept nogil:
+    """Evict the flow of these that is missed least, if there is one to spare."""
+    cdef Flow *flow = flows_first(&classes[FLOW_ANSWERED])
     if flow == NULL:
-        flow = flows_first(flows, FLOW_UNANSWERED)
+        flow = flows_first(&classes[FLOW_UNANSWERED])
     if flow == NULL:
-        flow = flows_first(flows, FLOW_ESTABLISHED)
+        flow = flows_first(&classes[FLOW_ESTABLISHED])
         if flow == NULL or flows.worker.ctx.now_ms - flow.active_ms <= GUARDED_MS:
             return False
     flow_table_keep_evicted(&flows.table, flow, flows.worker.ctx.now_ms)
@@ -346,10 +247,10 @@ cdef inline void flows_expire(Flows *flows) noexcept nogil:
     cdef Flow *flow
     cdef int flow_class
     for flow_class in range(FLOW_ESTABLISHED + 1):
-        flow = flows_first(flows, flow_class)
+        flow = flows_first(&flows.classes[flow_class])
         while flow != NULL and flow_expires_ms(flows, flow) <= flows.worker.ctx.now_ms:
             flow_end(flows, flow, FLOW_EXPIRED)
-            flow = flows_first(flows, flow_class)
+            flow = flows_first(&flows.classes[flow_class])
 
 
 cdef inline int64_t flow_expires_ms(const Flows *flows, const Flow *flow) noexcept nogil:
@@ -361,11 +262,9 @@ cdef inline int64_t flow_expires_ms(const Flows *flows, const Flow *flow) noexce
     return flow.active_ms + idle_ms
 
 
-cdef inline Flow *flows_first(const Flows *flows, int flow_class) noexcept nogil:
+cdef inline Flow *flows_first(const Link *flow_class) noexcept nogil:
     """The one of a class that was silent for the longest; NULL: there is none."""
-    if list_empty(&flows.classes[flow_class]):
-        return NULL
-    return <Flow *>flows.classes[flow_class].next.owner
+    return NULL if list_empty(flow_class) else <Flow *>flow_class.next.owner
 
 
 cdef inline void flow_end(Flows *flows, Flow *flow, int ending) noexcept nogil:
@@ -382,6 +281,8 @@ cdef inline void flow_end(Flows *flows, Flow *flow, int ending) noexcept nogil:
         target.judged_flow = NULL
     flow_table_remove(&flows.table, flow)
     list_remove(&flow.silent)
+    list_remove(&flow.of_source)
+    source_leave(<Source *>flow.source)
     list_remove(&flow.member)
     connections_decrement(flows.worker)
     if not flow_become_spare(flows, flow):

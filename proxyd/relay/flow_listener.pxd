@@ -1,6 +1,6 @@
 # A datagram listener: its datagrams find their flows, and go to the target.
 
-from proxyd.relay.flow cimport flow_begin, flow_heard_client, flow_wait_for_room
+from proxyd.relay.flow cimport flow_begin, flow_heard_client
 from proxyd.relay.flow_address cimport name_is_any, name_of_socket
 from proxyd.relay.flow_batch cimport inbox_receive, piece_datagrams
 from proxyd.relay.flow_held cimport (
@@ -10,6 +10,7 @@ from proxyd.relay.flow_rights cimport (
     listener_avoids_rights, listener_set_rights, listener_was_empty,
 )
 from proxyd.relay.flow_send cimport flow_send_all, flow_send_judged
+from proxyd.relay.flow_socket cimport flow_wait_for_room
 from proxyd.relay.flow_table cimport flow_find, flow_hash, flow_is_of
 from proxyd.relay.flow_target cimport (
     target_errs, target_fails, target_holds_now, target_judge, target_passes,

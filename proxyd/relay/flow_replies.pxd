@@ -3,12 +3,13 @@
 # They are gathered in the inbox and sent once per batch of events, by one sendmmsg(2) for each
 # listener: it is the listener's socket that a client expects them from.
 
-from proxyd.relay.flow cimport flow_count, flow_has_room, flow_heard_target, flow_take_error
+from proxyd.relay.flow cimport flow_count, flow_heard_target
 from proxyd.relay.flow_address cimport local_is_unknown, name_is_unnamed
 from proxyd.relay.flow_batch cimport (
     inbox_receive, inbox_receive_one, outbox_fill, outbox_send, piece_datagrams,
 )
 from proxyd.relay.flow_send cimport error_is_of_datagram, error_is_of_gso
+from proxyd.relay.flow_socket cimport flow_has_room, flow_take_error
 from proxyd.relay.flow_spare cimport flow_drain
 from proxyd.relay.flow_target cimport target_errs, target_replied
 from proxyd.relay.flow_types cimport (
@@ -16,8 +17,8 @@ from proxyd.relay.flow_types cimport (
     Flows, Outbox, Outgoing, Piece,
 )
 from proxyd.relay.sys cimport (
-    AF_UNIX, EADDRNOTAVAIL, EINTR, EINVAL, EIO, EMSGSIZE, ENETUNREACH, EPOLLERR, EPOLLOUT,
-    SOL_UDP, UDP_GRO, errno, setsockopt, uint32_t,
+    AF_UNIX, EADDRNOTAVAIL, EINTR, EINVAL, EIO, EMSGSIZE, ENETUNREACH, EPOLLERR, EPOLLOUT, SOL_UDP,
+    UDP_GRO, errno, setsockopt, uint32_t,
 )
 from proxyd.relay.types cimport TO_CLIENT
 

@@ -11,8 +11,9 @@
 # A refusal that an earlier datagram has met is reported by the next send, which sends nothing. The
 # datagram is kept then, too, so it is not lost.
 
-from proxyd.relay.flow cimport flow_connect, flow_count, flow_reopen
+from proxyd.relay.flow cimport flow_count
 from proxyd.relay.flow_batch cimport outbox_fill, outbox_send
+from proxyd.relay.flow_socket cimport flow_connect, flow_reopen
 from proxyd.relay.flow_types cimport (
     DROP_TARGET, DROP_TOO_LARGE, Cursor, Flow, FlowTarget, Flows, Outbox, Outgoing, Piece,
 )

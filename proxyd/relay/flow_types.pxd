@@ -2,6 +2,7 @@
 #
 # A structure that is embedded in another stands above it. Times are as in types.pxd.
 
+from proxyd.relay.records cimport Source, SourceTable
 from proxyd.relay.sys cimport (
     int64_t, iovec, mmsghdr, sockaddr_storage, socklen_t, uint16_t, uint32_t, uint64_t, uint8_t,
 )
@@ -32,6 +33,7 @@ cdef enum:
     DROP_CLIENT                # a reply that could not be sent
     DROP_TARGET                # it could not be sent to the target for another reason
     DROP_RIGHTS                # file descriptors came with it
+    DROP_SOURCE                # its source had its share of flows
     DROP_COUNT
 
 # how a flow ended
@@ -48,7 +50,7 @@ ctypedef struct FlowTotals:
 
 # what is told of a listener at most once a second
 cdef enum:
-    NOTICE_LIMIT, NOTICE_LOOP, NOTICE_NO_SOCKET, NOTICE_COUNT
+    NOTICE_LIMIT, NOTICE_LOOP, NOTICE_NO_SOCKET, NOTICE_SOURCE, NOTICE_COUNT
 
 ctypedef struct Notice:
     uint64_t count             # of datagrams since it was last told
@@ -72,6 +74,10 @@ cdef enum:
 ctypedef struct FlowTarget     # below
 ctypedef struct FlowListener
 
+ctypedef struct FlowSource:
+    Source source
+    Link classes[FLOW_CLASSES]  # its flows, as in Flows.classes
+
 ctypedef struct Flow:
     int kind                   # KIND_FLOW
     int fd                     # connected to the target, or in Flows.spares; -1: closed
@@ -80,7 +86,9 @@ ctypedef struct Flow:
     uint32_t hash              # of the key: listener, peer and local
     uint32_t generation        # of the target's address that it is connected to
     FlowListener *listener     # NULL: it is a spare one
+    FlowSource *source         # NULL: it counts nowhere
     Link silent                # in Flows.classes
+    Link of_source             # in FlowSource.classes
     Link member                # in Flows.members, or in Flows.spares
     uint8_t flow_class         # FLOW_*
     uint8_t answered           # there was a reply
@@ -225,8 +233,8 @@ ctypedef struct FlowListener:
 # ── what the policy is told ──────────────────────────────────────────────────────────────────────
 
 cdef enum:
-    TELL_DOWN, TELL_UP, TELL_HOLDS, TELL_LIMIT, TELL_LOOP, TELL_NO_SOCKET, TELL_LISTENER_FAILED
-    TELL_BEGUN, TELL_ENDED
+    TELL_DOWN, TELL_UP, TELL_HOLDS, TELL_LISTENER_FAILED, TELL_BEGUN, TELL_ENDED
+    TELL_LIMIT, TELL_LOOP, TELL_NO_SOCKET, TELL_SOURCE  # in the order of the notices
 
 ctypedef struct FlowRow:
     long long id
@@ -269,6 +277,7 @@ ctypedef struct Flows:
     FlowHooks hooks            # first, since Worker.flows points to it
     Worker *worker
     FlowTable table
+    SourceTable sources        # how many flows each source has
     Link targets
     Link listeners
     Link classes[FLOW_CLASSES]  # flows; the one that was silent for the longest comes first

@@ -34,6 +34,7 @@ from proxyd.relay.flow_types cimport (
     Flows, RightsDropper,
 )
 from proxyd.relay.list cimport link_init, list_empty, list_remove
+from proxyd.relay.source cimport source_table_destroy
 from proxyd.relay.sys cimport ENOMEM, atomic_get, calloc, free, int64_t, malloc, uint32_t
 from proxyd.relay.types cimport KIND_FLOW, Link, Watch, Worker
 
@@ -148,7 +149,7 @@ cdef inline int64_t worker_flows_next_ms(Worker *worker) noexcept nogil:
             until = earlier(until, flows.worker.ctx.now_ms + MEMORY_MS)
         link = link.next
     for flow_class in range(FLOW_CLASSES):
-        flow = flows_first(flows, flow_class)
+        flow = flows_first(&flows.classes[flow_class])
         if flow != NULL:
             until = earlier(until, flow_expires_ms(flows, flow))
     return until
@@ -172,6 +173,7 @@ cdef inline void flows_destroy(Flows *flows) noexcept nogil:
         free(link.owner)
     flows_forget_events(flows)
     flow_table_free(&flows.table)
+    source_table_destroy(&flows.sources)
     free(flows.inbox.buffers)
     if flows.dropper != NULL and atomic_get(&flows.dropper.busy) == 0:
         free(flows.dropper)

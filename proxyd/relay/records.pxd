@@ -1,6 +1,8 @@
 # The structures of what is counted and told of connections. types.pxd has those that move bytes.
 
-from proxyd.relay.sys cimport int64_t, sockaddr_in6, sockaddr_storage, socklen_t, uint64_t
+from proxyd.relay.sys cimport (
+    int64_t, sockaddr_in6, sockaddr_storage, socklen_t, uint32_t, uint64_t,
+)
 
 
 # how a connection ended
@@ -10,6 +12,7 @@ cdef enum:
 cdef enum:
     CONNECT_BUCKETS = 17       # of the time that a connect took: see upstream.pxd
     ROWS_MAX = 64              # of a batch
+    SOURCE_WORDS = 3           # of a key: see source.pxd
 
 ctypedef struct UpstreamTotals:
     int index                  # the policy's
@@ -22,8 +25,25 @@ ctypedef struct Peer:
     sockaddr_in6 address       # of an accepted client: what accept(2) said, if it fits …
     socklen_t size             # … or 0
 
+ctypedef struct Source:
+    Source *next               # in its bucket
+    uint32_t key[SOURCE_WORDS]
+    int places                 # of the limit, that its clients take
+
+ctypedef struct SourceTable:
+    Source **buckets           # NULL: sources are not limited
+    uint32_t mask              # number of buckets - 1
+    uint64_t secret[2]         # so that nobody can choose addresses that fall into one bucket
+    size_t entry_size          # bytes
+    int places_max             # of each source
+    int64_t nobody             # uid that is not a source; -1: none
+    uint64_t refused           # clients whose source had no place left
+    Source **held              # by fd: sources of clients that the policy has
+    int held_size
+
 ctypedef struct Origin:
     UpstreamTotals *upstream   # where the connection counts
+    Source *source             # where the client does; NULL: nowhere
     int listener               # index of the one it came from; the policy's
     int held_ms                # how long the policy has held the client
     Peer peer                  # the client

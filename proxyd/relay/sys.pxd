@@ -6,7 +6,7 @@ cdef extern from "errno.h" nogil:
     int errno
     int EADDRNOTAVAIL, EAGAIN, EBADF, ECONNREFUSED, ECONNRESET, EHOSTUNREACH, EINPROGRESS
     int EINTR, EINVAL, EIO, ELOOP, EMSGSIZE, ENETUNREACH, ENOBUFS, ENOMEM, ENOSYS, ENOTCONN
-    int ENOTSOCK, EOPNOTSUPP, EPERM, EPIPE, ETIMEDOUT
+    int ENOTSOCK, EOPNOTSUPP, EPERM, EPIPE, ETIMEDOUT, EUSERS
 
 cdef extern from * nogil:
     """
@@ -76,6 +76,7 @@ cdef extern from "sys/socket.h" nogil:
         int l_linger
     struct ucred:
         int pid
+        uint32_t uid
     struct iovec:
         void *iov_base
         size_t iov_len
@@ -123,6 +124,10 @@ cdef extern from "sys/socket.h" nogil:
 
 cdef extern from "sys/random.h" nogil:
     ssize_t getrandom(void *buffer, size_t size, unsigned int flags)
+
+cdef extern from "linux/vm_sockets.h" nogil:
+    struct sockaddr_vm:
+        uint32_t svm_cid
 
 cdef extern from "netinet/in.h" nogil:
     int IPPROTO_IP, IPPROTO_IPV6, IPPROTO_TCP

@@ -4,7 +4,9 @@
 # the file whose functions obey them, unless an array has their size. Times end in _ms or _ns and
 # are on CLOCK_MONOTONIC, if they are not durations.
 
-from proxyd.relay.records cimport ENDING_COUNT, ROWS_MAX, Origin, Peer, Row, Sweep, UpstreamTotals
+from proxyd.relay.records cimport (
+    ENDING_COUNT, ROWS_MAX, Origin, Peer, Row, SourceTable, Sweep, UpstreamTotals,
+)
 from proxyd.relay.sys cimport (
     epoll_event, int64_t, pthread_mutex_t, pthread_t, sockaddr_storage, socklen_t, uint16_t,
     uint32_t, uint64_t, uint8_t,
@@ -344,6 +346,7 @@ ctypedef struct Worker:
     Gauges *gauges             # the program's
     SelfConnectTable *self_connects  # the program's
     Quarantine *quarantine     # the program's
+    SourceTable *sources       # of the main worker: how many places each source has
     FlowHooks *flows           # of the main worker; NULL: no datagrams are forwarded
     Mailbox mailbox            # what other threads have left for this one
     Worker *main               # the worker that accepts; NULL: this is the one
