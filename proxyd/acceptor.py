@@ -69,7 +69,11 @@ class Acceptor:
         self.unknown = 0
         """Of these, the ones without an address."""
         self.refused_ms: int | None = None
-        """When a client was last refused at the limit."""
+        """When a client was last refused at the limit …"""
+        self.source_refused_ms: int | None = None
+        """… and at that of its source."""
+        self.per_source = 0
+        """How many connections each source may have, as limit_sources() has set; 0: no limit."""
         self.passed_in = 0
         """Clients that the service manager has accepted (Accept=yes)."""
         self.resume_ms: int | None = None
@@ -99,6 +103,14 @@ class Acceptor:
         relay_listener = RelayListener(self._relay, *terms)
         listener.relay_listener = relay_listener
         listener.upstream.add_listener(relay_listener)
+
+    def limit_sources(self, places_max: int, unknown_uid: int) -> None:
+        """Let each source have `places_max` connections, all users with `unknown_uid` excepted.
+
+        Raises OSError.
+        """
+        self._relay.limit_sources(places_max, unknown_uid)
+        self.per_source = places_max
 
     @property
     def broken(self) -> bool:
@@ -161,6 +173,8 @@ class Acceptor:
             self._accepted(listener, event.client, event.peer)
         elif isinstance(event, AcceptFailed):
             self._accept_failed(listener, event.error)
+        elif event.by_source:
+            self._note_source_refusal(listener, event.peer)
         else:
             self._note_refusal(listener, event.peer)
 
@@ -186,6 +200,17 @@ class Acceptor:
             MESSAGE_ID=log.REFUSED,
             LISTENER=listener.text,
             LIMIT=str(self._relay.connections_max),
+            CLIENT=address_field(peer),
+        )
+
+    def _note_source_refusal(self, listener: Listener, peer: bytes) -> None:
+        self.source_refused_ms = self._relay.now_ms
+        log.limited(
+            "source limit",
+            f"Hit connection limit of a source, refusing connection.{address_note(peer)}",
+            MESSAGE_ID=log.REFUSED_SOURCE,
+            LISTENER=listener.text,
+            LIMIT=str(self.per_source),
             CLIENT=address_field(peer),
         )
 

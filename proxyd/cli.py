@@ -31,6 +31,9 @@ Bidirectionally proxy local sockets to another (possibly remote) socket.
 
 """
 
+_HELP_INDENT = 29
+"""The column in which --help explains an option."""
+
 
 def run() -> "NoReturn":
     """Run the program as the command, and end the process.
@@ -146,8 +149,11 @@ def _help() -> str:
         short = f"-{option.short}" if option.short else "  "
         long = f"--{option.long}={option.metavar}" if option.convert else f"--{option.long}"
         head = f"  {short} {long}"
+        if len(head) >= _HELP_INDENT:
+            lines.append(f"{head}\n")
+            head = ""
         for text in option.explain.split("\n"):
-            lines.append(f"{head:<29}{text}\n")
+            lines.append(f"{head:<{_HELP_INDENT}}{text}\n")
             head = ""
     lines.append("\nSee the systemd-socket-proxyd(1) man page for details.\n")
     return "".join(lines)

@@ -190,12 +190,7 @@ class DatagramPolicy:
         listener = self._listeners[event.listener]
         where = listener.text
         if isinstance(event, FlowsRefused):
-            self.refused += event.count
-            self.refused_ms = self._relay.now_ms
-            log.limited(
-                "datagram limit",
-                f"Hit connection limit, refusing datagram.{address_note(event.peer)}",
-            )
+            self._note_refusal(event)
         elif isinstance(event, LoopFound):
             log.limited(
                 f"loop {where}",
@@ -212,6 +207,14 @@ class DatagramPolicy:
             log.error(f"Failed to receive from {where}: {posix.strerror(event.error)}.")
             listener.accepting = False
             listener.broken = True
+
+    def _note_refusal(self, event: FlowsRefused) -> None:
+        self.refused += event.count
+        self.refused_ms = self._relay.now_ms
+        limit = "connection limit of a source" if event.by_source else "connection limit"
+        log.limited(
+            f"datagram {limit}", f"Hit {limit}, refusing datagram.{address_note(event.peer)}"
+        )
 
     def _flow_begun(self, info: FlowInfo) -> None:
         if self._loop.labelled:

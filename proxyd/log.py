@@ -39,6 +39,7 @@ ERROR, WARNING, INFO, DEBUG = 3, 4, 6, 7
 # MESSAGE_ID= of the events that systemd/systemd-socket-proxyd.catalog explains.
 OUTAGE, RECOVERED = "f5cd69e7daf94ec5b92bd85fa05e383d", "095eeb13d607418ca7b835721555bf36"
 REFUSED, FAILED = "735f0bd8883747a6a41f644c3700e063", "6f89b993361644b09718e67662621d7e"
+REFUSED_SOURCE = "d2c1733ec1fc4f75974d5e0df5367062"
 
 # Pause between two lines of the same kind, in seconds.
 _REPEAT_PAUSE = 5.0

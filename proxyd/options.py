@@ -25,6 +25,7 @@ class Options:
         "buffer_size",
         "connect_timeout",
         "connections_max",
+        "connections_max_per_source",
         "drain_timeout",
         "exit_idle_time",
         "idle_timeout",
@@ -44,6 +45,8 @@ class Options:
         """Capacity of a pipe per direction, in bytes; 0: automatic."""
         self.connect_timeout: int | None = 10_000_000
         self.connections_max = 256
+        self.connections_max_per_source = 0
+        """0: no limit."""
         self.drain_timeout: int | None = 0
         self.exit_idle_time: int | None = None
         self.idle_timeout: int | None = None
@@ -96,6 +99,12 @@ def _set_connections_max(options: Options, text: str) -> None:
     options.connections_max = _unsigned(text)
     if options.connections_max < 1:
         raise UsageError("Connection limit is too low.")
+
+
+def _set_connections_max_per_source(options: Options, text: str) -> None:
+    options.connections_max_per_source = _unsigned(text)
+    if not 1 <= options.connections_max_per_source < 1 << 31:
+        raise ValueError(text)
 
 
 def _set_exit_idle_time(options: Options, text: str) -> None:
@@ -207,6 +216,13 @@ OPTIONS: tuple[Option, ...] = (
         "c",
     ),
     Option(
+        "connections-max-per-source",
+        "Set the maximum number of connections of one\n"
+        "client: an address, an IPv6 /64, a user or a CID",
+        _set_connections_max_per_source,
+        "N",
+    ),
+    Option(
         "exit-idle-time",
         "Exit when without a connection for this duration.\n"
         "See the systemd.time(7) man page for the format",
@@ -292,6 +308,7 @@ OPTIONS: tuple[Option, ...] = (
 _ALLOWED = {
     "BYTES": "a number of bytes from 4096 to 2047M, with K or M for KiB or MiB, or auto",
     "N": "a number from 1 to 1024, or auto",  # --connections-max= has a message of its own
+    "connections-max-per-source": "a number of connections from 1 to 2147483647",
     "inspect": "an absolute path, fd:NAME for an inherited socket, or no",
     "SPAN": "a time span, such as 90, 5min 20s or infinity",
     "settle-time": "a time span, such as 100ms or 2s",

@@ -106,9 +106,15 @@ class Server:
         )
         self.acceptor = Acceptor(self.loop, listeners, connections_max, options.proxy_protocol)
         self.datagrams = self._make_datagrams() if len(streams) < len(listeners) else None
+        if options.connections_max_per_source:
+            from proxyd.sources import limit_sources
+
+            limit_sources(self.acceptor, self.datagrams, options.connections_max_per_source)
         single = len(listeners) == 1 and listeners[0].connected
         if options.threads > 1 and not single:
-            self._use_threads()
+            from proxyd import workers
+
+            workers.use(self.relay, options.threads, at_once=options.always_hand_over)
         self.notifier = Notifier(NotifySocket(environ), self._status, self.relay)
         self.inspection = self._make_inspection(entrance) if entrance is not None else None
         self.relay.wake_on_first = self.notifier.enabled or (
@@ -188,15 +194,6 @@ class Server:
             return Service(*parts, status, started_ms, threads, callers_max, self.datagrams)
 
         return Entrance(self.loop, entrance, make_service)
-
-    def _use_threads(self) -> None:
-        """Let relay threads help, at once or when they are needed."""
-        from proxyd import workers
-
-        if self.options.always_hand_over:
-            workers.start(self.relay, self.options.threads)
-        else:
-            workers.offload_when_busy(self.relay)
 
     # ── the loop ──────────────────────────────────────────────────────────────────────────────────
 
@@ -375,7 +372,8 @@ class Server:
 
     def _status_ages(self, now_ms: int) -> bool:
         """Tell whether the status says how long ago something was."""
-        times = [self.acceptor.refused_ms, *[one.held.failed_ms for one in self.upstreams]]
+        times = [self.acceptor.refused_ms, self.acceptor.source_refused_ms]
+        times += [one.held.failed_ms for one in self.upstreams]
         if self.datagrams is not None:
             times += [self.datagrams.refused_ms, *self.datagrams.failed_ms]
         return any(time is not None and now_ms - time < STATUS_AGES_MS for time in times)

@@ -61,9 +61,13 @@ def status(
         parts += _datagrams_waiting(datagrams, relay.now_ms)
         moved += _datagram_bytes(datagrams)
     parts.append(f"{bytes_text(moved)} forwarded")
-    refused = totals.refused + acceptor.refused - acceptor.unknown
+    by_source = relay.refused_by_source
+    refused = totals.refused + acceptor.refused - acceptor.unknown - by_source
     if refused:
         parts.append(f"{refused} refused at the limit{_ago(acceptor.refused_ms, relay.now_ms)}")
+    if by_source:
+        ago = _ago(acceptor.source_refused_ms, relay.now_ms)
+        parts.append(f"{by_source} refused at the limit of their source{ago}")
     if acceptor.unknown:
         parts.append(f"{acceptor.unknown} refused without an address to announce")
     parts += _failed(upstreams, relay.now_ms)

@@ -14,6 +14,14 @@ WAIT_MAX = 25
 """Per cent of the time that a busy thread may have waited for a CPU itself."""
 
 
+def use(relay: Relay, threads: int, *, at_once: bool) -> None:
+    """Let relay threads help, up to this number of them; `at_once`, or when they are needed."""
+    if at_once:
+        start(relay, threads)
+    else:
+        offload_when_busy(relay)
+
+
 def offload_when_busy(relay: Relay) -> None:
     """Use further threads only once one is busy: a WorkersWanted event asks for them."""
     usable, online = posix.sched_getaffinity(0), posix.sysconf("SC_NPROCESSORS_ONLN")

@@ -189,8 +189,8 @@ end
 
 # Prints the operands before the cursor, and "listen NAME=" for the names that --listen= has given.
 function __fish_systemd_socket_proxyd_said
-    set -l with_value -c --connections-max --exit-idle-time --proxy-protocol --connect-timeout \
-        --settle-time --idle-timeout --drain-timeout --listen --threads --hand-over --buffer-size \
+    set -l with_value -c --connections-max --connections-max-per-source --exit-idle-time \
+        --proxy-protocol --connect-timeout --settle-time --idle-timeout --drain-timeout --listen --threads --hand-over --buffer-size \
         --inspect --log-addresses
     set -l option
     set -l ended
@@ -242,6 +242,8 @@ set -l spans 0 10s 30s 1min 5min 15min 1h infinity
 complete -c systemd-socket-proxyd -f -a '(__fish_systemd_socket_proxyd_operands)'
 complete -c systemd-socket-proxyd -s c -l connections-max -x -k -a '64 256 1024 4096' \
     -d 'Maximum number of connections'
+complete -c systemd-socket-proxyd -l connections-max-per-source -x -k -a '8 16 32 64' \
+    -d 'Maximum number of connections of one client'
 complete -c systemd-socket-proxyd -l exit-idle-time -x -k -a "$spans" \
     -d 'Exit when without a connection for this long'
 complete -c systemd-socket-proxyd -l proxy-protocol -x -a 'v1 v2' -d 'Send the address of the client to the target'

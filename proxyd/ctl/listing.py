@@ -124,7 +124,8 @@ def _clients(status: dict[str, Any]) -> str:
 
 
 def _pairs(limits: dict[str, Any]) -> str:
-    return ", ".join(f"{_words(name)} {value}" for name, value in limits.items())
+    known = [(name, value) for name, value in limits.items() if value is not None]
+    return ", ".join(f"{_words(name)} {value}" for name, value in known)
 
 
 def _words(name: str) -> str:

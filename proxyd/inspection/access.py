@@ -3,10 +3,9 @@
 import _socket
 import posix
 
-_SO_PEERCRED_SIZE = 12  # struct ucred: pid, uid, gid
+from proxyd.user_namespace import DEFAULT_OVERFLOW_UID, overflow_uid
 
-_OVERFLOW_UID = 65534
-"""What the kernel is built with."""
+_SO_PEERCRED_SIZE = 12  # struct ucred: pid, uid, gid
 
 
 class Peer:
@@ -27,7 +26,7 @@ def peer_of(sock: _socket.socket) -> Peer:
     return Peer(uid, privileged=is_privileged(uid, posix.geteuid(), _overflow))
 
 
-def is_privileged(uid: int, own_uid: int, overflow_uid: int) -> bool:
+def is_privileged(uid: int, own_uid: int, overflow: int) -> bool:
     """Tell whether `uid` is root or the user of this process.
 
     In a user namespace (PrivateUsers=yes) every user that has no name there appears as the overflow
@@ -35,17 +34,9 @@ def is_privileged(uid: int, own_uid: int, overflow_uid: int) -> bool:
     """
     if uid == 0:
         return True
-    return uid == own_uid and uid not in (overflow_uid, _OVERFLOW_UID)
+    return uid == own_uid and uid not in (overflow, DEFAULT_OVERFLOW_UID)
 
 
-def _overflow_uid() -> int:
-    try:
-        with open("/proc/sys/kernel/overflowuid", "rb") as file:
-            return int(file.read(16))
-    except (OSError, ValueError):  # ProcSubset=pid hides it
-        return _OVERFLOW_UID
-
-
-_overflow = _overflow_uid()
+_overflow = overflow_uid()
 
 _LITTLE = memoryview(b"\1\0").cast("H")[0] == 1

@@ -67,8 +67,10 @@ type Connection (
   thread: int
 )
 
+# connectionsMaxPerSource: null without such a limit.
 type Limits (
   connectionsMax: int,
+  connectionsMaxPerSource: ?int,
   threadsMax: int,
   callersMax: int
 )

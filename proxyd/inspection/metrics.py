@@ -31,6 +31,7 @@ _FAMILIES = (
     ("ConnectUSecCount", "counter", "Connects that succeeded, by target"),
     ("ConnectUSecSum", "counter", "How long connects took that succeeded, by target"),
     ("ConnectionsMax", "gauge", "The limit of connections"),
+    ("ConnectionsMaxPerSource", "gauge", "The limit of connections of one source; 0: none"),
     ("Ended", "counter", "Connections and held clients that have ended, by how"),
     ("Failed", "counter", "Clients given up because their target could not be reached, by target"),
     ("Held", "gauge", "Clients that wait for their target, by target"),
@@ -38,7 +39,8 @@ _FAMILIES = (
     ("HeldUSecCount", "counter", "Clients served after they were held, by target"),
     ("HeldUSecSum", "counter", "How long clients served were held in all, by target"),
     ("Open", "gauge", "Connections open or connecting"),
-    ("Refused", "counter", "Clients refused, at the limit or without an address to announce"),
+    ("Refused", "counter", "Clients refused, at a limit or without an address to announce"),
+    ("RefusedBySource", "counter", "Of these, clients refused at the limit of their source"),
     ("Served", "counter", "Connections brought to a target, including those connecting, by target"),
     ("TargetBytesDown", "counter", "Bytes delivered to clients, by target"),
     ("TargetBytesUp", "counter", "Bytes delivered to targets, by target"),
@@ -192,10 +194,12 @@ def _overall(
     yield _single("BytesToClients", totals.bytes_to_clients)
     yield _single("BytesToTargets", totals.bytes_to_targets)
     yield _single("ConnectionsMax", relay.connections_max)
+    yield _single("ConnectionsMaxPerSource", acceptor.per_source)
     endings = all_endings(totals, upstreams)
     yield "Ended", {}, "how", [*endings], [*endings.values()]
     yield _single("Open", relay.connections - flows)
     yield _single("Refused", totals.refused + acceptor.refused)
+    yield _single("RefusedBySource", relay.refused_by_source)
     yield _single("Threads", relay.thread_count)
 
 

@@ -57,6 +57,7 @@ class Service:
         self._started_ms = started_ms
         self._limits: Fields = {
             "connectionsMax": loop.relay.connections_max,
+            "connectionsMaxPerSource": acceptor.per_source or None,
             "threadsMax": threads_max,
             "callersMax": callers_max,
         }

@@ -52,6 +52,7 @@ SOCKETS = (
 )  # fmt: skip
 OPTIONS = {
     b"--connections-max": NUMBERS,
+    b"--connections-max-per-source": NUMBERS,
     b"--exit-idle-time": SPANS,
     b"--proxy-protocol": (b"v1", b"v2", b"v3", b"", b"V1", b"v1v2", b"1"),
     b"--connect-timeout": SPANS,

@@ -54,6 +54,8 @@ class FakeDatagrams:
         self.relay = relay
         self.idle_ms = 0
         self.report_flows = False
+        self.source_limits = []
+        """The arguments of limit_sources()."""
         self.flows = 0
         self.last_ms = 0
         self.events = []
@@ -66,6 +68,9 @@ class FakeDatagrams:
     def take_events(self):
         events, self.events = self.events, []
         return events
+
+    def limit_sources(self, places_max):
+        self.source_limits.append(places_max)
 
     def totals(self):
         return self.counts

@@ -133,7 +133,9 @@ class FakeRelay:
         self.answers = []
         """Events for the next run()."""
         # totals
-        self.accepted = self.refused = 0
+        self.accepted = self.refused = self.refused_by_source = 0
+        self.source_limits = []
+        """The arguments of limit_sources()."""
         self.bytes_to_targets = self.bytes_to_clients = 0
         self.spliced = self.copied = 0
         self.endings = {}
@@ -337,6 +339,9 @@ class FakeRelay:
 
     def trim_pipes(self):
         pass
+
+    def limit_sources(self, places_max, nobody=-1):
+        self.source_limits.append((places_max, nobody))
 
     # ── inspection ───────────────────────────────────────────────────────────────────────────
 

@@ -83,11 +83,15 @@ def target_text(address, family):
     return f"{address[0]}:{address[1]}"
 
 
-def open_connection(address, family, *, receive_buffer=None, send_buffer=None, timeout=None):
-    """A connected socket for a client, whose buffers were set before it connected."""
+def open_connection(
+    address, family, *, receive_buffer=None, send_buffer=None, timeout=None, source=None
+):
+    """A connected socket for a client, whose buffers, and IP address `source`, were set before."""
     client = socket.socket(family, socket.SOCK_STREAM)
     set_buffers(client, receive_buffer, send_buffer)
     client.settimeout(timeout or patience())
+    if source is not None:
+        client.bind((source, 0))
     try:
         client.connect(address)
     except BaseException:

@@ -177,6 +177,42 @@ def test_the_limit_is_exact(world, capfd, clock, limit, proxy_protocol):
         assert re.fullmatch(re.escape(LIMIT_LINE) + r" Client: 127\.0\.0\.1:\d+\.", line)
 
 
+@pytest.mark.parametrize("proxy_protocol", [0, 1])
+def test_a_source_has_its_share(world, capfd, clock, proxy_protocol):
+    """Whether the relay connects clients, or the policy does, or they are held."""
+    sock = world.listen()
+    world.listener(sock, world.target("up"))
+    acceptor = world.start(9, proxy_protocol)
+    acceptor.limit_sources(2, -1)
+    clients = [world.client(sock) for _ in range(4)]
+    world.settle(4)
+    assert world.relay.connections == 2
+    assert [closed(client) for client in clients] == [False, False, True, True]
+    assert (world.relay.totals().refused, world.relay.refused_by_source) == (2, 2)
+    assert (acceptor.refused, acceptor.refused_ms) == (0, None)
+    assert acceptor.source_refused_ms is not None
+    (line,) = capfd.readouterr().err.splitlines()
+    name = "{}:{}".format(*clients[2].getsockname())
+    assert line == f"Hit connection limit of a source, refusing connection. Client: {name}."
+
+
+@pytest.mark.parametrize("state", ["absent", "refuses"])
+def test_held_clients_count_towards_their_share(world, state):
+    sock = world.listen()
+    world.listener(sock, world.target(state))
+    world.start(9).limit_sources(2, -1)
+    clients = [world.client(sock) for _ in range(5)]
+    world.settle(5)
+    world.until(lambda: world.held == 2)
+    assert world.relay.refused_by_source == 3
+    clients[0].close()
+    for upstream in world.upstreams:
+        upstream.drop_all()
+    clients.append(world.client(sock))
+    world.settle(6)
+    assert world.relay.refused_by_source == 3
+
+
 def test_a_place_that_has_become_free_is_used(world, capfd):
     sock = world.listen()
     world.listener(sock, world.target("up"))

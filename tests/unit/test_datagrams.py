@@ -484,6 +484,15 @@ def test_a_refusal_is_logged(world, logged_lines):
     assert logged_lines() == ["Hit connection limit, refusing datagram. Client: 192.0.2.7:4321."]
 
 
+def test_a_refusal_at_the_limit_of_a_source_is_logged(world, logged_lines):
+    one = world()
+    one.happen(FlowsRefused(0, 3, CLIENT, True))
+    assert (one.policy.refused, one.policy.refused_ms) == (3, START_MS)
+    assert logged_lines() == [
+        "Hit connection limit of a source, refusing datagram. Client: 192.0.2.7:4321."
+    ]
+
+
 def test_a_loop_is_logged(world, logged_lines):
     one = world()
     one.happen(LoopFound(0, 1, CLIENT))
@@ -574,7 +583,7 @@ def test_the_end_is_logged(world, logged_lines, flows, held, line):
 
 
 def status(one):
-    acceptor = SimpleNamespace(refused=0, unknown=0, refused_ms=None)
+    acceptor = SimpleNamespace(refused=0, unknown=0, refused_ms=None, source_refused_ms=None)
     return stats.status(acceptor, one.relay, [], one.policy)
 
 

@@ -54,7 +54,9 @@ RARE = {
     "proxyd.ports",
     "proxyd.proxy_protocol",
     "proxyd.resolver",
+    "proxyd.sources",
     "proxyd.timespan",
+    "proxyd.user_namespace",
     "proxyd.workers",
 }
 """Our own modules that most starts do not need."""

@@ -40,7 +40,7 @@ class Gone(Exception):
 class World:
     """A service, and its callers."""
 
-    def __init__(self, callers_max):
+    def __init__(self, callers_max, per_source=0):
         self.relay = FakeRelay(start_ms=START_MS)
         self.relay.connections_max = 256
         self.loop = EventLoop()
@@ -56,7 +56,13 @@ class World:
             datagram=False,
         )
         acceptor = SimpleNamespace(
-            listeners=[self.listener], refused=1, unknown=0, passed_in=0, refused_ms=None
+            listeners=[self.listener],
+            refused=1,
+            unknown=0,
+            passed_in=0,
+            refused_ms=None,
+            source_refused_ms=None,
+            per_source=per_source,
         )
         parts = self.loop, acceptor, [self.upstream]
         self.service = Service(*parts, lambda: "fine", START_MS - 5000, 3, callers_max)
@@ -856,7 +862,12 @@ def test_status(world):
     assert status["version"] == __version__
     assert status["pid"] == os.getpid()
     assert (status["open"], status["held"], status["threads"]) == (4, 1, 1)
-    assert status["limits"] == {"connectionsMax": 256, "threadsMax": 3, "callersMax": 64}
+    assert status["limits"] == {
+        "connectionsMax": 256,
+        "connectionsMaxPerSource": None,
+        "threadsMax": 3,
+        "callersMax": 64,
+    }
     assert status["listeners"] == [
         {
             "name": "web",
@@ -902,6 +913,7 @@ def metrics(one):
 def test_metrics(world):
     one = world()
     one.relay.connections, one.relay.accepted, one.relay.refused = 4, 30, 5
+    one.relay.refused_by_source = 3
     one.relay.bytes_to_targets, one.relay.bytes_to_clients = 100, 200
     one.relay.endings = {"ended": 7, "cut": 2}
     one.upstream.held.failed = 6
@@ -920,9 +932,11 @@ def test_metrics(world):
         ("Accepted",): 30,
         ("Open",): 4,
         ("Refused",): 6,
+        ("RefusedBySource",): 3,
         ("BytesToTargets",): 100,
         ("BytesToClients",): 200,
         ("ConnectionsMax",): 256,
+        ("ConnectionsMaxPerSource",): 0,
         ("Threads",): 1,
         ("Ended", ("how", "ended")): 7,
         ("Ended", ("how", "cut")): 3,

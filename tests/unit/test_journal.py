@@ -198,6 +198,7 @@ FIELDS = {
     "OUTAGE": {"TARGET", "REASON"},
     "RECOVERED": {"TARGET", "OUTAGE_MSEC", "CLIENTS_HELD"},
     "REFUSED": {"LISTENER", "LIMIT", "_SYSTEMD_UNIT"},
+    "REFUSED_SOURCE": {"LISTENER", "LIMIT", "_SYSTEMD_UNIT"},
     "FAILED": {"TARGET", "REASON", "_SYSTEMD_UNIT"},
 }
 """What the journal always has. CLIENT may be missing: its name would be printed in its place."""
@@ -219,7 +220,7 @@ def catalog():
 
 
 def test_every_event_is_in_the_catalog_and_no_other():
-    assert len(EVENTS) == len(FIELDS) == 4
+    assert len(EVENTS) == len(FIELDS) == 5
     assert catalog().keys() == set(EVENTS.values())
     used = {
         name

@@ -65,6 +65,9 @@ def test_defaults():
         (["--drain-timeout=1h", "t"], "drain_timeout", 3_600_000_000),
         (["--proxy-protocol=v1", "t"], "proxy_protocol", 1),
         (["--proxy-protocol=v2", "t"], "proxy_protocol", 2),
+        (["--connections-max-per-source=9", "t"], "connections_max_per_source", 9),
+        (["--connections-max-p", "9", "t"], "connections_max_per_source", 9),
+        (["--conn=9", "t"], "connections_max", 9),
     ],
 )
 def test_options(args, attribute, value):
@@ -125,6 +128,13 @@ def test_the_original_messages(args, text):
         (
             ["--settle-time=infinity", "t"],
             "Settle time is too high, no client would ever be served.",
+        ),
+        (
+            ["--connections-max-per-source=0", "t"],
+            (
+                "Failed to parse --connections-max-per-source= argument: 0: "
+                "expected a number of connections from 1 to 2147483647"
+            ),
         ),
         (
             ["--proxy-protocol=v3", "t"],

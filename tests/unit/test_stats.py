@@ -76,8 +76,14 @@ def upstream(group, held=0, waiting=None, connected=0, failed=0, gone=0, cut=0):
     )
 
 
-def acceptor(refused=0, unknown=0, refused_ms=None):
-    return SimpleNamespace(passed_in=0, refused=refused, unknown=unknown, refused_ms=refused_ms)
+def acceptor(refused=0, unknown=0, refused_ms=None, source_refused_ms=None):
+    return SimpleNamespace(
+        passed_in=0,
+        refused=refused,
+        unknown=unknown,
+        refused_ms=refused_ms,
+        source_refused_ms=source_refused_ms,
+    )
 
 
 def test_status():
@@ -124,6 +130,15 @@ def test_status_of_clients_refused_long_ago():
     """Nothing would keep it true how long ago that was."""
     line = status(acceptor(refused_ms=NOW_MS - 60_000), relay(refused=40), [])
     assert line == "0 connections, 0B forwarded, 40 refused at the limit"
+
+
+def test_status_while_clients_are_refused_by_source():
+    busy = relay(3, refused=40, refused_by_source=30)
+    line = status(acceptor(1, source_refused_ms=NOW_MS - 5000), busy, [])
+    assert line == (
+        "3 connections, 0B forwarded, 11 refused at the limit, "
+        "30 refused at the limit of their source, last 5 s ago"
+    )
 
 
 def test_status_of_clients_without_an_address():

@@ -8,7 +8,6 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from proxyd.inspection import access
 from proxyd.inspection.access import is_privileged, peer_of
 from proxyd.inspection.varlink import (
     CallError,
@@ -133,12 +132,3 @@ def test_the_kernel_tells_who_calls():
         peer = peer_of(ours)
     assert peer.uid == os.geteuid()
     assert peer.privileged == (os.geteuid() != 65534)
-
-
-def test_the_overflow_uid_may_be_hidden(monkeypatch):
-    def hidden(*arguments):
-        raise FileNotFoundError
-
-    assert access._overflow_uid() > 0
-    monkeypatch.setattr("builtins.open", hidden)
-    assert access._overflow_uid() == 65534
