@@ -37,23 +37,25 @@ from proxyd.relay.loop cimport (
 from proxyd.relay.pipe cimport pool_clear
 from proxyd.relay.quarantine cimport quarantine_destroy, quarantine_due, quarantine_init
 from proxyd.relay.records cimport (
-    CONNECT_BUCKETS, ENDING_COUNT, REPORT_BEGINS, REPORT_ENDS, SWEEP_COUNT, SWEEP_CUT, SWEEP_TELL,
-    Origin, Source, SourceTable, UpstreamTotals,
+    CONNECT_BUCKETS, ENDING_COUNT, REPORT_BEGINS, REPORT_ENDS, SOURCE_WORDS, SWEEP_COUNT, SWEEP_CUT,
+    SWEEP_TELL, Network, Origin, Senders, Source, SourceTable, UpstreamTotals,
 )
 from proxyd.relay.row cimport batch_free, batches_keep, row_add
 from proxyd.relay.self_connect cimport (
     local_port, self_connect_add, self_connect_move, self_connect_remove,
     self_connect_table_destroy, self_connect_table_init,
 )
+from proxyd.relay.sender cimport is_sender
 from proxyd.relay.socket cimport socket_unlinger
 from proxyd.relay.source cimport (
-    source_hold, source_table_destroy, source_table_init, source_take,
+    source_enter, source_hold, source_of_address, source_table_destroy, source_table_init,
+    source_take,
 )
 from proxyd.relay.sys cimport (
-    AF_UNIX, ENOMEM, EPOLLET, EPOLLIN, EPOLLOUT, EPOLLRDHUP, EPOLL_CTL_ADD, EPOLL_CTL_DEL,
-    SOL_SOCKET, SO_DOMAIN, atomic_get, calloc, close, counter_get, epoll_ctl, epoll_event, errno,
-    free, getpid, getsockopt, hint_set, int64_t, memcpy, memset, moment_get, pthread_join,
-    sockaddr_storage, socklen_t, uint64_t,
+    AF_INET, AF_INET6, AF_UNIX, ENOMEM, EPOLLET, EPOLLIN, EPOLLOUT, EPOLLRDHUP, EPOLL_CTL_ADD,
+    EPOLL_CTL_DEL, EUSERS, SOL_SOCKET, SO_DOMAIN, atomic_get, calloc, close, counter_get, epoll_ctl,
+    epoll_event, errno, free, getpid, getsockopt, hint_set, int64_t, memcpy, memset, moment_get,
+    pthread_join, sockaddr_storage, socklen_t, uint32_t, uint64_t,
 )
 from proxyd.relay.types cimport (
     CPUS_MAX, KIND_LISTENER, KIND_WATCH, ORDER_TRIM, TO_CLIENT, TO_TARGET, Connection, Gauges,
@@ -157,6 +159,7 @@ cdef class Relay:
     cdef SelfConnectTable self_connects
     cdef Quarantine quarantine
     cdef SourceTable sources
+    cdef Senders senders
     cdef bint outlived                 # by the quarantine's thread, which cannot be ended
     cdef Watch **watches               # by fd; NULL: not watched
     cdef int watches_size
@@ -217,6 +220,7 @@ cdef class Relay:
             free(c)
         quarantine_destroy(&self.quarantine)
         source_table_destroy(&self.sources)
+        free(self.senders.networks)
         self_connect_table_destroy(&self.self_connects)
 
     # ── what the policy sees ─────────────────────────────────────────────────────────────────
@@ -255,6 +259,50 @@ cdef class Relay:
         if failure < 0:
             raise_errno(-failure)
         self.sources.nobody = nobody
+
+    def count_source(self, int client, bytes peer not None):
+        """Count a client that was handed out with `sends_header` as one of this packed address;
+        False: its source has no place left."""
+        cdef sockaddr_storage address
+        cdef uint32_t key[SOURCE_WORDS]
+        cdef Source *source = NULL
+        cdef int failure
+        if self.sources.buckets == NULL:
+            return True
+        address_unpack(&address, peer)
+        if not source_of_address(&address, key):
+            return True
+        failure = source_enter(&self.sources, key, &source)
+        if failure == 0:
+            source_hold(&self.sources, client, source)
+        self.sources.refused += failure == -EUSERS
+        return failure != -EUSERS
+
+    def expect_headers(self, networks, bint unix_clients):
+        """Hand each client from these networks out as an Accepted event with `sends_header`, and
+        with `unix_clients` those of UNIX sockets. A network is an address of 4 or 16 bytes, and the
+        number of its bits that count. Call it once, before any client is accepted. Raises
+        MemoryError, ValueError."""
+        cdef Network *network
+        self.senders.unix_clients = unix_clients
+        self.senders.networks = <Network *>calloc(max(len(networks), 1), sizeof(Network))
+        if self.senders.networks == NULL:
+            raise MemoryError()
+        for address, bits in networks:
+            if len(address) not in (4, 16) or not 0 <= bits <= 8 * len(address):
+                raise ValueError("no such network")
+            network = &self.senders.networks[self.senders.count]
+            network.family = AF_INET if len(address) == 4 else AF_INET6
+            network.bits = bits
+            memcpy(network.address, <const char *><bytes>address, len(address))
+            self.senders.count += 1
+        self.worker.senders = &self.senders
+
+    def expects_header(self, bytes peer not None):
+        """Whether a client with this packed address is one that begins with a PROXY header."""
+        cdef sockaddr_storage address
+        address_unpack(&address, peer)
+        return self.worker.senders != NULL and is_sender(self.worker.senders, &address)
 
     @property
     def refused_by_source(self):

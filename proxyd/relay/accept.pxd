@@ -2,8 +2,8 @@
 #
 # The terms are a target that is believed to be up (`auto_connect`), and a limit. Within them a
 # connection runs no Python at all. Everything else becomes an event for the policy: a client that
-# is accepted without terms, one over a limit, one whose connect fails at once, an error of
-# accept4(2).
+# is accepted without terms, one that begins with a PROXY header, one over a limit, one whose
+# connect fails at once, an error of accept4(2).
 
 from proxyd.relay.bookkeeping cimport connection_limit, policy_event_add
 from proxyd.relay.connect cimport connection_connect, worker_hang_up
@@ -12,6 +12,7 @@ from proxyd.relay.list cimport list_append, list_empty, list_remove
 from proxyd.relay.quarantine cimport quarantine_takes_orphans
 from proxyd.relay.records cimport SOURCE_WORDS, Origin, Peer, Source
 from proxyd.relay.self_connect cimport local_port, self_connect_came_back
+from proxyd.relay.sender cimport is_sender
 from proxyd.relay.signals cimport alarm_is_handled, alarm_set
 from proxyd.relay.socket cimport socket_peer_pid, socket_tune, socket_unlinger
 from proxyd.relay.source cimport source_enter, source_hold, source_leave, source_of_client
@@ -156,11 +157,15 @@ cdef inline void listener_admit(
     cdef Origin origin
     cdef PolicyEvent *event
     cdef long long result
+    if worker.senders != NULL and is_sender(worker.senders, peer):
+        # The one that counts is the client in its header.
+        listener_hand_to_policy(worker, listener, fd, peer, size, NULL, True)
+        return
     if worker.sources.buckets != NULL and not client_enter(worker, fd, peer, &source):
         listener_refuse(worker, listener, fd, peer, size, True)
         return
     if not listener.auto_connect or listener.check & CHECK_PORT and local_port(fd) != listener.port:
-        listener_hand_to_policy(worker, listener, fd, peer, size, source)
+        listener_hand_to_policy(worker, listener, fd, peer, size, source, False)
         return
     if gauges_places(worker.gauges) >= connection_limit(worker):
         source_leave(source)
@@ -216,10 +221,11 @@ cdef inline void listener_refuse(
 
 cdef inline void listener_hand_to_policy(
     Worker *worker, Listener *listener, int fd, const sockaddr_storage *peer, socklen_t size,
-    Source *source
+    Source *source, bint sends_header
 ) noexcept nogil:
     """Tell the policy of a client, with its address."""
-    cdef PolicyEvent *event = policy_event_add(worker, EVENT_ACCEPTED, fd, 0, listener.index)
+    cdef PolicyEvent *event = policy_event_add(
+        worker, EVENT_ACCEPTED, fd, sends_header, listener.index)
     worker.held += 1
     if event == NULL:  # listener_accept_clients() makes sure that there is room
         worker_hang_up(worker, fd, listener.family, True, source)

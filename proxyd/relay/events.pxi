@@ -43,11 +43,13 @@ cdef class Accepted:
     cdef readonly int listener             # index
     cdef readonly int client               # fd
     cdef readonly bytes peer               # packed address; b"": socket_names() can tell it
+    cdef readonly bint sends_header        # it begins with a PROXY header
 
-    def __init__(self, int listener, int client, bytes peer not None):
+    def __init__(self, int listener, int client, bytes peer not None, bint sends_header=False):
         self.listener = listener
         self.client = client
         self.peer = peer
+        self.sends_header = sends_header
 
 
 cdef class AcceptFailed:
@@ -260,7 +262,7 @@ cdef object make_event(const PolicyEvent *event, int64_t now_ms):
     if event.kind == EVENT_READY:
         return Ready(event.fd, event.value)
     if event.kind == EVENT_ACCEPTED:
-        return Accepted(event.listener, event.fd, peer_bytes(&event.peer))
+        return Accepted(event.listener, event.fd, peer_bytes(&event.peer), event.value)
     if event.kind == EVENT_ACCEPT_FAILED:
         return AcceptFailed(event.listener, event.value)
     if event.kind == EVENT_REFUSED:

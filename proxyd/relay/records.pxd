@@ -1,7 +1,7 @@
 # The structures of what is counted and told of connections. types.pxd has those that move bytes.
 
 from proxyd.relay.sys cimport (
-    int64_t, sockaddr_in6, sockaddr_storage, socklen_t, uint32_t, uint64_t,
+    int64_t, sockaddr_in6, sockaddr_storage, socklen_t, uint32_t, uint64_t, uint8_t,
 )
 
 
@@ -40,6 +40,16 @@ ctypedef struct SourceTable:
     uint64_t refused           # clients whose source had no place left
     Source **held              # by fd: sources of clients that the policy has
     int held_size
+
+ctypedef struct Network:
+    int family                 # AF_INET or AF_INET6
+    int bits                   # of the address, that count
+    uint8_t address[16]        # network byte order
+
+ctypedef struct Senders:
+    Network *networks          # whose clients begin with a PROXY header
+    int count
+    bint unix_clients          # so do those of UNIX sockets
 
 ctypedef struct Origin:
     UpstreamTotals *upstream   # where the connection counts

@@ -5,7 +5,7 @@
 # are on CLOCK_MONOTONIC, if they are not durations.
 
 from proxyd.relay.records cimport (
-    ENDING_COUNT, ROWS_MAX, Origin, Peer, Row, SourceTable, Sweep, UpstreamTotals,
+    ENDING_COUNT, ROWS_MAX, Origin, Peer, Row, Senders, SourceTable, Sweep, UpstreamTotals,
 )
 from proxyd.relay.sys cimport (
     epoll_event, int64_t, pthread_mutex_t, pthread_t, sockaddr_storage, socklen_t, uint16_t,
@@ -269,7 +269,7 @@ cdef enum:
 ctypedef struct PolicyEvent:
     int kind                   # EVENT_*
     int fd                     # that is ready, or the client's
-    uint32_t value             # epoll events, or an errno
+    uint32_t value             # epoll events, an errno, or a flag
     int listener               # index
     Peer peer                  # of an accepted client
 
@@ -347,6 +347,7 @@ ctypedef struct Worker:
     SelfConnectTable *self_connects  # the program's
     Quarantine *quarantine     # the program's
     SourceTable *sources       # of the main worker: how many places each source has
+    const Senders *senders     # of the main worker: who sends PROXY headers; NULL: none does
     FlowHooks *flows           # of the main worker; NULL: no datagrams are forwarded
     Mailbox mailbox            # what other threads have left for this one
     Worker *main               # the worker that accepts; NULL: this is the one

@@ -42,6 +42,7 @@ FILES = [
     "busy",
     "mailbox",
     "self_connect",
+    "sender",
     "source",
     "siphash",
     "rights",
