@@ -28,6 +28,10 @@ TYPE_CHECKING = False  # as in typing, which is slow to import
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from proxyd.header_reader import HeaderReader, Sender
+    from proxyd.networks import Network
+    from proxyd.received_header import ReceivedHeader
+
 PAUSE_MS = 100
 """How long no client is accepted after fds or memory have run out, unless a connection ends."""
 
@@ -64,14 +68,20 @@ class Acceptor:
         """All, the ones for datagrams included: events name them by their index."""
         self._streams = [one for one in listeners if not one.datagram]
         self.refused = 0
-        """Clients refused here, not by the relay: over the limit, or without an address to tell
-        the target."""
+        """Clients refused here, not by the relay: over a limit, without an address to tell the
+        target, or without a header."""
         self.unknown = 0
-        """Of these, the ones without an address."""
+        """Of these, the ones without an address …"""
+        self.headerless = 0
+        """… and those that should have sent a PROXY header, but have not."""
+        self.header_reader: HeaderReader | None = None
+        """Reads the headers that clients begin with; None: no client does."""
         self.refused_ms: int | None = None
-        """When a client was last refused at the limit …"""
+        """When a client was last refused at the limit, …"""
         self.source_refused_ms: int | None = None
-        """… and at that of its source."""
+        """… at that of its source, …"""
+        self.headerless_ms: int | None = None
+        """… and for lack of a PROXY header."""
         self.per_source = 0
         """How many connections each source may have, as limit_sources() has set; 0: no limit."""
         self.passed_in = 0
@@ -112,6 +122,13 @@ class Acceptor:
         self._relay.limit_sources(places_max, unknown_uid)
         self.per_source = places_max
 
+    def expect_headers(self, networks: "list[Network]", *, unix_clients: bool) -> None:
+        """Read PROXY headers from clients of these networks, and from UNIX clients if told so."""
+        from proxyd.header_reader import HeaderReader
+
+        self._relay.expect_headers(networks, unix_clients)
+        self.header_reader = HeaderReader(self._loop, self._introduced, self._refuse_headerless)
+
     @property
     def broken(self) -> bool:
         """Whether there is no listener left to accept or receive from."""
@@ -125,7 +142,8 @@ class Acceptor:
                 fd, listener.fd = listener.fd, -1
                 self.passed_in += 1
                 self._relay.take_over(fd, listener.family)
-                self._admit(listener, fd, socket_names(fd)[0])
+                peer = socket_names(fd)[0]
+                self._accepted(Accepted(listener.index, fd, peer, self._relay.expects_header(peer)))
             else:
                 listener.relay_listener.start()
                 listener.accepting = True
@@ -146,13 +164,24 @@ class Acceptor:
         return -1 if self.resume_ms is None else self._open_at_pause - 1
 
     def tick(self, now_ms: int) -> None:
-        """Accept again once it is time, or a connection has ended."""
+        """Accept again once it is time, or a connection has ended; refuse late headers."""
+        if self.header_reader is not None:
+            self.header_reader.step(now_ms)
         if self.resume_ms is None:
             return
         if now_ms >= self.resume_ms or self._relay.connections < self._open_at_pause:
             self.resume_ms = None
             for listener in self._streams:
                 self._restart(listener)
+
+    def next_ms(self) -> int | None:
+        """When to call tick() at the latest; None: not before the next event."""
+        late = None if self.header_reader is None else self.header_reader.next_ms()
+        return min((time for time in (self.resume_ms, late) if time is not None), default=None)
+
+    def drop_all(self) -> int:
+        """Cut all clients that have not sent their PROXY header yet; return their number."""
+        return 0 if self.header_reader is None else self.header_reader.drop_all()
 
     def _restart(self, listener: Listener) -> None:
         if listener.accepting or listener.broken or listener.fd < 0:
@@ -170,7 +199,7 @@ class Acceptor:
         """Handle an event of a listener."""
         listener = self.listeners[event.listener]
         if isinstance(event, Accepted):
-            self._accepted(listener, event.client, event.peer)
+            self._accepted(event)
         elif isinstance(event, AcceptFailed):
             self._accept_failed(listener, event.error)
         elif event.by_source:
@@ -178,19 +207,27 @@ class Acceptor:
         else:
             self._note_refusal(listener, event.peer)
 
-    def _accepted(self, listener: Listener, fd: int, peer: bytes) -> None:
+    def _accepted(self, event: Accepted) -> None:
         relay = self._relay
-        if relay.connections + relay.in_quarantine + self._held() < relay.connections_max:
-            self._admit(listener, fd, peer)
-            return
-        relay.hang_up(fd)
-        self.refused += 1
-        self._note_refusal(listener, peer)
+        listener = self.listeners[event.listener]
+        if relay.connections + relay.in_quarantine + self._held() >= relay.connections_max:
+            relay.hang_up(event.client)
+            self.refused += 1
+            self._note_refusal(listener, event.peer)
+        elif event.sends_header and self.header_reader is not None:
+            self.header_reader.take(listener, event.client, event.peer)
+        else:
+            self._admit(listener, event.client, event.peer)
 
     def _held(self) -> int:
         """Return the number of held clients, which count as connections."""
         held = [len(upstream.held) for upstream in self._upstreams]
-        return sum(held + [ports.held for ports in self._ports])
+        return sum(held + [ports.held for ports in self._ports]) + self.awaiting_header
+
+    @property
+    def awaiting_header(self) -> int:
+        """The number of clients that have not sent their PROXY header yet."""
+        return 0 if self.header_reader is None else len(self.header_reader)
 
     def _note_refusal(self, listener: Listener, peer: bytes) -> None:
         self.refused_ms = self._relay.now_ms
@@ -214,10 +251,41 @@ class Acceptor:
             CLIENT=address_field(peer),
         )
 
-    def _admit(self, listener: Listener, fd: int, peer: bytes) -> None:
-        """Hand a client to its upstream; `peer` is its packed address, if known."""
+    @property
+    def cut(self) -> int:
+        """The number of clients that drop_all() has cut."""
+        return 0 if self.header_reader is None else self.header_reader.cut
+
+    def _introduced(self, sender: "Sender", received: "ReceivedHeader") -> None:
+        """Serve a client whose PROXY header was read: it is the one that the header tells of."""
+        listener, fd = sender.listener, sender.fd
+        if received.peer and not self._relay.count_source(fd, received.peer):
+            self._relay.hang_up(fd)
+            self.refused += 1
+            self._note_source_refusal(listener, received.peer)
+            return
         header = None
-        if self._header is not None:
+        if self._proxy_protocol:
+            from proxyd.proxy_protocol import pass_on
+
+            header = pass_on(self._proxy_protocol, received)
+        self._admit(listener, fd, received.peer or sender.peer, header)
+
+    def _refuse_headerless(self, sender: "Sender", why: str) -> None:
+        self.refused += 1
+        self.headerless += 1
+        self.headerless_ms = self._relay.now_ms
+        log.limited(
+            "header",
+            f"Refusing connection to {sender.listener.text}: {why}.{address_note(sender.peer)}",
+        )
+
+    def _admit(self, listener: Listener, fd: int, peer: bytes, header: bytes | None = None) -> None:
+        """Hand a client to its upstream; `peer` is its packed address, if known.
+
+        `header`: what the target is told first, if that is not what the socket says.
+        """
+        if self._header is not None and header is None:
             try:
                 header = self._header(self._proxy_protocol, fd, peer)
             except self._no_header:

@@ -219,6 +219,13 @@ def pack_inet6(host: str, port: int, scope_id: int = 0) -> bytes:
     )
 
 
+def pack_host(kind: int, host: bytes, number: bytes) -> bytes:
+    """Pack an address and a port that are in network byte order."""
+    if kind == AF_INET:
+        return _head(kind) + number + host + bytes(8)
+    return _head(kind) + number + bytes(4) + host + bytes(4)
+
+
 def _literal(kind: int, host: str) -> bytes:
     try:
         return _socket.inet_pton(kind, host)

@@ -242,11 +242,13 @@ def _assign_targets(options: Options, listeners: list[Listener]) -> None:
 def _check_header(options: Options, listeners: list[Listener]) -> None:
     """Raise UsageError if a PROXY header is wanted that datagrams cannot have."""
     datagram = next((one for one in listeners if one.datagram), None)
-    if options.proxy_protocol == PROXY_V1 and datagram is not None:
-        raise UsageError(
-            "--proxy-protocol=v1 has no header for datagrams, v2 has: "
-            f"'{datagram.name}' ({datagram.text}) is a datagram listener."
-        )
+    if datagram is None:
+        return
+    where = f"'{datagram.name}' ({datagram.text}) is a datagram listener"
+    if options.proxy_protocol == PROXY_V1:
+        raise UsageError(f"--proxy-protocol=v1 has no header for datagrams, v2 has: {where}.")
+    if options.accept_proxy_protocol is not None:
+        raise UsageError(f"--accept-proxy-protocol= is for streams only: {where}.")
 
 
 def _log_internal_error(error: Exception) -> None:

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from proxyd.bind import ListenAddress
+    from proxyd.networks import Network
 
 PROXY_V1, PROXY_V2 = 1, 2
 
@@ -21,6 +22,7 @@ class Options:
     """
 
     __slots__ = (
+        "accept_proxy_protocol",
         "always_hand_over",
         "buffer_size",
         "connect_timeout",
@@ -39,6 +41,8 @@ class Options:
     )
 
     def __init__(self) -> None:
+        self.accept_proxy_protocol: tuple[list[Network], bool] | None = None
+        """Networks whose clients begin with a PROXY header, and whether UNIX clients do."""
         self.always_hand_over = False
         """Whether each new connection goes to the thread with the fewest connections."""
         self.buffer_size = 0
@@ -113,6 +117,18 @@ def _set_exit_idle_time(options: Options, text: str) -> None:
 
 def _set_proxy_protocol(options: Options, text: str) -> None:
     options.proxy_protocol = ("v1", "v2").index(text) + 1
+
+
+def _add_accept_proxy_protocol(options: Options, text: str) -> None:
+    from proxyd.networks import parse_networks
+
+    try:
+        networks, unix_clients = parse_networks(text)
+    except ValueError as error:
+        option = "--accept-proxy-protocol="
+        raise UsageError(f"Failed to parse {option} argument: {text}: {error}") from None
+    before, unix_before = options.accept_proxy_protocol or ([], False)
+    options.accept_proxy_protocol = before + networks, unix_clients or unix_before
 
 
 def _set_connect_timeout(options: Options, text: str) -> None:
@@ -234,6 +250,15 @@ OPTIONS: tuple[Option, ...] = (
         "Send the client's address to the target, in a\nPROXY header",
         _set_proxy_protocol,
         "v1|v2",
+    ),
+    Option(
+        "accept-proxy-protocol",
+        "Expect a PROXY header from clients of these\n"
+        "networks, with `unix` from UNIX clients, and\n"
+        "take the client's address from it. May be given\n"
+        "more than once",
+        _add_accept_proxy_protocol,
+        "NETWORK[,NETWORK...]",
     ),
     Option(
         "connect-timeout",

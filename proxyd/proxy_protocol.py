@@ -5,9 +5,15 @@ import _socket
 from proxyd import address as sockaddr
 from proxyd._relay import socket_names
 
+TYPE_CHECKING = False  # as in typing, which is slow to import
+if TYPE_CHECKING:
+    from proxyd.received_header import ReceivedHeader
+
 _SIGNATURE = b"\r\n\r\n\0\r\nQUIT\n"
 _LOCAL, _PROXY = b"\x20", b"\x21"
-_TCP4, _TCP6 = b"\x11", b"\x21"
+_UNSPECIFIED, _TCP4, _TCP6, _UNIX = b"\0", b"\x11", b"\x21", b"\x31"
+_CRC32C = b"\x03\0\x04"
+"""The head of the checksum's field."""
 _INET = (sockaddr.AF_INET, sockaddr.AF_INET6)
 
 
@@ -33,7 +39,28 @@ def header(version: int, client: int, peer: bytes) -> bytes:
     peer, own = sockaddr.unmapped(peer), sockaddr.unmapped(own)
     if sockaddr.family(peer) != sockaddr.family(own):  # either may be b""
         raise UnknownAddressError
-    return _v1(peer, own) if version == 1 else _v2(peer, own)
+    return _v1(peer, own) if version == 1 else _v2(*_addresses(peer, own))
+
+
+def pass_on(version: int, received: "ReceivedHeader") -> bytes:
+    """Return the header that tells a target what another one has said.
+
+    Version 1 has no words for a UNIX client, nor for the further fields of version 2.
+    """
+    known = received.peer and not received.unix
+    peer, own = sockaddr.unmapped(received.peer), sockaddr.unmapped(received.own)
+    if sockaddr.family(peer) != sockaddr.family(own):  # only one of them is mapped
+        peer, own = received.peer, received.own
+    if version == 1:
+        return _v1(peer, own) if known else b"PROXY UNKNOWN\r\n"
+    if received.local:
+        return _SIGNATURE + _LOCAL + bytes(3)
+    kind, body = _UNSPECIFIED, b""
+    if known:
+        kind, body = _addresses(peer, own)
+    elif received.unix:
+        kind, body = _UNIX, received.unix
+    return _v2(kind, body, received.tlvs, checksum=received.checksum)
 
 
 def _v1(peer: bytes, own: bytes) -> bytes:
@@ -49,10 +76,20 @@ def _v1(peer: bytes, own: bytes) -> bytes:
     return " ".join(words).encode() + b"\r\n"
 
 
-def _v2(peer: bytes, own: bytes) -> bytes:
+def _addresses(peer: bytes, own: bytes) -> tuple[bytes, bytes]:
+    """Return the family of version 2, and the addresses."""
     kind = _TCP4 if sockaddr.family(peer) == sockaddr.AF_INET else _TCP6
-    body = _host(peer) + _host(own) + peer[2:4] + own[2:4]
-    return _SIGNATURE + _PROXY + kind + len(body).to_bytes(2, "big") + body
+    return kind, _host(peer) + _host(own) + peer[2:4] + own[2:4]
+
+
+def _v2(kind: bytes, addresses: bytes, tlvs: bytes = b"", *, checksum: bool = False) -> bytes:
+    body = addresses + tlvs + (_CRC32C + bytes(4) if checksum else b"")
+    whole = _SIGNATURE + _PROXY + kind + len(body).to_bytes(2, "big") + body
+    if not checksum:
+        return whole
+    from proxyd.crc32c import crc32c
+
+    return whole[:-4] + crc32c(whole).to_bytes(4, "big")
 
 
 def _host(address: bytes) -> bytes:

@@ -65,6 +65,7 @@ def run(
             server.inspection.close()
         for upstream in server.upstreams:
             upstream.drop_all()
+        server.acceptor.drop_all()
         server.notifier.close()
         log.flush_limited()
 
@@ -106,6 +107,9 @@ class Server:
         )
         self.acceptor = Acceptor(self.loop, listeners, connections_max, options.proxy_protocol)
         self.datagrams = self._make_datagrams() if len(streams) < len(listeners) else None
+        if options.accept_proxy_protocol is not None:
+            networks, unix_clients = options.accept_proxy_protocol
+            self.acceptor.expect_headers(networks, unix_clients=unix_clients)
         if options.connections_max_per_source:
             from proxyd.sources import limit_sources
 
@@ -257,6 +261,8 @@ class Server:
         if self.datagrams is not None:
             self.datagrams.step(now_ms)
             self.held_ms = now_ms if self.datagrams.holds else self.held_ms
+        if self.acceptor.awaiting_header:
+            self.held_ms = now_ms
         self.acceptor.tick(now_ms)
         self.acceptor.update_relay()
         if self.summary_wanted:
@@ -275,7 +281,7 @@ class Server:
 
     def _timeout_ms(self) -> int:
         """Return how long the relay may run without us; -1: until something happens."""
-        times = [self.notifier.next_ms(), self.acceptor.resume_ms]
+        times = [self.notifier.next_ms(), self.acceptor.next_ms()]
         times += [self.stop_ms, self._idle_exit_ms()]
         if self.inspection is not None:
             times.append(self.inspection.next_ms(self.relay.now_ms))
@@ -322,6 +328,7 @@ class Server:
         if self.datagrams is not None:
             ignored, holds = self.datagrams.quiet_flows, self.datagrams.holds
         held = holds or any(upstream.held for upstream in self.upstreams)
+        held = held or self.acceptor.awaiting_header > 0
         return held or self.relay.connections > ignored
 
     def _signalled(self) -> None:
@@ -356,6 +363,7 @@ class Server:
             for event in self.loop.run(0):
                 self._handle(event)
         waiting = sum(upstream.drop_all() for upstream in self.upstreams)
+        waiting += self.acceptor.drop_all()
         if cut or waiting:
             log.info(f"Stopped; {cut} open and {waiting} waiting connections were cut.")
         self._log_totals()
@@ -372,7 +380,8 @@ class Server:
 
     def _status_ages(self, now_ms: int) -> bool:
         """Tell whether the status says how long ago something was."""
-        times = [self.acceptor.refused_ms, self.acceptor.source_refused_ms]
+        acceptor = self.acceptor
+        times = [acceptor.refused_ms, acceptor.source_refused_ms, acceptor.headerless_ms]
         times += [one.held.failed_ms for one in self.upstreams]
         if self.datagrams is not None:
             times += [self.datagrams.refused_ms, *self.datagrams.failed_ms]

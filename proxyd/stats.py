@@ -40,7 +40,7 @@ def status(
 ) -> str:
     """Return the line for STATUS=."""
     waiting = _sums((one.group, [one.waiting]) for one in upstreams)
-    held = sum(len(one.held) for one in upstreams)
+    held = sum(len(one.held) for one in upstreams) + acceptor.awaiting_header
     flows = datagrams.flows if datagrams is not None else 0
     count = relay.connections - flows + held - sum(waits for (waits,) in waiting.values())
     limit = relay.connections_max
@@ -61,15 +61,7 @@ def status(
         parts += _datagrams_waiting(datagrams, relay.now_ms)
         moved += _datagram_bytes(datagrams)
     parts.append(f"{bytes_text(moved)} forwarded")
-    by_source = relay.refused_by_source
-    refused = totals.refused + acceptor.refused - acceptor.unknown - by_source
-    if refused:
-        parts.append(f"{refused} refused at the limit{_ago(acceptor.refused_ms, relay.now_ms)}")
-    if by_source:
-        ago = _ago(acceptor.source_refused_ms, relay.now_ms)
-        parts.append(f"{by_source} refused at the limit of their source{ago}")
-    if acceptor.unknown:
-        parts.append(f"{acceptor.unknown} refused without an address to announce")
+    parts += _refused(acceptor, relay)
     parts += _failed(upstreams, relay.now_ms)
     if datagrams is not None:
         parts += _datagrams_dropped(datagrams, relay.now_ms)
@@ -86,6 +78,21 @@ def _outage(group: str, upstreams: list[Upstream], now_ms: int) -> str:
         if upstream.group == group and (text := _outage_of(upstream.outage, upstream.text, now_ms)):
             return text
     return ""
+
+
+def _refused(acceptor: Acceptor, relay: Relay) -> list[str]:
+    """Return how many clients were refused, by reason."""
+    by_source = relay.refused_by_source
+    others = acceptor.unknown + acceptor.headerless + by_source
+    at_limit = relay.totals().refused + acceptor.refused - others
+    now_ms = relay.now_ms
+    reasons = (
+        (at_limit, f"at the limit{_ago(acceptor.refused_ms, now_ms)}"),
+        (by_source, f"at the limit of their source{_ago(acceptor.source_refused_ms, now_ms)}"),
+        (acceptor.unknown, "without an address to announce"),
+        (acceptor.headerless, f"without a PROXY header{_ago(acceptor.headerless_ms, now_ms)}"),
+    )
+    return [f"{count} refused {why}" for count, why in reasons if count]
 
 
 def _failed(upstreams: list[Upstream], now_ms: int) -> list[str]:
@@ -197,10 +204,10 @@ def summary(
     Accepted is the sum of open, waiting, refused, failed and all that have ended.
     """
     sums = relay.totals()
-    held = sum(len(one.held) for one in upstreams)
+    held = sum(len(one.held) for one in upstreams) + acceptor.awaiting_header
     failed = sum(one.held.failed for one in upstreams)
     flows = datagrams.flows if datagrams is not None else 0
-    endings = [f"{n} {name}" for name, n in all_endings(sums, upstreams).items() if n]
+    endings = [f"{n} {name}" for name, n in all_endings(acceptor, sums, upstreams).items() if n]
     line = (
         f"{sums.accepted + acceptor.passed_in} accepted, {relay.connections - flows} open, "
         f"{held} waiting, {sums.refused + acceptor.refused} refused, {failed} failed; "
@@ -247,10 +254,10 @@ def _dropped_text(totals: "DatagramTotals") -> str:
     return f"dropped: {', '.join(causes) or 'none'}"
 
 
-def all_endings(totals: "Totals", upstreams: list[Upstream]) -> dict[str, int]:
+def all_endings(acceptor: Acceptor, totals: "Totals", upstreams: list[Upstream]) -> dict[str, int]:
     """Return how many connections and held clients have ended, by how."""
     ends = dict(totals.endings)
-    ends[ENDING_CUT] += sum(one.held.cut for one in upstreams)
+    ends[ENDING_CUT] += sum(one.held.cut for one in upstreams) + acceptor.cut
     ends[ENDING_CLIENT_GONE] += sum(one.held.gone for one in upstreams)
     return ends
 

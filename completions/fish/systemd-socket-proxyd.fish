@@ -190,7 +190,7 @@ end
 # Prints the operands before the cursor, and "listen NAME=" for the names that --listen= has given.
 function __fish_systemd_socket_proxyd_said
     set -l with_value -c --connections-max --connections-max-per-source --exit-idle-time \
-        --proxy-protocol --connect-timeout --settle-time --idle-timeout --drain-timeout --listen --threads --hand-over --buffer-size \
+        --proxy-protocol --accept-proxy-protocol --connect-timeout --settle-time --idle-timeout --drain-timeout --listen --threads --hand-over --buffer-size \
         --inspect --log-addresses
     set -l option
     set -l ended
@@ -247,6 +247,9 @@ complete -c systemd-socket-proxyd -l connections-max-per-source -x -k -a '8 16 3
 complete -c systemd-socket-proxyd -l exit-idle-time -x -k -a "$spans" \
     -d 'Exit when without a connection for this long'
 complete -c systemd-socket-proxyd -l proxy-protocol -x -a 'v1 v2' -d 'Send the address of the client to the target'
+complete -c systemd-socket-proxyd -l accept-proxy-protocol -x -k \
+    -a 'unix 10.0.0.0/8 172.16.0.0/12 192.168.0.0/16 fd00::/8' \
+    -d 'Expect a PROXY header from these networks'
 complete -c systemd-socket-proxyd -l connect-timeout -x -k -a "$spans" \
     -d 'Hold clients this long while the target cannot be reached'
 complete -c systemd-socket-proxyd -l settle-time -x -k -a '0 50ms 100ms 500ms 1s' \

@@ -25,6 +25,7 @@ DOMAIN = "net.socketproxyd."
 
 _FAMILIES = (
     ("Accepted", "counter", "Clients accepted"),
+    ("AwaitingHeader", "gauge", "Clients that have not sent their PROXY header yet"),
     ("BytesToClients", "counter", "Bytes delivered to clients"),
     ("BytesToTargets", "counter", "Bytes delivered to targets"),
     ("ConnectUSecBucket", "counter", "Connects that took at most le, by target"),
@@ -39,8 +40,13 @@ _FAMILIES = (
     ("HeldUSecCount", "counter", "Clients served after they were held, by target"),
     ("HeldUSecSum", "counter", "How long clients served were held in all, by target"),
     ("Open", "gauge", "Connections open or connecting"),
-    ("Refused", "counter", "Clients refused, at a limit or without an address to announce"),
+    (
+        "Refused",
+        "counter",
+        "Clients refused: at a limit, or for lack of an address or a PROXY header",
+    ),
     ("RefusedBySource", "counter", "Of these, clients refused at the limit of their source"),
+    ("RefusedWithoutHeader", "counter", "Of these, clients that sent no good PROXY header"),
     ("Served", "counter", "Connections brought to a target, including those connecting, by target"),
     ("TargetBytesDown", "counter", "Bytes delivered to clients, by target"),
     ("TargetBytesUp", "counter", "Bytes delivered to targets, by target"),
@@ -191,15 +197,17 @@ def _overall(
 ) -> "Iterator[Metric]":
     totals = relay.totals()
     yield _single("Accepted", totals.accepted + acceptor.passed_in)
+    yield _single("AwaitingHeader", acceptor.awaiting_header)
     yield _single("BytesToClients", totals.bytes_to_clients)
     yield _single("BytesToTargets", totals.bytes_to_targets)
     yield _single("ConnectionsMax", relay.connections_max)
     yield _single("ConnectionsMaxPerSource", acceptor.per_source)
-    endings = all_endings(totals, upstreams)
+    endings = all_endings(acceptor, totals, upstreams)
     yield "Ended", {}, "how", [*endings], [*endings.values()]
     yield _single("Open", relay.connections - flows)
     yield _single("Refused", totals.refused + acceptor.refused)
     yield _single("RefusedBySource", relay.refused_by_source)
+    yield _single("RefusedWithoutHeader", acceptor.headerless)
     yield _single("Threads", relay.thread_count)
 
 

@@ -15,7 +15,8 @@ OPTION = re.compile(r"(?<![\w-])--?[a-z][a-z-]*")
 def options_of_help():
     """The options in the --help of the installed command."""
     text = subprocess.run([COMMAND, "--help"], check=True, capture_output=True, text=True).stdout
-    heads = [line[:28] for line in text.splitlines() if re.match(r" +-", line)]
+    lines = [line for line in text.splitlines() if re.match(r" +-", line)]
+    heads = [line[:28] if line[28:29] == " " else line for line in lines]  # a long one is alone
     return set(OPTION.findall(" ".join(heads)))
 
 

@@ -17,6 +17,11 @@ NUMBERS = (
     b"0x1f", b"0b11", b"0o17", b"08", b"1_000", b" 5", b"5 ", b"", b"auto", b"\xd9\xa3", b"1e3",
     b"99999999999999999999999999", b"0" * 5000, b"9" * 5000,
 )  # fmt: skip
+NETWORKS = (
+    b"unix", b"10.0.0.0/8", b"::1", b"10.0.0.0/8,unix,::/0", b"", b",", b"10.0.0.1/8",
+    b"1.2.3.4/33", b"::ffff:1.2.3.0/120", b"fe80::1%lo", b"\xff", b"::/", b"1.2.3.4/\xd9\xa3",
+    b"1/2/3",
+)  # fmt: skip
 SIZES = (b"4096", b"64K", b"1M", b"auto", b"4095", b"2047M", b"2048M", b"0", b"1G", b"K", b"-1K")
 HOSTS = (
     b"127.0.0.1", b"::1", b"[::1]", b"localhost", b"[::1%lo]", b"fe80::1%lo", b"[fe80::1%nosuch]",
@@ -54,6 +59,7 @@ OPTIONS = {
     b"--connections-max": NUMBERS,
     b"--connections-max-per-source": NUMBERS,
     b"--exit-idle-time": SPANS,
+    b"--accept-proxy-protocol": NETWORKS,
     b"--proxy-protocol": (b"v1", b"v2", b"v3", b"", b"V1", b"v1v2", b"1"),
     b"--connect-timeout": SPANS,
     b"--settle-time": SPANS,

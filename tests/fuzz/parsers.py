@@ -13,11 +13,13 @@ import sys
 import atheris
 
 with atheris.instrument_imports(include=["proxyd"]):
-    from proxyd import activation, address, bind, log, sd_notify, target, timespan
+    from proxyd import activation, address, bind, log, networks, sd_notify, target, timespan
     from proxyd.command_line import parse_args
     from proxyd.errors import UsageError
     from proxyd.inspection import varlink
     from proxyd.inspection.caller import Caller, CallerGoneError
+    from proxyd.proxy_protocol import pass_on
+    from proxyd.received_header import SIZE_MAX, HeaderError, parse
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 SLOWEST = 5
@@ -80,6 +82,36 @@ def pair(data):
     name, rest = target.split_pair(text_of(data))
     text = text_of(data)
     assert rest == text if name is None else f"{name}={rest}" == text
+
+
+def header_networks(data):
+    try:
+        found, _ = networks.parse_networks(text_of(data))
+    except ValueError:
+        return
+    for raw, bits in found:
+        assert len(raw) in (4, 16)
+        assert 0 <= bits <= 8 * len(raw)
+
+
+def received_header(data):
+    """A header says the same again after it was passed on; the beginning of one is not refused."""
+    try:
+        header = parse(data)
+    except HeaderError:
+        return
+    if header is None:
+        assert len(data) < SIZE_MAX
+        return
+    assert 0 < header.size <= min(len(data), SIZE_MAX)
+    assert parse(data[: header.size - 1]) is None
+    assert parse(data[: header.size]).peer == header.peer
+    if header.peer:
+        assert address.text(header.peer)
+    again = parse(pass_on(2, header))
+    assert (again.local, again.unix, again.tlvs) == (header.local, header.unix, header.tlvs)
+    assert address.unmapped(again.peer) == address.unmapped(header.peer)
+    assert parse(pass_on(1, header)).size <= 107
 
 
 def passed_in(data):
@@ -155,6 +187,7 @@ def methods(stream):
 
 PARSERS = (
     command_line, span, where_to, where_from, pair, passed_in, word_to_the_manager, logging, called,
+    header_networks, received_header,
 )  # fmt: skip
 
 

@@ -340,6 +340,9 @@ class FakeRelay:
     def trim_pipes(self):
         pass
 
+    def expects_header(self, peer):
+        return False
+
     def limit_sources(self, places_max, nobody=-1):
         self.source_limits.append((places_max, nobody))
 

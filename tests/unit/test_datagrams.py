@@ -583,7 +583,15 @@ def test_the_end_is_logged(world, logged_lines, flows, held, line):
 
 
 def status(one):
-    acceptor = SimpleNamespace(refused=0, unknown=0, refused_ms=None, source_refused_ms=None)
+    acceptor = SimpleNamespace(
+        refused=0,
+        unknown=0,
+        headerless=0,
+        refused_ms=None,
+        source_refused_ms=None,
+        headerless_ms=None,
+        awaiting_header=0,
+    )
     return stats.status(acceptor, one.relay, [], one.policy)
 
 
@@ -624,7 +632,7 @@ def test_status_while_it_drains(world):
 
 def test_the_summary_has_a_line_for_all_and_one_for_each_target(world):
     one = world(LOCAL, "/run/x")
-    acceptor = SimpleNamespace(refused=0, passed_in=0)
+    acceptor = SimpleNamespace(refused=0, passed_in=0, awaiting_header=0, cut=0)
     one.relay.connections = one.fake.flows = 1
     one.fake.counts = totals(
         flows=3, endings={"expired": 2}, datagrams_to_targets=9, bytes_to_targets=90

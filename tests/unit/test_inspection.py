@@ -62,6 +62,10 @@ class World:
             passed_in=0,
             refused_ms=None,
             source_refused_ms=None,
+            headerless=2,
+            headerless_ms=None,
+            awaiting_header=4,
+            cut=0,
             per_source=per_source,
         )
         parts = self.loop, acceptor, [self.upstream]
@@ -933,6 +937,8 @@ def test_metrics(world):
         ("Open",): 4,
         ("Refused",): 6,
         ("RefusedBySource",): 3,
+        ("RefusedWithoutHeader",): 2,
+        ("AwaitingHeader",): 4,
         ("BytesToTargets",): 100,
         ("BytesToClients",): 200,
         ("ConnectionsMax",): 256,

@@ -76,6 +76,13 @@ def test_options(args, attribute, value):
     assert [target.text for _, target in made.targets] == ["t"]
 
 
+def test_networks_add_up():
+    made = parse("--accept-proxy-protocol=10.0.0.0/8", "--acc=unix,::1", "t")
+    ten, one = (bytes([10, 0, 0, 0]), 8), (bytes(15) + b"\1", 128)
+    assert made.accept_proxy_protocol == ([ten, one], True)
+    assert parse("t").accept_proxy_protocol is None
+
+
 @pytest.mark.parametrize(
     ("args", "text"),
     [
@@ -128,6 +135,13 @@ def test_the_original_messages(args, text):
         (
             ["--settle-time=infinity", "t"],
             "Settle time is too high, no client would ever be served.",
+        ),
+        (
+            ["--accept-proxy-protocol=10.0.0.0/8,x", "t"],
+            (
+                "Failed to parse --accept-proxy-protocol= argument: 10.0.0.0/8,x: "
+                "expected an address, a network such as 192.0.2.0/24, or unix, not 'x'"
+            ),
         ),
         (
             ["--connections-max-per-source=0", "t"],
@@ -183,15 +197,19 @@ def test_buffer_size_garbage(text):
         options._set_buffer_size(Options(), text)
 
 
+OWN_WORDS = ("listen", "accept-proxy-protocol")
+"""Options that say what exactly they do not understand."""
+
+
 @pytest.mark.parametrize("option", [option for option in OPTIONS if option.convert])
 def test_each_option_says_what_it_allows(option):
-    """The original's messages stay as they are there, and --listen= has one for each form."""
+    """The original's messages stay as they are there."""
     text = message(f"--{option.long}=\x00", "t")
     if option.long in options.ORIGINAL:
         assert text == f"Failed to parse --{option.long}= argument: \x00"
     else:
         assert text.startswith(f"Failed to parse --{option.long}= argument: \x00: expected ")
-        assert text.endswith(option.allowed) or option.long == "listen"
+        assert text.endswith(option.allowed) or option.long in OWN_WORDS
 
 
 def test_threads():

@@ -56,8 +56,8 @@ def test_users_without_a_name(namespace, logged_lines):
     assert acceptor.limits == [(7, 99)]
     assert logged_lines() == [
         (
-            "--connections-max-per-source= does not apply to UNIX clients of users that are not known "
-            "here, as with PrivateUsers=: all of them have the uid 99."
+            "--connections-max-per-source= does not apply to UNIX clients of users that are not "
+            "known here, as with PrivateUsers=: all of them have the uid 99."
         )
     ]
 
@@ -78,8 +78,8 @@ def test_datagrams(namespace, logged_lines):
     assert limits == [7]
     assert logged_lines() == [
         (
-            "--connections-max-per-source= does not apply to UNIX datagrams, which do not tell their "
-            "user: '/run/d'."
+            "--connections-max-per-source= does not apply to UNIX datagrams, which do not tell "
+            "their user: '/run/d'."
         )
     ]
 

@@ -76,14 +76,20 @@ def upstream(group, held=0, waiting=None, connected=0, failed=0, gone=0, cut=0):
     )
 
 
-def acceptor(refused=0, unknown=0, refused_ms=None, source_refused_ms=None):
-    return SimpleNamespace(
-        passed_in=0,
-        refused=refused,
-        unknown=unknown,
-        refused_ms=refused_ms,
-        source_refused_ms=source_refused_ms,
-    )
+def acceptor(refused=0, **fields):
+    usual = {
+        "passed_in": 0,
+        "refused": refused,
+        "unknown": 0,
+        "headerless": 0,
+        "refused_ms": None,
+        "source_refused_ms": None,
+        "headerless_ms": None,
+        "awaiting_header": 0,
+        "cut": 0,
+    }
+    assert fields.keys() <= usual.keys()
+    return SimpleNamespace(**usual | fields)
 
 
 def test_status():
@@ -144,6 +150,14 @@ def test_status_while_clients_are_refused_by_source():
 def test_status_of_clients_without_an_address():
     line = status(acceptor(2, unknown=2), relay(), [])
     assert line == "0 connections, 0B forwarded, 2 refused without an address to announce"
+
+
+def test_status_of_clients_without_a_header():
+    """Those that may still send one are connections."""
+    waiting = acceptor(2, headerless=2, headerless_ms=NOW_MS - 3000, awaiting_header=3)
+    assert status(waiting, relay(1), []) == (
+        "4 connections, 0B forwarded, 2 refused without a PROXY header, last 3 s ago"
+    )
 
 
 def test_status_of_a_target_that_is_down(monkeypatch):
@@ -217,6 +231,12 @@ def test_held_clients_that_have_ended_count_with_the_others():
     one, other = upstream("a:1", gone=2, cut=5), upstream("b:2", gone=1)
     (line, *_) = summary(acceptor(), relay(endings={"cut": 1, "client gone": 4}), [one, other])
     assert line.endswith("; 6 cut, 7 client gone")
+
+
+def test_clients_without_a_header_wait_and_are_cut():
+    (line, *_) = summary(acceptor(awaiting_header=2, cut=3), relay(), [])
+    assert "0 open, 2 waiting, " in line
+    assert line.endswith("; 3 cut")
 
 
 def test_summary_with_threads():
