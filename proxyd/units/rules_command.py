@@ -220,6 +220,21 @@ def _published_ports(line: list[str]) -> set[int]:
     return found
 
 
+def _trusts_everybody(rule: Rule, found: Set) -> Iterator[Finding]:
+    options = found.command.options
+    if options is None or options.accept_proxy_protocol is None:
+        return
+    networks, _ = options.accept_proxy_protocol
+    kinds = {4: "IPv4", 16: "IPv6"}
+    everybody = [kinds[len(raw)] for raw, bits in networks if bits == 0]
+    if everybody:
+        who = " and ".join(dict.fromkeys(everybody))
+        yield rule.found(
+            _where(found.command),
+            f"--accept-proxy-protocol= lets every {who} client claim any address",
+        )
+
+
 RULES = (
     Rule(
         "bad-command",
@@ -250,6 +265,15 @@ RULES = (
         "listen. A service with Type=simple or exec is active long before it listens, and after "
         "a crash the whole start of the backend counts. What is longer loses the client.",
         _too_short,
+    ),
+    Rule(
+        "trusts-everybody",
+        "warning",
+        "--accept-proxy-protocol= with the addresses of the balancer alone",
+        "A PROXY header names the client, and is believed: the target, the log and the limit per "
+        "source have its address. With a network of prefix length 0, everybody who can connect "
+        "may claim any address, such as one that the target trusts.",
+        _trusts_everybody,
     ),
     Rule(
         "published-port",
