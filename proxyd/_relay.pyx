@@ -29,6 +29,10 @@ from proxyd.relay.connect cimport (
     worker_discard, worker_hang_up, worker_new_id,
 )
 from proxyd.relay.endpoint cimport endpoint_lost
+from proxyd.relay.freeze cimport (
+    Import, connections_export, connections_import, connections_release, connections_resting,
+    quarantine_has_gathered, workers_freeze, workers_thaw,
+)
 from proxyd.relay.gauges cimport gauges_connections, gauges_in_quarantine, gauges_set_wake_at_count
 from proxyd.relay.list cimport link_init, list_empty, list_remove
 from proxyd.relay.loop cimport (
@@ -40,6 +44,7 @@ from proxyd.relay.records cimport (
     CONNECT_BUCKETS, ENDING_COUNT, REPORT_BEGINS, REPORT_ENDS, SOURCE_WORDS, SWEEP_COUNT, SWEEP_CUT,
     SWEEP_TELL, Network, Origin, Senders, Source, SourceTable, UpstreamTotals,
 )
+from proxyd.relay.restore cimport descriptor_reset
 from proxyd.relay.row cimport batch_free, batches_keep, row_add
 from proxyd.relay.self_connect cimport (
     local_port, self_connect_add, self_connect_move, self_connect_remove,
@@ -52,10 +57,10 @@ from proxyd.relay.source cimport (
     source_take,
 )
 from proxyd.relay.sys cimport (
-    AF_INET, AF_INET6, AF_UNIX, ENOMEM, EPOLLET, EPOLLIN, EPOLLOUT, EPOLLRDHUP, EPOLL_CTL_ADD,
-    EPOLL_CTL_DEL, EUSERS, SOL_SOCKET, SO_DOMAIN, atomic_get, calloc, close, counter_get, epoll_ctl,
-    epoll_event, errno, free, getpid, getsockopt, hint_set, int64_t, memcpy, memset, moment_get,
-    pthread_join, sockaddr_storage, socklen_t, uint32_t, uint64_t,
+    AF_INET, AF_INET6, AF_UNIX, ENOMEM, EPROTO, EPOLLET, EPOLLIN, EPOLLOUT, EPOLLRDHUP,
+    EPOLL_CTL_ADD, EPOLL_CTL_DEL, EUSERS, SOL_SOCKET, SO_DOMAIN, atomic_get, calloc, close,
+    counter_get, epoll_ctl, epoll_event, errno, free, getpid, getsockopt, hint_set, int64_t, malloc,
+    memcpy, memset, moment_get, pthread_join, sockaddr_storage, socklen_t, uint32_t, uint64_t,
 )
 from proxyd.relay.types cimport (
     CPUS_MAX, KIND_LISTENER, KIND_WATCH, ORDER_TRIM, TO_CLIENT, TO_TARGET, Connection, Gauges,
@@ -701,6 +706,112 @@ cdef class Relay:
             Py_INCREF(self)  # for good: the thread goes on using this memory
         return count
 
+    # ── taking connections to another process ────────────────────────────────────────────────
+
+    @property
+    def resting(self):
+        """Connections that rest: see freeze() and import_connections()."""
+        return connections_resting(&self.worker)
+
+    def freeze(self):
+        """Let all connections of all threads rest, so that export() can take them. The last events
+        are returned. run() is not to be called before thaw(); what connect() and adopt() begin
+        rests as well.
+
+        Raises OSError if a thread does not answer: then all go on. Connections in quarantine stay
+        there if it blocks.
+        """
+        cdef int failure
+        with nogil:
+            failure = workers_freeze(&self.worker)
+            if failure < 0:
+                workers_thaw(&self.worker)  # GCOVR_EXCL_LINE - see workers_freeze()
+        if failure < 0:
+            raise_errno(-failure)  # GCOVR_EXCL_LINE - the same
+        return self.take_events()
+
+    @property
+    def quarantine_blocks(self):
+        """After freeze(): whether the quarantine blocks, and its connections stay behind."""
+        return not quarantine_has_gathered(&self.worker)
+
+    def export(self, int fd, long long offset=0):
+        """Describe all connections that rest in the file `fd`, from `offset` to its end. The
+        descriptors that belong to it, as a list: they are to be sent in this order, and stay ours.
+
+        Their sockets are reset now if nobody goes on with them. release() or thaw() is to follow.
+        Raises OSError.
+        """
+        cdef uint64_t count = connections_resting(&self.worker)
+        cdef int *fds = <int *>malloc(<size_t>(4 * count + 1) * sizeof(int))
+        cdef int64_t result, i
+        if fds == NULL:
+            raise MemoryError()
+        try:
+            with nogil:
+                result = connections_export(&self.worker, fd, offset, fds)
+            if result < 0:
+                raise_errno(<int>-result)
+            return [fds[i] for i in range(result)]
+        finally:
+            free(fds)
+
+    def import_connections(self, int fd, long long offset, list fds not None,
+                           list listeners not None, list upstreams not None):
+        """Let the connections of an export() rest here until thaw(): (how many there are, how many
+        could not be restored and were reset).
+
+        `fds` are the descriptors, -1 for those that were lost; they are owned from now on in any
+        case. `listeners` and `upstreams` are, by the indexes that they had there, the indexes that
+        they have here; a listener that is not there any more is -1. Raises ValueError if the file
+        is not what export() has written, and OSError if it cannot be read; then all are reset.
+        """
+        cdef Import source
+        cdef int failure, count = 0
+        memset(&source, 0, sizeof(source))
+        source.file = fd
+        source.offset = offset
+        source.fd_count = <uint64_t>len(fds)
+        source.listener_count = <uint64_t>len(listeners)
+        source.upstream_count = <uint64_t>len(upstreams)
+        fd_array = int_array(fds)
+        listener_array = int_array(listeners)
+        source.fds = <const int *><const char *>fd_array
+        source.listeners = <const int *><const char *>listener_array
+        source.upstreams = <UpstreamTotals **>malloc(
+            <size_t>(source.upstream_count + 1) * sizeof(UpstreamTotals *))
+        if source.upstreams == NULL:
+            raise MemoryError()
+        try:
+            try:
+                for upstream in upstreams:
+                    source.upstreams[count] = self.upstream_at(upstream)
+                    count += 1
+            except (ValueError, MemoryError):
+                for fd in fds:
+                    descriptor_reset(&self.worker, fd)
+                raise
+            with nogil:
+                failure = connections_import(&self.worker, &source)
+        finally:
+            free(source.upstreams)
+        if failure == -EPROTO:
+            raise ValueError("not a parcel of connections")
+        if failure < 0:
+            raise_errno(-failure)
+        return source.restored, source.failed
+
+    def thaw(self):
+        """Go on with all connections that rest."""
+        with nogil:
+            workers_thaw(&self.worker)
+
+    def release(self):
+        """Forget the connections that rest, without a word to their peers: another process has
+        copies of their descriptors, and goes on with them."""
+        with nogil:
+            connections_release(&self.worker)
+
     # ── looking at connections ───────────────────────────────────────────────────────────────
 
     def start_snapshot(self, bint rows=True):
@@ -869,6 +980,17 @@ cdef int socket_family(int fd) noexcept:
     cdef socklen_t size = sizeof(family)
     getsockopt(fd, SOL_SOCKET, SO_DOMAIN, &family, &size)
     return family
+
+
+cdef bytes int_array(list numbers):
+    """An array of C ints."""
+    cdef bytes packed = bytes(len(numbers) * sizeof(int))
+    cdef int *array = <int *><char *>packed
+    cdef int place = 0
+    for number in numbers:
+        array[place] = number
+        place += 1
+    return packed
 
 
 cdef int address_unpack(sockaddr_storage *to, bytes address) except -1:

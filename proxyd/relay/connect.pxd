@@ -13,13 +13,18 @@ from proxyd.relay.connection cimport (
 )
 from proxyd.relay.endpoint cimport (
     endpoint_failed, endpoint_lost, endpoint_recv, endpoint_refuse_rights, endpoint_register,
+    endpoint_unlinger,
 )
+from proxyd.relay.gather cimport connection_begin_at_rest
 from proxyd.relay.gauges cimport gauges_add_connection
 from proxyd.relay.half cimport half_keep, unsent_free
 from proxyd.relay.list cimport link_init, list_append, list_empty
 from proxyd.relay.mailbox cimport mailbox_put, mailbox_wake
 from proxyd.relay.pipe cimport pipe_init
-from proxyd.relay.quarantine cimport quarantine_takes_orphans
+from proxyd.relay.quarantine cimport (
+    QUARANTINE, connection_return_to_quarantine, connection_was_in_quarantine,
+    quarantine_takes_orphans,
+)
 from proxyd.relay.records cimport ENDING_CLIENT_GONE, ENDING_RESET, REPORT_BEGINS, Origin, Source
 from proxyd.relay.rights cimport rights_may_close, rights_refuse
 from proxyd.relay.row cimport row_add
@@ -106,7 +111,8 @@ cdef inline void connection_place(
 ) noexcept nogil:
     """Count a connection, and have it begin in the worker that is to forward it. Unless it is new,
     the policy has held its client, and knows of it."""
-    cdef Worker *worker = worker_for_new(main)
+    cdef bint rests = hint_get(&main.gauges.gathering)
+    cdef Worker *worker = main if rests else worker_for_new(main)
     c.opened_ms = c.active_ms = main.ctx.now_ms
     c.state = CONNECTING if connecting else CONNECTED
     if not connecting:
@@ -115,7 +121,9 @@ cdef inline void connection_place(
         row_add(main, &main.begun, 0, c, worker.number)
     gauges_add_connection(main.gauges)
     atomic_add(&worker.connection_count, 1)
-    if worker == main:
+    if rests:
+        connection_begin_at_rest(main, c)
+    elif worker == main:
         connection_begin(main, c)
     else:
         counter_add(&main.handed_over, 1)
@@ -127,10 +135,14 @@ cdef inline void connection_place(
 cdef inline void connection_begin(Worker *worker, Connection *c) noexcept nogil:
     """Begin in this worker: pump first, and only then register with epoll. By then most short
     exchanges have been read and need no event."""
+    cdef bint rested = c.has_rested
     if c.has_orphans and c.state == CLOSED:
         connection_close_orphans(worker, c)
         return
-    c.active_ms = worker.ctx.now_ms
+    if not rested:
+        c.active_ms = worker.ctx.now_ms
+    elif not connection_wake_up(worker, c):
+        return
     list_append(&worker.live, &c.live)
     sweep_arrive(worker, c)
     if c.state == CLOSED:
@@ -147,13 +159,34 @@ cdef inline void connection_begin(Worker *worker, Connection *c) noexcept nogil:
     if c.state == CLOSED:
         return
     c.target.armed |= c.state == CONNECTING
-    if not endpoint_register(&worker.ctx, &c.client) or (
-            not endpoint_register(&worker.ctx, &c.target)):
+    if not connection_register(&worker.ctx, c, rested):
         connection_close(worker, c, ENDING_RESET, True)
-    elif c.state == CONNECTING and c.timeout_ms > 0:
-        connection_set_timer(worker, c, worker.ctx.now_ms + c.timeout_ms)
     elif c.timer_ms != 0 and list_empty(&c.timed):
         connection_set_timer(worker, c, c.timer_ms)  # as it was in the worker before
+    elif c.state == CONNECTING and c.timeout_ms > 0 and c.timer_ms == 0:
+        connection_set_timer(worker, c, worker.ctx.now_ms + c.timeout_ms)
+
+
+cdef inline bint connection_register(
+    PumpContext *ctx, Connection *c, bint rested
+) noexcept nogil:
+    """Have epoll announce both sides, in the order of their events so far. While it rested, it may
+    have been connected; its client, of which only that is new, left later."""
+    if rested and not endpoint_register(ctx, &c.target):
+        return False
+    return endpoint_register(ctx, &c.client) and (rested or endpoint_register(ctx, &c.target))
+
+
+cdef inline bint connection_wake_up(Worker *worker, Connection *c) noexcept nogil:
+    """A connection that has rested begins again; it was silent for as long as before. False: it has
+    gone to the quarantine."""
+    c.has_rested = False
+    endpoint_unlinger(&c.client)
+    endpoint_unlinger(&c.target)
+    if worker.number == QUARANTINE or not connection_was_in_quarantine(c):
+        return True
+    connection_return_to_quarantine(worker, c)
+    return False
 
 
 cdef inline void connection_first_pump(Worker *worker, Connection *c) noexcept nogil:

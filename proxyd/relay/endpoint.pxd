@@ -1,6 +1,7 @@
 # One side of a connection: its socket, and what is known of it. pump.pxd has the rules.
 
 from proxyd.relay.rights cimport PEEK_MAX, rights_recv, rights_recv_any, rights_refuse
+from proxyd.relay.socket cimport socket_unlinger
 from proxyd.relay.sys cimport (
     AF_UNIX, EAGAIN, EPIPE, EPOLLET, EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP, EPOLL_CTL_ADD,
     EPOLL_CTL_DEL, EPOLL_CTL_MOD, MSG_CTRUNC, MSG_DONTWAIT, SOCK_CLOEXEC, SOCK_STREAM, SOL_SOCKET,
@@ -60,6 +61,11 @@ cdef inline uint32_t endpoint_interest(const Endpoint *end) noexcept nogil:
     if end.armed:
         interest |= EPOLLOUT
     return interest
+
+
+cdef inline void endpoint_unlinger(const Endpoint *end) noexcept nogil:
+    if end.fd >= 0 and end.family != AF_UNIX:
+        socket_unlinger(end.fd)
 
 
 # ── reading ──────────────────────────────────────────────────────────────────────────────────────

@@ -10,6 +10,9 @@ from proxyd.relay.clock cimport clock_ms, clock_ns, earlier
 from proxyd.relay.close cimport connection_close, connections_free, endpoint_close
 from proxyd.relay.connect cimport connection_begin
 from proxyd.relay.connection cimport connection_advance, connection_event, connection_timer_expired
+from proxyd.relay.gather cimport (
+    connection_rest, worker_end_rest, worker_gather, worker_hand_to_rest,
+)
 from proxyd.relay.half cimport half_held
 from proxyd.relay.list cimport link_init, list_append, list_empty, list_remove
 from proxyd.relay.mailbox cimport mailbox_take
@@ -24,9 +27,9 @@ from proxyd.relay.sys cimport (
     epoll_wait, errno, free, hint_set, int64_t, malloc, uint32_t,
 )
 from proxyd.relay.types cimport (
-    CONNECTED, EPOLL_EVENTS_MAX, EVENT_READY, KIND_FLOW_LISTENER, KIND_LISTENER, KIND_MAILBOX,
-    KIND_WATCH, ORDER_ANSWER, ORDER_STOP, ORDER_SWEEP, ORDER_SWEEP_END, ORDER_TRIM, Connection,
-    Endpoint, Gauges, Link, Listener, SelfConnectTable, Watch, Worker,
+    CLOSED, CONNECTED, EPOLL_EVENTS_MAX, EVENT_READY, KIND_FLOW_LISTENER, KIND_LISTENER,
+    KIND_MAILBOX, KIND_WATCH, ORDER_ANSWER, ORDER_GATHER, ORDER_STOP, ORDER_SWEEP, ORDER_SWEEP_END,
+    ORDER_TRIM, Connection, Endpoint, Gauges, Link, Listener, SelfConnectTable, Watch, Worker,
 )
 
 cdef enum:
@@ -70,6 +73,8 @@ cdef inline int worker_turn(Worker *worker, int64_t deadline_ms) noexcept nogil:
         worker_quarantine(worker)
     if overflows:
         worker_offload(worker)
+    if worker.gathers:
+        worker_obey_gather(worker)
     return 0
 
 
@@ -126,17 +131,25 @@ cdef inline void worker_dispatch(Worker *worker, epoll_event *event) noexcept no
 
 cdef inline void worker_read_mailbox(Worker *worker) noexcept nogil:
     """What other threads have left: connections to begin, connections to report, orders."""
-    cdef Link begin
+    cdef Link begin, rest
     cdef Connection *c
     cdef Sweep sweep
     cdef uint32_t orders
     link_init(&begin, NULL)
+    link_init(&rest, NULL)
     orders = mailbox_take(
         &worker.mailbox, &begin, &worker.failed, &worker.ended, &worker.batches, &sweep)
     while not list_empty(&begin):
         c = <Connection *>begin.next.owner
         list_remove(&c.live)
-        connection_begin(worker, c)
+        if c.state != CLOSED and atomic_get(&worker.gauges.gathering):
+            connection_rest(worker, c)
+            list_append(&rest, &c.live)
+        else:
+            connection_begin(worker, c)
+    worker_hand_to_rest(worker, &rest)
+    if orders & ORDER_GATHER:
+        worker.gathers = True
     if orders & ORDER_TRIM:
         pool_clear(&worker.ctx.pool)
     if orders & ORDER_ANSWER:
@@ -147,6 +160,14 @@ cdef inline void worker_read_mailbox(Worker *worker) noexcept nogil:
         worker.sweep_answer = 2 * worker.sweep.number + 1
     if orders & ORDER_STOP:
         worker.stopping = True
+
+
+cdef inline void worker_obey_gather(Worker *worker) noexcept nogil:
+    """Only at the end of a turn, as worker_offload(): later events of the batch would wake them."""
+    worker.gathers = False
+    if atomic_get(&worker.gauges.gathering):
+        worker_gather(worker)
+        worker.gather_answer = atomic_get(&worker.main.workers.gather_sequence)
 
 
 cdef inline void worker_pump_ready(Worker *worker) noexcept nogil:
@@ -239,6 +260,7 @@ cdef inline void worker_init(
     link_init(&worker.ended, NULL)
     link_init(&worker.dead, NULL)
     link_init(&worker.to_quarantine, NULL)
+    link_init(&worker.resting, NULL)
     link_init(&worker.waiting_listeners, NULL)
 
 
@@ -280,6 +302,7 @@ cdef inline void worker_destroy(Worker *worker) noexcept nogil:
 cdef inline int worker_cut(Worker *worker, bint reset) noexcept nogil:
     """Close every connection of this worker. Returns how many these were."""
     cdef int count = 0
+    worker_end_rest(worker)
     while not list_empty(&worker.live):
         connection_close(worker, <Connection *>worker.live.next.owner, ENDING_CUT, reset)
         count += 1

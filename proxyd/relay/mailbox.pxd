@@ -6,9 +6,9 @@
 from proxyd.relay.list cimport link_init, list_append, list_empty, list_move_all, list_remove
 from proxyd.relay.records cimport Sweep
 from proxyd.relay.sys cimport (
-    EFD_CLOEXEC, EFD_NONBLOCK, close, errno, eventfd, eventfd_read, eventfd_write,
-    pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock, uint32_t,
-    uint64_t,
+    EFD_CLOEXEC, EFD_NONBLOCK, POLLIN, close, errno, eventfd, eventfd_read, eventfd_write, poll,
+    pollfd, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock,
+    uint32_t, uint64_t,
 )
 from proxyd.relay.types cimport ORDER_SWEEP, ORDER_SWEEP_END, Link, Mailbox
 
@@ -42,6 +42,22 @@ cdef inline void mailbox_put(Mailbox *mailbox, Link *place, Link *link) noexcept
     pthread_mutex_unlock(&mailbox.lock)
     if first:  # later ones are found together with the first
         mailbox_wake(mailbox)
+
+
+cdef inline void mailbox_put_all(Mailbox *mailbox, Link *place, Link *links) noexcept nogil:
+    """As mailbox_put(), for all that is in a list, in its order."""
+    pthread_mutex_lock(&mailbox.lock)
+    list_move_all(place, links)
+    pthread_mutex_unlock(&mailbox.lock)
+    mailbox_wake(mailbox)
+
+
+cdef inline bint mailbox_wait(Mailbox *mailbox, int timeout_ms) noexcept nogil:
+    """Wait until something has come, for `timeout_ms` at most. Whether it has."""
+    cdef pollfd rings
+    rings.fd = mailbox.wake_fd
+    rings.events = POLLIN
+    return poll(&rings, 1, timeout_ms) > 0
 
 
 cdef inline void mailbox_return(

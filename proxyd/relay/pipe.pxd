@@ -1,7 +1,8 @@
 # Pipes for splice, pooled.
 #
 # A half holds a pipe only while bytes are inside it, so a handful serves thousands of connections.
-# What goes back to the pool is empty; a pipe with bytes in it can only be closed.
+# What goes back to the pool is empty; a pipe with bytes in it can only be closed. So is one that
+# came from another process: only its read end is passed on (parcel.pxd).
 
 from proxyd.relay.sys cimport (
     EAGAIN, F_GETPIPE_SZ, F_SETPIPE_SZ, O_CLOEXEC, O_NONBLOCK, close, errno, fcntl, int64_t, pipe2,
@@ -51,7 +52,7 @@ cdef inline int pipe_open(Pipe *pipe, size_t size) noexcept nogil:
 
 cdef inline void pipe_put(PipePool *pool, Pipe *pipe) noexcept nogil:
     """Give the pipe up: into the pool if it is empty and there is room."""
-    if pipe.rd >= 0 and pipe.filled == 0 and pool.count < POOL_MAX:
+    if pipe.wr >= 0 and pipe.filled == 0 and pool.count < POOL_MAX:
         pool.idle[pool.count] = pipe[0]
         pool.count += 1
         pipe_init(pipe)
@@ -68,6 +69,7 @@ cdef inline void pool_clear(PipePool *pool) noexcept nogil:
 cdef inline void pipe_close(Pipe *pipe) noexcept nogil:
     if pipe.rd >= 0:
         close(pipe.rd)
+    if pipe.wr >= 0:
         close(pipe.wr)
     pipe_init(pipe)
 

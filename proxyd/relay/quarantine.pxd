@@ -20,10 +20,11 @@ from proxyd.relay.sys cimport (
     pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock,
 )
 from proxyd.relay.types cimport (
-    CONNECTING, RIGHTS_ANY, Connection, Endpoint, Link, Mailbox, Quarantine, Worker,
+    CLOSED, CONNECTING, RIGHTS_ANY, Connection, Endpoint, Link, Mailbox, Quarantine, Worker,
 )
 
 cdef enum:
+    QUARANTINE = -1             # the number of its worker
     QUARANTINE_RETRY_MS = 1000  # after the thread was refused
     ORPHAN_SOCKETS_MAX = 4      # with this number in it, no client is accepted to be refused
 
@@ -58,14 +59,48 @@ cdef inline void connection_quarantine(Worker *worker, Connection *c) noexcept n
     quarantine_put(worker.quarantine, &c.live)
 
 
+cdef inline void connection_return_to_quarantine(Worker *main, Connection *c) noexcept nogil:
+    """A connection has rested that was there before. If there is no thread, it waits for one."""
+    endpoint_quarantine(main, &c.client)
+    endpoint_quarantine(main, &c.target)
+    worker_remove_connection(main)
+    if main.workers.quarantine != NULL:  # otherwise quarantine_begin() will count it
+        atomic_add(&main.workers.quarantine.connection_count, 1)
+    quarantine_put(main.quarantine, &c.live)
+
+
+cdef inline int quarantine_take_waiting(Quarantine *quarantine, Link *rest) noexcept nogil:
+    """Append the connections that wait for a thread to `rest`; how many there are."""
+    cdef Link *link
+    cdef Link *after
+    cdef int count = 0
+    pthread_mutex_lock(&quarantine.lock)
+    link = quarantine.waiting.next
+    while link != &quarantine.waiting:
+        after = link.next
+        if (<Connection *>link.owner).state != CLOSED:
+            list_remove(link)
+            list_append(rest, link)
+            (<Connection *>link.owner).has_rested = True
+            count += 1
+        link = after
+    pthread_mutex_unlock(&quarantine.lock)
+    return count
+
+
+cdef inline bint connection_was_in_quarantine(const Connection *c) noexcept nogil:
+    return c.client.rights.state == RIGHTS_ANY or c.target.rights.state == RIGHTS_ANY
+
+
 cdef inline void endpoint_quarantine(Worker *worker, Endpoint *end) noexcept nogil:
     """If the thread still blocks when the program ends, the kernel closes its sockets: that must
     not look like a clean end."""
     if end.fd < 0:
         return
     endpoint_unregister(&worker.ctx, end)
-    end.rights.state = RIGHTS_ANY
-    end.rights.left = 0
+    if end.rights.state != RIGHTS_ANY:  # otherwise it comes back, and `left` is what it has seen
+        end.rights.state = RIGHTS_ANY
+        end.rights.left = 0
     end.readable = 1
     if end.family != AF_UNIX:
         socket_reset_at_close(end.fd)
@@ -116,10 +151,17 @@ cdef inline bint quarantine_due(Quarantine *quarantine, int64_t now_ms) noexcept
     return atomic_get(&quarantine.wanted) and now_ms >= quarantine.retry_ms
 
 
-cdef inline void quarantine_begin(Quarantine *quarantine, Mailbox *mailbox) noexcept nogil:
+cdef inline void quarantine_begin(Quarantine *quarantine, Worker *worker) noexcept nogil:
     """There is a thread now: give it what has waited."""
+    cdef Mailbox *mailbox = &worker.mailbox
+    cdef Link *link
     pthread_mutex_lock(&quarantine.lock)
     quarantine.mailbox = mailbox
+    link = quarantine.waiting.next
+    while link != &quarantine.waiting:
+        if (<Connection *>link.owner).state != CLOSED:
+            atomic_add(&worker.connection_count, 1)
+        link = link.next
     pthread_mutex_lock(&mailbox.lock)
     list_move_all(&mailbox.begin, &quarantine.waiting)
     pthread_mutex_unlock(&mailbox.lock)

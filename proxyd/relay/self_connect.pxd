@@ -76,6 +76,13 @@ cdef inline void self_connect_add(
         return
     self_connect_key(&entry.local, &mine)
     self_connect_key(&entry.remote, target)
+    self_connect_enter(table, entry)
+
+
+cdef inline void self_connect_enter(SelfConnectTable *table, SelfConnect *entry) noexcept nogil:
+    """Enter a socket whose addresses are known, if it has any."""
+    if entry.local.port == 0:
+        return
     entry.self_possible = entry.local.port == entry.remote.port
     pthread_mutex_lock(&table.lock)
     self_connect_link(table, entry)

@@ -1,10 +1,10 @@
 # Sockets: options and questions that several files share.
 
 from proxyd.relay.sys cimport (
-    AF_INET, AF_INET6, AF_UNIX, AF_UNSPEC, IPPROTO_TCP, SOL_SOCKET, SO_ERROR, SO_KEEPALIVE,
-    SO_LINGER, SO_OOBINLINE, SO_PEERCRED, TCP_NODELAY, close, connect, errno, getpeername,
-    getsockname, getsockopt, linger, memcmp, memset, setsockopt, sockaddr, sockaddr_storage,
-    socklen_t, ucred,
+    AF_INET, AF_INET6, AF_UNIX, AF_UNSPEC, AF_VSOCK, IPPROTO_TCP, SOCK_STREAM, SOL_SOCKET,
+    SO_COOKIE, SO_DOMAIN, SO_ERROR, SO_KEEPALIVE, SO_LINGER, SO_OOBINLINE, SO_PEERCRED, SO_TYPE,
+    TCP_NODELAY, close, connect, errno, getpeername, getsockname, getsockopt, linger, memcmp,
+    memset, setsockopt, sockaddr, sockaddr_storage, socklen_t, ucred, uint64_t,
 )
 
 
@@ -69,6 +69,27 @@ cdef inline bint socket_self_connected(int fd) noexcept nogil:
     if getpeername(fd, <sockaddr *>&peer, &peer_size) < 0:
         return False
     return mine_size == peer_size and memcmp(&mine, &peer, mine_size) == 0
+
+
+cdef inline int socket_stream_family(int fd) noexcept nogil:
+    """The family of a stream socket; -1 if it is none, or one that the relay does not know."""
+    cdef int family = -1, kind = -1
+    cdef socklen_t size = sizeof(family)
+    getsockopt(fd, SOL_SOCKET, SO_DOMAIN, &family, &size)
+    size = sizeof(kind)
+    getsockopt(fd, SOL_SOCKET, SO_TYPE, &kind, &size)
+    if kind != SOCK_STREAM or not (
+            family == AF_INET or family == AF_INET6 or family == AF_UNIX or family == AF_VSOCK):
+        return -1
+    return family
+
+
+cdef inline uint64_t socket_cookie(int fd) noexcept nogil:
+    """The number that no other socket of this boot has; 0: not known."""
+    cdef uint64_t cookie = 0
+    cdef socklen_t size = sizeof(cookie)
+    getsockopt(fd, SOL_SOCKET, SO_COOKIE, &cookie, &size)
+    return cookie
 
 
 cdef inline int socket_peer_pid(int fd) noexcept nogil:

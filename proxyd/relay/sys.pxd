@@ -6,7 +6,7 @@ cdef extern from "errno.h" nogil:
     int errno
     int EADDRNOTAVAIL, EAGAIN, EBADF, ECONNREFUSED, ECONNRESET, EHOSTUNREACH, EINPROGRESS
     int EINTR, EINVAL, EIO, ELOOP, EMSGSIZE, ENETUNREACH, ENOBUFS, ENOMEM, ENOSYS, ENOTCONN
-    int ENOTSOCK, EOPNOTSUPP, EPERM, EPIPE, ETIMEDOUT, EUSERS
+    int ENOTSOCK, EOPNOTSUPP, EPERM, EPIPE, EPROTO, ETIMEDOUT, EUSERS
 
 cdef extern from * nogil:
     """
@@ -18,6 +18,7 @@ cdef extern from "stdint.h" nogil:
     ctypedef unsigned char uint8_t
     ctypedef unsigned short uint16_t
     ctypedef unsigned int uint32_t
+    ctypedef int int32_t
     ctypedef long long int64_t
     ctypedef unsigned long long uint64_t
 
@@ -45,6 +46,7 @@ cdef extern from "unistd.h" nogil:
     int close(int fd)
     ssize_t read(int fd, void *buffer, size_t size)
     ssize_t pread(int fd, void *buffer, size_t size, long offset)
+    ssize_t pwrite(int fd, const void *buffer, size_t size, long offset)
     int getpid()
     int _SC_CLK_TCK
     long sysconf(int name)
@@ -59,7 +61,23 @@ cdef extern from "fcntl.h" nogil:
                    unsigned int flags)
 
 cdef extern from "sys/ioctl.h" nogil:
+    unsigned long FIONREAD
     int ioctl(int fd, unsigned long request, ...)
+
+cdef extern from "sys/stat.h" nogil:
+    struct stat_t "stat":
+        unsigned int st_mode
+        uint64_t st_ino
+        int64_t st_size
+    bint S_ISFIFO(unsigned int mode)
+    int fstat(int fd, stat_t *about)
+
+cdef extern from "poll.h" nogil:
+    struct pollfd:
+        int fd
+        short events
+    short POLLIN
+    int poll(pollfd *fds, unsigned long count, int timeout)
 
 cdef extern from "linux/sockios.h" nogil:
     unsigned long SIOCINQ, SIOCOUTQ
@@ -97,8 +115,8 @@ cdef extern from "sys/socket.h" nogil:
         int cmsg_type
     int AF_INET, AF_INET6, AF_UNIX, AF_UNSPEC, AF_VSOCK
     int SOCK_DGRAM, SOCK_STREAM, SOCK_NONBLOCK, SOCK_CLOEXEC
-    int SOL_SOCKET, SO_DOMAIN, SO_ERROR, SO_KEEPALIVE, SO_LINGER, SO_OOBINLINE, SO_PEERCRED
-    int SO_PASSCRED, SO_PASSSEC, SO_SNDBUF
+    int SOL_SOCKET, SO_COOKIE, SO_DOMAIN, SO_ERROR, SO_KEEPALIVE, SO_LINGER, SO_OOBINLINE
+    int SO_PASSCRED, SO_PASSSEC, SO_PEERCRED, SO_SNDBUF, SO_TYPE
     int MSG_CTRUNC, MSG_DONTWAIT, MSG_ERRQUEUE, MSG_NOSIGNAL, MSG_PEEK, MSG_TRUNC
     int SHUT_RD, SHUT_RDWR, SHUT_WR
     int socket(int family, int kind, int protocol)

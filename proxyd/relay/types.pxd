@@ -28,7 +28,7 @@ cdef enum:
 
 ctypedef struct Pipe:
     int rd                     # -1: no pipe
-    int wr
+    int wr                     # -1: nothing more is to go in
     size_t filled              # bytes inside; may exceed capacity (slots hold whole fragments)
     size_t capacity            # bytes, as F_GETPIPE_SZ says
 
@@ -163,6 +163,7 @@ cdef enum:
     ORDER_ANSWER = 4           # answer the ping
     ORDER_SWEEP = 8            # begin with Mailbox.sweep
     ORDER_SWEEP_END = 16       # answer that sweep, since nothing more can come for it
+    ORDER_GATHER = 32          # give all connections to the main worker, where they rest
 
 ctypedef struct Mailbox:
     int kind                   # KIND_MAILBOX
@@ -184,6 +185,7 @@ ctypedef struct Gauges:
     int reports                # REPORT_*: what the policy wants to be told
     int terminated             # the sweep has found what it was to cut
     int rows_lost              # rows of this sweep for which there was no memory
+    int gathering              # connections begin nowhere: they rest in the main worker
 
 ctypedef struct Quarantine:
     pthread_mutex_t lock       # of `waiting` and `mailbox`
@@ -257,6 +259,7 @@ ctypedef struct Connection:
     size_t drained             # bytes read and thrown away, since their receiver is gone
     Endpoint *last             # LINGERING: the side that is still open
     bint reset                 # … and is to be reset in the end
+    bint has_rested            # it has begun before, perhaps in another process: see gather.pxd
     bint has_orphans           # a socket of it is left to the quarantine to close
     bint orphan_only           # … and it is no more than that: a socket without a connection
     bint placeless             # … which takes no place in the limit
@@ -336,6 +339,7 @@ ctypedef struct Workers:
     Worker *quarantine         # the quarantine's; NULL: not needed so far
     bint want_reported         # the policy was told that a worker could help
     int ping_sequence          # number of the last ping
+    int gather_sequence        # number of the last ORDER_GATHER
     int sweep_awaited          # the answer that all workers are to give; 0: no sweep is going on
     bint sweep_over            # it has ended, which the policy is yet to be told
     int sweep_missing          # connections of a quarantine that blocks: it could not be asked
@@ -359,6 +363,9 @@ ctypedef struct Worker:
     int asleep                 # it waits for events
     bint stopping              # it was told to end
     int answered_ping          # the last ping that it has answered
+    bint gathers               # ORDER_GATHER is to be obeyed after this batch
+    int gather_answer          # what answered_gather is to be after this turn
+    int answered_gather        # the last ORDER_GATHER of which nothing is left to do
     Link live                  # connections; the one that was silent for the longest comes first
     Link members               # the same connections, in the order in which they came
     Link timed                 # those with a timer
@@ -367,6 +374,7 @@ ctypedef struct Worker:
     Link ended                 # closed connections, for the policy
     Link dead                  # closed connections, to be freed after the batch
     Link to_quarantine         # connections to be moved there after the batch
+    Link resting               # of the main worker: connections that rest, in the order of `live`
     int cut                    # the quarantine's: connections that it has cut in the end
     Sweep sweep                # the last one that this worker knows of
     Link cursor                # in `members`, before the connections that it has yet to pass

@@ -17,7 +17,9 @@ from proxyd.relay.mailbox cimport (
     mailbox_destroy, mailbox_init, mailbox_order, mailbox_order_sweep, mailbox_return,
     mailbox_wake,
 )
-from proxyd.relay.quarantine cimport QUARANTINE_RETRY_MS, quarantine_begin, quarantine_end
+from proxyd.relay.quarantine cimport (
+    QUARANTINE, QUARANTINE_RETRY_MS, quarantine_begin, quarantine_end,
+)
 from proxyd.relay.records cimport ENDING_COUNT, Sweep
 from proxyd.relay.row cimport batches_keep
 from proxyd.relay.sweep cimport sweep_begin
@@ -36,7 +38,6 @@ cdef enum:
     STACK_SIZE = 256 * 1024    # bytes of address space; a loop needs a few KiB of it
     QUARANTINE_STOP_MS = 1000  # how long its thread may take to end before it counts as blocked
     QUARANTINE_ANSWER_MS = 200  # likewise, to answer a sweep
-    QUARANTINE = -1            # its number
 
 
 # ── start ────────────────────────────────────────────────────────────────────────────────────────
@@ -75,7 +76,7 @@ cdef inline void quarantine_start(Worker *main) noexcept nogil:
             main, &main.workers.quarantine, QUARANTINE, False, quarantine_thread) < 0:
         main.quarantine.retry_ms = main.ctx.now_ms + QUARANTINE_RETRY_MS
         return
-    quarantine_begin(main.quarantine, &main.workers.quarantine.mailbox)
+    quarantine_begin(main.quarantine, main.workers.quarantine)
     workers_order(main, 0)  # connections that have waited for this are to be moved now
     mailbox_wake(&main.mailbox)
 
@@ -97,6 +98,7 @@ cdef inline int worker_start(
     worker.number = number
     worker.quarantine = main.quarantine
     worker.answered_ping = main.workers.ping_sequence  # earlier pings are not for it
+    worker.gather_answer = worker.answered_gather = main.workers.gather_sequence
     worker.sweep = main.sweep  # what comes from other workers may be yet to be passed
     worker.sweep_answer = worker.answered_sweep = 2 * main.sweep.number
     failure = worker_set_up_like(worker, main)
@@ -154,18 +156,21 @@ cdef inline void *worker_thread(void *argument) noexcept nogil:
     while failure == 0 and not worker.stopping:
         failure = worker_turn(worker, -1)
         mailbox_return(&main.mailbox, &worker.failed, &worker.ended, &worker.batches)
-        worker_answer_sweep(worker)
+        worker_answer(worker)
     if failure < 0:
         atomic_set(&worker.gauges.worker_error, -failure)  # GCOVR_EXCL_LINE - see worker_turn()
         mailbox_wake(&main.mailbox)  # GCOVR_EXCL_LINE - the same
     return NULL
 
 
-cdef inline void worker_answer_sweep(Worker *worker) noexcept nogil:
+cdef inline void worker_answer(Worker *worker) noexcept nogil:
     """After all that it had to tell."""
-    if worker.sweep_answer != worker.answered_sweep:
-        atomic_set(&worker.answered_sweep, worker.sweep_answer)
-        mailbox_wake(&worker.main.mailbox)
+    if (worker.sweep_answer == worker.answered_sweep
+            and worker.gather_answer == worker.answered_gather):
+        return
+    atomic_set(&worker.answered_sweep, worker.sweep_answer)
+    atomic_set(&worker.answered_gather, worker.gather_answer)
+    mailbox_wake(&worker.main.mailbox)
 
 
 # ── sweeps ───────────────────────────────────────────────────────────────────────────────────────

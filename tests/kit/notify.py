@@ -26,10 +26,14 @@ class NotifySocket:
 
     def _receive(self):
         while True:
-            text = self._socket.recv(1 << 16).decode(errors="replace")
+            text = self.receive_one()
             if text == "end of test":
                 return
             self._lines.extend(text.splitlines())
+
+    def receive_one(self):
+        """Wait for one message; its text."""
+        return self._socket.recv(1 << 16).decode(errors="replace")
 
     def lines(self):
         """All assignments received so far, such as `READY=1`, in order."""
@@ -38,6 +42,10 @@ class NotifySocket:
     def values(self, key):
         """The values received for `key`, in order."""
         return [line[len(key) + 1 :] for line in self.lines() if line.startswith(key + "=")]
+
+    def clear(self):
+        """Forget what was received so far."""
+        self._lines.clear()
 
     def wait_for(self, line):
         """Wait until `line` has been received."""

@@ -11,6 +11,7 @@ import select
 import socket
 import threading
 import time
+import types
 
 from kit.socket_state import set_option
 from kit.sockets import FAMILIES, open_listener
@@ -96,11 +97,10 @@ class Rig:
         self.target_family = target
         self.client_buffers = client_buffers or {}
         self.target_buffers = target_buffers or {}
-        with MAKING:
-            before = epoll_fds()
-            self.relay = Relay(**options)
-            (self.epoll,) = epoll_fds() - before
-        self.relay.report_ends = True
+        self.options = options
+        self.make_relay()
+        self.earlier = []
+        """The totals of relays that have passed on their connections (kit/parcel.py)."""
         self.pace_ms = 1
         """How long until() sleeps between two checks, at most."""
         self.events = []
@@ -108,10 +108,7 @@ class Rig:
         self.listen_socket = self.keep(open_listener(client, directory))
         self.listen_socket.setblocking(False)  # as the policy does
         tune_socket(self.listen_socket.fileno(), FAMILIES[client])
-        self.listener = RelayListener(
-            self.relay, self.listen_socket.fileno(), FAMILIES[client], 0, 0
-        )
-        self.listener.start()
+        self.listen()
         self.backend = self.keep(
             open_listener(
                 target, directory, receive_buffer=self.target_buffers.get("receive_buffer")
@@ -119,6 +116,18 @@ class Rig:
         )
         self.backend.setblocking(False)
         self.address = socket_names(self.backend.fileno())[1]
+
+    def make_relay(self):
+        with MAKING:
+            before = epoll_fds()
+            self.relay = Relay(**self.options)
+            (self.epoll,) = epoll_fds() - before
+        self.relay.report_ends = True
+
+    def listen(self):
+        terms = self.listen_socket.fileno(), FAMILIES[self.client_family], 0, 0
+        self.listener = RelayListener(self.relay, *terms)
+        self.listener.start()
 
     def keep(self, connection):
         """Close this socket together with the rig; returns it."""
@@ -280,7 +289,11 @@ class Rig:
         return self.of_kind(ConnectFailed)
 
     def totals(self):
-        return self.relay.totals()
+        """The totals of this relay, and of those before it."""
+        every = [values(totals) for totals in (*self.earlier, self.relay.totals())]
+        sums = {name: sum(one[name] for one in every) for name in every[0] if name != "endings"}
+        endings = {how: sum(one["endings"][how] for one in every) for how in every[0]["endings"]}
+        return types.SimpleNamespace(**sums, endings=endings)
 
     def until_ended(self, number):
         """Wait for the end of a connection: (ending, bytes up, bytes down)."""

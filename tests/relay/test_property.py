@@ -19,6 +19,7 @@ import pytest
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from kit.parcel import carry_over
 from kit.rig import MODES, Rigs
 from kit.socket_state import set_option, unacknowledged
 from kit.sockets import is_unix, open_listener, reset
@@ -375,6 +376,12 @@ class Conversations(RuleBasedStateMachine):
         self.rig.settle()
         for talk in self.talks:
             talk.established = True
+
+    @rule()
+    def carry_over(self):
+        """Another relay goes on with all connections, as after a restart."""
+        count = self.rig.relay.connections
+        assert carry_over(self.rig) == (count, 0)
 
     # ── what must hold ───────────────────────────────────────────────────────────────────────
 
