@@ -33,9 +33,11 @@ MODULES = (
     "outage",
     "upstream",
     "acceptor",
+    "routes",
     "sd_notify",
     "sizes",
     "stats",
+    "succession",
     "server",
 )
 

@@ -86,6 +86,10 @@ class Acceptor:
         """How many connections each source may have, as limit_sources() has set; 0: no limit."""
         self.passed_in = 0
         """Clients that the service manager has accepted (Accept=yes)."""
+        self.kept = 0
+        """Clients that the next process goes on with, if there is one."""
+        self.taken_over = 0
+        """Clients that an earlier process has accepted, and that this one goes on with."""
         self.resume_ms: int | None = None
         """When to accept again, after fds or memory have run out."""
         self._loop = loop
@@ -95,12 +99,12 @@ class Acceptor:
         self._relay.connections_max = connections_max
         self._proxy_protocol = proxy_protocol
         self._header: Callable[[int, int, bytes], bytes] | None = None
-        self._no_header: type[Exception] = Exception
-        """What `_header` raises for a client whose address is unknown."""
+        self.no_header: type[Exception] = OSError
+        """What header_for() raises for a client whose address is unknown."""
         if proxy_protocol:  # now, because later there may be no fd to load it with
             from proxyd.proxy_protocol import UnknownAddressError, header
 
-            self._header, self._no_header = header, UnknownAddressError
+            self._header, self.no_header = header, UnknownAddressError
         self._open_at_pause = 0
         for index, listener in enumerate(listeners):
             listener.index = index
@@ -285,18 +289,21 @@ class Acceptor:
 
         `header`: what the target is told first, if that is not what the socket says.
         """
-        if self._header is not None and header is None:
-            try:
-                header = self._header(self._proxy_protocol, fd, peer)
-            except self._no_header:
-                self._refuse_unknown(listener, fd)
-                return
+        try:
+            header = self.header_for(fd, peer) if header is None else header
+        except self.no_header:
+            self._refuse_unknown(listener, fd)
+            return
         upstream = upstream_of(listener, fd)
         name = ""
         if self._loop.labelled:
             name = client_label(fd, peer)
             log.debug(f"New connection from {name} to {upstream.text}.")
         upstream.take(fd, listener.family, listener.index, header, name, peer)
+
+    def header_for(self, fd: int, peer: bytes) -> bytes | None:
+        """Return the PROXY header of a client, None without --proxy-protocol=. Raises no_header."""
+        return None if self._header is None else self._header(self._proxy_protocol, fd, peer)
 
     def _refuse_unknown(self, listener: Listener, fd: int) -> None:
         """Refuse a client that was reset before its address was read.
@@ -345,6 +352,11 @@ class Acceptor:
         self.resume_ms = None
         for listener in self._streams:
             self._stop_listener(listener)
+
+    def resume_soon(self) -> None:
+        """Accept again with the next tick(), after stop()."""
+        self._open_at_pause = self._relay.connections
+        self.resume_ms = self._relay.now_ms
 
     def _stop_listener(self, listener: Listener) -> None:
         if listener.accepting:

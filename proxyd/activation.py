@@ -4,6 +4,7 @@ import _socket
 import posix
 
 from proxyd import address as sockaddr
+from proxyd import log
 from proxyd.errors import UsageError, reason
 from proxyd.listen import UNNAMED, Listener
 
@@ -11,7 +12,14 @@ TYPE_CHECKING = False  # as in typing, which is slow to import
 if TYPE_CHECKING:
     from collections.abc import MutableMapping
 
+PARCEL_NAME = "proxyd-parcel"
+"""How connections are called that are kept for the next start: see continuity/parcel.py."""
+
+_STORED = "stored"
+"""How systemd calls a stored descriptor without a name."""
+
 _FDS_START = 3
+_FDS_MAX = 1 << 30  # more than a process can have
 
 # LISTEN_PIDFDID: systemd 259 and newer.
 _NOT_A_STREAM = "Passed in socket is not a stream socket."  # the original's words
@@ -29,18 +37,27 @@ _VARIABLES = ("LISTEN_PID", "LISTEN_PIDFDID", "LISTEN_FDS", "LISTEN_FDNAMES")
 
 
 def inherited(
-    environ: "MutableMapping[str, str]", pid: int, *, by_name: bool = False
+    environ: "MutableMapping[str, str]",
+    pid: int,
+    *,
+    by_name: bool = False,
+    stored: list[int] | None = None,
 ) -> list[Listener]:
     """Return the sockets passed to process `pid`, checked, close-on-exec and non-blocking.
 
     With `by_name`, each of them must have a name. The LISTEN_ variables are removed from `environ`,
     so that no child takes them for its own. If the sockets are meant for another process, the list
-    is empty. Raises UsageError.
+    is empty. The parcels of an earlier process are appended to `stored`. Raises UsageError.
     """
     values = {name: environ.pop(name) for name in _VARIABLES if name in environ}
     if not values or not _meant_for(values, pid):
         return []
     count = _number(values, "LISTEN_FDS", 1)
+    count, parcels = _split_stored(values, count)
+    if stored is not None:
+        stored += parcels
+    if count == 0:
+        return []
     names = _names(values, count, by_name)
     # The first fd that is not open raises, however large the number is.
     return [_inherit(_FDS_START + n, names[n] if names else UNNAMED) for n in range(count)]
@@ -86,6 +103,37 @@ def _meant_for(values: dict[str, str], pid: int) -> bool:
         if own is not None and _number(values, "LISTEN_PIDFDID", 0) != own:
             return False
     return "LISTEN_FDS" in values
+
+
+def _split_stored(values: dict[str, str], count: int) -> tuple[int, list[int]]:
+    """Return how many of the descriptors are sockets, and which are parcels; drop their names.
+
+    Stored descriptors come last, and only their names tell them apart. Others than ours are
+    skipped; systemd calls them "stored" if who stored them did not name them.
+    """
+    names = values.get("LISTEN_FDNAMES", "").split(":")
+    parcels = []
+    while 0 < count <= _FDS_MAX and names and names[-1] in (PARCEL_NAME, _STORED):
+        fd = _FDS_START + count - 1
+        if names[-1] == PARCEL_NAME:
+            parcels.append(fd)
+        elif _is_useful(fd):
+            break
+        else:
+            log.warning(f"Ignoring the stored file descriptor {fd}, which is no socket to serve.")
+        names.pop()
+        count -= 1
+    if "LISTEN_FDNAMES" in values:
+        values["LISTEN_FDNAMES"] = ":".join(names)
+    return count, parcels
+
+
+def _is_useful(fd: int) -> bool:
+    try:
+        _inherit(fd, _STORED)
+    except UsageError:
+        return False
+    return True
 
 
 def _names(values: dict[str, str], count: int, by_name: bool) -> list[str]:

@@ -6,8 +6,13 @@ import posix
 
 from proxyd import address as sockaddr
 from proxyd.errors import UsageError, reason
-from proxyd.listen import SO_PASSRIGHTS, UNNAMED, Listener
+from proxyd.listen import SO_PASSRIGHTS, UNNAMED, Listener, close_listener
 from proxyd.target import split_pair
+
+TYPE_CHECKING = False  # as in typing, which is slow to import
+if TYPE_CHECKING:
+    from proxyd.continuity.blocks import Block
+    from proxyd.continuity.parcel import Parcel
 
 _BACKLOG = 65535  # the kernel caps it at net.core.somaxconn
 
@@ -112,6 +117,36 @@ def open_listener(where: ListenAddress) -> Listener:
             raise
         why = f"{error.strerror}. {_NO_SUCH_ADDRESS}"
         raise OSError(error.errno, why) from None
+
+
+def take_over_listener(where: ListenAddress, parcel: "Parcel") -> Listener | None:
+    """Return the listener that an earlier process has opened for the same option, if it has."""
+    for block in parcel.blocks:
+        kind = block.number("datagram") == where.datagram
+        if _has_listener(block) and block.text("wanted") == where.text and kind:
+            return _take_listener(block, where.name)
+    return None
+
+
+def close_left_listeners(parcel: "Parcel") -> None:
+    """Close the listeners of an earlier process that no option wants, and unlink their files."""
+    for block in parcel.blocks:
+        if _has_listener(block):
+            close_listener(_take_listener(block, UNNAMED))
+
+
+def _has_listener(block: "Block") -> bool:
+    return block.kind == "listener" and len(block.fds) == 1 and block.fds[0] >= 0
+
+
+def _take_listener(block: "Block", name: str) -> Listener:
+    (fd,), block.fds = block.fds, []
+    datagram = block.number("datagram") != 0
+    listener = Listener(fd, name, block.raw("address"), datagram=datagram)
+    if "inode" in block.values:
+        listener.inode = block.number("device"), block.number("inode")
+    listener.before_close = _unlink_at_exit
+    return listener
 
 
 def _open(where: ListenAddress, address: bytes) -> Listener:

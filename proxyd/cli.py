@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from typing import NoReturn
 
     from proxyd.bind import ListenAddress
+    from proxyd.continuity.parcel import Parcel
 
 _USAGE = """\
 systemd-socket-proxyd [OPTIONS...] HOST:PORT
@@ -101,12 +102,14 @@ def _run(argv: list[str], environ: dict[str, str]) -> int:
     by_name = any(name is not None for name, _ in options.targets)
     passed = {name: environ.get(name, "") for name in ("LISTEN_FDS", "LISTEN_PID")}
     log_addresses(wanted=options.log_addresses)
-    listeners = inherited(environ, posix.getpid(), by_name=by_name)
+    stored: list[int] = []
+    listeners = inherited(environ, posix.getpid(), by_name=by_name, stored=stored)
+    parcel = _take_parcel(environ, stored)
     entrance: Listener | None = None
     try:
         if options.inspect is not None and options.inspect.startswith("fd:"):
             entrance = _take_entrance(options.inspect[3:], listeners)
-        _open_all(options.listen, listeners)
+        _open_all(options.listen, listeners, parcel)
         if not listeners:
             log.error("Didn't get any sockets passed in.")
             log.error(_why_no_sockets(options, passed))
@@ -116,10 +119,30 @@ def _run(argv: list[str], environ: dict[str, str]) -> int:
         entrance = _open_entrance(options, listeners, entrance, environ)
         from proxyd import server  # late: importing it takes longest
 
-        return server.run(options, listeners, environ, entrance)
+        return server.run(options, listeners, environ, entrance, parcel, stored=bool(stored))
     finally:
+        if parcel is not None:
+            parcel.close()
         for listener in [*listeners, *([entrance] if entrance is not None else [])]:
             close_listener(listener)
+
+
+def _take_parcel(environ: dict[str, str], stored: list[int]) -> "Parcel | None":
+    """Take what an earlier process has left: in the store, or this process at a reload."""
+    where = environ.pop("PROXYD_PARCEL", None)
+    if where is None and not stored:
+        return None
+    from proxyd.continuity.parcel import inherited as inherited_parcel
+    from proxyd.continuity.parcel import receive_or_warn
+
+    found = inherited_parcel(where, posix.getpid()) if where is not None else None
+    for fd in stored:
+        received = receive_or_warn(fd)
+        if found is None:
+            found = received
+        elif received is not None:
+            received.close()
+    return found
 
 
 def _print(text: str) -> int:
@@ -186,17 +209,25 @@ def _open_entrance(
     return open_by_default(folder) if options.inspect is None else open_at(options.inspect)
 
 
-def _open_all(wanted: "list[ListenAddress]", listeners: list[Listener]) -> None:
-    """Open the --listen= sockets and append them to `listeners`. Raises UsageError."""
-    if not wanted:
+def _open_all(
+    wanted: "list[ListenAddress]", listeners: list[Listener], parcel: "Parcel | None"
+) -> None:
+    """Open the --listen= sockets and append them to `listeners`. Raises UsageError.
+
+    Those of an earlier process are taken out of its parcel; what is left there is closed.
+    """
+    if not wanted and parcel is None:
         return
-    from proxyd.bind import open_listener
+    from proxyd.bind import close_left_listeners, open_listener, take_over_listener
 
     for where in wanted:
         try:
-            listeners.append(open_listener(where))
+            found = take_over_listener(where, parcel) if parcel is not None else None
+            listeners.append(found or open_listener(where))
         except OSError as error:
             raise UsageError(f"Failed to listen on {where.text}: {reason(error)}") from None
+    if parcel is not None:
+        close_left_listeners(parcel)
 
 
 def _why_no_sockets(options: Options, passed: dict[str, str]) -> str:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         ConnectFailed,
         DatagramsChanged,
         Ended,
+        Event,
         Refused,
         SnapshotRows,
         Terminated,
@@ -74,8 +75,14 @@ class EventLoop:
 
         Calls the handlers of fds that are ready, and returns the other events, for the policy.
         """
+        return self._dispatch(self.relay.run(timeout_ms))
+
+    def freeze(self) -> "list[PolicyEvent]":
+        """Let all connections rest; return the last events, as run() does. Raises OSError."""
+        return self._dispatch(self.relay.freeze())
+
+    def _dispatch(self, events: "list[Event]") -> "list[PolicyEvent]":
         others: list[PolicyEvent] = []
-        events = self.relay.run(timeout_ms)
         self.had_events = False
         for event in events:
             if not isinstance(event, Ready):
@@ -137,6 +144,10 @@ class EventLoop:
         """Name a connection for the log, if it wants to know."""
         if self._labels is not None:
             self._labels[connection] = label
+
+    def labels(self) -> "list[tuple[int, str]]":
+        """Return (connection id, label) of all that have one."""
+        return list((self._labels or {}).items())
 
     def pop_label(self, connection: int) -> str:
         """Return the label of a connection that has ended, "" without one."""

@@ -96,6 +96,11 @@ class Option:
         return allowed or self.metavar.replace("|", " or ")
 
 
+def milliseconds(usec: int | None) -> int | None:
+    """Convert a span to ms, rounded up, so that only 0 becomes 0."""
+    return None if usec is None else -(-usec // 1000)
+
+
 # ── one function per option: reads the argument and stores it ─────────────────────────────────────
 
 

@@ -3,6 +3,8 @@
 import _socket
 import errno
 import posix
+import sys
+import time
 
 from proxyd import address as sockaddr
 from proxyd import log
@@ -32,7 +34,7 @@ RETRY_GONE_MS_MAX = 10_000
 _TEMPORARY = (errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM, errno.EINTR)
 """Errors that mean that the service manager, or this machine, is busy."""
 
-_ORDER = ("READY", "STOPPING", "WATCHDOG", "EXTEND", "STATUS")
+_ORDER = ("REMOVE", "RELOADING", "READY", "STOPPING", "WATCHDOG", "EXTEND", "STATUS")
 """READY=1 precedes STOPPING=1 even if both are late; the watchdog precedes what can wait."""
 
 
@@ -71,6 +73,21 @@ class Notifier:
             text = f"READY=1\nSTATUS={self._sent_status}"
             self._send("READY", lambda: self._sock.send(text), self._relay.now_ms)
 
+    def reloading(self) -> None:
+        """Report that the program reloads, for Type=notify-reload; ready() is to follow."""
+        usec = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
+        text = f"RELOADING=1\nMONOTONIC_USEC={usec}"
+        self._send("RELOADING", lambda: self._sock.send(text), self._relay.now_ms)
+
+    def remove_stored(self) -> None:
+        """Have the service manager drop the parcel, which was received."""
+        text = "FDSTOREREMOVE=1\nFDNAME=proxyd-parcel"
+        self._send("REMOVE", lambda: self._sock.send(text), self._relay.now_ms)
+
+    def send_fd(self, text: str, fd: int) -> bool:
+        """Send a message with a descriptor, which stays the caller's; tell whether it was sent."""
+        return self._sock.send(text, fd)
+
     def stopping(self, now_ms: int, waits: bool) -> None:
         """Report that no more clients are accepted; with `waits`, connections drain.
 
@@ -105,6 +122,16 @@ class Notifier:
                 self._send("STATUS", lambda: self._sock.status(text), now_ms)
         if self._retry_ms is not None and now_ms >= self._retry_ms:
             self._flush(now_ms)
+
+    @property
+    def has_certain_store(self) -> bool:
+        """Tell whether the service manager has said that there is one."""
+        return self.has_store and self._sock.store_max != ""
+
+    @property
+    def has_store(self) -> bool:
+        """Tell whether there may be a descriptor store."""
+        return self.enabled and self._sock.store_max != "0"
 
     @property
     def enabled(self) -> bool:
@@ -169,11 +196,13 @@ class NotifySocket:
     reason is logged once, until a message is sent.
     """
 
-    __slots__ = ("_address", "_sock", "_warned", "error", "watchdog_usec")
+    __slots__ = ("_address", "_sock", "_warned", "error", "store_max", "watchdog_usec")
 
     def __init__(self, environ: "Mapping[str, str]") -> None:
         self._warned = False
         self._address = b""
+        self.store_max = environ.get("FDSTORE", "")
+        """How many descriptors may be stored; "" if that is not known, before systemd 254."""
         self.error = 0
         """The errno of the last send(), 0 if it succeeded."""
         where = environ.get("NOTIFY_SOCKET")
@@ -214,13 +243,16 @@ class NotifySocket:
         """Ask for `usec` more microseconds, from now on, before a timeout ends the program."""
         return self.send(f"EXTEND_TIMEOUT_USEC={usec}")
 
-    def send(self, text: str) -> bool:
-        """Send newline-separated assignments; tell whether they were sent."""
+    def send(self, text: str, fd: int = -1) -> bool:
+        """Send newline-separated assignments, perhaps with a descriptor; tell whether they were."""
         if self._sock is None:
             return False
         data = text.encode("utf-8", "backslashreplace")
+        flags = _socket.MSG_DONTWAIT | _socket.MSG_NOSIGNAL
+        packed = fd.to_bytes(4, sys.byteorder, signed=True)
+        rights = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, packed)] if fd >= 0 else []
         try:
-            self._sock.sendto(data, _socket.MSG_DONTWAIT | _socket.MSG_NOSIGNAL, self._address)
+            self._sock.sendmsg([data], rights, flags, self._address)
         except OSError as error:
             self.error = error.errno or errno.EIO
             if self.error not in _TEMPORARY:

@@ -7,7 +7,7 @@ and gives both sockets back to the relay. The relay forwards until both sides ar
 
 import _signal  # type: ignore[import-not-found]
 
-from proxyd import address, log, stats
+from proxyd import log, stats
 from proxyd._relay import (
     Accepted,
     AcceptFailed,
@@ -23,19 +23,22 @@ from proxyd.acceptor import Acceptor, upstream_of
 from proxyd.event_loop import EventLoop
 from proxyd.limits import fit_connections
 from proxyd.listen import Listener
+from proxyd.options import milliseconds
+from proxyd.routes import Routes
 from proxyd.sd_notify import Notifier, NotifySocket
-from proxyd.upstream import Upstream
+from proxyd.succession import Succession
 
 TYPE_CHECKING = False  # as in typing, which is slow to import
 if TYPE_CHECKING:
     from collections.abc import MutableMapping
 
+    from proxyd.continuity.parcel import Parcel
+    from proxyd.continuity.parts import Parts
     from proxyd.datagrams import DatagramPolicy
     from proxyd.event_loop import PolicyEvent
     from proxyd.inspection.entrance import Entrance
     from proxyd.inspection.service import Service
     from proxyd.options import Options
-    from proxyd.ports import Ports
     from proxyd.resolver import Resolver
     from proxyd.target import Target
 
@@ -43,18 +46,23 @@ STATUS_AGES_MS = 60_000
 """How long STATUS= says when the last client was refused or has failed."""
 
 
-def run(
+def run(  # noqa: PLR0913 - all that the program has at its start
     options: "Options",
     listeners: list[Listener],
     environ: "MutableMapping[str, str]",
     entrance: Listener | None = None,
+    parcel: "Parcel | None" = None,
+    *,
+    stored: bool = False,
 ) -> int:
     """Serve until the end; return the exit status. The listeners stay the caller's.
 
-    `entrance`: the inspection socket.
+    `entrance`: the inspection socket. `parcel`: the connections of the last process; `stored`: it
+    was in the store of the service manager.
     """
     server = Server(options, listeners, environ, entrance)
     try:
+        server.succession.take(parcel, stored=stored)
         return server.serve()
     finally:
         server.relay.close_all()  # after an error, too: a client that is cut must not see a FIN
@@ -83,19 +91,13 @@ class Server:
         self.options = options
         self.loop = EventLoop(options.buffer_size)
         self.relay = self.loop.relay
-        self.relay.idle_ms = _milliseconds(options.idle_timeout) or 0
+        self.relay.idle_ms = milliseconds(options.idle_timeout) or 0
         self._handle_signals()
         hosts = [one.target.host for one in listeners if one.target.host is not None]
         self.resolver = self._make_resolver(hosts) if hosts else None
-        self.upstreams: list[Upstream] = []
-        self.ports: dict[Target, Ports] = {}
-        """By target."""
-        for index, target in enumerate(dict.fromkeys(one.target for one in listeners)):
-            target.index = index
-            self.relay.add_upstream(index)
+        routes = Routes(self.loop, options, listeners, self.resolver)
+        self.upstreams = routes.upstreams
         streams = [one for one in listeners if not one.datagram]
-        for listener in streams:
-            self._assign_upstream(listener)
         connections_max = fit_connections(
             options.connections_max,
             len(listeners),
@@ -121,12 +123,13 @@ class Server:
             workers.use(self.relay, options.threads, at_once=options.always_hand_over)
         self.notifier = Notifier(NotifySocket(environ), self._status, self.relay)
         self.inspection = self._make_inspection(entrance) if entrance is not None else None
+        self.succession = Succession(self.notifier, lambda: self._parts(routes.targets, entrance))
         self.relay.wake_on_first = self.notifier.enabled or (
             self.datagrams is not None and self.datagrams.needs_first_flow()
         )
         self.held_ms = self.relay.now_ms
         """When a client was last held."""
-        self.exit_idle_ms = _milliseconds(options.exit_idle_time)
+        self.exit_idle_ms = milliseconds(options.exit_idle_time)
         if single:
             self.exit_idle_ms = 0  # Accept=yes: the program ends with its only connection
         self.summary_wanted = False
@@ -139,7 +142,7 @@ class Server:
 
     def _handle_signals(self) -> None:
         ends = (_signal.SIGTERM, _signal.SIGINT, _signal.SIGHUP)
-        signals = signal_fd((*ends, _signal.SIGUSR1))
+        signals = signal_fd((*ends, _signal.SIGUSR1, _signal.SIGUSR2))
         self.loop.watch(signals, lambda _events: self._signalled())
 
     def _make_resolver(self, hosts: list[bytes]) -> "Resolver":
@@ -150,37 +153,10 @@ class Server:
         self.loop.watch(resolver.fd, lambda _events: resolver.collect(self.relay.now_ms))
         return resolver
 
-    def _assign_upstream(self, listener: Listener) -> None:
-        """Set the upstream of a listener: one for all listeners that lead to the same place."""
-        target = listener.target
-        port = address.port(listener.address) if target.any_port else target.service or 0
-        same = [one for one in self.upstreams if one.target is target and one.port == port]
-        listener.upstream = same[0] if same else self._make_upstream(target, port)
-        listener.ports = None
-        if target.any_port and not listener.connected:
-            listener.ports = self._ports_of(target)
-            listener.ports.add_fixed(listener.upstream)
-
-    def _ports_of(self, target: "Target") -> "Ports":
-        if target not in self.ports:
-            from proxyd.ports import Ports
-
-            self.ports[target] = Ports(
-                lambda port: self._make_upstream(target, port), self.upstreams.remove
-            )
-        return self.ports[target]
-
-    def _make_upstream(self, target: "Target", port: int) -> Upstream:
-        timeout_ms = _milliseconds(self.options.connect_timeout)
-        upstream = Upstream(self.loop, self.resolver, target, port, timeout_ms)
-        upstream.settle(_milliseconds(self.options.settle_time) or 0)
-        self.upstreams.append(upstream)
-        return upstream
-
     def _make_datagrams(self) -> "DatagramPolicy":
         from proxyd.datagrams import DatagramPolicy
 
-        timeout_ms = _milliseconds(self.options.connect_timeout)
+        timeout_ms = milliseconds(self.options.connect_timeout)
         proxy = self.options.proxy_protocol != 0
         parts = self.loop, self.acceptor.listeners, self.resolver, timeout_ms
         return DatagramPolicy(*parts, proxy=proxy)
@@ -198,6 +174,13 @@ class Server:
             return Service(*parts, status, started_ms, threads, callers_max, self.datagrams)
 
         return Entrance(self.loop, entrance, make_service)
+
+    def _parts(self, targets: "list[Target]", entrance: Listener | None) -> "Parts":
+        from proxyd.continuity.parts import Parts
+
+        streams = self.loop, self.acceptor, self.upstreams, targets
+        own = self.options, entrance, self._handle, self._busy
+        return Parts(*streams, self.notifier, *own)
 
     # ── the loop ──────────────────────────────────────────────────────────────────────────────────
 
@@ -226,7 +209,10 @@ class Server:
         self._tick()
 
     def _handle(self, event: "PolicyEvent") -> None:
-        if isinstance(event, ConnectFailed):
+        if isinstance(event, ConnectFailed) and event.listener < 0:
+            # It came to a listener of the last process, which is not configured any more.
+            self.loop.hang_up(event.client, reset=True)
+        elif isinstance(event, ConnectFailed):
             listener = self.acceptor.listeners[event.listener]
             upstream_of(listener, event.client).take_back(event, listener.family)
         elif isinstance(event, Ended):
@@ -270,6 +256,7 @@ class Server:
             self._log_summary()
         if self.inspection is not None:
             self.inspection.step(now_ms)
+        self.succession.step(now_ms)
         self.notifier.tick(now_ms, self._busy() or self._status_ages(now_ms))
         ends = self.stopping or self.exit_idle_ms is not None or self.acceptor.broken
         last = 0 if self.relay.connections > 0 and ends else -1
@@ -282,7 +269,9 @@ class Server:
     def _timeout_ms(self) -> int:
         """Return how long the relay may run without us; -1: until something happens."""
         times = [self.notifier.next_ms(), self.acceptor.next_ms()]
-        times += [self.stop_ms, self._idle_exit_ms()]
+        times += [self.succession.next_ms(), self._idle_exit_ms()]
+        if not self.succession.waits_for_store:
+            times.append(self.stop_ms)
         if self.inspection is not None:
             times.append(self.inspection.next_ms(self.relay.now_ms))
         if self.datagrams is not None:
@@ -295,6 +284,8 @@ class Server:
 
     def _over(self) -> bool:
         now_ms = self.relay.now_ms
+        if self.succession.waits_for_store:
+            return False
         if self.stopping:
             return not self._busy() or (self.stop_ms is not None and now_ms >= self.stop_ms)
         if self.acceptor.broken and not self._busy():
@@ -335,28 +326,35 @@ class Server:
         for number in take_signals():
             if number == _signal.SIGUSR1:
                 self.summary_wanted = True
-            else:
-                self._stop()
+            elif number != _signal.SIGHUP:
+                self._stop(drains=number != _signal.SIGUSR2)
+            elif not self.stopping and not self.succession.reload():
+                self._stop()  # while stopping, a service manager may send it (SendSIGHUP=)
 
-    def _stop(self) -> None:
-        """On SIGTERM, SIGINT or SIGHUP: stop accepting, and drain; the second time, end at once."""
+    def _stop(self, *, drains: bool = True) -> None:
+        """On SIGTERM or SIGINT: stop accepting, and drain; the second time, end at once.
+
+        SIGUSR2 is for RestartKillSignal=: no drain, since the next process goes on with all.
+        """
         now_ms = self.relay.now_ms
         if self.stopping:
             self.stop_ms = now_ms
             return
         self.stopping = True
-        drain_ms = _milliseconds(self.options.drain_timeout)
+        drain_ms = milliseconds(self.options.drain_timeout) if drains else 0
         self.stop_ms = None if drain_ms is None else now_ms + drain_ms
         self.acceptor.stop()
         if self.datagrams is not None:
             self.datagrams.stop()
         self.notifier.stopping(now_ms, waits=drain_ms != 0)
+        self.succession.stop(busy=self._busy())
 
     def _end(self) -> None:
         if not self.stopping:
             self.notifier.stopping(self.relay.now_ms, waits=False)
         if self.datagrams is not None:
             self.datagrams.end()
+        self.succession.leave()
         cut = self.relay.close_all()
         if self.loop.labelled:
             self.acceptor.stop()
@@ -386,8 +384,3 @@ class Server:
         if self.datagrams is not None:
             times += [self.datagrams.refused_ms, *self.datagrams.failed_ms]
         return any(time is not None and now_ms - time < STATUS_AGES_MS for time in times)
-
-
-def _milliseconds(usec: int | None) -> int | None:
-    """Convert a span to ms, rounded up, so that only 0 becomes 0."""
-    return None if usec is None else -(-usec // 1000)

@@ -201,16 +201,18 @@ def summary(
 ) -> list[str]:
     """Return everything since the start: a line in all, one per target, and one for threads.
 
-    Accepted is the sum of open, waiting, refused, failed and all that have ended.
+    Accepted is the sum of open, waiting, kept, refused, failed and all that have ended.
     """
     sums = relay.totals()
     held = sum(len(one.held) for one in upstreams) + acceptor.awaiting_header
     failed = sum(one.held.failed for one in upstreams)
     flows = datagrams.flows if datagrams is not None else 0
     endings = [f"{n} {name}" for name, n in all_endings(acceptor, sums, upstreams).items() if n]
+    kept = f"{acceptor.kept} kept, " if acceptor.kept else ""
+    accepted = sums.accepted + acceptor.passed_in + acceptor.taken_over
     line = (
-        f"{sums.accepted + acceptor.passed_in} accepted, {relay.connections - flows} open, "
-        f"{held} waiting, {sums.refused + acceptor.refused} refused, {failed} failed; "
+        f"{accepted} accepted, {relay.connections - flows} open, "
+        f"{held} waiting, {kept}{sums.refused + acceptor.refused} refused, {failed} failed; "
         f"{sums.bytes_to_targets} bytes to targets, {sums.bytes_to_clients} bytes to clients, "
         f"{sums.spliced} spliced, {sums.copied} copied; {', '.join(endings) or 'none ended'}"
     )

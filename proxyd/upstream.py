@@ -127,7 +127,7 @@ class Upstream:
         if address is None or not self.outage.up or not self._proven or self.held:
             client = HeldClient(fd, family, header, name, self._relay.now_ms, peer)
             client.listener = index
-            self._hold(client)
+            self.hold(client)
             return
         terms = index, self.connect_ms, self.target.index, peer or socket_names(fd)[0]
         outcome = self._relay.connect(fd, family, address, header, *terms)
@@ -147,7 +147,7 @@ class Upstream:
         client.connection = failed.connection
         # The relay reads nothing from a client before its PROXY header has been sent.
         client.has_unsent = bool(failed.pending) and not self._expects_header
-        self._hold(client)
+        self.hold(client)
         waited_ms = self._relay.now_ms - failed.opened_ms
         silent = failed.error == errno.ETIMEDOUT and waited_ms >= self.connect_ms
         if silent and self.timeout_ms != 0:
@@ -170,7 +170,8 @@ class Upstream:
         self._rest_if_none_held()
         return count
 
-    def _hold(self, client: HeldClient) -> None:
+    def hold(self, client: HeldClient) -> None:
+        """Hold a client, whose fd is owned from now on."""
         self.outage.client_held(self._relay.now_ms, first=not self.held)
         self.held.add(client)
 
@@ -268,7 +269,7 @@ class Upstream:
             connection = self.held.serve(client, winner.fd, winner.error, self.target.index)
         except OSError as failed:
             self._loop.hang_up(winner.fd, reset=True)
-            self._hold(client)
+            self.hold(client)
             self._note_outage(self._reason(failed.errno or errno.EIO))
         else:
             self._connected(connection, client.name)

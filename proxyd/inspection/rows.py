@@ -17,7 +17,6 @@ TYPE_CHECKING = False  # as in typing
 if TYPE_CHECKING:
     from proxyd._datagram import FlowInfo
     from proxyd._relay import ConnectionInfo
-    from proxyd.listen import Listener
 
 Row = str
 """A JSON object."""
@@ -48,7 +47,7 @@ class RowMaker:
         accepted_ms = info.opened_ms - info.held_ms
         return (
             f'{{"id":{info.connection},"state":"{info.state}",'
-            f'"listener":{names.quoted(names.listener(info.listener).text)},'
+            f'"listener":{names.quoted(names.listener(info.listener))},'
             f'"client":{_quoted_address(info.client)},"clientPID":{info.client_pid or "null"},'
             f'"target":{names.quoted(names.target(info))},'
             f'"targetAddress":{names.address(info.target)},"localAddress":{_local(info.local)},'
@@ -68,7 +67,7 @@ class RowMaker:
         age_us = self._span(client.since_ms)
         return (
             f'{{"id":{client.id},"state":"held",'
-            f'"listener":{names.quoted(names.listener(client.listener).text)},'
+            f'"listener":{names.quoted(names.listener(client.listener))},'
             f'"client":{_quoted_address(client.peer)},"clientPID":{client.pid or "null"},'
             f'"target":{names.quoted(target)},"targetAddress":null,"localAddress":null,'
             f'"sinceUSec":{self.since_us(client.since_ms)},"ageUSec":{age_us},'
@@ -82,7 +81,7 @@ class RowMaker:
         client = _local(info.client).replace("null", '""')
         return (
             f'{{"id":{info.flow},"state":"flow",'
-            f'"listener":{names.quoted(names.listener(info.listener).text)},'
+            f'"listener":{names.quoted(names.listener(info.listener))},'
             f'"client":{client},"clientPID":null,'
             f'"target":{names.quoted(names.flow_target(info))},'
             f'"targetAddress":{names.address(info.target)},"localAddress":{_local(info.own)},'
@@ -111,14 +110,19 @@ class Names:
         self._quoted: dict[str, str] = {}
         self._addresses: dict[bytes, str] = {}
 
-    def listener(self, index: int) -> "Listener":
-        """Return the listener that clients came from."""
-        return self._listeners[index]
+    def listener(self, index: int) -> str:
+        """Return the listener that clients came from; "" if it was one of the last process."""
+        return self._listeners[index].text if index >= 0 else ""
 
     def target(self, info: "ConnectionInfo") -> str:
-        """Return the target of a connection as it is called on the command line."""
-        listener = self._listeners[info.listener]
+        """Return the target of a connection as it is called on the command line.
+
+        If the last process has connected it to another one, only the address is known.
+        """
+        listener = self._listeners[max(info.listener, 0)]
         target = listener.target
+        if info.listener < 0 or info.upstream != target.index:
+            return sockaddr.text(info.target) if info.target else ""
         if target.any_port:
             port = sockaddr.port(info.target) if info.target else listener.upstream.port
             return f"{target.text.removesuffix('*')}{port}"

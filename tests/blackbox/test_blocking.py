@@ -324,16 +324,3 @@ def test_an_ignored_signal_stays_ignored(stage, number):
     greet(stage.connect())
     assert not stage.proxy.has_ended()
     ends_on_sigterm(stage)
-
-
-@differs("original", reason="SIGHUP kills it")
-def test_sighup_ends_it(stage):
-    """As SIGTERM does, after open connections have finished."""
-    stage.launch("--drain-timeout=1min", stage.echo(), listeners=[stage.listener()])
-    client = stage.connect()
-    greet(client)
-    stage.proxy.send_signal(signal.SIGHUP)
-    stage.proxy.notify.wait_for("STOPPING=1")
-    greet(client)
-    client.close()
-    assert stage.proxy.wait() == 0

@@ -373,3 +373,69 @@ def test_real_descriptors_begin_at_3():
             check=True,
         )
     assert out.stdout == "[(3, 'web')] []\n"
+
+
+# ── the descriptor store ─────────────────────────────────────────────────────────────────────────
+
+
+def parcel():
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.close()
+    return theirs
+
+
+def with_stored(environ):
+    """(names of the listeners, the parcels)."""
+    stored = []
+    listeners = activation.inherited(environ, os.getpid(), stored=stored)
+    return [one.name for one in listeners], stored
+
+
+def test_a_parcel(passed):
+    environ = passed(tcp(), parcel())
+    environ["LISTEN_FDNAMES"] = "web:proxyd-parcel"
+    assert with_stored(environ) == (["web"], [START + 1])
+
+
+def test_a_parcel_behind_a_name_with_colons(passed):
+    environ = passed(tcp(), parcel())
+    environ["LISTEN_FDNAMES"] = "web@127.0.0.1:8080.socket:proxyd-parcel"
+    assert with_stored(environ) == (["web@127.0.0.1:8080.socket"], [START + 1])
+
+
+def test_nothing_but_a_parcel(passed):
+    """As with --listen=."""
+    environ = passed(parcel())
+    environ["LISTEN_FDNAMES"] = "proxyd-parcel"
+    assert with_stored(environ) == ([], [START])
+
+
+@pytest.mark.parametrize("names", ["web:stored:proxyd-parcel", "web:proxyd-parcel:stored"])
+def test_what_others_have_stored(passed, capfd, names):
+    file = open("/dev/null", "rb")  # noqa: SIM115 - closed by passed()
+    others = [file, parcel()] if names.endswith("parcel") else [parcel(), file]
+    environ = passed(tcp(), *others)
+    environ["LISTEN_FDNAMES"] = names
+    found, stored = with_stored(environ)
+    place = START + names.split(":").index("stored")
+    assert (found, len(stored)) == (["web"], 1)
+    assert capfd.readouterr().err == (
+        f"Ignoring the stored file descriptor {place}, which is no socket to serve.\n"
+    )
+
+
+def test_a_listener_that_is_called_stored(passed):
+    environ = passed(tcp(), tcp())
+    environ["LISTEN_FDNAMES"] = "web:stored"
+    assert with_stored(environ) == (["web", "stored"], [])
+
+
+@pytest.mark.parametrize("name", ["proxyd-parcel", "stored"])
+def test_a_stored_descriptor_that_cannot_be(name):
+    environ = {
+        "LISTEN_PID": str(os.getpid()),
+        "LISTEN_FDS": str(2**64 - 1),
+        "LISTEN_FDNAMES": f"web:{name}",
+    }
+    with pytest.raises(UsageError):
+        with_stored(environ)

@@ -45,6 +45,7 @@ SLOW = {
 RARE = {
     "proxyd._datagram",
     "proxyd.bind",
+    "proxyd.continuity",
     "proxyd.datagram_upstream",
     "proxyd.crc32c",
     "proxyd.datagrams",

@@ -123,3 +123,16 @@ def test_garbage_in_the_variables_of_the_watchdog(notifier, capfd, name, value):
 )
 def test_any_environment(environ):
     NotifySocket(environ).close()
+
+
+def test_a_descriptor(manager, notifier):
+    sock, name = manager
+    out = notifier(NOTIFY_SOCKET=name)
+    file = os.open("/dev/null", os.O_RDONLY)
+    assert out.send("FDSTORE=1", file)
+    data, fds, _, _ = socket.recv_fds(sock, 4096, 2)
+    assert data == b"FDSTORE=1"
+    assert os.path.sameopenfile(file, fds[0])
+    assert len(fds) == 1
+    for fd in (file, *fds):
+        os.close(fd)

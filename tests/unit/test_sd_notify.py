@@ -2,6 +2,7 @@
 
 import os
 import socket
+import time
 
 import pytest
 from hypothesis import given
@@ -365,3 +366,53 @@ def test_a_socket_without_a_reader_is_tried_seldom(tmp_path, capfd):
         wait(one, one.notifier.next_ms())
         assert sock.recv(4096).startswith(b"READY=1")
     one.notifier._sock.close()
+
+
+# ── restart and reload ───────────────────────────────────────────────────────────────────────────
+
+
+def test_a_reload_says_when_it_began(world):
+    one = world()
+    before = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
+    one.notifier.reloading()
+    ((first, second),) = [text.splitlines() for text in one.hear()]
+    assert first == "RELOADING=1"
+    name, _, usec = second.partition("=")
+    assert name == "MONOTONIC_USEC"
+    assert before <= int(usec) <= time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
+
+
+def test_a_reload_that_has_failed_is_over(world):
+    """A manager that was busy hears of both: it has asked for the reload, and waits for it."""
+    one = world()
+    one.fill()
+    one.notifier.reloading()
+    one.notifier.ready()
+    one.hear()
+    heard = [text.splitlines()[0] for _, text in one.run(5 * RETRY_MS_MAX)]
+    assert heard == ["RELOADING=1", "READY=1"]
+
+
+def test_what_was_received_is_removed_from_the_store_first(world):
+    one = world()
+    one.fill()
+    one.notifier.ready()
+    one.notifier.remove_stored()
+    one.hear()
+    heard = [text.splitlines()[0] for _, text in one.run(5 * RETRY_MS_MAX)]
+    assert heard == ["FDSTOREREMOVE=1", "READY=1"]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "environ", "may", "certain"),
+    [
+        (True, {}, True, False),
+        (True, {"FDSTORE": "1"}, True, True),
+        (True, {"FDSTORE": "0"}, False, False),
+        (False, {"FDSTORE": "1"}, False, False),
+    ],
+)
+def test_whether_there_is_a_store(world, wanted, environ, may, certain):
+    """systemd 254 and newer say so; before that, it has to be tried."""
+    notifier = world(wanted, **environ).notifier
+    assert (notifier.has_store, notifier.has_certain_store) == (may, certain)

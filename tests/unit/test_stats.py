@@ -79,6 +79,8 @@ def upstream(group, held=0, waiting=None, connected=0, failed=0, gone=0, cut=0):
 def acceptor(refused=0, **fields):
     usual = {
         "passed_in": 0,
+        "taken_over": 0,
+        "kept": 0,
         "refused": refused,
         "unknown": 0,
         "headerless": 0,

@@ -8,7 +8,9 @@ import pytest
 import proxyd
 
 FOLDER = Path(proxyd.__file__).parent
-FILES = sorted([*FOLDER.glob("*.py"), *FOLDER.glob("inspection/*.py")])
+FILES = sorted(
+    [*FOLDER.glob("*.py"), *FOLDER.glob("continuity/*.py"), *FOLDER.glob("inspection/*.py")]
+)
 """`proxyd.units` is another program."""
 
 

@@ -1,0 +1,96 @@
+"""Whether, and how, another process is to go on with the connections of this one.
+
+Loaded at every start, and no more than that: all that is done is in `proxyd.continuity`, which is
+imported when it is needed.
+"""
+
+from proxyd import log
+from proxyd.errors import reason
+from proxyd.sd_notify import Notifier
+
+TYPE_CHECKING = False  # as in typing, which is slow to import
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from proxyd.continuity.parcel import Parcel
+    from proxyd.continuity.parts import Parts
+    from proxyd.continuity.reload import Reload
+    from proxyd.continuity.store import Store
+
+
+class Succession:
+    """What a process takes over from the last one, and leaves to the next one."""
+
+    __slots__ = ("_notifier", "_parts", "_reload", "_store")
+
+    def __init__(self, notifier: Notifier, parts: "Callable[[], Parts]") -> None:
+        """`parts` makes what `proxyd.continuity` needs of the server."""
+        self._notifier = notifier
+        self._parts = parts
+        self._reload: Reload | None = None
+        self._store: Store | None = None
+
+    def take(self, parcel: "Parcel | None", *, stored: bool) -> None:
+        """Go on with the connections of the last process; `stored`: they were in the store."""
+        if parcel is not None:
+            from proxyd.continuity import arrival
+
+            arrival.take(self._parts(), parcel)
+        if stored:
+            self._notifier.remove_stored()
+
+    def reload(self) -> bool:
+        """Begin to execute the program again; return False if SIGHUP is to end it."""
+        if self._reload is not None:
+            return True
+        try:
+            from proxyd.continuity import reload
+        except (OSError, ImportError) as error:  # there is no fd left to load it with
+            log.warning(f"Not reloaded: {reason(error)}")
+            return True
+        parts = self._parts()
+        if not reload.is_possible(parts.acceptor):
+            return False
+        self._reload = reload.Reload(parts)
+        return True
+
+    def stop(self, *, busy: bool) -> None:
+        """The program is to end: if it is busy, ask the service manager for a store."""
+        if self._reload is not None:
+            self._reload.cancel()
+            self._reload = None
+        if not busy or not self._notifier.has_store:
+            return
+        try:
+            from proxyd.continuity.store import Store
+
+            parts = self._parts()
+            if not parts.acceptor.passed_in:  # with Accept=yes there is no next process
+                self._store = Store(parts)
+        except (OSError, ImportError) as error:  # no fd is left, or a filter forbids a call
+            tell = log.warning if self._notifier.has_certain_store else log.info
+            tell(f"Failed to keep the connections: {reason(error)}")
+
+    @property
+    def waits_for_store(self) -> bool:
+        """Tell whether the service manager has yet to say whether there is a store."""
+        return self._store is not None and self._store.waits
+
+    def next_ms(self) -> int | None:
+        """Return when step() is to be called at the latest."""
+        if self._store is not None and self._store.waits:
+            return self._store.until_ms
+        return self._reload.until_ms if self._reload is not None else None
+
+    def step(self, now_ms: int) -> None:
+        """Do what the time has made due."""
+        if self._store is not None:
+            self._store.step(now_ms)
+        if self._reload is not None:
+            self._reload.step(now_ms)
+            if self._reload.done:
+                self._reload = None
+
+    def leave(self) -> bool:
+        """Leave all connections to the next process; return False if that is not possible."""
+        return self._store is not None and self._store.fill()
