@@ -34,12 +34,29 @@ apt_updated=
 apt_install() {
     have apt-get && [ "$(id -u)" = 0 ] || return 1
     say "installing with apt-get: $*"
-    if [ -z "$apt_updated" ]; then
-        apt-get -qq update >>"$LOGS/apt" 2>&1 </dev/null || return 1
-        apt_updated=yes
-    fi
-    DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends "$@" \
-        >>"$LOGS/apt" 2>&1 </dev/null
+    apt_alone apt_install_now "$@" >>"$LOGS/apt" 2>&1 </dev/null
+}
+
+# The lists of packages are brought up to date only where there are none, or where they are too old.
+apt_install_now() {
+    local install=(env DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends "$@")
+    "${install[@]}" && return
+    [ -z "$apt_updated" ] && apt-get -qq update || return 1
+    apt_updated=yes
+    "${install[@]}"
+}
+
+# apt_alone COMMAND... : apt does not wait for another apt, but fails; ours wait for each other. The lock
+# is that of tests/kit/containers/host.py.
+apt_alone() {
+    local lock status
+    if ! have flock || ! [ -w /run/lock ]; then "$@"; return; fi
+    exec {lock}>/run/lock/systemd-socket-proxyd-apt
+    flock "$lock"
+    "$@" {lock}>&- # a service that is installed must not keep the lock
+    status=$?
+    exec {lock}>&-
+    return $status
 }
 
 # want COMMAND PACKAGE : install the package unless the command exists; return 0 if it exists now.
@@ -202,7 +219,7 @@ with_lock() {
     mkdir -p "$LOGS"
     exec {lock}>"$CACHE/lock"
     if have flock; then flock "$lock"; fi
-    "$@"
+    "$@" {lock}>&- # what it leaves running must not keep the lock
     exec {lock}>&-
 }
 

@@ -99,7 +99,7 @@ run_cases() {
     fi
     printf '\n=== %s: %s\n' "$name" "$version"
     (cd "$CACHE/empty" && "$VENV/bin/pytest" -c "$ROOT/pyproject.toml" --rootdir="$ROOT" \
-        -o cache_dir="$CACHE/pytest" -n4 -q --tb=no -r "$report" "$ROOT/tests/cases" \
+        -o cache_dir="$CACHE/pytest/$part" -n4 -q --tb=no -r "$report" "$ROOT/tests/cases" \
         --executable="$command" --contender="$is" "${arguments[@]}" \
         --record="$SEEN/$name.json" "${pytest_args[@]}") || status=$?
     [ "$status" -le 1 ] || die "$name: pytest ended with $status"

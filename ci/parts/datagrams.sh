@@ -49,7 +49,7 @@ part_datagrams() {
     local wanted
     wanted=$(printf '%s\n' "${DATAGRAM_PACKAGES[@]}" | hash_of)
     if [ "$(cat "$DATAGRAMS/stamp" 2>/dev/null)" != "$wanted" ]; then
-        unpack_datagram_programs
+        apt_alone unpack_datagram_programs
         printf '%s\n' "$wanted" >"$DATAGRAMS/stamp"
     fi
     if ! cmp -s "$ROOT/ci/requirements-datagrams.txt" "$DATAGRAMS/venv/requirements"; then

@@ -156,10 +156,10 @@ run_suite() {
     chmod 777 "$BUILD/reports" # some programs of the tests run as another user
     (cd "$empty" && SANITIZE_REPORTS=$BUILD/reports RELAY_EXAMPLES=${RELAY_EXAMPLES:-$(examples)} \
         HYPOTHESIS_STORAGE_DIRECTORY=$CACHE/hypothesis "$BUILD_PYTHON" -m pytest \
-        -c "$ROOT/pyproject.toml" --rootdir="$ROOT" -o cache_dir="$CACHE/pytest" \
+        -c "$ROOT/pyproject.toml" --rootdir="$ROOT" -o cache_dir="$CACHE/pytest/$part" \
         --hypothesis-seed=0 -p sanitize_plugin -q -n "$WORKERS" "$@" "${ARGS[@]}") 2>&1 |
-        tee "$SANITIZED/pytest" || status=$?
-    results+=("$(tail -n 1 "$SANITIZED/pytest" | grep -E ' in [0-9.]+s' | sed 's/ in .*//' ||
+        tee "$SANITIZED/pytest-$part" || status=$?
+    results+=("$(tail -n 1 "$SANITIZED/pytest-$part" | grep -E ' in [0-9.]+s' | sed 's/ in .*//' ||
         echo 'ended without a result')")
     [ $status = 0 ]
 }

@@ -13,6 +13,9 @@ from kit.containers.root import Unavailable
 
 EXIT_CANNOT_RUN = 77
 
+APT_LOCK = "/run/lock/systemd-socket-proxyd-apt"
+"""Taken by ci/lib.sh, too."""
+
 TO_BOOT = ("debootstrap", "systemd-nspawn", "nsenter", "setpriv", "chroot")
 """Tools that make a root folder and boot a container in it."""
 
@@ -50,7 +53,9 @@ def missing(tools: Sequence[str]) -> list[str]:
 def install(packages: str) -> None:
     command = f"apt-get update -q && apt-get install -qy --no-install-recommends {packages}"
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    subprocess.run(command, shell=True, stdout=subprocess.DEVNULL, check=False, env=environment)
+    # apt does not wait for another apt, but fails. What is installed must not keep the lock.
+    alone = ["flock", "--close", APT_LOCK, "sh", "-c", command]
+    subprocess.run(alone, stdout=subprocess.DEVNULL, check=False, env=environment)
 
 
 @contextmanager
