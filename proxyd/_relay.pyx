@@ -41,30 +41,31 @@ from proxyd.relay.loop cimport (
 from proxyd.relay.pipe cimport pool_clear
 from proxyd.relay.quarantine cimport quarantine_destroy, quarantine_due, quarantine_init
 from proxyd.relay.records cimport (
-    CONNECT_BUCKETS, ENDING_COUNT, REPORT_BEGINS, REPORT_ENDS, SOURCE_WORDS, SWEEP_COUNT, SWEEP_CUT,
-    SWEEP_TELL, Network, Origin, Senders, Source, SourceTable, UpstreamTotals,
+    CONNECT_BUCKETS, CPUS_MAX, ENDING_COUNT, REPORT_BEGINS, REPORT_ENDS, SOURCE_WORDS, SWEEP_COUNT,
+    SWEEP_CUT, SWEEP_TELL, Binding, Machine, Network, Origin, Peer, Senders, Source, SourceTable,
+    UpstreamTotals,
 )
-from proxyd.relay.restore cimport descriptor_reset
+from proxyd.relay.restore cimport client_take_place, descriptor_reset
 from proxyd.relay.row cimport batch_free, batches_keep, row_add
 from proxyd.relay.self_connect cimport (
     local_port, self_connect_add, self_connect_move, self_connect_remove,
     self_connect_table_destroy, self_connect_table_init,
 )
 from proxyd.relay.sender cimport is_sender
-from proxyd.relay.socket cimport socket_unlinger
+from proxyd.relay.socket cimport socket_guard, socket_unlinger
 from proxyd.relay.source cimport (
     source_enter, source_hold, source_of_address, source_table_destroy, source_table_init,
     source_take,
 )
 from proxyd.relay.sys cimport (
-    AF_INET, AF_INET6, AF_UNIX, ENOMEM, EPROTO, EPOLLET, EPOLLIN, EPOLLOUT, EPOLLRDHUP,
+    AF_INET, AF_INET6, ENOMEM, EPROTO, EPOLLET, EPOLLIN, EPOLLOUT, EPOLLRDHUP,
     EPOLL_CTL_ADD, EPOLL_CTL_DEL, EUSERS, SOL_SOCKET, SO_DOMAIN, atomic_get, calloc, close,
     counter_get, epoll_ctl, epoll_event, errno, free, getpid, getsockopt, hint_set, int64_t, malloc,
     memcpy, memset, moment_get, pthread_join, sockaddr_storage, socklen_t, uint32_t, uint64_t,
 )
 from proxyd.relay.types cimport (
-    CPUS_MAX, KIND_LISTENER, KIND_WATCH, ORDER_TRIM, TO_CLIENT, TO_TARGET, Connection, Gauges,
-    Listener, Machine, Quarantine, RowBatch, SelfConnectTable, Terms, Watch, Worker, Workers,
+    KIND_LISTENER, KIND_WATCH, ORDER_TRIM, TO_CLIENT, TO_TARGET, Connection, Gauges, Listener,
+    Quarantine, RowBatch, SelfConnectTable, Terms, Watch, Worker, Workers,
 )
 from proxyd.relay.workers cimport (
     quarantine_start, sweep_advance, sweep_until, worker_close_mailbox, worker_free,
@@ -165,6 +166,7 @@ cdef class Relay:
     cdef Quarantine quarantine
     cdef SourceTable sources
     cdef Senders senders
+    cdef Binding binding
     cdef bint outlived                 # by the quarantine's thread, which cannot be ended
     cdef Watch **watches               # by fd; NULL: not watched
     cdef int watches_size
@@ -282,6 +284,30 @@ cdef class Relay:
             source_hold(&self.sources, client, source)
         self.sources.refused += failure == -EUSERS
         return failure != -EUSERS
+
+    def count_again(self, int client, bytes peer not None):
+        """Count a client that another process has let in, even beyond the share of its source.
+        `peer` is its packed address: that of its PROXY header, if there was one."""
+        cdef Peer kept
+        peer_fill(&kept, peer)
+        source_hold(&self.sources, client, client_take_place(&self.worker, client, &kept))
+
+    def bind_outgoing(self, bytes v4=b"", bytes v6=b"", bytes device=b"", bint client=False):
+        """Bind all sockets to targets from now on, those for datagrams included: to the packed
+        address of the target's family, or with `client` to the client's address without its port,
+        and to the interface `device`. Where there is no address, the connect fails with
+        EAFNOSUPPORT. Raises ValueError."""
+        if max(len(v4), len(v6)) > <Py_ssize_t>sizeof(self.binding.v4.address):
+            raise ValueError("address too long")
+        if len(device) >= <Py_ssize_t>sizeof(self.binding.device):
+            raise ValueError("name too long")
+        memset(&self.binding, 0, sizeof(self.binding))
+        self.binding.client = client
+        peer_fill(&self.binding.v4, v4)
+        peer_fill(&self.binding.v6, v6)
+        memcpy(self.binding.device, <const char *>device, len(device))
+        self.binding.device_size = <socklen_t>len(device)
+        self.worker.ctx.binding = &self.binding
 
     def expect_headers(self, networks, bint unix_clients):
         """Hand each client from these networks out as an Accepted event with `sends_header`, and
@@ -544,8 +570,9 @@ cdef class Relay:
         close(2) must not wait for it. Nor must splice(2), which would if another process that has
         the socket clears O_NONBLOCK: everything is copied from now on.
         """
-        if family != AF_UNIX:
+        if family == AF_VSOCK:
             socket_unlinger(fd)
+        socket_guard(fd, family)
         self.worker.ctx.may_splice = False
 
     def trim_pipes(self):
@@ -611,14 +638,13 @@ cdef class Relay:
         origin.listener = listener
         origin.held_ms = held_ms
         origin.source = NULL
-        origin.peer.size = 0
-        if peer is not None and <size_t>len(peer) <= sizeof(origin.peer.address):
-            memcpy(&origin.peer.address, <const char *>peer, len(peer))
-            origin.peer.size = <socklen_t>len(peer)
+        peer_fill(&origin.peer, peer)
         return 0
 
-    def dial(self, bytes address not None):
+    def dial(self, bytes address not None, bytes client=b""):
         """Start to connect a new socket; its fd, the caller's. It is watched, edge-triggered.
+        `client` is the packed address of the one that it is for, which counts only if sockets are
+        bound to it: see bind_outgoing().
 
         Once connected() says so, adopt() takes it; hang_up() closes it. Raises OSError if the
         connect fails at once.
@@ -628,8 +654,11 @@ cdef class Relay:
         cdef int fd
         cdef Watch *watch
         cdef int64_t began_ns = clock_ns()
+        cdef Peer source
         address_unpack(&target, address)
-        fd = socket_connect(&self.worker.ctx, &target, <socklen_t>len(address), &connecting)
+        peer_fill(&source, client)
+        fd = socket_connect(
+            &self.worker.ctx, &target, <socklen_t>len(address), &source, &connecting)
         if fd < 0:
             raise_errno(-fd)
         try:
@@ -739,7 +768,7 @@ cdef class Relay:
         """Describe all connections that rest in the file `fd`, from `offset` to its end. The
         descriptors that belong to it, as a list: they are to be sent in this order, and stay ours.
 
-        Their sockets are reset now if nobody goes on with them. release() or thaw() is to follow.
+        Their sockets are reset if nobody goes on with them. release() or thaw() is to follow.
         Raises OSError.
         """
         cdef uint64_t count = connections_resting(&self.worker)
@@ -780,10 +809,10 @@ cdef class Relay:
         source.listeners = <const int *><const char *>listener_array
         source.upstreams = <UpstreamTotals **>malloc(
             <size_t>(source.upstream_count + 1) * sizeof(UpstreamTotals *))
-        if source.upstreams == NULL:
-            raise MemoryError()
         try:
             try:
+                if source.upstreams == NULL:
+                    raise MemoryError()
                 for upstream in upstreams:
                     source.upstreams[count] = self.upstream_at(upstream)
                     count += 1
@@ -929,7 +958,7 @@ cdef class Relay:
                 row_add(worker, &worker.batches, worker.sweep.number, c, worker.number)
             events.append(ConnectFailed(
                 c.origin.listener, c.client.fd, c.target.error, take_pending(c), c.opened_ms, c.id,
-                peer_bytes(&c.origin.peer)))
+                peer_bytes(&c.origin.peer), c.up.moved > 0))
             source_hold(&self.sources, c.client.fd, c.origin.source)
             c.origin.source = NULL
             connections_decrement(worker)
@@ -991,6 +1020,14 @@ cdef bytes int_array(list numbers):
         array[place] = number
         place += 1
     return packed
+
+
+cdef void peer_fill(Peer *to, bytes address) noexcept:
+    """Nothing, if it is too long for a socket."""
+    to.size = 0
+    if address is not None and <size_t>len(address) <= sizeof(to.address):
+        memcpy(&to.address, <const char *>address, len(address))
+        to.size = <socklen_t>len(address)
 
 
 cdef int address_unpack(sockaddr_storage *to, bytes address) except -1:

@@ -14,11 +14,11 @@ from proxyd.relay.records cimport SOURCE_WORDS, Origin, Peer, Source
 from proxyd.relay.self_connect cimport local_port, self_connect_came_back
 from proxyd.relay.sender cimport is_sender
 from proxyd.relay.signals cimport alarm_is_handled, alarm_set
-from proxyd.relay.socket cimport socket_peer_pid, socket_tune, socket_unlinger
+from proxyd.relay.socket cimport socket_guard, socket_peer_pid, socket_tune, socket_unlinger
 from proxyd.relay.source cimport source_enter, source_hold, source_leave, source_of_client
 from proxyd.relay.sys cimport (
-    AF_UNIX, EAGAIN, EINTR, ELOOP, EPOLLIN, EPOLL_CTL_ADD, EPOLL_CTL_DEL, EUSERS, F_GETFL, F_SETFL,
-    IPPROTO_TCP, O_NONBLOCK, SOCK_CLOEXEC, SOCK_NONBLOCK, TCP_INFO, accept4, epoll_ctl,
+    AF_UNIX, AF_VSOCK, EAGAIN, EINTR, ELOOP, EPOLLIN, EPOLL_CTL_ADD, EPOLL_CTL_DEL, EUSERS, F_GETFL,
+    F_SETFL, IPPROTO_TCP, O_NONBLOCK, SOCK_CLOEXEC, SOCK_NONBLOCK, TCP_INFO, accept4, epoll_ctl,
     epoll_event, errno, errno_set, fcntl, getsockopt, int64_t, memcpy, memset, sockaddr,
     sockaddr_storage, socklen_t, tcp_info, uint32_t,
 )
@@ -102,8 +102,9 @@ cdef inline int listener_accept(
     if fd < 0:
         return -errno
     worker.accepted += 1
-    if listener.family != AF_UNIX:
+    if listener.family == AF_VSOCK:
         socket_unlinger(fd)
+    socket_guard(fd, listener.family)
     if listener.early > 0:
         listener.early -= 1
         socket_tune(fd, listener.family)
@@ -238,10 +239,10 @@ cdef inline void peer_keep(
     Peer *kept, const sockaddr_storage *peer, socklen_t size
 ) noexcept nogil:
     """Keep the address that accept(2) has told: once a client has reset, the kernel no longer
-    tells it. That of a UNIX client may not fit, but can be asked for later."""
+    tells it."""
     kept.size = 0
     if size <= sizeof(kept.address):
-        memcpy(&kept.address, peer, size)
+        memcpy(kept.address, peer, size)
         kept.size = size
 
 

@@ -15,7 +15,7 @@ from proxyd.relay.sys cimport (
     CLOCK_PROCESS_CPUTIME_ID, CLOCK_THREAD_CPUTIME_ID, _SC_CLK_TCK, clock_gettime, clockid_t,
     int64_t, pread, strtoull, sysconf, timespec, uint64_t,
 )
-from proxyd.relay.types cimport CPUS_MAX, Busy, Machine
+from proxyd.relay.records cimport CPUS_MAX, Busy, Machine
 
 cdef enum:
     ASLEEP_MAX = 10            # per cent of a window; a worker that slept less is busy

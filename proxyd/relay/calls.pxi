@@ -5,8 +5,7 @@ from proxyd.relay.signals cimport (
     SIGNALS_MAX, signal_catch, signal_take, signals_clear, signals_open,
 )
 from proxyd.relay.socket cimport (
-    socket_peer_pid, socket_reset_at_close, socket_self_connected, socket_take_error, socket_tune,
-    socket_unlinger,
+    socket_peer_pid, socket_self_connected, socket_take_error, socket_tune,
 )
 from proxyd.relay.sys cimport (
     AF_VSOCK, ECONNREFUSED, ECONNRESET, EINPROGRESS, ELOOP, MSG_DONTWAIT, MSG_PEEK, RLIMIT_NOFILE,
@@ -65,14 +64,6 @@ def refuse_rights(int fd):
     add no credentials to what is received."""
     rights_refuse(fd)
     rights_forget_writers(fd)
-
-
-def reset_at_close(int fd, bint wanted):
-    """Have close(2) reset a socket, also if the process ends; or have it end as usual."""
-    if wanted:
-        socket_reset_at_close(fd)
-    else:
-        socket_unlinger(fd)
 
 
 def tune_socket(int fd, int family):

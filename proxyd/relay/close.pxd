@@ -19,7 +19,7 @@ from proxyd.relay.bookkeeping cimport (
     connection_set_timer, connections_decrement, worker_remove_connection,
 )
 from proxyd.relay.endpoint cimport (
-    endpoint_failed, endpoint_lost, endpoint_recv, endpoint_unregister,
+    endpoint_failed, endpoint_lost, endpoint_recv, endpoint_unguard, endpoint_unregister,
 )
 from proxyd.relay.half cimport half_abandon, half_drop, half_held
 from proxyd.relay.list cimport list_append, list_empty, list_remove
@@ -28,14 +28,14 @@ from proxyd.relay.records cimport ENDING_NORMAL, ENDING_RESET, REPORT_BEGINS, RE
 from proxyd.relay.rights cimport rights_may_close
 from proxyd.relay.row cimport row_new
 from proxyd.relay.self_connect cimport self_connect_remove
-from proxyd.relay.socket cimport socket_reset, socket_unlinger
+from proxyd.relay.socket cimport socket_reset
 from proxyd.relay.source cimport source_leave
 from proxyd.relay.sys cimport (
     AF_INET, AF_INET6, AF_UNIX, EAGAIN, EINTR, SHUT_RDWR, SHUT_WR, SIOCOUTQ, atomic_add, close,
     counter_add, errno, free, hint_get, int64_t, ioctl, shutdown, uint64_t,
 )
 from proxyd.relay.types cimport (
-    CLOSED, CONNECTED, DEAD, DRAINING, LINGERING, RIGHTS_AHEAD, RIGHTS_ANY, SHUT, Connection,
+    CLOSED, CONNECTED, DEAD, DRAINING, KIND_CLIENT, LINGERING, RIGHTS_AHEAD, SHUT, Connection,
     Endpoint, Half, Link, Worker,
 )
 from proxyd.relay.upstream cimport connection_count_end
@@ -45,6 +45,7 @@ cdef enum:
     STALLED_MS = 5000          # a send queue that has not moved for this long is given up
     LINGER_FIRST_MS = 1        # until the first look at a send queue; it doubles with each …
     LINGER_MAX_MS = 128        # … up to this
+    RESET_OWED = 2             # reset a side, unless all that it is still sent is complete
 
 
 # ── what follows from a pump ─────────────────────────────────────────────────────────────────────
@@ -94,6 +95,7 @@ cdef inline void half_finish(Half *half, Half *other) noexcept nogil:
     UNIX socket does not linger. If the end cannot be passed on, the connection has failed: dst
     would wait for it for ever."""
     half.state = SHUT
+    endpoint_unguard(half.dst)  # before it: from then on a reset would cut what is complete
     if other.state == DEAD and half.dst.family == AF_UNIX:
         return
     if other.state != SHUT and shutdown(half.dst.fd, SHUT_WR) < 0:
@@ -144,16 +146,12 @@ cdef inline bint linger_over(Worker *worker, Connection *c) noexcept nogil:
     if endpoint_drain(worker, c, c.last):
         if c.last.error != 0:
             return True  # perhaps for want of memory: it may live on, and is to be reset
-        if last_was_sent_an_end(c):
+        if endpoint_was_sent_an_end(c.last):
             c.reset = False
             return True
     c.reset |= c.drained > 0
     queue = endpoint_queue(c.last)
     return queue == 0 or connection_is_stalled(worker, c, <uint64_t>queue)
-
-
-cdef inline bint last_was_sent_an_end(const Connection *c) noexcept nogil:
-    return (c.up.state if c.last == &c.target else c.down.state) == SHUT
 
 
 cdef inline bint endpoint_drain(Worker *worker, Connection *c, Endpoint *end) noexcept nogil:
@@ -167,16 +165,6 @@ cdef inline bint endpoint_drain(Worker *worker, Connection *c, Endpoint *end) no
             end.readable = 0
             endpoint_failed(end, errno)
     return end.ended or end.error != 0
-
-
-cdef inline int64_t endpoint_queue(const Endpoint *end) noexcept nogil:
-    """Bytes that its peer has not acknowledged; 0 for AF_UNIX, whose peer has them already."""
-    cdef int size = 0
-    if end.family != AF_INET and end.family != AF_INET6:
-        return 0
-    if ioctl(end.fd, SIOCOUTQ, &size) < 0:
-        return 0
-    return size
 
 
 cdef inline bint connection_is_stalled(
@@ -200,9 +188,9 @@ cdef inline void connection_check_rights(Worker *worker, Connection *c) noexcept
 # ── close ────────────────────────────────────────────────────────────────────────────────────────
 
 cdef inline void connection_close(
-    Worker *worker, Connection *c, int ending, bint reset
+    Worker *worker, Connection *c, int ending, int reset
 ) noexcept nogil:
-    """Close whatever is left of it, both sides in the same way."""
+    """Close whatever is left of it, both sides in the same way; `reset` may be RESET_OWED."""
     cdef int reports = hint_get(&worker.gauges.reports)
     if reports & REPORT_BEGINS and reports & REPORT_ENDS:
         c.row = row_new(c, worker.number)
@@ -232,19 +220,39 @@ cdef inline void connection_unlink(Worker *worker, Connection *c) noexcept nogil
     c.state = CLOSED
 
 
-cdef inline void endpoint_close(Worker *worker, Endpoint *end, bint reset) noexcept nogil:
+cdef inline void endpoint_close(Worker *worker, Endpoint *end, int reset) noexcept nogil:
     if end.fd < 0:
         return
     endpoint_unregister(&worker.ctx, end)
     if not endpoint_may_close(end):
         endpoint_orphan(worker, end)
-    elif reset:
+    elif reset and not (reset == RESET_OWED and endpoint_finishes(end)):
         socket_reset(end.fd, end.family)
     else:
-        if end.rights.state == RIGHTS_ANY and end.family != AF_UNIX:
-            socket_unlinger(end.fd)  # undo endpoint_quarantine()
+        if not endpoint_was_sent_an_end(end):
+            endpoint_unguard(end)
         close(end.fd)
     end.fd = -1
+
+
+cdef inline bint endpoint_finishes(const Endpoint *end) noexcept nogil:
+    """Whether the kernel is still sending it what is complete, up to the end."""
+    return endpoint_was_sent_an_end(end) and endpoint_queue(end) > 0
+
+
+cdef inline bint endpoint_was_sent_an_end(const Endpoint *end) noexcept nogil:
+    cdef Connection *c = <Connection *>end.connection
+    return (c.down.state if end.kind == KIND_CLIENT else c.up.state) == SHUT
+
+
+cdef inline int64_t endpoint_queue(const Endpoint *end) noexcept nogil:
+    """Bytes that its peer has not acknowledged; 0 for AF_UNIX, whose peer has them already."""
+    cdef int size = 0
+    if end.family != AF_INET and end.family != AF_INET6:
+        return 0
+    if ioctl(end.fd, SIOCOUTQ, &size) < 0:
+        return 0
+    return size
 
 
 cdef inline bint endpoint_may_close(Endpoint *end) noexcept nogil:

@@ -5,6 +5,7 @@
 # the sockets are registered with epoll.
 
 from proxyd.relay.balance cimport worker_for_new
+from proxyd.relay.binding cimport socket_bind
 from proxyd.relay.bookkeeping cimport connection_set_timer
 from proxyd.relay.clock cimport clock_ns
 from proxyd.relay.close cimport connection_close, connection_free, endpoint_orphan, linger_step
@@ -13,7 +14,6 @@ from proxyd.relay.connection cimport (
 )
 from proxyd.relay.endpoint cimport (
     endpoint_failed, endpoint_lost, endpoint_recv, endpoint_refuse_rights, endpoint_register,
-    endpoint_unlinger,
 )
 from proxyd.relay.gather cimport connection_begin_at_rest
 from proxyd.relay.gauges cimport gauges_add_connection
@@ -25,11 +25,13 @@ from proxyd.relay.quarantine cimport (
     QUARANTINE, connection_return_to_quarantine, connection_was_in_quarantine,
     quarantine_takes_orphans,
 )
-from proxyd.relay.records cimport ENDING_CLIENT_GONE, ENDING_RESET, REPORT_BEGINS, Origin, Source
+from proxyd.relay.records cimport (
+    ENDING_CLIENT_GONE, ENDING_RESET, REPORT_BEGINS, Origin, Peer, Source,
+)
 from proxyd.relay.rights cimport rights_may_close, rights_refuse
 from proxyd.relay.row cimport row_add
 from proxyd.relay.self_connect cimport self_connect_add
-from proxyd.relay.socket cimport socket_reset, socket_tune
+from proxyd.relay.socket cimport socket_guard, socket_reset, socket_tune, socket_unlinger
 from proxyd.relay.source cimport source_leave
 from proxyd.relay.sweep cimport sweep_arrive
 from proxyd.relay.sys cimport (
@@ -56,7 +58,8 @@ cdef inline long long connection_connect(
     cdef bint is_new = number == 0
     cdef int family = terms.target.ss_family
     cdef int64_t began_ns = clock_ns()
-    cdef int fd = socket_connect(&worker.ctx, &terms.target, terms.target_size, &connecting)
+    cdef int fd = socket_connect(
+        &worker.ctx, &terms.target, terms.target_size, &origin.peer, &connecting)
     if fd < 0:
         return fd
     c = connection_new(worker, client, client_family, fd, family, preamble, preamble_size)
@@ -81,14 +84,21 @@ cdef inline long long worker_new_id(Worker *main) noexcept nogil:
 
 
 cdef inline int socket_connect(
-    PumpContext *ctx, const sockaddr_storage *address, socklen_t size, bint *connecting
+    PumpContext *ctx, const sockaddr_storage *address, socklen_t size, const Peer *client,
+    bint *connecting
 ) noexcept nogil:
     """A new socket that is connecting to `address`, or connected; or -errno."""
     cdef int fd = socket(address.ss_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0)
     cdef int error
     if fd < 0:
         return -errno
+    if ctx.binding != NULL:
+        error = -socket_bind(fd, address.ss_family, ctx.binding, client, True)
+        if error != 0:
+            close(fd)
+            return -error
     socket_tune(fd, address.ss_family)
+    socket_guard(fd, address.ss_family)
     if address.ss_family == AF_UNIX:
         ctx.may_refuse = ctx.may_refuse and rights_refuse(fd)
     connecting[0] = False
@@ -181,8 +191,6 @@ cdef inline bint connection_wake_up(Worker *worker, Connection *c) noexcept nogi
     """A connection that has rested begins again; it was silent for as long as before. False: it has
     gone to the quarantine."""
     c.has_rested = False
-    endpoint_unlinger(&c.client)
-    endpoint_unlinger(&c.target)
     if worker.number == QUARANTINE or not connection_was_in_quarantine(c):
         return True
     connection_return_to_quarantine(worker, c)
@@ -275,6 +283,8 @@ cdef inline void worker_hang_up(
         if reset:
             socket_reset(fd, family)
         else:
+            if family != AF_UNIX:
+                socket_unlinger(fd)
             close(fd)
         source_leave(source)
     elif not socket_orphan(worker, fd, False, source):

@@ -3,10 +3,10 @@
 from proxyd.relay.rights cimport PEEK_MAX, rights_recv, rights_recv_any, rights_refuse
 from proxyd.relay.socket cimport socket_unlinger
 from proxyd.relay.sys cimport (
-    AF_UNIX, EAGAIN, EPIPE, EPOLLET, EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP, EPOLL_CTL_ADD,
-    EPOLL_CTL_DEL, EPOLL_CTL_MOD, MSG_CTRUNC, MSG_DONTWAIT, SOCK_CLOEXEC, SOCK_STREAM, SOL_SOCKET,
-    SO_SNDBUF, close, epoll_ctl, epoll_event, errno, getsockopt, iovec, memset, msghdr, recv,
-    recvmsg, setsockopt, socket, socklen_t, uint32_t,
+    AF_INET, AF_INET6, AF_UNIX, EAGAIN, EPIPE, EPOLLET, EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP,
+    EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLL_CTL_MOD, MSG_CTRUNC, MSG_DONTWAIT, SOCK_CLOEXEC,
+    SOCK_STREAM, SOL_SOCKET, SO_SNDBUF, close, epoll_ctl, epoll_event, errno, getsockopt, iovec,
+    memset, msghdr, recv, recvmsg, setsockopt, socket, socklen_t, uint32_t,
 )
 from proxyd.relay.types cimport (
     RIGHTS_ANY, RIGHTS_MAYBE, RIGHTS_NONE, RIGHTS_QUEUED, Endpoint, PumpContext,
@@ -63,8 +63,9 @@ cdef inline uint32_t endpoint_interest(const Endpoint *end) noexcept nogil:
     return interest
 
 
-cdef inline void endpoint_unlinger(const Endpoint *end) noexcept nogil:
-    if end.fd >= 0 and end.family != AF_UNIX:
+cdef inline void endpoint_unguard(const Endpoint *end) noexcept nogil:
+    """It is owed nothing more: undo socket_guard()."""
+    if end.family == AF_INET or end.family == AF_INET6:
         socket_unlinger(end.fd)
 
 

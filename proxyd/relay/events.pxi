@@ -90,9 +90,11 @@ cdef class ConnectFailed:
     cdef readonly int64_t opened_ms        # when the connect began
     cdef readonly long long connection     # id; 0: the connect failed before there was any
     cdef readonly bytes peer               # packed address of the client; b"": not known
+    cdef readonly bint has_unsent          # bytes of the client are among those pending
 
     def __init__(self, int listener, int client, int error, bytes pending not None,
-                 int64_t opened_ms, long long connection, bytes peer not None=b""):
+                 int64_t opened_ms, long long connection, bytes peer not None=b"",
+                 bint has_unsent=False):
         self.listener = listener
         self.client = client
         self.error = error
@@ -100,6 +102,7 @@ cdef class ConnectFailed:
         self.opened_ms = opened_ms
         self.connection = connection
         self.peer = peer
+        self.has_unsent = has_unsent
 
 
 cdef class Ended:
@@ -288,7 +291,7 @@ cdef HalfInfo half_info(const HalfRow *half):
 
 
 cdef bytes peer_bytes(const Peer *peer):
-    return (<const char *>&peer.address)[:peer.size]
+    return peer.address[:peer.size]
 
 
 cdef bytes address_bytes(const Address *address):

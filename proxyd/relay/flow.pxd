@@ -7,11 +7,14 @@
 
 from proxyd.relay.bookkeeping cimport connection_limit, connections_decrement
 from proxyd.relay.connect cimport worker_new_id
-from proxyd.relay.flow_address cimport flow_make_header, name_is_taken, name_unmap
+from proxyd.relay.flow_address cimport (
+    flow_make_header, local_is_unknown, name_ip, name_is_taken, name_make_definite, name_port,
+    name_unmap,
+)
 from proxyd.relay.flow_socket cimport flow_open
 from proxyd.relay.flow_spare cimport flow_become_spare, flow_close, flow_take_spare
 from proxyd.relay.flow_table cimport (
-    flow_table_add, flow_table_evicted_own, flow_table_has_own, flow_table_keep_evicted,
+    flow_table_add, flow_table_evicted_own, flow_table_find_own, flow_table_keep_evicted,
     flow_table_remove,
 )
 from proxyd.relay.flow_tell cimport flow_tell, listener_notice, socket_dropped
@@ -23,10 +26,10 @@ from proxyd.relay.flow_types cimport (
 )
 from proxyd.relay.gauges cimport gauges_add_connection, gauges_places
 from proxyd.relay.list cimport link_init, list_append, list_empty, list_remove
-from proxyd.relay.records cimport SOURCE_WORDS, Source
+from proxyd.relay.records cimport SOURCE_WORDS, Binding, Source
 from proxyd.relay.source cimport source_enter, source_leave, source_of_address
 from proxyd.relay.sys cimport (
-    AF_UNIX, ENOMEM, EUSERS, free, int64_t, malloc, memset, uint32_t, uint64_t,
+    AF_UNIX, ENOMEM, EUSERS, free, int64_t, malloc, memcmp, memset, uint32_t, uint64_t, uint8_t,
 )
 from proxyd.relay.types cimport KIND_FLOW, Link, Worker
 
@@ -45,7 +48,7 @@ cdef inline Flow *flow_begin(
     cdef FlowSource *source = NULL
     cdef Flow *flow
     cdef bint ours = True
-    cdef int refusal = flow_refusal(flows, listener, peer, &source)
+    cdef int refusal = flow_refusal(flows, listener, peer, local, &source)
     error[0] = 0
     if refusal != DROP_COUNT:
         flow_refuse(listener, peer, count, refusal)
@@ -69,11 +72,12 @@ cdef inline Flow *flow_begin(
 
 
 cdef inline int flow_refusal(
-    Flows *flows, const FlowListener *listener, const Name *peer, FlowSource **source
+    Flows *flows, const FlowListener *listener, const Name *peer, const LocalAddress *local,
+    FlowSource **source
 ) noexcept nogil:
     """Why a client may not have a flow, DROP_*; DROP_COUNT: it may, and has a place of its source
     now."""
-    if flow_comes_back(flows, listener, peer):
+    if flow_comes_back(flows, listener, peer, local):
         return DROP_LOOP
     if flows.sources.buckets != NULL and not flow_enter_source(flows, peer, source):
         return DROP_SOURCE
@@ -121,17 +125,42 @@ cdef inline bint flow_enter_source(
 
 
 cdef inline bint flow_comes_back(
-    const Flows *flows, const FlowListener *listener, const Name *peer
+    const Flows *flows, const FlowListener *listener, const Name *peer, const LocalAddress *local
 ) noexcept nogil:
     """Whether the client is one of our own flows, which is proven by its address; or was one until
-    it was evicted, or else a loop of more datagrams than flows would never end."""
+    it was evicted, or else a loop of more datagrams than flows would never end.
+
+    If a flow has the address of its client, that client may have the same port: then the datagram
+    must also have come in where the flow leads."""
+    cdef const Binding *binding = flows.worker.ctx.binding
+    cdef const Flow *flow
     cdef Name name
     if not listener.guarded:
         return False
     name_unmap(&name, peer)
-    return flow_table_has_own(&flows.table, &name) or (
-        flow_table_evicted_own(&flows.table, &name, flows.worker.ctx.now_ms)
-        and not name_is_taken(&name))
+    flow = flow_table_find_own(&flows.table, &name)
+    if flow != NULL:
+        return not flow.transparent or (
+            listener_is_at(listener, local, &flow.listener.target.address))
+    return flow_table_evicted_own(&flows.table, &name, flows.worker.ctx.now_ms) and (
+        not name_is_taken(&name, binding != NULL and binding.client))
+
+
+cdef inline bint listener_is_at(
+    const FlowListener *listener, const LocalAddress *local, const Name *place
+) noexcept nogil:
+    """Whether a datagram that has come to `local` was sent to `place`."""
+    cdef Name name = place[0]
+    cdef uint8_t there[16]
+    cdef uint8_t here[16]
+    name_make_definite(&name)
+    if name_port(&name) != name_port(&listener.name):
+        return False
+    name_ip(&name, there)
+    if not listener.any_address:
+        name_ip(&listener.name, here)
+        return memcmp(there, here, 16) == 0
+    return local_is_unknown(local) or memcmp(there, local.address, 16) == 0
 
 
 cdef inline Flow *flow_new(

@@ -1,6 +1,7 @@
 # Addresses of datagrams: which of ours a client has sent to, how a reply leaves from it, and what a
 # PROXY header says of both.
 
+from proxyd.relay.binding cimport socket_make_transparent
 from proxyd.relay.flow_types cimport Flow, FlowListener, LocalAddress, Name
 from proxyd.relay.sys cimport (
     AF_INET, AF_INET6, AF_UNIX, CMSG_DATA, CMSG_LEN, CMSG_SPACE, IPPROTO_IP, IPPROTO_IPV6,
@@ -193,11 +194,14 @@ cdef inline uint16_t name_port(const Name *name) noexcept nogil:
     return 0
 
 
-cdef inline bint name_is_taken(const Name *name) noexcept nogil:
-    """Whether a socket has this address now; True as well if that cannot be found out."""
+cdef inline bint name_is_taken(const Name *name, bint of_client) noexcept nogil:
+    """Whether a socket of this machine has this address now; True as well if that cannot be found
+    out. `of_client`: the address need not be one of this machine's."""
     cdef int fd = socket(name.address.ss_family, SOCK_DGRAM | SOCK_CLOEXEC, 0)
     cdef bint taken = True
     if fd >= 0:
+        if of_client:
+            socket_make_transparent(fd, name.address.ss_family)
         taken = bind(fd, <const sockaddr *>&name.address, name.size) < 0
         close(fd)
     return taken

@@ -1,17 +1,19 @@
 # A flow's socket: it is connected to the target, and watched for replies and errors.
 
+from proxyd.relay.binding cimport socket_bind
 from proxyd.relay.flow_address cimport name_is_local, name_of_socket
 from proxyd.relay.flow_spare cimport flow_drain
 from proxyd.relay.flow_table cimport flow_table_add_own, flow_table_remove_own
 from proxyd.relay.flow_tell cimport socket_dropped
 from proxyd.relay.flow_types cimport Flow, FlowTarget, Flows, Name
+from proxyd.relay.records cimport Binding, Peer
 from proxyd.relay.socket cimport socket_take_error
 from proxyd.relay.sys cimport (
-    AF_INET, AF_UNIX, EAGAIN, ECONNREFUSED, EMSGSIZE, ENOMEM, EPOLLIN, EPOLLOUT, EPOLL_CTL_ADD,
-    EPOLL_CTL_MOD, IPPROTO_IP, IPPROTO_IPV6, IPV6_RECVERR, IP_RECVERR, MSG_DONTWAIT, MSG_ERRQUEUE,
-    SOCK_CLOEXEC, SOCK_DGRAM, SOCK_NONBLOCK, SOL_SOCKET, SO_PASSRIGHTS, bind, close, connect,
-    epoll_ctl, epoll_event, errno, memcmp, memset, msghdr, recvmsg, sa_family_t, setsockopt,
-    sockaddr, socket,
+    AF_INET, AF_UNIX, EADDRINUSE, EADDRNOTAVAIL, EAFNOSUPPORT, EAGAIN, ECONNREFUSED, EINVAL,
+    EMSGSIZE, ENOMEM, EPOLLIN, EPOLLOUT, EPOLL_CTL_ADD, EPOLL_CTL_MOD, IPPROTO_IP, IPPROTO_IPV6,
+    IPV6_RECVERR, IP_RECVERR, MSG_DONTWAIT, MSG_ERRQUEUE, SOCK_CLOEXEC, SOCK_DGRAM, SOCK_NONBLOCK,
+    SOL_SOCKET, SO_PASSRIGHTS, bind, close, connect, epoll_ctl, epoll_event, errno, memcmp, memcpy,
+    memset, msghdr, recvmsg, sa_family_t, setsockopt, sockaddr, socket,
 )
 
 cdef enum:
@@ -65,6 +67,7 @@ cdef inline bint flow_takes_over(Flow *flow, const FlowTarget *target) noexcept 
 cdef inline int flow_make_socket(
     Flows *flows, Flow *flow, const FlowTarget *target, bint *ours
 ) noexcept nogil:
+    cdef const Binding *binding = flows.worker.ctx.binding
     cdef sa_family_t family = target.address.address.ss_family
     cdef int failure
     flow.fd = socket(family, SOCK_DGRAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0)
@@ -72,9 +75,11 @@ cdef inline int flow_make_socket(
         return -errno
     if family == AF_UNIX:
         flow_name_socket(flow)
-    failure = flow_connect(flow, target)
+    failure = flow_bind(flow, family, binding)
+    if failure == 0:
+        failure = flow_connect(flow, target)
     if failure < 0:
-        ours[0] = failure == -EAGAIN or failure == -ENOMEM  # EAGAIN: there is no port left
+        ours[0] = error_is_ours(-failure, binding != NULL and binding.client)
     else:
         failure = flow_watch(flows, flow, EPOLL_CTL_ADD, False)
     if failure < 0:
@@ -93,6 +98,28 @@ cdef inline void flow_name_socket(Flow *flow) noexcept nogil:
     setsockopt(flow.fd, SOL_SOCKET, SO_PASSRIGHTS, &off, sizeof(off))
 
 
+cdef inline int flow_bind(Flow *flow, int family, const Binding *binding) noexcept nogil:
+    """Bind the socket, if it is not for the kernel to choose how; 0 or -errno."""
+    cdef Peer client
+    if binding == NULL:
+        return 0
+    client.size = 0
+    if flow.peer.size <= sizeof(client.address):
+        client.size = flow.peer.size
+        memcpy(&client.address, &flow.peer.address, flow.peer.size)
+    flow.transparent = binding.client and family != AF_UNIX
+    return socket_bind(flow.fd, family, binding, &client, False)
+
+
+cdef inline bint error_is_ours(int error, bint of_client) noexcept nogil:
+    """Whether it says nothing of the target: no memory, no port is left (EAGAIN, or EADDRINUSE with
+    an address), or no address to bind to of the target's family. With `of_client` the address is
+    that of the client, and may be one from which the target cannot be sent to."""
+    if error == EAGAIN or error == ENOMEM or error == EADDRINUSE or error == EAFNOSUPPORT:
+        return True
+    return of_client and (error == EINVAL or error == EADDRNOTAVAIL)
+
+
 cdef inline int flow_connect(Flow *flow, const FlowTarget *target) noexcept nogil:
     """Connect the socket, once more perhaps; 0 or -errno."""
     cdef const Name *address = &target.address
@@ -102,7 +129,8 @@ cdef inline int flow_connect(Flow *flow, const FlowTarget *target) noexcept nogi
     if flow.own.size == address.size and (
             memcmp(&flow.own.address, &address.address, address.size) == 0):
         return -ECONNREFUSED   # to itself, by chance: nobody else has that port
-    flow.verdict_at_once = name_is_local(address, &flow.own)
+    # An answer to another address than ours may have to go another way.
+    flow.verdict_at_once = not flow.transparent and name_is_local(address, &flow.own)
     if not flow.verdict_at_once:
         flow_want_errors(flow, address)
     return 0

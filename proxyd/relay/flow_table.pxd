@@ -47,17 +47,17 @@ cdef inline uint32_t flow_hash(
     return <uint32_t>siphash(secret, &peer.address, peer.size)
 
 
-cdef inline bint flow_table_has_own(
+cdef inline const Flow *flow_table_find_own(
     const FlowTable *table, const Name *name
 ) noexcept nogil:
-    """Whether this is the address of a flow's own socket."""
+    """The flow whose own socket has this address; NULL: there is none."""
     cdef const Flow *flow = table.own_buckets[own_hash(name) & table.mask]
     while flow != NULL:
         if flow.own.size == name.size and (
                 memcmp(&flow.own.address, &name.address, name.size) == 0):
-            return True
+            return flow
         flow = flow.own_next
-    return False
+    return NULL
 
 
 cdef inline bint flow_table_evicted_own(

@@ -98,6 +98,7 @@ ctypedef struct Flow:
     uint8_t local_refused      # replies cannot be sent from `local`
     uint8_t wants_room         # EPOLLOUT is on: a send has found the queue full
     uint8_t failed             # an error has come for it, and no reply since
+    uint8_t transparent        # its own address is the client's
     uint8_t header_size        # of the PROXY header
     uint32_t gso_limit         # replies of this size or larger cannot be segmented by the kernel
     long long id

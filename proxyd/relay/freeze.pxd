@@ -22,14 +22,16 @@ from proxyd.relay.parcel cimport (
     record_is_valid, record_take_fds,
 )
 from proxyd.relay.quarantine cimport connection_was_in_quarantine, quarantine_take_waiting
-from proxyd.relay.restore cimport connection_restore, descriptor_reset
+from proxyd.relay.restore cimport client_take_place, connection_restore, descriptor_reset
 from proxyd.relay.self_connect cimport self_connect_remove
-from proxyd.relay.socket cimport socket_reset_at_close
+from proxyd.relay.source cimport source_leave
 from proxyd.relay.sys cimport (
     AF_UNIX, EPROTO, ETIMEDOUT, atomic_add, atomic_get, atomic_set, close, errno, fstat, int64_t,
     memset, stat_t, uint64_t,
 )
-from proxyd.relay.types cimport ORDER_GATHER, Connection, Endpoint, Link, UpstreamTotals, Worker
+from proxyd.relay.types cimport (
+    ORDER_GATHER, Connection, Endpoint, Link, UpstreamTotals, Worker,
+)
 from proxyd.relay.workers cimport workers_order
 
 cdef enum:
@@ -124,7 +126,8 @@ cdef inline int64_t connections_export(
     """Describe all that rest in `file` from `offset` on. The number of descriptors, which are in
     `fds`: there is room for four of each connection; or -errno.
 
-    Whoever closes the last copies of the sockets resets them from now on."""
+    Whoever closes the last copies of the sockets resets them, as our own death would: see
+    socket_guard()."""
     cdef ParcelHead head
     cdef int64_t result
     memset(&head, 0, sizeof(head))
@@ -137,7 +140,6 @@ cdef inline int64_t connections_export(
         result = file_write(file, &head, sizeof(head), offset)
     if result < 0:
         return result
-    connections_reset_at_close(main)
     return <int64_t>head.fds
 
 
@@ -177,19 +179,6 @@ cdef inline int records_write(
         offset += <int64_t>sizeof(record)
         link = link.next
     return 0
-
-
-cdef inline void connections_reset_at_close(Worker *main) noexcept nogil:
-    cdef Link *link = main.resting.next
-    while link != &main.resting:
-        endpoint_reset_at_close(&(<Connection *>link.owner).client)
-        endpoint_reset_at_close(&(<Connection *>link.owner).target)
-        link = link.next
-
-
-cdef inline void endpoint_reset_at_close(const Endpoint *end) noexcept nogil:
-    if end.fd >= 0 and end.family != AF_UNIX:
-        socket_reset_at_close(end.fd)
 
 
 # ── from a parcel ────────────────────────────────────────────────────────────────────────────────
@@ -270,6 +259,7 @@ cdef inline int records_read(
             source.failed += 1
             continue
         c.origin.upstream = source.upstreams[record.upstream]
+        c.origin.source = client_take_place(main, c.client.fd, &c.origin.peer)
         c.origin.listener = -1
         if 0 <= record.listener < <int64_t>source.listener_count:
             c.origin.listener = source.listeners[record.listener]
@@ -328,6 +318,7 @@ cdef inline void connections_release(Worker *main) noexcept nogil:
         endpoint_release(&c.client)
         endpoint_release(&c.target)
         self_connect_remove(main.self_connects, &c.self_connect)
+        source_leave(c.origin.source)
         worker_remove_connection(main)
         connections_decrement(main)
         connection_free(c)

@@ -7,7 +7,9 @@ from proxyd.relay.accept cimport listener_accept_clients, listeners_resume
 from proxyd.relay.balance cimport worker_is_overloaded, worker_offload
 from proxyd.relay.bookkeeping cimport policy_event_add
 from proxyd.relay.clock cimport clock_ms, clock_ns, earlier
-from proxyd.relay.close cimport connection_close, connections_free, endpoint_close
+from proxyd.relay.close cimport (
+    RESET_OWED, connection_close, connections_free, endpoint_close,
+)
 from proxyd.relay.connect cimport connection_begin
 from proxyd.relay.connection cimport connection_advance, connection_event, connection_timer_expired
 from proxyd.relay.gather cimport (
@@ -217,12 +219,14 @@ cdef inline void worker_run_timers(Worker *worker) noexcept nogil:
 cdef inline void worker_close_idle(Worker *worker) noexcept nogil:
     """Close connections that were silent for too long; reset those on which that loses bytes."""
     cdef Connection *c
+    cdef int how
     while not list_empty(&worker.live):
         c = <Connection *>worker.live.next.owner
         if worker.ctx.now_ms - c.active_ms < worker.idle_ms:
             return
         if c.state == CONNECTED:
-            connection_close(worker, c, ENDING_IDLE, connection_owes_bytes(c))
+            how = RESET_OWED if connection_owes_bytes(c) else 0
+            connection_close(worker, c, ENDING_IDLE, how)
         else:
             # Those that are connecting or ending have limits of their own.
             c.active_ms = worker.ctx.now_ms
@@ -301,9 +305,10 @@ cdef inline void worker_destroy(Worker *worker) noexcept nogil:
 
 cdef inline int worker_cut(Worker *worker, bint reset) noexcept nogil:
     """Close every connection of this worker. Returns how many these were."""
+    cdef int how = RESET_OWED if reset else 0
     cdef int count = 0
     worker_end_rest(worker)
     while not list_empty(&worker.live):
-        connection_close(worker, <Connection *>worker.live.next.owner, ENDING_CUT, reset)
+        connection_close(worker, <Connection *>worker.live.next.owner, ENDING_CUT, how)
         count += 1
     return count

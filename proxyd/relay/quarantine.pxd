@@ -14,9 +14,8 @@ from proxyd.relay.bookkeeping cimport worker_remove_connection
 from proxyd.relay.endpoint cimport endpoint_unregister
 from proxyd.relay.list cimport link_init, list_append, list_move_all, list_remove
 from proxyd.relay.mailbox cimport mailbox_put, mailbox_wake
-from proxyd.relay.socket cimport socket_reset_at_close
 from proxyd.relay.sys cimport (
-    AF_UNIX, atomic_add, atomic_get, atomic_set, int64_t, pthread_mutex_destroy,
+    atomic_add, atomic_get, atomic_set, int64_t, pthread_mutex_destroy,
     pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock,
 )
 from proxyd.relay.types cimport (
@@ -93,8 +92,6 @@ cdef inline bint connection_was_in_quarantine(const Connection *c) noexcept nogi
 
 
 cdef inline void endpoint_quarantine(Worker *worker, Endpoint *end) noexcept nogil:
-    """If the thread still blocks when the program ends, the kernel closes its sockets: that must
-    not look like a clean end."""
     if end.fd < 0:
         return
     endpoint_unregister(&worker.ctx, end)
@@ -102,8 +99,6 @@ cdef inline void endpoint_quarantine(Worker *worker, Endpoint *end) noexcept nog
         end.rights.state = RIGHTS_ANY
         end.rights.left = 0
     end.readable = 1
-    if end.family != AF_UNIX:
-        socket_reset_at_close(end.fd)
 
 
 # ── what the thread is given ─────────────────────────────────────────────────────────────────────

@@ -1,7 +1,7 @@
-# The structures of what is counted and told of connections. types.pxd has those that move bytes.
+# The structures of what is counted, measured and told. types.pxd has those that move bytes.
 
 from proxyd.relay.sys cimport (
-    int64_t, sockaddr_in6, sockaddr_storage, socklen_t, uint32_t, uint64_t, uint8_t,
+    int64_t, sockaddr_storage, socklen_t, uint32_t, uint64_t, uint8_t,
 )
 
 
@@ -13,6 +13,7 @@ cdef enum:
     CONNECT_BUCKETS = 17       # of the time that a connect took: see upstream.pxd
     ROWS_MAX = 64              # of a batch
     SOURCE_WORDS = 3           # of a key: see source.pxd
+    PEER_MAX = 116             # bytes of an address: 111 for that of a UNIX socket, and no gap
 
 ctypedef struct UpstreamTotals:
     int index                  # the policy's
@@ -22,8 +23,15 @@ ctypedef struct UpstreamTotals:
     uint64_t connect_us        # the sum of these times
 
 ctypedef struct Peer:
-    sockaddr_in6 address       # of an accepted client: what accept(2) said, if it fits …
-    socklen_t size             # … or 0
+    char address[PEER_MAX]     # of a client, as accept(2) or its PROXY header said
+    socklen_t size             # 0: not known
+
+ctypedef struct Binding:
+    bint client                # bind to the client's address, without its port; otherwise …
+    Peer v4                    # … to one of these, whose family is the target's; size 0: none
+    Peer v6
+    char device[16]            # the interface, IFNAMSIZ …
+    socklen_t device_size      # … and the length of its name; 0: any interface
 
 ctypedef struct Source:
     Source *next               # in its bucket
@@ -101,3 +109,28 @@ ctypedef struct Sweep:
 cdef enum:
     REPORT_BEGINS = 1          # connections that begin, and rows of those that end
     REPORT_ENDS = 2            # connections that have ended
+
+
+# ── load ─────────────────────────────────────────────────────────────────────────────────────────
+
+cdef enum:
+    CPUS_MAX = 8192            # NR_CPUS of the largest configuration …
+    CPUS_BYTES = 1024          # … at a bit each
+
+ctypedef struct Machine:
+    int stat_fd                # of /proc/stat or /proc/uptime; -1: neither could be opened
+    bint some_cpus             # only the CPUs of `cpus` count
+    uint8_t cpus[CPUS_BYTES]   # bits
+    int quota                  # per cent of a CPU that the process may use; 0: no limit
+    int wait_max               # per cent of a window: with more, the worker had to wait for a CPU
+
+ctypedef struct Busy:
+    int64_t since_ns           # when this window began
+    int64_t asleep_ns          # how much of it the worker has slept
+    int64_t ran_ns             # CPU time of the thread until this window,
+    int64_t spent_ns           # … and of the process
+    bint sampled               # the worker was busy ever since the idle time was last read:
+    int64_t sampled_ns         # when that was,
+    uint64_t idle_ns           # … and what it was then, modulo 2**64
+    int64_t sample_after_ns    # when to read it again at the earliest
+    int spare                  # per cent of one CPU that were idle when last read; 0: not busy

@@ -10,11 +10,15 @@ from proxyd.relay.parcel cimport (
     FDS_MAX, FD_CLIENT, IS_ARMED, IS_ENDED, IS_ENDING, IS_GONE, IS_READABLE, IS_REFUSED, IS_URGENT,
     IS_WRITABLE, LAST_CLIENT, LAST_NONE, RECHECK_MS_MAX, ParcelRecord, file_read,
 )
+from proxyd.relay.records cimport SOURCE_WORDS, Peer, Source
 from proxyd.relay.self_connect cimport self_connect_enter
+from proxyd.relay.sender cimport is_sender
 from proxyd.relay.socket cimport socket_cookie, socket_stream_family
+from proxyd.relay.source cimport source_of_client, source_take_place
 from proxyd.relay.sys cimport (
-    ENOMEM, FIONREAD, F_GETFL, F_SETFL, O_NONBLOCK, S_ISFIFO, close, fcntl, fstat, int64_t, ioctl,
-    malloc, stat_t, uint64_t,
+    AF_UNIX, AF_UNSPEC, ENOMEM, FIONREAD, F_GETFL, F_SETFL, O_NONBLOCK, S_ISFIFO, close, fcntl,
+    fstat, getpeername, int64_t, ioctl, malloc, memcmp, memcpy, memset, sockaddr, sockaddr_storage,
+    socklen_t, stat_t, uint32_t, uint64_t,
 )
 from proxyd.relay.types cimport CONNECTING, Connection, Endpoint, Half, Worker
 
@@ -161,6 +165,38 @@ cdef inline void side_restore(
     half.counted = record.counted[side]
 
 
+cdef inline Source *client_take_place(
+    const Worker *main, int fd, const Peer *peer
+) noexcept nogil:
+    """Let a client that another process has let in take a place of its source, even beyond the
+    share: a lower limit cuts nobody. NULL: it counts nowhere.
+
+    If it has come with a PROXY header, `peer` is what that says, and counts. One without an address
+    in its header has only its own, which is that of a proxy: see sender.pxd."""
+    cdef sockaddr_storage own, told
+    cdef socklen_t size = sizeof(own)
+    cdef uint32_t key[SOURCE_WORDS]
+    cdef bint is_introduced
+    if main.sources.buckets == NULL:
+        return NULL
+    memset(&own, 0, sizeof(own))
+    memset(&told, 0, sizeof(told))
+    if getpeername(fd, <sockaddr *>&own, &size) < 0:
+        own.ss_family = AF_UNSPEC
+    if peer.size > 0:
+        memcpy(&told, &peer.address, peer.size)
+    else:
+        told = own
+    is_introduced = main.senders != NULL and is_sender(main.senders, &own)
+    if is_introduced and memcmp(&told, &own, sizeof(own)) == 0:
+        return NULL
+    if told.ss_family == AF_UNIX and (is_introduced or own.ss_family != AF_UNIX):
+        return NULL
+    if not source_of_client(main.sources, fd, &told, key):
+        return NULL
+    return source_take_place(main.sources, key)
+
+
 cdef inline void descriptor_reset(Worker *worker, int fd) noexcept nogil:
     """Close what cannot be used, if it is there. If it is a socket, its peer sees a reset."""
     cdef int family
@@ -170,4 +206,4 @@ cdef inline void descriptor_reset(Worker *worker, int fd) noexcept nogil:
     if family < 0:
         close(fd)
     else:
-        worker_hang_up(worker, fd, family, True)
+        worker_hang_up(worker, fd, family, True, NULL)

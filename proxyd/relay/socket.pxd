@@ -33,6 +33,16 @@ cdef inline void socket_reset(int fd, int family) noexcept nogil:
     close(fd)
 
 
+cdef inline void socket_guard(int fd, int family) noexcept nogil:
+    """Have its peer see a reset if this process is killed, as long as it is owed bytes or an end.
+
+    Whoever passes the end on, or closes it cleanly, calls socket_unlinger() first: SO_LINGER would
+    throw away what is queued even then. Only TCP can do this. Never for a listener, which outlives
+    us."""
+    if family == AF_INET or family == AF_INET6:
+        socket_reset_at_close(fd)
+
+
 cdef inline int socket_reset_at_close(int fd) noexcept nogil:
     """Have close(2) reset it, also if the process ends. As setsockopt(2)."""
     cdef linger now

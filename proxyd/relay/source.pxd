@@ -52,6 +52,16 @@ cdef inline int source_enter(
     return 0
 
 
+cdef inline Source *source_take_place(SourceTable *table, const uint32_t *key) noexcept nogil:
+    """Likewise, however many its source has; NULL: no memory."""
+    cdef Source *source = source_find(table, key)
+    if source == NULL:
+        source = source_add(table, key)
+    if source != NULL:
+        atomic_add(&source.places, 1)
+    return source
+
+
 # ── what a client has in common with the others of its source ────────────────────────────────────
 
 cdef inline bint source_of_client(

@@ -5,7 +5,8 @@
 # are on CLOCK_MONOTONIC, if they are not durations.
 
 from proxyd.relay.records cimport (
-    ENDING_COUNT, ROWS_MAX, Origin, Peer, Row, Senders, SourceTable, Sweep, UpstreamTotals,
+    ENDING_COUNT, ROWS_MAX, Binding, Busy, Machine, Origin, Peer, Row, Senders, SourceTable, Sweep,
+    UpstreamTotals,
 )
 from proxyd.relay.sys cimport (
     epoll_event, int64_t, pthread_mutex_t, pthread_t, sockaddr_storage, socklen_t, uint16_t,
@@ -78,6 +79,7 @@ ctypedef struct PumpContext:
     size_t stream_unit         # … and of a stream; the size of `buffer`
     bint may_splice            # False: everything is copied
     bint may_refuse            # descriptors: the kernel has SO_PASSRIGHTS, as far as is known
+    const Binding *binding     # of sockets to targets; NULL: the kernel is to choose
     PipePool pool              # idle pipes
     Counters counters          # of this worker
 
@@ -195,31 +197,6 @@ ctypedef struct Quarantine:
     int wanted                 # the thread is to be started
     int orphan_sockets         # in it, sockets that were no connection's
     int64_t retry_ms           # not to be started before
-
-
-# ── load ─────────────────────────────────────────────────────────────────────────────────────────
-
-cdef enum:
-    CPUS_MAX = 8192            # NR_CPUS of the largest configuration …
-    CPUS_BYTES = 1024          # … at a bit each
-
-ctypedef struct Machine:
-    int stat_fd                # of /proc/stat or /proc/uptime; -1: neither could be opened
-    bint some_cpus             # only the CPUs of `cpus` count
-    uint8_t cpus[CPUS_BYTES]   # bits
-    int quota                  # per cent of a CPU that the process may use; 0: no limit
-    int wait_max               # per cent of a window: with more, the worker had to wait for a CPU
-
-ctypedef struct Busy:
-    int64_t since_ns           # when this window began
-    int64_t asleep_ns          # how much of it the worker has slept
-    int64_t ran_ns             # CPU time of the thread until this window,
-    int64_t spent_ns           # … and of the process
-    bint sampled               # the worker was busy ever since the idle time was last read:
-    int64_t sampled_ns         # when that was,
-    uint64_t idle_ns           # … and what it was then, modulo 2**64
-    int64_t sample_after_ns    # when to read it again at the earliest
-    int spare                  # per cent of one CPU that were idle when last read; 0: not busy
 
 
 # ── connections ──────────────────────────────────────────────────────────────────────────────────

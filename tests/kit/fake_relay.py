@@ -94,6 +94,8 @@ class FakeRelay:
         self.ids = {}
         """client → the id of its connection."""
         self.watched = {}
+        self.clients = []
+        """The clients that dial() was told of, one each time."""
         self.dialled = {}
         """fd → what connected() returns."""
         self.fds = {}
@@ -202,6 +204,7 @@ class FakeRelay:
         timeout_ms=0,
         upstream=0,
         peer=b"",
+        connection=0,
     ):
         self.attempts.append((self.now_ms - self.start_ms, address, timeout_ms))
         outcome = self._outcome(address)
@@ -209,7 +212,8 @@ class FakeRelay:
             return ConnectFailed(listener, client, outcome, preamble or b"", self.now_ms, 0, peer)
         return self._connected(client, preamble)
 
-    def dial(self, address):
+    def dial(self, address, client=b""):
+        self.clients.append(client)
         self.attempts.append((self.now_ms - self.start_ms, address, None))
         outcome = self._outcome(address)
         if isinstance(outcome, Answers):
@@ -342,6 +346,9 @@ class FakeRelay:
 
     def expects_header(self, peer):
         return False
+
+    def count_again(self, client, peer):
+        pass
 
     def limit_sources(self, places_max, nobody=-1):
         self.source_limits.append((places_max, nobody))

@@ -11,7 +11,7 @@ def too_many_lines(log, seconds):
     allowed = int(seconds / REPEAT_PAUSE) + 2
     kinds = {}
     for line in log.splitlines():
-        kind = re.sub(r" (answers after|\(\d+ more in|\(last of) .*", r" \1", line)
+        kind = re.sub(r" (answers after|\(\d+ more in|\(last of|Client:) .*", r" \1", line)
         kinds[kind] = kinds.get(kind, 0) + 1
     found = [
         f"{count} lines like {kind!r}, at most {allowed} expected"

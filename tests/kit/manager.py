@@ -3,9 +3,11 @@
 import array
 import os
 import select
+import signal
 import socket
 
 from kit.notify import NotifySocket
+from kit.waiting import wait_until
 
 FDS_MAX = 768
 
@@ -73,3 +75,32 @@ class Manager(NotifySocket):
         self.drop()
         for fd in self.barriers:
             os.close(fd)
+
+
+# ── restarts ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def restart(stage, manager, *arguments, **options):
+    """Stop the program of a stage, and start it with all that it has left."""
+    stop(stage)
+    manager.drop_hung_up()
+    assert len(manager.stored) == 1
+    start(stage, manager, *arguments, **options)
+    wait_until(lambda: not manager.stored, "FDSTOREREMOVE=1")
+
+
+def stop(stage, number=signal.SIGTERM):
+    """Stop it, and wait for its end."""
+    stage.proxy.send_signal(number)
+    assert stage.proxy.wait() == 0, stage.proxy.log()
+
+
+def start(stage, manager, *arguments, **options):
+    """Start the program with what is stored."""
+    listeners = stage.proxy.listeners if stage.proxies else [stage.listener()]
+    listeners = [one for one in listeners if isinstance(one, socket.socket)]
+    names = ":".join(["web"] * len(listeners) + [name for name, _ in manager.stored])
+    stored = [fd for _, fd in manager.stored]
+    manager.clear()
+    options = {"names": names, "notify": manager} | options
+    stage.launch(*arguments, listeners=[*listeners, *stored], **options)

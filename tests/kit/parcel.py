@@ -7,7 +7,7 @@ import socket
 FDS_MAX = 253
 """File descriptors of one message (SCM_MAX_FD)."""
 
-RECORD_SIZE = 320
+RECORD_SIZE = 408
 HEAD_SIZE = 40
 
 
@@ -42,9 +42,9 @@ class Parcel:
         os.close(self.file)
 
 
-def carry_over(rig, threads=0, **options):
+def carry_over(rig, threads=0, prepare=None, **options):
     """Have a new relay go on with the connections of a rig, and with its listener; (how many it
-    goes on with, how many it could not restore)."""
+    goes on with, how many it could not restore). `prepare` is called with it before that."""
     before = rig.relay
     rig.listener.stop()
     rig.events += before.freeze()
@@ -56,6 +56,8 @@ def carry_over(rig, threads=0, **options):
     del before
     rig.options = rig.options | options
     rig.make_relay()
+    if prepare is not None:
+        prepare(rig.relay)
     for _ in range(threads):
         rig.relay.start_worker()
     try:

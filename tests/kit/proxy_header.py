@@ -6,6 +6,17 @@ import struct
 SIGNATURE = b"\r\n\r\n\0\r\nQUIT\n"
 LOCAL = SIGNATURE + b"\x20\x00\x00\x00"
 
+# What a balancer says of one client, in each version; the last one with a TLV.
+V1 = b"PROXY TCP4 192.0.2.1 198.51.100.2 5000 443\r\n"
+V2 = (
+    SIGNATURE
+    + b"\x21\x11\0\x0c"
+    + bytes([192, 0, 2, 1, 198, 51, 100, 2])
+    + struct.pack("!HH", 5000, 443)
+)
+TLV = b"\x05\0\x04id-7"
+V2_TLV = V2[:14] + struct.pack("!H", 12 + len(TLV)) + V2[16:] + TLV
+
 
 def header_of(version, client, family):
     """The header for a TCP client; `client` is its own end of the connection."""

@@ -230,10 +230,10 @@ def talk(client, server):
     assert read_exactly(client, 6) == b"answer"
 
 
-def greet(client):
+def greet(client, word=b"hello"):
     """Send a word to an echo server, and read the answer."""
-    client.sendall(b"hello")
-    assert read_exactly(client, 5) == b"hello"
+    client.sendall(word)
+    assert read_exactly(client, len(word)) == word
 
 
 def is_served(client):

@@ -189,11 +189,12 @@ class World:
         self.relay.received[fd] = what
         self.happen(fd, 1)
 
-    def fail(self, fd, error, pending=b"", since_ms=None):
-        """A connect of the relay has failed."""
+    def fail(self, fd, error, pending=b"", since_ms=None, *, has_unsent=False):
+        """A connect of the relay has failed. `has_unsent`: `pending` is from the client."""
         self.relay.served.pop(self.served.index(fd))
         since_ms = START_MS + (self.now_ms if since_ms is None else since_ms)
-        failed = ConnectFailed(3, fd, error, pending, since_ms, self.relay.ids[fd])
+        number = self.relay.ids[fd]
+        failed = ConnectFailed(3, fd, error, pending, since_ms, number, has_unsent=has_unsent)
         self.upstream.take_back(failed, socket.AF_UNIX)
 
     def assert_counted(self):

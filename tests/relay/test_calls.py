@@ -231,11 +231,11 @@ def test_a_stalled_reader_costs_nothing_but_waits(calls, pair):
     assert [names(turn) for turn in turns[20:30]] == [["epoll_wait"]] * 10
 
 
-# fcntl: is the listener still non-blocking? setsockopt: a TCP client inherits SO_LINGER from it.
+# fcntl: is the listener still non-blocking? setsockopt: SO_LINGER, so that a kill is a reset.
 ACCEPT = {"tcp4": ["fcntl", "accept4", "setsockopt"], "unix": ["fcntl", "accept4"]}
 TO = {
-    # SO_OOBINLINE, SO_KEEPALIVE, TCP_NODELAY; and the local address, to recognise loops.
-    "tcp4": ["socket", *["setsockopt"] * 3, "connect", "getsockname"],
+    # SO_OOBINLINE, SO_KEEPALIVE, TCP_NODELAY, SO_LINGER; and the local address, to recognise loops.
+    "tcp4": ["socket", *["setsockopt"] * 4, "connect", "getsockname"],
     # SO_OOBINLINE, SO_PASSRIGHTS.
     "unix": ["socket", *["setsockopt"] * 2, "connect"],
 }
@@ -250,6 +250,7 @@ CAREFUL_READ = {"tcp4": ["recvfrom"], "unix": ["recvmsg", "recvfrom"]}
 def test_the_calls_of_a_short_connection(calls, pair):
     """All of them, in order."""
     client, target = pair
+    clean = {"tcp4": ["setsockopt"], "unix": []}  # SO_LINGER off: the end is not to cut anything
     opened, answered, ended, closed = calls("short_connection", pair)
     begun = [*ACCEPT[client], *TO[target], *FROM[client], *CAREFUL_READ[client], "sendto"]
     begun += ["epoll_ctl"] * 2
@@ -257,10 +258,11 @@ def test_the_calls_of_a_short_connection(calls, pair):
     assert names(answered) == ["epoll_wait", *READ[target], "sendto"]
     gone = ["epoll_ctl", "close"]
     if target == "tcp4":  # perhaps it has only half-closed
-        assert names(ended) == ["epoll_wait", *READ[target], "shutdown"]
-        assert names(closed) == ["epoll_wait", *READ[client], *gone, *gone]
+        assert names(ended) == ["epoll_wait", *READ[target], *clean[client], "shutdown"]
+        assert names(closed) == ["epoll_wait", *READ[client], *clean[target], *gone, *gone]
     elif client == "tcp4":  # its send queue is checked; it closes before that is empty
-        assert names(ended) == ["epoll_wait", *READ[target], "shutdown", *gone, "ioctl"]
+        ending = [*clean[client], "shutdown", *gone, "ioctl"]
+        assert names(ended) == ["epoll_wait", *READ[target], *ending]
         assert names(closed) == ["epoll_wait", *READ[client], *gone]
     else:  # what is unread is read before the socket is closed
         assert names(ended) == ["epoll_wait", *READ[target], *gone, *READ[client], *gone]

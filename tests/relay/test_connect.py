@@ -113,6 +113,7 @@ def test_connect_that_fails_at_once_leaves_the_client_alone(rigs):
         "opened_ms": rig.relay.now_ms,
         "connection": 0,
         "peer": b"",
+        "has_unsent": False,
     }
     assert (rig.relay.connections, rig.relay.held) == (0, 1)  # counted by the Accepted event
     client.send(b"hello")

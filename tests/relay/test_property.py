@@ -36,7 +36,7 @@ STUCK_TURNS = 150
 
 STUCK_MS = 8
 
-EXAMPLES = int(os.environ.get("RELAY_EXAMPLES", "2000"))
+EXAMPLES = int(os.environ.get("RELAY_EXAMPLES", "1000"))
 """In total: a quarter of them for each of the MODES."""
 
 STEPS = 30
