@@ -194,18 +194,18 @@ def pack_inet(host: str, port: int) -> bytes:
 def split_scope(host: str) -> tuple[str, str]:
     """Split `V6%SCOPE`; without a scope, it is "". Raises ValueError."""
     literal, percent, scope = host.partition("%")
-    if percent and ":" in literal and not _can_be_scope(scope):
+    if percent and ":" in literal and not can_be_interface(scope):
         raise ValueError(f"'{scope}' is not a network interface")
     return literal, scope
 
 
-def _can_be_scope(scope: str) -> bool:
+def can_be_interface(name: str) -> bool:
     """Tell whether this can be the name of an interface (dev_valid_name()), or its number."""
     try:
-        size = len(os_text.encode(scope))
+        size = len(os_text.encode(name))
     except UnicodeError:
         return False
-    return 0 < size <= _INTERFACE_MAX and not any(c in "/:\0" or c.isspace() for c in scope)
+    return 0 < size <= _INTERFACE_MAX and not any(c in "/:\0" or c.isspace() for c in name)
 
 
 def pack_inet6(host: str, port: int, scope_id: int = 0) -> bytes:
@@ -303,6 +303,12 @@ def _head(kind: int) -> bytes:
 # ── parts of a packed address ─────────────────────────────────────────────────────────────────────
 
 
+def without_port(address: bytes) -> bytes:
+    """Return the IP address of a packed one, IPv4-mapped as IPv4; b"" if it is of another kind."""
+    inner = unmapped(address)
+    return with_port(inner, 0) if family(inner) in (AF_INET, AF_INET6) else b""
+
+
 def unmapped(address: bytes) -> bytes:
     """Return the IPv4 address inside an IPv4-mapped IPv6 one; any other address unchanged."""
     if family(address) == AF_INET6 and address[8:20] == _V4_MAPPED:
@@ -313,6 +319,16 @@ def unmapped(address: bytes) -> bytes:
 def with_port(address: bytes, number: int) -> bytes:
     """Return an IPv4 or IPv6 `address` with another port."""
     return address[:2] + number.to_bytes(2, "big") + address[4:]
+
+
+def host(address: bytes) -> bytes:
+    """Return the 4 or 16 bytes of an IPv4 or IPv6 address."""
+    return address[4:8] if family(address) == AF_INET else address[8:24]
+
+
+def is_link_local(address: bytes) -> bool:
+    """Tell whether an IPv6 `address` is in fe80::/10, RFC 4291 2.5.6."""
+    return address[8] == 0xFE and address[9] & 0xC0 == 0x80
 
 
 def with_scope(address: bytes, scope_id: int) -> bytes:

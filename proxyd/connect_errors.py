@@ -9,6 +9,10 @@ import posix
 
 from proxyd import address as sockaddr
 
+TYPE_CHECKING = False  # as in typing, which is slow to import
+if TYPE_CHECKING:
+    from proxyd.source_address import SourceAddress
+
 _OURS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 """This machine is short of fds or memory, which says nothing about the target."""
 
@@ -31,6 +35,7 @@ _IP = frozenset(
         errno.ETIMEDOUT,
         errno.EAGAIN,  # an IPsec policy whose keys are still being negotiated
         errno.EADDRNOTAVAIL,  # no local port is free, or there is no local address yet
+        errno.EADDRINUSE,  # the local port of --source= is in use
         errno.ELOOP,  # it was connected to itself: there is no listener
     )
 )
@@ -73,9 +78,6 @@ _TEMPORARY = {
 CLOSED_EARLY = -1
 """In place of an errno: the target has accepted, and closed or reset before it could settle."""
 
-_LINK_LOCAL_MASK = 0xFFC0
-_LINK_LOCAL = 0xFE80  # fe80::/10, RFC 4291 2.5.6
-
 
 def is_temporary(error: int, address: bytes) -> bool:
     """Tell whether a later connect to `address` may succeed."""
@@ -103,15 +105,26 @@ def was_reached(error: int, address: bytes) -> bool:
     return error == 0
 
 
-def describe(error: int, address: bytes | None, target: str, verb: str = "connect to") -> str:
+def describe(
+    error: int,
+    address: bytes | None,
+    target: str,
+    verb: str = "connect to",
+    source: "SourceAddress | None" = None,
+) -> str:
     """Return the line that says why `target` cannot be reached.
 
-    `address`: the only address that it has, None if there are several.
+    `address`: the only address that it has, None if there are several. `source`: what sockets to it
+    are bound to.
     """
     if error == errno.ELOOP and (address is None or not _is_unix(address)):
         text = "it was connected to itself, because nothing listens there"
     elif error == CLOSED_EARLY:
         text = "it accepts and closes at once"
+    elif source is not None and (why := source.explain(error, address)):
+        text = why
+    elif error == errno.EADDRNOTAVAIL:
+        text = "no local port is free, or there is no local address"
     else:
         text = posix.strerror(error)
     return f"Failed to {verb} remote host: {text} ({target})"
@@ -132,5 +145,4 @@ def _lacks_scope(address: bytes) -> bool:
     """Tell whether it is link-local IPv6 without an interface: EINVAL is permanent then."""
     if sockaddr.family(address) != sockaddr.AF_INET6:
         return False
-    prefix = int.from_bytes(address[8:10], "big")
-    return prefix & _LINK_LOCAL_MASK == _LINK_LOCAL and not any(address[24:28])
+    return sockaddr.is_link_local(address) and not any(address[24:28])

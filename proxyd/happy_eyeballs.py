@@ -45,6 +45,7 @@ class HappyEyeballs:
         "_repeats",
         "_stagger_ms",
         "_winners",
+        "client",
         "congested",
         "error",
         "failures",
@@ -75,6 +76,8 @@ class HappyEyeballs:
         """How many are held; each of them has an fd for one attempt."""
         self._stagger_ms = 0
         """When the next address is due."""
+        self.client = b""
+        """The packed address of all clients, if sockets are bound to that."""
         self.settle_ms = 0
         """How long a new connection has to stay up …"""
         self.must_settle = False
@@ -237,7 +240,8 @@ class HappyEyeballs:
             return False
         candidate.dialled_ms = now_ms
         try:
-            fd = self._loop.dial(candidate.address, lambda fd, _events: self._check(fd))
+            address = candidate.address
+            fd = self._loop.dial(address, lambda fd, _events: self._check(fd), self.client)
         except OSError as failure:
             self._record_failure(failure.errno or errno.EIO, candidate.address)
             return False

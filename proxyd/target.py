@@ -7,6 +7,7 @@ TYPE_CHECKING = False  # as in typing, which is slow to import
 if TYPE_CHECKING:
     from proxyd.lookup import Interface, Lookup
     from proxyd.resolver import Resolver
+    from proxyd.source_address import SourceAddress
 
 _DEFAULT_PORT = 80  # as in the original
 
@@ -32,6 +33,7 @@ class Target:
         "index",
         "scope",
         "service",
+        "source",
         "text",
         "where",
     )
@@ -68,6 +70,8 @@ class Target:
         self._for_datagrams: Target | None = None
         self.index = 0
         """Under which the relay counts its connections; set by the server."""
+        self.source: SourceAddress | None = None
+        """What sockets to it are bound to; None: the kernel chooses. Set by the server."""
         self.scope = scope
         self.host = host
         self.service = service
