@@ -27,6 +27,7 @@ import _thread
 import posix
 import time
 
+from proxyd import threads
 from proxyd.address import parse_number
 
 TYPE_CHECKING = False  # as in typing, which is slow to import
@@ -322,12 +323,7 @@ class _Thread:
         self._wake, self._done = _thread.allocate_lock(), _thread.allocate_lock()
         self._wake.acquire()
         self._done.acquire()
-        # Signals are for the main thread, which may not have its handlers yet.
-        mask = _signal.pthread_sigmask(_signal.SIG_BLOCK, _signal.valid_signals())
-        try:
-            _thread.start_new_thread(self._run, ())
-        finally:
-            _signal.pthread_sigmask(_signal.SIG_SETMASK, mask)
+        threads.start(self._run)
 
     def put(self, data: bytes) -> int:
         if len(self._queue) >= _THREAD_LINES_MAX:

@@ -11,11 +11,10 @@ other results are failures, and the last good answer is used for longer (RFC 876
 """
 
 import _socket
-import _thread
 import posix
 
 from proxyd import address as sockaddr
-from proxyd import log
+from proxyd import log, threads
 from proxyd.errors import reason
 
 TYPE_CHECKING = False  # as in typing, which is slow to import
@@ -219,7 +218,7 @@ class Resolver:
 
     def _add_thread(self) -> bool:
         try:
-            _thread.start_new_thread(self._work, ())
+            threads.start(self._work)
         except (RuntimeError, MemoryError):  # TasksMax=, RLIMIT_NPROC
             return False
         self._threads += 1

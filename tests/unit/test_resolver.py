@@ -5,6 +5,7 @@ import itertools
 import os
 import posix
 import select
+import signal
 import socket
 import subprocess
 import sys
@@ -56,6 +57,7 @@ class FakeGetaddrinfo:
         self.answers = {}
         self.asked = []
         self.threads = set()
+        self.blocked = set()
         self.let_go = threading.Event()
         self.hanging = set()
         self._called = threading.Condition()
@@ -65,6 +67,7 @@ class FakeGetaddrinfo:
         assert kind == _socket.SOCK_STREAM
         assert not flags & _socket.AI_ADDRCONFIG
         self.threads.add(threading.get_ident())
+        self.blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [])
         with self._called:
             self.asked += [host] if family == 0 else []
             self._called.notify()
@@ -140,6 +143,15 @@ def test_answer(names, server):
     server.answers[HOST] = found(V6, V4)
     assert look_up(names, HOST, 0) == [([V6, V4], None)]
     assert server.threads.isdisjoint({threading.get_ident()})
+
+
+def test_its_threads_take_no_signal(names, server):
+    """They are for the main thread, which blocks them for a moment at a reload."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    server.answers[HOST] = found(V4)
+    look_up(names, HOST, 0)
+    assert {signal.SIGTERM, signal.SIGHUP} <= server.blocked
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == mask
 
 
 def test_nothing_to_collect(names):
@@ -442,8 +454,8 @@ def started(monkeypatch):
         threads.append(function)
         return really(function, arguments)
 
-    really = resolver._thread.start_new_thread
-    monkeypatch.setattr(resolver._thread, "start_new_thread", start)
+    really = resolver.threads._thread.start_new_thread
+    monkeypatch.setattr(resolver.threads._thread, "start_new_thread", start)
     return threads
 
 
@@ -507,7 +519,7 @@ def refuse_threads(monkeypatch, error):
     def refuse(*_):
         raise error
 
-    monkeypatch.setattr(resolver._thread, "start_new_thread", refuse)
+    monkeypatch.setattr(resolver.threads._thread, "start_new_thread", refuse)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("can't start new thread"), MemoryError()])
