@@ -201,7 +201,8 @@ class NotifySocket:
     def __init__(self, environ: "Mapping[str, str]") -> None:
         self._warned = False
         self._address = b""
-        self.store_max = environ.get("FDSTORE", "")
+        # Both came with systemd 254.
+        self.store_max = environ.get("FDSTORE", "0" if "MEMORY_PRESSURE_WATCH" in environ else "")
         """How many descriptors may be stored; "" if that is not known, before systemd 254."""
         self.error = 0
         """The errno of the last send(), 0 if it succeeded."""

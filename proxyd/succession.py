@@ -1,7 +1,7 @@
 """Whether, and how, another process is to go on with the connections of this one.
 
 Loaded at every start, and no more than that: all that is done is in `proxyd.continuity`, which is
-imported when it is needed.
+imported when it is needed, or some time after the start.
 """
 
 from proxyd import log
@@ -17,11 +17,15 @@ if TYPE_CHECKING:
     from proxyd.continuity.reload import Reload
     from proxyd.continuity.store import Store
 
+_LOAD_MS = 10_000
+"""How long after its start a process loads what it needs at its end. Not only then: another version
+may be installed meanwhile, and modules of two versions do not fit together."""
+
 
 class Succession:
     """What a process takes over from the last one, and leaves to the next one."""
 
-    __slots__ = ("_notifier", "_parts", "_reload", "_store")
+    __slots__ = ("_load_ms", "_notifier", "_parts", "_reload", "_store")
 
     def __init__(self, notifier: Notifier, parts: "Callable[[], Parts]") -> None:
         """`parts` makes what `proxyd.continuity` needs of the server."""
@@ -29,6 +33,8 @@ class Succession:
         self._parts = parts
         self._reload: Reload | None = None
         self._store: Store | None = None
+        self._load_ms: int | None = 0
+        """When to load what is needed at the end; 0 before the first step, None afterwards."""
 
     def take(self, parcel: "Parcel | None", *, stored: bool) -> None:
         """Go on with the connections of the last process; `stored`: they were in the store."""
@@ -47,6 +53,8 @@ class Succession:
             from proxyd.continuity import reload
         except (OSError, ImportError) as error:  # there is no fd left to load it with
             log.warning(f"Not reloaded: {reason(error)}")
+            self._notifier.reloading()  # the service manager waits for both
+            self._notifier.ready()
             return True
         parts = self._parts()
         if not reload.is_possible(parts.acceptor):
@@ -80,10 +88,12 @@ class Succession:
         """Return when step() is to be called at the latest."""
         if self._store is not None and self._store.waits:
             return self._store.until_ms
-        return self._reload.until_ms if self._reload is not None else None
+        return self._reload.until_ms if self._reload is not None else self._load_ms or None
 
     def step(self, now_ms: int) -> None:
         """Do what the time has made due."""
+        if self._load_ms is not None and now_ms >= self._load_ms:
+            self._load(now_ms)
         if self._store is not None:
             self._store.step(now_ms)
         if self._reload is not None:
@@ -91,6 +101,21 @@ class Succession:
             if self._reload.done:
                 self._reload = None
 
+    def _load(self, now_ms: int) -> None:
+        if not self._load_ms:
+            self._load_ms = now_ms + _LOAD_MS
+            return
+        self._load_ms = None
+        try:
+            from proxyd.continuity import reload, store  # noqa: F401
+        except (OSError, ImportError):
+            pass  # no fd is left; when it is needed, that is told
+
     def leave(self) -> bool:
         """Leave all connections to the next process; return False if that is not possible."""
-        return self._store is not None and self._store.fill()
+        if self._store is None:
+            return False
+        try:
+            return self._store.fill()
+        finally:
+            self._store.close()

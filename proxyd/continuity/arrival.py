@@ -2,11 +2,13 @@
 
 import _socket
 
+from proxyd import address as sockaddr
 from proxyd import log
-from proxyd._relay import reset_at_close
+from proxyd._relay import socket_names
 from proxyd.acceptor import upstream_of
-from proxyd.address import AF_UNIX
+from proxyd.errors import reason
 from proxyd.held import HeldClient
+from proxyd.received_header import HeaderError, ReceivedHeader, parse
 
 TYPE_CHECKING = False  # as in typing, which is slow to import
 if TYPE_CHECKING:
@@ -16,6 +18,11 @@ if TYPE_CHECKING:
     from proxyd.continuity.parcel import Parcel
     from proxyd.continuity.parts import Parts
     from proxyd.listen import Listener
+
+_INET = (sockaddr.AF_INET, sockaddr.AF_INET6)
+
+_ADDRESS_MAX = 128
+"""Of any address, in bytes (sockaddr_storage)."""
 
 _INDEXES_MAX = 1 << 16
 """More listeners or targets than there can be."""
@@ -28,17 +35,17 @@ def take(parts: "Parts", parcel: "Parcel") -> None:
     """
     try:
         connections, failed = _take_connections(parts, parcel)
-        held, dropped = _take_held(parts, parcel)
-    except (OSError, ValueError) as error:
-        log.warning(f"Failed to go on with the connections of the last process: {error}")
-        connections, held = parts.loop.relay.resting, sum(len(one.held) for one in parts.upstreams)
-        failed = dropped = 0
+        waiting, dropped = _take_waiting(parts, parcel)
+    except (OSError, ValueError, MemoryError) as error:
+        log.warning(f"Failed to go on with the connections of the last process: {reason(error)}")
+        connections, failed, dropped = parts.loop.relay.resting, 0, 0
+        waiting = sum(len(one.held) for one in parts.upstreams) + parts.acceptor.awaiting_header
     finally:
         parcel.close()
     parts.loop.relay.thaw()
-    parts.acceptor.taken_over = connections + held
-    if connections or held:
-        log.info(f"Going on with {connections} open and {held} waiting connections.")
+    parts.acceptor.taken_over = connections + waiting
+    if connections or waiting:
+        log.info(f"Going on with {connections} open and {waiting} waiting connections.")
     if failed or dropped:
         log.warning(f"Had to reset {failed + dropped} connections of the last process.")
 
@@ -82,48 +89,97 @@ def _find_listener(parts: "Parts", block: "Block") -> int:
     return found[0].index if found and not found[0].datagram else -1
 
 
-def _take_held(parts: "Parts", parcel: "Parcel") -> tuple[int, int]:
-    """Hold the clients that were held; return (their number, clients that were reset)."""
-    held = dropped = 0
+def _take_waiting(parts: "Parts", parcel: "Parcel") -> tuple[int, int]:
+    """Go on with clients without a connection; return (their number, clients that were reset)."""
+    taken = dropped = 0
     places = _indexes(parcel.blocks, "listener", lambda one: _find_listener(parts, one))
     for block in parcel.blocks:
-        if block.kind != "held" or len(block.fds) != 1:
+        if block.kind not in _WAITING or len(block.fds) != 1:
             continue
         fd, block.fds = block.fds[0], []
         place = block.number("listener", -1)
         index = places[place] if 0 <= place < len(places) else -1
-        if fd >= 0 and index >= 0 and _hold(parts, parts.acceptor.listeners[index], fd, block):
-            held += 1
+        if fd >= 0 and index >= 0 and _take(parts, parts.acceptor.listeners[index], fd, block):
+            taken += 1
         else:
             dropped += 1
             if fd >= 0:
                 parts.loop.relay.hang_up(fd, reset=True)
-    return held, dropped
+    return taken, dropped
 
 
-def _hold(parts: "Parts", listener: "Listener", fd: int, block: "Block") -> bool:
-    """Hold a client, with the PROXY header that our own options want; False if it cannot be.
+def _take(parts: "Parts", listener: "Listener", fd: int, block: "Block") -> bool:
+    """Go on with a client; False if that cannot be: then the fd is still the caller's.
 
     It must be a client of that listener, at least by its family.
     """
-    peer, unsent = block.raw("peer"), block.raw("unsent")
     try:
         if _family(fd) != listener.family:
             return False
-        header = parts.acceptor.header_for(fd, peer)
-    except (OSError, parts.acceptor.no_header):
+        return _WAITING[block.kind](parts, listener, fd, block)
+    except (OSError, ValueError, HeaderError, parts.acceptor.no_header):
         return False
-    if listener.family != AF_UNIX:
-        reset_at_close(fd, wanted=False)
-    preamble = (header or b"") + unsent or None
-    since_ms = min(block.number("since_ms"), parts.loop.relay.now_ms)
-    client = HeldClient(fd, listener.family, preamble, block.text("name"), since_ms, peer)
+
+
+def _take_held(parts: "Parts", listener: "Listener", fd: int, block: "Block") -> bool:
+    """Hold a client, with the PROXY header that our own options want."""
+    peer = _peer(fd, block)
+    client = HeldClient(
+        fd,
+        listener.family,
+        (_header(parts, fd, peer, block) or b"") + block.raw("unsent") or None,
+        block.text("name"),
+        min(block.number("since_ms"), parts.loop.relay.now_ms),
+        peer,
+    )
     client.listener = listener.index
-    client.has_unsent = bool(unsent)
+    client.has_unsent = bool(block.raw("unsent"))
     client.id = block.number("id")
     client.connection = block.number("connection")
-    upstream_of(listener, fd).hold(client)
+    upstream = upstream_of(listener, fd, peer)
+    parts.loop.relay.count_again(fd, peer)
+    upstream.hold(client)
     return True
+
+
+def _take_sender(parts: "Parts", listener: "Listener", fd: int, block: "Block") -> bool:
+    """Wait on for the PROXY header of a client."""
+    peer, deadline_ms = _peer(fd, block), block.number("deadline_ms")
+    parts.acceptor.go_on(listener, fd, peer, deadline_ms, block.number("id"))
+    return True
+
+
+_WAITING = {"held": _take_held, "sender": _take_sender}
+"""Kinds of blocks about clients without a connection, and what is done with them."""
+
+
+def _peer(fd: int, block: "Block") -> bytes:
+    """Return the packed address of a client: that of its PROXY header, if it came with one."""
+    peer = block.raw("peer")
+    return peer if len(peer) <= _ADDRESS_MAX else socket_names(fd)[0]
+
+
+def _header(parts: "Parts", fd: int, peer: bytes, block: "Block") -> bytes | None:
+    """Return the PROXY header that a client is announced with; None if it is not.
+
+    Raises HeaderError, Acceptor.no_header, ValueError.
+    """
+    version, known = parts.options.proxy_protocol, block.raw("header")
+    if not version:
+        return None
+    if known and (known[:1] == b"P") == (version == 1):
+        return known  # what it says may come from a header that was received
+    from proxyd.proxy_protocol import pass_on
+
+    received = parse(known) if known else None
+    own = socket_names(fd)[1]
+    kind, own_kind = (sockaddr.family(sockaddr.unmapped(one)) for one in (peer, own))
+    if received is None and own and kind in _INET and own_kind != kind:
+        # Its own header is not known any more, nor, therefore, where it had connected to.
+        received = ReceivedHeader(0, peer, peer[:2] + bytes(len(peer) - 2))
+    if received is not None and (received.peer or kind in _INET):
+        return pass_on(version, received)
+    return parts.acceptor.header_for(fd, peer)
 
 
 def _family(fd: int) -> int:

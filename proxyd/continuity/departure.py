@@ -2,8 +2,6 @@
 
 import posix
 
-from proxyd._relay import reset_at_close
-from proxyd.address import AF_UNIX
 from proxyd.continuity import parcel
 from proxyd.continuity.blocks import Block
 
@@ -13,6 +11,7 @@ if TYPE_CHECKING:
 
     from proxyd.continuity.blocks import Value
     from proxyd.continuity.parts import Parts
+    from proxyd.header_reader import Sender
     from proxyd.held import HeldClient
     from proxyd.listen import Listener
 
@@ -25,27 +24,32 @@ def pack(parts: "Parts", sender: "_socket.socket") -> str:
     parts.acceptor.stop()
     for event in parts.loop.freeze():
         parts.handle(event)
-    _reset_held_at_close(parts, wanted=True)
     held = [
         _held_client(client, upstream.target.index)
         for upstream in parts.upstreams
         for client in upstream.held
     ]
+    senders = [_sender(one) for one in parts.acceptor.header_reader or ()]
     blocks = [
         *[_listener(parts, one) for one in parts.acceptor.listeners],
         *[Block("target", {"index": one.index, "text": one.text}) for one in parts.targets],
         Block("target", {"index": len(parts.targets)}),  # see arrival.former_index()
         *[Block("label", {"id": id_, "text": text}) for id_, text in parts.loop.labels()],
         *held,
+        *senders,
     ]
     parcel.send(sender, blocks, parts.loop.relay)
-    return f"{parts.loop.relay.resting} open and {len(held)} waiting connections"
+    waiting = len(held) + len(senders)
+    return f"{parts.loop.relay.resting} open and {waiting} waiting connections"
 
 
 def leave(parts: "Parts") -> None:
     """Forget all that pack() has sent, so that nothing of it is shut down, reset or unlinked."""
-    parts.acceptor.kept = parts.loop.relay.resting + sum(len(one.held) for one in parts.upstreams)
+    held = sum(len(one.held) for one in parts.upstreams) + parts.acceptor.awaiting_header
+    parts.acceptor.kept = parts.loop.relay.resting + held
     parts.loop.relay.release()
+    if parts.acceptor.header_reader is not None:
+        parts.acceptor.header_reader.forget()
     for upstream in parts.upstreams:
         for client in list(upstream.held):
             upstream.held.remove(client)
@@ -56,17 +60,8 @@ def leave(parts: "Parts") -> None:
 
 def resume(parts: "Parts") -> None:
     """Serve again, after pack() or what should have followed it has failed."""
-    _reset_held_at_close(parts, wanted=False)
     parts.loop.relay.thaw()
     parts.acceptor.resume_soon()
-
-
-def _reset_held_at_close(parts: "Parts", *, wanted: bool) -> None:
-    """Have held clients reset if the parcel is dropped, as the relay does for connections."""
-    for upstream in parts.upstreams:
-        for client in upstream.held:
-            if client.family != AF_UNIX:  # which has no reset
-                reset_at_close(client.fd, wanted)
 
 
 def _listener(parts: "Parts", listener: "Listener") -> Block:
@@ -91,10 +86,21 @@ def _held_client(client: "HeldClient", target: int) -> Block:
         "target": target,
         "listener": client.listener,
         "peer": client.peer,
-        "unsent": (client.preamble or b"") if client.has_unsent else b"",
+        "header" if not client.has_unsent else "unsent": client.preamble or b"",
         "name": client.name,
         "since_ms": client.since_ms,
         "id": client.id,
         "connection": client.connection,
     }
     return Block("held", values, [client.fd])
+
+
+def _sender(sender: "Sender") -> Block:
+    """Describe a client that has not sent its PROXY header yet: nothing of it was taken."""
+    values: dict[str, Value] = {
+        "listener": sender.listener.index,
+        "peer": sender.peer,
+        "deadline_ms": sender.deadline_ms,
+        "id": sender.id,
+    }
+    return Block("sender", values, [sender.fd])

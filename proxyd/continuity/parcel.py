@@ -98,11 +98,20 @@ def _send_fds(sender: _socket.socket, fds: list[int]) -> None:
 
     # The kernel compares the descriptors in flight of this user with the soft limit (ETOOMANYREFS).
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (limits[1], limits[1]))
+    _set_limit((limits[1], limits[1]))
     try:
         _send_parts(sender, fds)
     finally:
+        _set_limit(limits)
+
+
+def _set_limit(limits: tuple[int, int]) -> None:
+    import resource
+
+    try:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    except (OSError, ValueError):
+        pass  # a security module forbids it: as a rule the limit is high enough as it is
 
 
 def _send_parts(sender: _socket.socket, fds: list[int]) -> None:
@@ -237,7 +246,7 @@ def _receive_some(receiver: _socket.socket, fds: list[int]) -> bool:
         data, ancillary, _, _ = receiver.recvmsg(_DATA_MAX, size, flags)
     except OSError as error:
         if error.errno == errno.EAGAIN:
-            return False  # its sender is still there, and has sent no more
+            raise ParcelError("its sender has not finished it") from None
         raise
     if not data:
         return False

@@ -6,6 +6,7 @@ has succeeded nothing is given up, so a version that does not start costs a line
 """
 
 import _signal  # type: ignore[import-not-found]
+import _thread
 import errno
 import posix
 import sys
@@ -132,7 +133,7 @@ class Reload:
         # They would end the new program before it is ready for them; it unblocks them.
         blocked = _signal.pthread_sigmask(_signal.SIG_BLOCK, _SIGNALS)
         for number in take_signals():  # come meanwhile: they wait, and are for the new program, too
-            posix.kill(posix.getpid(), number)
+            _signal.pthread_kill(_thread.get_ident(), number)
         try:
             what = departure.pack(parts, sender)
             sender.close()

@@ -75,19 +75,29 @@ class Store:
             what = departure.pack(self._parts, self._sender)
         except (OSError, MemoryError) as error:
             log.warning(f"Failed to keep the connections: {reason(error)}")
-            departure.resume(self._parts)
-            self._parts.acceptor.stop()
+            self._give_up()
+            return False
+        if not self._is_kept():  # some managers close what they refuse only after their answer
+            self._give_up()
             return False
         departure.leave(self._parts)
         log.info(f"Stopped; {what} are kept for the next start.")
         return True
+
+    def _give_up(self) -> None:
+        """Have everything again, to end it as without a store."""
+        departure.resume(self._parts)
+        self._parts.acceptor.stop()
 
     def _is_kept(self) -> bool:
         if self._sender.fileno() < 0:
             return False
         poll = select.poll()
         poll.register(self._sender, 0)
-        return not poll.poll(0)  # a hang-up: the receiving end was closed
+        try:
+            return not poll.poll(0)  # a hang-up: the receiving end was closed
+        except OSError:
+            return True  # no memory: if it was closed, sending will fail
 
     def close(self) -> None:
         """Close our ends. What is stored stays in the store."""

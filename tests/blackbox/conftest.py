@@ -9,11 +9,20 @@ is marked at its test with `differs` and listed at the end of the run.
 import os
 
 import pytest
+from kit.manager import Manager
 from kit.varlink import Caller
 
 
 def pytest_addoption(pluginmanager):
     pluginmanager.import_plugin("kit.suite")  # imports it once, even if another suite did already
+
+
+@pytest.fixture
+def manager():
+    """A service manager with a descriptor store, for kit.manager.restart()."""
+    manager = Manager()
+    yield manager
+    manager.close()
 
 
 @pytest.fixture

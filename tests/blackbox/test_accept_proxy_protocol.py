@@ -4,13 +4,12 @@ import os
 import shutil
 import signal
 import socket
-import struct
 import subprocess
 
 import pytest
 from kit.datagrams import status
 from kit.differences import differs
-from kit.proxy_header import LOCAL, SIGNATURE
+from kit.proxy_header import LOCAL, SIGNATURE, V1, V2, V2_TLV
 from kit.sockets import open_connection, read_exactly, read_to_end
 from kit.traffic import Payload, expected, greet, is_served, receive_digest, send_payload
 from kit.varlink import PROXY
@@ -18,19 +17,17 @@ from kit.waiting import patience, wait_until
 
 pytestmark = differs("original", reason="accepts no PROXY header", run=False)
 
-V1 = b"PROXY TCP4 192.0.2.1 198.51.100.2 5000 443\r\n"
 V1_UNKNOWN = b"PROXY UNKNOWN\r\n"
-V2 = (
-    SIGNATURE
-    + b"\x21\x11\0\x0c"
-    + bytes([192, 0, 2, 1, 198, 51, 100, 2])
-    + struct.pack("!HH", 5000, 443)
-)
-TLV = b"\x05\0\x04id-7"
-V2_TLV = V2[:14] + struct.pack("!H", 12 + len(TLV)) + V2[16:] + TLV
+UNIX_NAMES = (b"/run/client", b"/run/" + b"n" * 103)
 V2_UNSPECIFIED = SIGNATURE + b"\x21\0\0\0"
 FROM = "--accept-proxy-protocol="
 LOOPBACK = f"{FROM}127.0.0.0/8"
+
+
+def unix_header(name):
+    """A header of version 2 for a client with this name."""
+    return SIGNATURE + b"\x21\x31\0\xd8" + name.ljust(108, b"\0") + b"/run/front".ljust(108, b"\0")
+
 
 headers = pytest.mark.parametrize("header", [V1, V2], ids=["v1", "v2"])
 
@@ -133,6 +130,8 @@ def test_several_options_add_up(stage):
         (V1_UNKNOWN, "v2", V2_UNSPECIFIED),
         (LOCAL, "v1", V1_UNKNOWN),
         (LOCAL, "v2", LOCAL),
+        (unix_header(UNIX_NAMES[0]), "v1", V1_UNKNOWN),
+        (unix_header(UNIX_NAMES[1]), "v2", unix_header(UNIX_NAMES[1])),
     ],
 )
 @pytest.mark.parametrize("held", [False, True])
@@ -260,7 +259,98 @@ def test_held_clients_are_shown_with_it(stage, inspected):
     stage.connect().sendall(V1)
     (row,) = wait_until(caller.connections, "the held client")
     assert (row["client"], row["state"]) == ("192.0.2.1:5000", "held")
-    assert PROXY
+
+
+@pytest.mark.parametrize("name", UNIX_NAMES)
+@pytest.mark.parametrize("held", [False, True])
+@pytest.mark.parametrize("listen", ["tcp4", "unix"])
+def test_a_unix_client_is_shown_by_its_name(stage, inspected, name, held, listen):
+    """The whole of it, also when its connect has failed."""
+    backend = stage.absent() if held else stage.backend()
+    caller = inspected(LOOPBACK, f"{FROM}unix", backend.target, listeners=[stage.listener(listen)])
+    stage.connect().sendall(unix_header(name) + b"x")
+    if not held:
+        assert read_exactly(backend.accept(), 1) == b"x"
+    (row,) = wait_until(caller.connections, "the client")
+    assert (row["client"], row["state"]) == (name.decode(), "held" if held else "open")
+    if held:
+        backend.start_listening()
+        assert read_exactly(backend.accept(), 1) == b"x"
+
+
+def test_clients_that_wait_are_listed(stage, inspected):
+    """As what they are, and with the ids that their connections will have."""
+    backend = stage.backend()
+    caller = inspected(LOOPBACK, backend.target)
+    client = stage.connect()
+    (row,) = wait_until(caller.connections, "the client that waits")
+    name = "{}:{}".format(*client.getsockname())
+    assert (row["client"], row["state"], row["heldUSec"]) == (name, "header", None)
+    assert (row["target"], row["targetAddress"]) == (backend.target, None)
+    assert caller.connections(state="held") == []
+    assert len(caller.connections(state="header", target=backend.target)) == 1
+    client.sendall(V1 + b"x")
+    backend.accept()
+    (connected,) = caller.connections()
+    assert (connected["client"], connected["state"]) == ("192.0.2.1:5000", "open")
+    assert connected["id"] == row["id"]
+
+
+def test_they_keep_their_ids_when_they_are_held(stage, inspected):
+    absent = stage.absent()
+    caller = inspected(LOOPBACK, absent.target)
+    clients = [stage.connect() for _ in range(2)]
+    wait_until(lambda: len(caller.connections(state="header")) == 2, "the clients that wait")
+    ids = {row["id"] for row in caller.connections()}
+    for client in clients:
+        client.sendall(V1 + b"x")
+    wait_until(lambda: len(caller.connections(state="held")) == 2, "the held clients")
+    assert {row["id"] for row in caller.connections()} == ids
+    absent.start_listening()
+    for _ in clients:
+        assert read_exactly(absent.accept(), 1) == b"x"
+    assert {row["id"] for row in caller.connections(state="open")} == ids
+
+
+def test_a_client_that_waits_can_be_terminated(stage, inspected):
+    caller = inspected(LOOPBACK, stage.backend().target)
+    client = stage.connect()
+    (row,) = wait_until(caller.connections, "the client that waits")
+    assert caller.call(f"{PROXY}.Terminate", id=row["id"]) == [{"parameters": {}}]
+    assert read_to_end(client) == (b"", "reset")
+    assert caller.connections() == []
+
+
+def test_watchers_see_each_of_them_once(stage, inspected, callers, folder):
+    backend = stage.backend()
+    caller = inspected(LOOPBACK, backend.target)
+    watcher = callers(f"{folder}/inspect")
+    watcher.watch()
+    client = stage.connect()
+    (row,) = wait_until(caller.connections, "the client that waits")
+    client.sendall(V1 + b"x")
+    server = backend.accept()
+    assert read_exactly(server, 1) == b"x"
+    client.shutdown(socket.SHUT_WR)
+    server.close()
+    bad = stage.connect()
+    wait_until(lambda: caller.connections(state="header"), "another client that waits")
+    bad.sendall(b"nonsense")
+    told = []
+
+    def ends():
+        told.extend(message["parameters"] for message in watcher.messages())
+        return [one["event"] for one in told].count("end") == 2
+
+    wait_until(ends, "both ends")
+    seen = [(one["event"], one["connection"]["state"], one.get("how")) for one in told]
+    assert seen == [
+        ("begin", "header", None),
+        ("end", told[1]["connection"]["state"], "ended"),
+        ("begin", "header", None),
+        ("end", "header", "refused"),
+    ]
+    assert told[0]["connection"]["id"] == told[1]["connection"]["id"] == row["id"]
 
 
 def test_the_log_shows_it(stage):
@@ -375,8 +465,11 @@ def test_datagrams_have_none(datagrams):
 HAPROXY = """
 global
   nbthread 1
+  log stdout format raw local0
 defaults
   mode tcp
+  log global
+  log-format "%ci:%cp"
   timeout connect {patience}s
   timeout client {patience}s
   timeout server {patience}s
@@ -389,7 +482,7 @@ NGINX = """
 daemon off; master_process off; pid {folder}/pid; error_log {folder}/error;
 events {{}}
 http {{
-  access_log off; log_format main "$remote_addr:$remote_port $proxy_protocol_addr $status";
+  access_log off; log_format main "$remote_addr:$remote_port - $status";
   client_body_temp_path {folder}; proxy_temp_path {folder}; fastcgi_temp_path {folder};
   uwsgi_temp_path {folder}; scgi_temp_path {folder};
   set_real_ip_from 127.0.0.1; real_ip_header proxy_protocol;
@@ -399,6 +492,17 @@ http {{
   }}
 }}
 """
+
+
+NGINX_IN_FRONT = """
+daemon off; master_process off; pid {folder}/pid-front; error_log {folder}/error-front;
+{modules}
+events {{}}
+stream {{
+  server {{ listen {listen}; proxy_pass {target}; proxy_protocol on; }}
+}}
+"""
+STREAM_MODULE = "/usr/lib/nginx/modules/ngx_stream_module.so"
 
 
 class Programs:
@@ -419,8 +523,10 @@ class Programs:
         with open(conf, "w") as file:
             file.write(text.format(folder=folder, patience=int(patience())))
         command = [program, *arguments, conf]
-        self.running.append(subprocess.Popen(command, stderr=subprocess.DEVNULL))
+        with open(f"{conf}.log", "w") as log:
+            self.running.append(subprocess.Popen(command, stdout=log, stderr=subprocess.DEVNULL))
         wait_until(lambda: listens(port), f"{name} at {port}")
+        return f"{conf}.log"
 
     def close(self):
         for one in self.running:
@@ -451,7 +557,15 @@ def haproxy(programs, target, *, send="", accept=""):
     text = HAPROXY
     for name, value in values.items():
         text = text.replace(f"{{{name}}}", value)
-    programs.start("haproxy", text, "-db", "-f", port=port)
+    return port, programs.start("haproxy", text, "-db", "-f", port=port)
+
+
+def nginx_in_front(programs, target):
+    """nginx has one version of the header, the first."""
+    port = free_port()
+    text = NGINX_IN_FRONT.replace("{listen}", f"127.0.0.1:{port}").replace("{target}", target)
+    module = f"load_module {STREAM_MODULE};" if os.path.exists(STREAM_MODULE) else ""
+    programs.start("nginx", text.replace("{modules}", module), "-c", port=port)
     return port
 
 
@@ -459,7 +573,7 @@ def nginx(programs):
     port = free_port()
     text = NGINX.replace("{listen}", f"127.0.0.1:{port}")
     programs.start("nginx", text, "-c", port=port)
-    return port
+    return port, programs.stage.path("nginx/log")
 
 
 @pytest.mark.parametrize("send", ["send-proxy", "send-proxy-v2", "send-proxy-v2 crc32c"])
@@ -468,41 +582,54 @@ def test_haproxy_in_front_nginx_behind(stage, programs, send, version):
     """nginx sees the client's address through two hops."""
     if "crc32c" in send:
         send = "send-proxy-v2 proxy-v2-options crc32c"
-    backend = f"127.0.0.1:{nginx(programs)}"
+    behind, log = nginx(programs)
+    backend = f"127.0.0.1:{behind}"
     listener = stage.listener()
     stage.launch(LOOPBACK, f"--proxy-protocol={version}", backend, listeners=[listener])
-    port = haproxy(programs, "{}:{}".format(*listener.getsockname()), send=send)
+    port, _ = haproxy(programs, "{}:{}".format(*listener.getsockname()), send=send)
+    name = ask_nginx_through(port)
+    wait_until(lambda: f"{name} - 200" in lines_of(log), "the line of nginx")
+
+
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_nginx_in_front_nginx_behind(stage, programs, version):
+    behind, log = nginx(programs)
+    listener = stage.listener()
+    target = f"127.0.0.1:{behind}"
+    stage.launch(LOOPBACK, f"--proxy-protocol={version}", target, listeners=[listener])
+    front = nginx_in_front(programs, "{}:{}".format(*listener.getsockname()))
+    name = ask_nginx_through(front)
+    wait_until(lambda: f"{name} - 200" in lines_of(log), "the line of nginx")
+
+
+def ask_nginx_through(port):
+    """Ask from another address, which is answered with it; its text with the port."""
     client = socket.create_connection(("127.0.0.1", port), patience(), ("127.0.0.7", 0))
     name = client.getsockname()
     with client:
         client.sendall(b"GET / HTTP/1.0\r\n\r\n")
         assert read_to_end(client)[0].endswith(b"127.0.0.7")
-    path = stage.path("nginx/log")
-    line = wait_until(lambda: last_line(path), "the log of nginx")
-    assert line.split()[0] == f"{name[0]}:{name[1]}"
+    return "{}:{}".format(*name)
 
 
-def last_line(path):
+def lines_of(path):
     with open(path) as file:
-        return [line for line in file if line.endswith("200\n")][-1:] and file_last(path)
-
-
-def file_last(path):
-    with open(path) as file:
-        return [line for line in file if line.endswith("200\n")][-1]
+        return file.read().splitlines()
 
 
 @pytest.mark.parametrize("send", ["send-proxy", "send-proxy-v2"])
 def test_two_of_ours_between_two_haproxies(stage, programs, send):
-    """The one behind checks the header that went through both."""
+    """The one behind checks the header that went through both, and logs whom it tells of."""
     echo = stage.echo()
-    behind = haproxy(programs, echo, accept="accept-proxy")
+    behind, log = haproxy(programs, echo, accept="accept-proxy")
     inner, outer = stage.listener(), stage.listener()
     passes = f"--proxy-protocol=v{1 if send == 'send-proxy' else 2}"
     stage.launch(LOOPBACK, passes, f"127.0.0.1:{behind}", listeners=[inner])
     target = "{}:{}".format(*inner.getsockname())
     stage.launch(LOOPBACK, passes, target, listeners=[outer])
-    front = haproxy(programs, "{}:{}".format(*outer.getsockname()), send=send)
+    front, _ = haproxy(programs, "{}:{}".format(*outer.getsockname()), send=send)
     with open_connection(("127.0.0.1", front), socket.AF_INET) as client:
         greet(client)
+        name = "{}:{}".format(*client.getsockname())
+    wait_until(lambda: name in lines_of(log), "the line of HAProxy")
     assert is_served(stage.connect_to(("127.0.0.1", front), socket.AF_INET))

@@ -9,7 +9,7 @@ import sys
 import pytest
 from kit.differences import differs
 from kit.sockets import read_exactly, read_to_end, reset
-from kit.traffic import in_background, payload
+from kit.traffic import greet, in_background, payload
 from kit.waiting import wait_until
 
 pytestmark = differs("original", reason="SIGHUP ends it")
@@ -24,11 +24,6 @@ def reload(stage):
     proxy.notify.wait_for("READY=1")
     assert proxy.notify.lines()[0] == "RELOADING=1"
     assert len(proxy.log_lines("Reloading with")) == reloads + 1, proxy.log()
-
-
-def greet(connection, word=b"hello"):
-    connection.sendall(word)
-    assert read_exactly(connection, len(word)) == word
 
 
 families = pytest.mark.parametrize("family", ["tcp4", "tcp6", "unix"])

@@ -8,50 +8,14 @@ import threading
 
 import pytest
 from kit.differences import differs
-from kit.manager import Manager
+from kit.manager import Manager, restart, start, stop
 from kit.sockets import read_exactly, read_to_end
-from kit.traffic import in_background, payload
+from kit.traffic import greet, in_background, payload
 from kit.waiting import wait_until
 
 pytestmark = differs("original", reason="it cuts its connections")
 
 families = pytest.mark.parametrize("family", ["tcp4", "tcp6", "unix"])
-
-
-@pytest.fixture
-def manager():
-    manager = Manager()
-    yield manager
-    manager.close()
-
-
-def stop(stage, number=signal.SIGTERM):
-    stage.proxy.send_signal(number)
-    assert stage.proxy.wait() == 0, stage.proxy.log()
-
-
-def start(stage, manager, *arguments, **options):
-    """Start the program with what is stored."""
-    listeners = stage.proxy.listeners if stage.proxies else [stage.listener()]
-    listeners = [one for one in listeners if isinstance(one, socket.socket)]
-    names = ":".join(["web"] * len(listeners) + [name for name, _ in manager.stored])
-    stored = [fd for _, fd in manager.stored]
-    manager.clear()
-    options = {"names": names, "notify": manager} | options
-    stage.launch(*arguments, listeners=[*listeners, *stored], **options)
-
-
-def restart(stage, manager, *arguments):
-    stop(stage)
-    manager.drop_hung_up()
-    assert len(manager.stored) == 1
-    start(stage, manager, *arguments)
-    wait_until(lambda: not manager.stored, "FDSTOREREMOVE=1")
-
-
-def greet(connection, word=b"hello"):
-    connection.sendall(word)
-    assert read_exactly(connection, len(word)) == word
 
 
 @families

@@ -224,6 +224,25 @@ def test_inherited_listener(stage):
             assert read_exactly(client, 5) == b"hello"
 
 
+def test_clients_of_one_machine_share_a_limit(stage):
+    """A source is a CID, whatever the port."""
+    with vsock_listener() as listener:
+        stage.launch("--connections-max-per-source=2", stage.echo(), listeners=[listener])
+        clients = [socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM) for _ in range(3)]
+        for client in clients:
+            client.settimeout(patience())
+            client.connect(listener.getsockname())
+        for client in clients[:2]:
+            client.sendall(b"hello")
+            assert read_exactly(client, 5) == b"hello"
+        assert read_to_end(clients[2])[0] == b""
+        stage.proxy.wait_for_log(
+            "Hit connection limit of a source, refusing connection. Client: vsock:1:"
+        )
+        for client in clients:
+            client.close()
+
+
 def test_target_that_is_not_there(stage):
     """A vsock target that cannot be reached is one line, like any other."""
     stage.launch("--connect-timeout=0", "vsock:1:4294967294", listeners=[stage.listener()])

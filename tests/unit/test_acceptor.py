@@ -170,7 +170,7 @@ def test_the_limit_is_exact(world, capfd, clock, limit, proxy_protocol):
     assert world.relay.connections == limit
     assert [closed(client) for client in clients] == [False] * limit + [True] * 3
     assert world.relay.totals().accepted == limit + 3
-    assert world.relay.totals().refused + acceptor.refused == 3
+    assert world.relay.totals().refused + acceptor.refusals.count == 3
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith(LIMIT_LINE)
     if proxy_protocol:  # otherwise the relay has refused it
@@ -189,8 +189,8 @@ def test_a_source_has_its_share(world, capfd, clock, proxy_protocol):
     assert world.relay.connections == 2
     assert [closed(client) for client in clients] == [False, False, True, True]
     assert (world.relay.totals().refused, world.relay.refused_by_source) == (2, 2)
-    assert (acceptor.refused, acceptor.refused_ms) == (0, None)
-    assert acceptor.source_refused_ms is not None
+    assert (acceptor.refusals.count, acceptor.refusals.limit_ms) == (0, None)
+    assert acceptor.refusals.source_limit_ms is not None
     (line,) = capfd.readouterr().err.splitlines()
     name = "{}:{}".format(*clients[2].getsockname())
     assert line == f"Hit connection limit of a source, refusing connection. Client: {name}."
@@ -371,9 +371,9 @@ def test_a_client_that_reset_before_it_was_accepted_keeps_its_address(world, tar
     expected = b"PROXY TCP4 127.0.0.1 127.0.0.1 %d %d\r\n" % ports
     seen = []
     take = upstream.take
-    upstream.take = lambda fd, family, index, header, name, peer: (
+    upstream.take = lambda fd, family, index, header, name, peer, connection: (
         seen.append((header, name, sockaddr.port(peer))),
-        take(fd, family, index, header, name, peer),
+        take(fd, family, index, header, name, peer, connection),
     )
     world.settle(1)
     assert seen == [(expected, f"127.0.0.1:{ports[0]}", ports[0])]
@@ -396,7 +396,7 @@ def test_a_client_without_an_address_is_refused(world, capfd, version):
     acceptor = world.start(proxy_protocol=version)
     assert world.relay.connections == 0
     assert world.held == 0
-    assert (acceptor.passed_in, acceptor.refused) == (1, 1)
+    assert (acceptor.passed_in, acceptor.refusals.count) == (1, 1)
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith("Refusing connection to 127.0.0.1:")
     with pytest.raises(BlockingIOError):
@@ -707,4 +707,4 @@ def test_events_go_to_their_listener(world, fake_listeners, capfd):
         with again:
             acceptor.handle(Accepted(0, last.detach(), b""))
             assert again.recv(1) == b""
-    assert acceptor.refused == 1
+    assert acceptor.refusals.count == 1

@@ -424,6 +424,17 @@ def test_what_others_have_stored(passed, capfd, names):
     )
 
 
+@pytest.mark.parametrize("names", ["web:other:proxyd-parcel", "web:proxyd-parcel:other"])
+def test_what_others_have_stored_by_a_name(passed, capfd, names):
+    parts = [tcp(), os.fdopen(os.memfd_create("x"), "rb"), os.fdopen(os.memfd_create("y"), "rb")]
+    environ = passed(*parts)
+    environ["LISTEN_FDNAMES"] = names
+    found, stored = with_stored(environ)
+    place = START + names.split(":").index("other")
+    assert (found, len(stored)) == (["web"], 1)
+    assert f"Ignoring the stored file descriptor {place}" in capfd.readouterr().err
+
+
 def test_a_listener_that_is_called_stored(passed):
     environ = passed(tcp(), tcp())
     environ["LISTEN_FDNAMES"] = "web:stored"
@@ -431,11 +442,7 @@ def test_a_listener_that_is_called_stored(passed):
 
 
 @pytest.mark.parametrize("name", ["proxyd-parcel", "stored"])
-def test_a_stored_descriptor_that_cannot_be(name):
-    environ = {
-        "LISTEN_PID": str(os.getpid()),
-        "LISTEN_FDS": str(2**64 - 1),
-        "LISTEN_FDNAMES": f"web:{name}",
-    }
+def test_a_stored_descriptor_that_cannot_be(passed, name):
+    environ = passed() | {"LISTEN_FDS": str(2**64 - 1), "LISTEN_FDNAMES": f"web:{name}"}
     with pytest.raises(UsageError):
         with_stored(environ)

@@ -35,7 +35,7 @@ def served(monkeypatch):
     """Replace the server; return the list of what it was called with."""
     calls = []
     server = types.ModuleType("proxyd.server")
-    server.run = lambda *args: calls.append(args) or 0
+    server.run = lambda *args, **_options: calls.append(args) or 0
     monkeypatch.setitem(sys.modules, "proxyd.server", server)
     monkeypatch.setattr(sys.modules["proxyd"], "server", server, raising=False)
     for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "SYSTEMD_LOG_LEVEL"):
@@ -124,7 +124,7 @@ def test_main_serves(served, tmp_path):
     assert cli.main([PROG, f"--listen={path}", "--listen=a=127.0.0.1:0", "host:*"]) == 1
     assert served == []
     assert cli.main([PROG, f"--listen={path}", "--listen=a=127.0.0.1:0", "/t"]) == 0
-    ((options, listeners, environ, entrance),) = served
+    ((options, listeners, environ, entrance, _),) = served
     assert options.connections_max == 256
     assert entrance is None
     assert [(listener.name, listener.target.text) for listener in listeners] == [
@@ -158,7 +158,7 @@ def test_a_listener_without_a_pair_is_an_error(served, capfd):
 
 
 def test_an_internal_error_has_a_traceback_at_debug_level(served, monkeypatch, capfd):
-    monkeypatch.setattr(sys.modules["proxyd.server"], "run", lambda *_: {}["x"])
+    monkeypatch.setattr(sys.modules["proxyd.server"], "run", lambda *_, **_options: {}["x"])
     monkeypatch.setenv("SYSTEMD_LOG_LEVEL", "debug")
     assert cli.main([PROG, f"--listen={UNUSED}", "/t"]) == 1
     lines = capfd.readouterr().err.splitlines()
@@ -184,7 +184,7 @@ def test_the_package_can_be_run():
     ],
 )
 def test_failures_are_one_line(served, monkeypatch, capfd, error, line):
-    def fail(*_):
+    def fail(*_arguments, **_options):
         raise error
 
     monkeypatch.setattr(sys.modules["proxyd.server"], "run", fail)

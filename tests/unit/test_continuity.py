@@ -149,12 +149,24 @@ def test_what_is_sent_is_received(queue, relay):
 
 def test_more_descriptors_than_a_message_has(queue):
     sender, receiver = queue
-    relay = FakeRelay(300)
+    relay = FakeRelay(150)
     parcel.send(sender, [], relay)
-    received = parcel.receive(receiver.detach())  # the sender is still there
-    assert len(received.connections) == 600
+    sender.close()
+    received = parcel.receive(receiver.detach())
+    assert len(received.connections) == 300
     assert all(same(*pair) for pair in zip(received.connections, relay.fds, strict=True))
     received.close()
+    relay.close()
+
+
+@pytest.mark.parametrize("count", [0, 150])
+def test_a_sender_that_has_not_finished(queue, count):
+    sender, receiver = queue
+    relay = FakeRelay(count)
+    if count:
+        parcel.send(sender, [], relay)
+    with pytest.raises(ParcelError, match="not finished"):
+        parcel.receive(receiver.detach())
     relay.close()
 
 

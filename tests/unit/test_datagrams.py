@@ -26,6 +26,7 @@ from proxyd.datagram_upstream import QUICK_PROBES, REFRESH_MS, SLOW_PROBE_MS, is
 from proxyd.datagrams import QUIET_MS, DatagramPolicy
 from proxyd.event_loop import EventLoop
 from proxyd.listen import Listener
+from proxyd.refusals import Refusals
 from proxyd.target import parse_target
 
 START_MS = 50_000
@@ -583,15 +584,7 @@ def test_the_end_is_logged(world, logged_lines, flows, held, line):
 
 
 def status(one):
-    acceptor = SimpleNamespace(
-        refused=0,
-        unknown=0,
-        headerless=0,
-        refused_ms=None,
-        source_refused_ms=None,
-        headerless_ms=None,
-        awaiting_header=0,
-    )
+    acceptor = SimpleNamespace(refusals=Refusals(one.relay), awaiting_header=0)
     return stats.status(acceptor, one.relay, [], one.policy)
 
 
@@ -625,14 +618,18 @@ def test_status_of_a_target_that_is_down(world, monkeypatch):
 def test_status_while_it_drains(world):
     one = world()
     one.relay.connections, one.fake.flows = 3, 1
-    assert stats.draining(one.relay, [], None, one.policy) == (
+    acceptor = SimpleNamespace(awaiting_header=0)
+    assert stats.draining(acceptor, one.relay, [], None, one.policy) == (
         "Draining: 2 connections, 1 flow left"
     )
 
 
 def test_the_summary_has_a_line_for_all_and_one_for_each_target(world):
     one = world(LOCAL, "/run/x")
-    acceptor = SimpleNamespace(refused=0, passed_in=0, awaiting_header=0, cut=0)
+    refusals = Refusals(one.relay)
+    acceptor = SimpleNamespace(
+        refusals=refusals, passed_in=0, kept=0, taken_over=0, awaiting_header=0, cut=0
+    )
     one.relay.connections = one.fake.flows = 1
     one.fake.counts = totals(
         flows=3, endings={"expired": 2}, datagrams_to_targets=9, bytes_to_targets=90

@@ -336,10 +336,10 @@ def test_a_full_backlog_takes_as_many_as_fit(world):
     one = world({UNIX: UP}, clients=10)
     room = 3
 
-    def dial(address):
+    def dial(address, client):
         if len(one.relay.dials) == room:
             raise OSError(errno.EAGAIN, "")
-        return FakeRelay.dial(one.relay, address)
+        return FakeRelay.dial(one.relay, address, client)
 
     one.relay.dial = dial
     assert one.begin(wanted=10) == [UNIX] * 3

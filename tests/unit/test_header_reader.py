@@ -12,6 +12,7 @@ from proxyd import address
 from proxyd.event_loop import EventLoop
 from proxyd.header_reader import HEADER_MS, HeaderReader
 from proxyd.listen import Listener
+from proxyd.target import parse_target
 
 PATIENCE = 20
 """Seconds after which something that has not happened counts as failed."""
@@ -30,9 +31,19 @@ class World:
         self.admitted, self.refused = [], []
         self.sockets = []
         self.listener = Listener(-1, "x", bytes([kind]) + bytes(20))
+        self.listener.target = parse_target("/run/backend")
+        self.lets_in = True
+        self.told = []
+        """(state, target, how) of what a watcher is told."""
+
+    def watch(self):
+        self.loop.on_held = lambda target, client, how: self.told.append(
+            (client.state, target, how)
+        )
 
     def admit(self, sender, header):
         self.admitted.append((sender, header))
+        return self.lets_in
 
     def refuse(self, sender, why):
         self.refused.append(why)
@@ -176,6 +187,31 @@ def test_the_end_of_the_program(world):
     assert (world.reader.cut, len(world.reader)) == (3, 0)
     assert world.refused == []
     assert all(is_closed(client) for client in clients)
+
+
+def test_clients_that_wait_are_told_of(world):
+    """Those whose header comes at once are not; those that are served are connections then."""
+    world.watch()
+    world.client(V1)
+    assert world.told == []
+    client = world.client(V1[:9])
+    (sender,) = world.reader
+    assert sender.id > 0
+    client.sendall(V1[9:])
+    world.until(lambda: len(world.admitted) == 2)
+    assert world.told == [("header", "/run/backend", "")]
+    world.client()
+    (sender,) = world.reader
+    assert not world.reader.terminate(sender.id + 1)
+    assert world.reader.terminate(sender.id)
+    assert world.told[2:] == [("header", "/run/backend", "cut")]
+    world.client(V1[:9]).close()
+    world.until(lambda: world.refused)
+    assert world.told[4:] == [("header", "/run/backend", "refused")]
+    world.lets_in = False
+    world.client(V1[:9]).sendall(V1[9:])
+    world.until(lambda: len(world.admitted) == 3)
+    assert world.told[6:] == [("header", "/run/backend", "refused")]
 
 
 def test_a_client_that_cannot_be_watched(world, monkeypatch):

@@ -59,7 +59,7 @@ def test_a_unix_client_that_has_sent_something_and_hung_up_is_served(world, take
     if taken:  # the relay had read it already
         one.relay.plan[one.address] = errno.ECONNREFUSED
         one.relay.served[:] = [(fd, b"")]
-        one.fail(fd, errno.ECONNREFUSED, pending=b"message")
+        one.fail(fd, errno.ECONNREFUSED, pending=b"message", has_unsent=True)
         one.upstream.served = 1
     else:
         one.peers[fd].send(b"message")

@@ -59,6 +59,8 @@ RARE = {
     "proxyd.proxy_protocol",
     "proxyd.received_header",
     "proxyd.resolver",
+    "proxyd.source_address",
+    "proxyd.source_setup",
     "proxyd.sources",
     "proxyd.timespan",
     "proxyd.user_namespace",

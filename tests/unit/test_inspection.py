@@ -15,6 +15,7 @@ from proxyd import __version__
 from proxyd import address as sockaddr
 from proxyd._relay import CONNECT_BUCKETS_US, Begun, Ended, HalfInfo
 from proxyd.event_loop import EventLoop
+from proxyd.header_reader import HEADER_MS, Sender
 from proxyd.held import WAIT_BUCKETS_MS, HeldClient
 from proxyd.inspection import caller as caller_module
 from proxyd.inspection.caller import CALL_MAX, STALL_MS
@@ -24,6 +25,7 @@ from proxyd.inspection.listing import ROWS_MAX
 from proxyd.inspection.rows import RowMaker
 from proxyd.inspection.service import Service
 from proxyd.inspection.watch import UNREAD_MAX
+from proxyd.refusals import Refusals
 from proxyd.target import parse_target
 from proxyd.upstream import Upstream
 
@@ -55,19 +57,16 @@ class World:
             accepting=True,
             datagram=False,
         )
-        acceptor = SimpleNamespace(
+        self.acceptor = acceptor = SimpleNamespace(
             listeners=[self.listener],
-            refused=1,
-            unknown=0,
+            refusals=Refusals(self.loop.relay),
             passed_in=0,
-            refused_ms=None,
-            source_refused_ms=None,
-            headerless=2,
-            headerless_ms=None,
             awaiting_header=4,
+            header_reader=None,
             cut=0,
             per_source=per_source,
         )
+        acceptor.refusals.count, acceptor.refusals.headerless = 1, 2
         parts = self.loop, acceptor, [self.upstream]
         self.service = Service(*parts, lambda: "fine", START_MS - 5000, 3, callers_max)
         self.callers = self.service.callers
@@ -680,6 +679,29 @@ def test_what_cannot_be_listed_is_an_error_after_the_others(world):
     assert one.call(f"{PROXY}.List", more=True) == error(f"{PROXY}.Incomplete", missing=2)
 
 
+def test_clients_without_a_header_are_listed_and_terminated(world):
+    one = world()
+    peer = sockaddr.pack_inet("192.0.2.7", 5000)
+    sender = Sender(one.listener, 9, peer, START_MS - 2000 + HEADER_MS)
+    sender.id, sender.target = 7, TARGET
+    one.acceptor.header_reader = Reader([sender])
+    one.hold()
+    (row,) = one.listed(state="header")
+    about = {"id": 7, "state": "header", "client": "192.0.2.7:5000", "target": TARGET}
+    assert row.items() >= about.items()
+    assert (row["ageUSec"], row["heldUSec"], row["listener"]) == (2_000_000, None, LISTENER)
+    assert [one["state"] for one in one.listed()] == ["header", "held"]
+    assert one.call(f"{PROXY}.Terminate", id=8) != [{"parameters": {}}]
+    assert one.call(f"{PROXY}.Terminate", id=7) == [{"parameters": {}}]
+
+
+class Reader(list):
+    """Stands in for a HeaderReader."""
+
+    def terminate(self, connection):
+        return connection == 7
+
+
 def test_held_clients_are_listed_in_pieces(world, monkeypatch):
     """Even if they have left by the time that their turn comes."""
     one = world()
@@ -687,8 +709,8 @@ def test_held_clients_are_listed_in_pieces(world, monkeypatch):
     caller = one.connect()
     one.ask(caller, f"{PROXY}.List", more=True)
     made = []
-    held = RowMaker.held
-    monkeypatch.setattr(RowMaker, "held", lambda *args: made.append(0) or held(*args))
+    held = RowMaker.waiting
+    monkeypatch.setattr(RowMaker, "waiting", lambda *args: made.append(0) or held(*args))
     most = 0
     while not one.callers._by_fd or len(made) < 200:
         before = len(made)

@@ -63,7 +63,7 @@ def test_a_remembered_address_that_fails_late_is_not_the_only_one(world, capfd):
     fd = one.come()
     one.relay.plan[inet(1)] = LATER
     one.run(250)
-    one.fail(fd, errno.ETIMEDOUT, pending=b"GET", since_ms=0)
+    one.fail(fd, errno.ETIMEDOUT, pending=b"GET", since_ms=0, has_unsent=True)
     one.tick()
     one.run(500)
     assert one.relay.served[-1] == (fd, b"GET")

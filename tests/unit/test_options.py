@@ -60,7 +60,7 @@ def test_defaults():
         (["--exit-idle-time=0", "t"], "exit_idle_time", 0),
         (["--connect-timeout=0", "t"], "connect_timeout", 0),
         (["--settle-time=50ms", "t"], "settle_time", 50_000),
-        (["--s=0", "t"], "settle_time", 0),
+        (["--se=0", "t"], "settle_time", 0),
         (["--idle-timeout=1h", "t"], "idle_timeout", 3_600_000_000),
         (["--drain-timeout=1h", "t"], "drain_timeout", 3_600_000_000),
         (["--proxy-protocol=v1", "t"], "proxy_protocol", 1),
@@ -197,7 +197,7 @@ def test_buffer_size_garbage(text):
         options._set_buffer_size(Options(), text)
 
 
-OWN_WORDS = ("listen", "accept-proxy-protocol")
+OWN_WORDS = ("listen", "accept-proxy-protocol", "source")
 """Options that say what exactly they do not understand."""
 
 

@@ -10,7 +10,7 @@ from proxyd import acceptor as acceptor_module
 from proxyd import ports as ports_module
 from proxyd._relay import CHECK_PORT
 from proxyd.acceptor import Acceptor, upstream_of
-from proxyd.address import AF_UNIX, pack_inet
+from proxyd.address import AF_UNIX, pack_inet, pack_unix
 from proxyd.event_loop import EventLoop
 from proxyd.held import HeldClient
 from proxyd.listen import Listener
@@ -32,9 +32,9 @@ class World:
         self.all = []
         self.ports = Ports(self.make, self.all.remove)
 
-    def make(self, port):
+    def make(self, port, client=b""):
         self.made.append(port)
-        self.all.append(Upstream(self.loop, None, self.target, port, 10_000))
+        self.all.append(Upstream(self.loop, None, self.target, port, 10_000, client))
         return self.all[-1]
 
 
@@ -98,6 +98,24 @@ def test_upstreams_with_held_clients_are_kept(world):
     assert set(busy[:5]) <= set(world.all)
     assert len(world.all) == IDLE_MAX
     assert sum(upstream.drop_all() for upstream in world.all) == 5
+
+
+def test_each_address_of_clients_has_an_upstream_of_its_own(world):
+    world.ports = Ports(world.make, world.all.remove, by_client=True)
+    fixed = world.make(80)
+    world.ports.add_fixed(fixed)
+    peers = {
+        pack_inet("192.0.2.1", 5000): pack_inet("192.0.2.1", 0),
+        pack_inet("192.0.2.2", 5000): pack_inet("192.0.2.2", 0),
+        pack_inet("::ffff:192.0.2.1", 5001): pack_inet("192.0.2.1", 0),
+        pack_inet("2001:db8::1", 5000): pack_inet("2001:db8::1", 0),
+    }
+    found = {peer: world.ports.upstream(80, peer) for peer in peers}
+    assert [one._attempts.client for one in found.values()] == list(peers.values())
+    assert len(set(found.values())) == 3
+    assert fixed not in found.values()
+    assert world.ports.upstream(80, pack_unix("/run/x")) is fixed  # which has no address
+    assert world.ports.upstream(443, pack_inet("192.0.2.1", 1)) not in found.values()
 
 
 @pytest.fixture

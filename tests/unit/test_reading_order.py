@@ -46,6 +46,7 @@ FILES = [
     "busy",
     "mailbox",
     "self_connect",
+    "binding",
     "sender",
     "source",
     "siphash",

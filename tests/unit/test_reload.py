@@ -1,6 +1,7 @@
 """SIGHUP, step by step, and whatever may fail; tests/blackbox/test_reload.py has the rest."""
 
 import errno
+import gc
 import os
 import posix
 import shutil
@@ -25,6 +26,7 @@ class World:
         self.acceptor = SimpleNamespace(
             listeners=[],
             passed_in=0,
+            header_reader=None,
             stop=lambda: self.said.append("stop"),
             resume_soon=lambda: self.said.append("accept"),
         )
@@ -43,6 +45,8 @@ class World:
             busy=lambda: False,
         )
         self.try_with("true")
+        # Otherwise those that other tests have left are sent to this process again.
+        monkeypatch.setattr(reload_module, "take_signals", list)
 
     def try_with(self, program, *arguments):
         """Have the trial run this instead."""
@@ -67,6 +71,7 @@ class World:
 
 @pytest.fixture
 def world(monkeypatch):
+    gc.collect()  # what other tests have left
     before = set(os.listdir("/proc/self/fd"))
     world = World(monkeypatch)
     yield world

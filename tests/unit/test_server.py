@@ -261,9 +261,11 @@ def test_held_clients_prevent_an_idle_exit(world):
     world.options.exit_idle_time = 1_000_000
     world.options.connect_timeout = 8_000_000
     ours, theirs = socket.socketpair()
-    world.patch.setattr(
-        world.relay, "dial", lambda address: (_ for _ in ()).throw(OSError(errno.ENOENT, "")), False
-    )
+
+    def dial(address, client):
+        raise OSError(errno.ENOENT, "")
+
+    world.patch.setattr(world.relay, "dial", dial, False)
     fd = theirs.detach()
     failed = ConnectFailed(0, fd, errno.ENOENT, b"", START_MS + 500, 1)
     world.relay.at(500, lambda: [failed])

@@ -11,6 +11,7 @@ from kit.fake_relay import FakeRelay
 
 from proxyd import stats
 from proxyd._relay import Ended, Relay
+from proxyd.refusals import Refusals
 from proxyd.sizes import bytes_text
 from proxyd.stats import draining, ending, status, summary
 
@@ -77,21 +78,12 @@ def upstream(group, held=0, waiting=None, connected=0, failed=0, gone=0, cut=0):
 
 
 def acceptor(refused=0, **fields):
-    usual = {
-        "passed_in": 0,
-        "taken_over": 0,
-        "kept": 0,
-        "refused": refused,
-        "unknown": 0,
-        "headerless": 0,
-        "refused_ms": None,
-        "source_refused_ms": None,
-        "headerless_ms": None,
-        "awaiting_header": 0,
-        "cut": 0,
-    }
-    assert fields.keys() <= usual.keys()
-    return SimpleNamespace(**usual | fields)
+    refusals = Refusals(relay())
+    refusals.count = refused
+    usual = {"passed_in": 0, "taken_over": 0, "kept": 0, "awaiting_header": 0, "cut": 0}
+    for name in fields.keys() - usual.keys():
+        setattr(refusals, name, fields.pop(name))
+    return SimpleNamespace(refusals=refusals, **usual | fields)
 
 
 def test_status():
@@ -130,19 +122,19 @@ def test_status_at_the_limit():
 
 
 def test_status_while_clients_are_refused():
-    line = status(acceptor(1, refused_ms=NOW_MS - 12_900), relay(3, refused=40), [])
+    line = status(acceptor(1, limit_ms=NOW_MS - 12_900), relay(3, refused=40), [])
     assert line == "3 connections, 0B forwarded, 41 refused at the limit, last 12 s ago"
 
 
 def test_status_of_clients_refused_long_ago():
     """Nothing would keep it true how long ago that was."""
-    line = status(acceptor(refused_ms=NOW_MS - 60_000), relay(refused=40), [])
+    line = status(acceptor(limit_ms=NOW_MS - 60_000), relay(refused=40), [])
     assert line == "0 connections, 0B forwarded, 40 refused at the limit"
 
 
 def test_status_while_clients_are_refused_by_source():
     busy = relay(3, refused=40, refused_by_source=30)
-    line = status(acceptor(1, source_refused_ms=NOW_MS - 5000), busy, [])
+    line = status(acceptor(1, source_limit_ms=NOW_MS - 5000), busy, [])
     assert line == (
         "3 connections, 0B forwarded, 11 refused at the limit, "
         "30 refused at the limit of their source, last 5 s ago"
@@ -186,10 +178,12 @@ def test_status_of_clients_given_up():
 def test_status_while_connections_drain(monkeypatch):
     monkeypatch.setattr(stats.time, "time", lambda: 1_800_000_000.0)
     until = time.strftime("%H:%M:%S", time.localtime(1_800_000_005))
-    assert draining(relay(1), [upstream("a:1", held=1)], NOW_MS + 5000) == (
+    assert draining(acceptor(), relay(1), [upstream("a:1", held=1)], NOW_MS + 5000) == (
         f"Draining: 2 connections left, until {until}"
     )
-    assert draining(relay(1), [], None) == "Draining: 1 connection left"
+    assert draining(acceptor(), relay(1), [], None) == "Draining: 1 connection left"
+    waiting = acceptor(awaiting_header=2)
+    assert draining(waiting, relay(1), [], None) == "Draining: 3 connections left"
 
 
 def test_status_is_short_and_printable_whatever_the_targets_are_called():
