@@ -15,6 +15,7 @@ from types import CodeType
 MODULES = (
     "os_text",
     "address",
+    "threads",
     "log",
     "errors",
     "target",
@@ -32,6 +33,7 @@ MODULES = (
     "held",
     "outage",
     "upstream",
+    "refusals",
     "acceptor",
     "routes",
     "sd_notify",

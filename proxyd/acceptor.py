@@ -21,7 +21,8 @@ from proxyd.address import port
 from proxyd.event_loop import EventLoop
 from proxyd.listen import Listener
 from proxyd.loop_guard import what_to_check
-from proxyd.peers import address_field, address_note, client_label
+from proxyd.peers import client_label
+from proxyd.refusals import Refusals
 from proxyd.upstream import Upstream
 
 TYPE_CHECKING = False  # as in typing, which is slow to import
@@ -67,21 +68,9 @@ class Acceptor:
         self.listeners = listeners
         """All, the ones for datagrams included: events name them by their index."""
         self._streams = [one for one in listeners if not one.datagram]
-        self.refused = 0
-        """Clients refused here, not by the relay: over a limit, without an address to tell the
-        target, or without a header."""
-        self.unknown = 0
-        """Of these, the ones without an address …"""
-        self.headerless = 0
-        """… and those that should have sent a PROXY header, but have not."""
+        self.refusals = Refusals(loop.relay)
         self.header_reader: HeaderReader | None = None
         """Reads the headers that clients begin with; None: no client does."""
-        self.refused_ms: int | None = None
-        """When a client was last refused at the limit, …"""
-        self.source_refused_ms: int | None = None
-        """… at that of its source, …"""
-        self.headerless_ms: int | None = None
-        """… and for lack of a PROXY header."""
         self.per_source = 0
         """How many connections each source may have, as limit_sources() has set; 0: no limit."""
         self.passed_in = 0
@@ -112,7 +101,8 @@ class Acceptor:
             self._add_to_relay(listener)
 
     def _add_to_relay(self, listener: Listener) -> None:
-        check = what_to_check(listener) | (CHECK_PORT if listener.ports is not None else 0)
+        by_port = listener.ports is not None and listener.target.any_port
+        check = what_to_check(listener) | (CHECK_PORT if by_port else 0)
         terms = listener.fd, listener.family, check, listener.index
         relay_listener = RelayListener(self._relay, *terms)
         listener.relay_listener = relay_listener
@@ -148,6 +138,8 @@ class Acceptor:
                 self._relay.take_over(fd, listener.family)
                 peer = socket_names(fd)[0]
                 self._accepted(Accepted(listener.index, fd, peer, self._relay.expects_header(peer)))
+            elif self.taken_over:  # they must not be lost because this fails
+                self._restart(listener)
             else:
                 listener.relay_listener.start()
                 listener.accepting = True
@@ -207,21 +199,34 @@ class Acceptor:
         elif isinstance(event, AcceptFailed):
             self._accept_failed(listener, event.error)
         elif event.by_source:
-            self._note_source_refusal(listener, event.peer)
+            self.refusals.note_source_limit(listener, event.peer, self.per_source)
         else:
-            self._note_refusal(listener, event.peer)
+            self.refusals.note_limit(listener, event.peer)
 
     def _accepted(self, event: Accepted) -> None:
         relay = self._relay
         listener = self.listeners[event.listener]
         if relay.connections + relay.in_quarantine + self._held() >= relay.connections_max:
             relay.hang_up(event.client)
-            self.refused += 1
-            self._note_refusal(listener, event.peer)
+            self.refusals.count += 1
+            self.refusals.note_limit(listener, event.peer)
         elif event.sends_header and self.header_reader is not None:
             self.header_reader.take(listener, event.client, event.peer)
         else:
             self._admit(listener, event.client, event.peer)
+
+    def go_on(
+        self, listener: Listener, fd: int, peer: bytes, deadline_ms: int, number: int
+    ) -> None:
+        """Serve a client of an earlier process, to which it had not sent its PROXY header.
+
+        If the options have changed, what it sends is for the target.
+        """
+        if self.header_reader is not None and self._relay.expects_header(peer):
+            self.header_reader.take(listener, fd, peer, deadline_ms, number)
+        else:
+            self._relay.count_again(fd, peer)
+            self._admit(listener, fd, peer, number=number)
 
     def _held(self) -> int:
         """Return the number of held clients, which count as connections."""
@@ -233,73 +238,52 @@ class Acceptor:
         """The number of clients that have not sent their PROXY header yet."""
         return 0 if self.header_reader is None else len(self.header_reader)
 
-    def _note_refusal(self, listener: Listener, peer: bytes) -> None:
-        self.refused_ms = self._relay.now_ms
-        log.limited(
-            "limit",
-            f"Hit connection limit, refusing connection.{address_note(peer)}",
-            MESSAGE_ID=log.REFUSED,
-            LISTENER=listener.text,
-            LIMIT=str(self._relay.connections_max),
-            CLIENT=address_field(peer),
-        )
-
-    def _note_source_refusal(self, listener: Listener, peer: bytes) -> None:
-        self.source_refused_ms = self._relay.now_ms
-        log.limited(
-            "source limit",
-            f"Hit connection limit of a source, refusing connection.{address_note(peer)}",
-            MESSAGE_ID=log.REFUSED_SOURCE,
-            LISTENER=listener.text,
-            LIMIT=str(self.per_source),
-            CLIENT=address_field(peer),
-        )
-
     @property
     def cut(self) -> int:
         """The number of clients that drop_all() has cut."""
         return 0 if self.header_reader is None else self.header_reader.cut
 
-    def _introduced(self, sender: "Sender", received: "ReceivedHeader") -> None:
-        """Serve a client whose PROXY header was read: it is the one that the header tells of."""
+    def _introduced(self, sender: "Sender", received: "ReceivedHeader") -> bool:
+        """Serve a client whose PROXY header was read: it is the one that the header tells of.
+
+        Return whether it was let in.
+        """
         listener, fd = sender.listener, sender.fd
         if received.peer and not self._relay.count_source(fd, received.peer):
             self._relay.hang_up(fd)
-            self.refused += 1
-            self._note_source_refusal(listener, received.peer)
-            return
+            self.refusals.count += 1
+            self.refusals.note_source_limit(listener, received.peer, self.per_source)
+            return False
         header = None
         if self._proxy_protocol:
             from proxyd.proxy_protocol import pass_on
 
             header = pass_on(self._proxy_protocol, received)
-        self._admit(listener, fd, received.peer or sender.peer, header)
+        self._admit(listener, fd, received.peer or sender.peer, header, sender.id)
+        return True
 
     def _refuse_headerless(self, sender: "Sender", why: str) -> None:
-        self.refused += 1
-        self.headerless += 1
-        self.headerless_ms = self._relay.now_ms
-        log.limited(
-            "header",
-            f"Refusing connection to {sender.listener.text}: {why}.{address_note(sender.peer)}",
-        )
+        self.refusals.add_headerless(sender.listener, sender.peer, why)
 
-    def _admit(self, listener: Listener, fd: int, peer: bytes, header: bytes | None = None) -> None:
+    def _admit(
+        self, listener: Listener, fd: int, peer: bytes, header: bytes | None = None, number: int = 0
+    ) -> None:
         """Hand a client to its upstream; `peer` is its packed address, if known.
 
-        `header`: what the target is told first, if that is not what the socket says.
+        `header`: what the target is told first, if that is not what the socket says. `number`: its
+        id, if it has one already.
         """
         try:
             header = self.header_for(fd, peer) if header is None else header
         except self.no_header:
             self._refuse_unknown(listener, fd)
             return
-        upstream = upstream_of(listener, fd)
+        upstream = upstream_of(listener, fd, peer)
         name = ""
         if self._loop.labelled:
             name = client_label(fd, peer)
             log.debug(f"New connection from {name} to {upstream.text}.")
-        upstream.take(fd, listener.family, listener.index, header, name, peer)
+        upstream.take(fd, listener.family, listener.index, header, name, peer, number)
 
     def header_for(self, fd: int, peer: bytes) -> bytes | None:
         """Return the PROXY header of a client, None without --proxy-protocol=. Raises no_header."""
@@ -312,13 +296,7 @@ class Acceptor:
         than it should.
         """
         self._relay.hang_up(fd, reset=True)
-        self.refused += 1
-        self.unknown += 1
-        log.limited(
-            "unknown",
-            f"Refusing connection to {listener.text}: "
-            "the client's address is not known any more, for a PROXY header.",
-        )
+        self.refusals.add_unknown(listener)
 
     def _accept_failed(self, listener: Listener, error: int) -> None:
         where = listener.text
@@ -369,9 +347,15 @@ class Acceptor:
         self.resume_ms = self._relay.now_ms + PAUSE_MS
 
 
-def upstream_of(listener: Listener, fd: int) -> Upstream:
-    """Return the upstream of one client, whose socket knows its port even after a reset."""
+def upstream_of(listener: Listener, fd: int, peer: bytes = b"") -> Upstream:
+    """Return the upstream of one client, whose socket knows its port even after a reset.
+
+    `peer`: its packed address; b"" if only its socket knows it.
+    """
     if listener.ports is None:
         return listener.upstream
-    number = port(socket_names(fd)[1])
-    return listener.ports.upstream(number) if number else listener.upstream
+    names = socket_names(fd)
+    number = port(names[1]) if listener.target.any_port else listener.upstream.port
+    if not number:
+        return listener.upstream
+    return listener.ports.upstream(number, peer or names[0])

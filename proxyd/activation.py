@@ -108,16 +108,16 @@ def _meant_for(values: dict[str, str], pid: int) -> bool:
 def _split_stored(values: dict[str, str], count: int) -> tuple[int, list[int]]:
     """Return how many of the descriptors are sockets, and which are parcels; drop their names.
 
-    Stored descriptors come last, and only their names tell them apart. Others than ours are
-    skipped; systemd calls them "stored" if who stored them did not name them.
+    Stored descriptors come last. Their names tell ours apart, and those that systemd calls "stored"
+    because who stored them did not name them. Of others, what is no socket is skipped, too.
     """
     names = values.get("LISTEN_FDNAMES", "").split(":")
     parcels = []
-    while 0 < count <= _FDS_MAX and names and names[-1] in (PARCEL_NAME, _STORED):
+    while 0 < count <= _FDS_MAX and names:
         fd = _FDS_START + count - 1
         if names[-1] == PARCEL_NAME:
             parcels.append(fd)
-        elif _is_useful(fd):
+        elif not _is_file(names[-1], fd) and (names[-1] != _STORED or _is_useful(fd)):
             break
         else:
             log.warning(f"Ignoring the stored file descriptor {fd}, which is no socket to serve.")
@@ -126,6 +126,17 @@ def _split_stored(values: dict[str, str], count: int) -> tuple[int, list[int]]:
     if "LISTEN_FDNAMES" in values:
         values["LISTEN_FDNAMES"] = ":".join(names)
     return count, parcels
+
+
+def _is_file(name: str, fd: int) -> bool:
+    """Tell whether this has a name, and is what no socket unit passes: a memfd, say, or an eventfd.
+
+    They have the type of a regular file, or none.
+    """
+    try:
+        return bool(name) and posix.fstat(fd).st_mode & 0o170000 in (0o100000, 0)
+    except OSError:
+        return False
 
 
 def _is_useful(fd: int) -> bool:

@@ -173,7 +173,7 @@ class DatagramUpstream:
 
     def _next_address(self, now_ms: int) -> bytes:
         """Return where to probe; b"" during a look-up, or if it has failed."""
-        addresses = self._source.addresses(now_ms)
+        addresses = self._addresses(now_ms)
         if addresses:
             return addresses[self._probes % len(addresses)]
         if self._source.failure:
@@ -203,10 +203,15 @@ class DatagramUpstream:
             self._refreshing = self._refreshing or last_ms != self._seen_ms
             self._seen_ms = last_ms
         if self._refreshing:
-            addresses = self._source.addresses(now_ms)
+            addresses = self._addresses(now_ms)
             self._refreshing = self._source.looking
             if not self._refreshing and self._address not in addresses:
                 self._set_address(next(iter(addresses), b""))
+
+    def _addresses(self, now_ms: int) -> list[bytes]:
+        addresses = self._source.addresses(now_ms)
+        bound_to = self.target.source
+        return addresses if bound_to is None else bound_to.fitting(addresses)
 
     @property
     def is_fixed(self) -> bool:
@@ -231,7 +236,7 @@ class DatagramUpstream:
         self.outage.dropped(reason, what or "datagrams")
 
     def _reason(self, error: int) -> str:
-        return describe(error, self._address or None, self.text, "reach")
+        return describe(error, self._address or None, self.text, "reach", self.target.source)
 
 
 def _label(where: str, target: Target) -> str:

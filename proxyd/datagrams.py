@@ -5,6 +5,7 @@ makes, forwards and ends flows by itself: no datagram passes through Python. Thi
 to, takes the events, and is imported only if there is a listener of datagrams.
 """
 
+import errno
 import posix
 
 from proxyd import address as sockaddr
@@ -200,7 +201,7 @@ class DatagramPolicy:
         elif isinstance(event, FlowFailed):
             log.limited(
                 "datagram exhausted",
-                f"Failed to open a socket for datagrams: {posix.strerror(event.error)}. "
+                f"Failed to open a socket for datagrams: {_why_no_socket(event.error, listener)}. "
                 "Dropping them.",
             )
         else:
@@ -271,3 +272,10 @@ class DatagramPolicy:
 
     def _own_listeners(self) -> list[Listener]:
         return [listener for listener in self._listeners if listener.datagram]
+
+
+def _why_no_socket(error: int, listener: Listener) -> str:
+    source = listener.target.source
+    if source is not None and (why := source.explain(error, None)):
+        return why
+    return "no local port is free" if error == errno.EAGAIN else posix.strerror(error)

@@ -12,6 +12,8 @@ class UsageError(Exception):
 
 def reason(error: Exception) -> str:
     """Return why, without the number and the file name that str() of an OSError contains."""
+    if isinstance(error, MemoryError):
+        return "out of memory"
     if not isinstance(error, OSError):
         return str(error)
     return error.strerror or (posix.strerror(error.errno) if error.errno else str(error))

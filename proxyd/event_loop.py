@@ -61,8 +61,8 @@ class EventLoop:
         self.had_events = True
         """Whether the last run() has returned or handled any event that is not of a quiet fd."""
         self.on_held: Callable[..., None] | None = None
-        """Called with the target's text and a HeldClient that is held for the first time (""), or
-        that is about to be closed (how). None: nothing wants to know."""
+        """Called with the target's text and a HeldClient or Sender that waits for the first time
+        (""), or that ends without a connection (how). None: nothing wants to know."""
         self._handlers: dict[int, Handler] = {}
         self._quiet: set[int] = set()
         """Fds whose events put off no idle exit."""
@@ -114,12 +114,14 @@ class EventLoop:
         self.relay.unwatch(fd)
         self.forget(fd)
 
-    def dial(self, address: bytes, handler: "Callable[[int, int], object]") -> int:
-        """Start to connect a socket; return its fd, which the caller owns.
+    def dial(
+        self, address: bytes, handler: "Callable[[int, int], object]", client: bytes = b""
+    ) -> int:
+        """Start to connect a socket, for this client; return its fd, which the caller owns.
 
         `handler` is called with the fd and its events. Raises OSError if the connect fails at once.
         """
-        fd = self.relay.dial(address)
+        fd = self.relay.dial(address, client)
         self._handlers[fd] = lambda events: handler(fd, events)
         return fd
 

@@ -179,7 +179,10 @@ class HeldClients:
 
 
 class HeldClient:
-    """An accepted client that waits."""
+    """An accepted client that waits for its target."""
+
+    state = "held"
+    """As the inspection calls it."""
 
     __slots__ = (
         "connection",

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
     from proxyd.bind import ListenAddress
     from proxyd.networks import Network
+    from proxyd.source_address import SourceAddress
 
 PROXY_V1, PROXY_V2 = 1, 2
 
@@ -36,6 +37,7 @@ class Options:
         "log_addresses",
         "proxy_protocol",
         "settle_time",
+        "source",
         "targets",
         "threads",
     )
@@ -62,6 +64,8 @@ class Options:
         self.proxy_protocol = 0
         """0: off; otherwise PROXY_V1 or PROXY_V2."""
         self.settle_time = 0
+        self.source: SourceAddress | None = None
+        """What sockets to targets are bound to; None: the kernel chooses."""
         self.targets: list[tuple[str | None, Target]] = []
         """(NAME, Target) pairs; a plain TARGET is the only one, with the name None."""
         self.threads = 1
@@ -134,6 +138,16 @@ def _add_accept_proxy_protocol(options: Options, text: str) -> None:
         raise UsageError(f"Failed to parse {option} argument: {text}: {error}") from None
     before, unix_before = options.accept_proxy_protocol or ([], False)
     options.accept_proxy_protocol = before + networks, unix_clients or unix_before
+
+
+def _add_source(options: Options, text: str) -> None:
+    from proxyd.source_address import SourceAddress
+
+    options.source = options.source or SourceAddress()
+    try:
+        options.source.add(text)
+    except ValueError as error:
+        raise UsageError(f"Failed to parse --source= argument: {text}: {error}") from None
 
 
 def _set_connect_timeout(options: Options, text: str) -> None:
@@ -264,6 +278,14 @@ OPTIONS: tuple[Option, ...] = (
         "more than once",
         _add_accept_proxy_protocol,
         "NETWORK[,NETWORK...]",
+    ),
+    Option(
+        "source",
+        "Connect to TCP and UDP targets from this address\n"
+        "or network interface, or from the address of the\n"
+        "client. May be given more than once",
+        _add_source,
+        "ADDRESS[:PORT]|INTERFACE|client",
     ),
     Option(
         "connect-timeout",

@@ -45,7 +45,7 @@ class Routes:
         same = [one for one in self.upstreams if one.target is target and one.port == port]
         listener.upstream = same[0] if same else self._make_upstream(target, port)
         listener.ports = None
-        if target.any_port and not listener.connected:
+        if (target.any_port and not listener.connected) or _is_bound_to_client(target):
             listener.ports = self._ports_of(target)
             listener.ports.add_fixed(listener.upstream)
 
@@ -54,13 +54,20 @@ class Routes:
             from proxyd.ports import Ports
 
             self._ports[target] = Ports(
-                lambda port: self._make_upstream(target, port), self.upstreams.remove
+                lambda port, client: self._make_upstream(target, port, client),
+                self.upstreams.remove,
+                by_client=_is_bound_to_client(target),
             )
         return self._ports[target]
 
-    def _make_upstream(self, target: "Target", port: int) -> Upstream:
+    def _make_upstream(self, target: "Target", port: int, client: bytes = b"") -> Upstream:
         timeout_ms = milliseconds(self._options.connect_timeout)
-        upstream = Upstream(self._loop, self._resolver, target, port, timeout_ms)
+        upstream = Upstream(self._loop, self._resolver, target, port, timeout_ms, client)
         upstream.settle(milliseconds(self._options.settle_time) or 0)
         self.upstreams.append(upstream)
         return upstream
+
+
+def _is_bound_to_client(target: "Target") -> bool:
+    """Tell whether sockets to a target are bound to the address of the client."""
+    return target.source is not None and target.source.client

@@ -93,6 +93,11 @@ class Server:
         self.relay = self.loop.relay
         self.relay.idle_ms = milliseconds(options.idle_timeout) or 0
         self._handle_signals()
+        if options.source is not None:
+            from proxyd.source_setup import use_source
+
+            unix_headers = (options.accept_proxy_protocol or ([], False))[1]
+            use_source(options.source, self.relay, listeners, unix_headers=unix_headers)
         hosts = [one.target.host for one in listeners if one.target.host is not None]
         self.resolver = self._make_resolver(hosts) if hosts else None
         routes = Routes(self.loop, options, listeners, self.resolver)
@@ -214,7 +219,7 @@ class Server:
             self.loop.hang_up(event.client, reset=True)
         elif isinstance(event, ConnectFailed):
             listener = self.acceptor.listeners[event.listener]
-            upstream_of(listener, event.client).take_back(event, listener.family)
+            upstream_of(listener, event.client, event.peer).take_back(event, listener.family)
         elif isinstance(event, Ended):
             if self.loop.labelled:
                 self._log_end(event)
@@ -373,13 +378,14 @@ class Server:
 
     def _status(self) -> str:
         if self.stopping:
-            return stats.draining(self.relay, self.upstreams, self.stop_ms, self.datagrams)
+            parts = self.acceptor, self.relay, self.upstreams
+            return stats.draining(*parts, self.stop_ms, self.datagrams)
         return stats.status(self.acceptor, self.relay, self.upstreams, self.datagrams)
 
     def _status_ages(self, now_ms: int) -> bool:
         """Tell whether the status says how long ago something was."""
-        acceptor = self.acceptor
-        times = [acceptor.refused_ms, acceptor.source_refused_ms, acceptor.headerless_ms]
+        refusals = self.acceptor.refusals
+        times = [refusals.limit_ms, refusals.source_limit_ms, refusals.headerless_ms]
         times += [one.held.failed_ms for one in self.upstreams]
         if self.datagrams is not None:
             times += [self.datagrams.refused_ms, *self.datagrams.failed_ms]

@@ -8,6 +8,7 @@ from proxyd._relay import ENDING_CLIENT_GONE, ENDING_CUT, Relay
 from proxyd.acceptor import Acceptor
 from proxyd.connect_errors import short_reason
 from proxyd.outage import Outage
+from proxyd.refusals import Refusals
 from proxyd.sizes import bytes_text
 from proxyd.upstream import Upstream
 
@@ -61,7 +62,7 @@ def status(
         parts += _datagrams_waiting(datagrams, relay.now_ms)
         moved += _datagram_bytes(datagrams)
     parts.append(f"{bytes_text(moved)} forwarded")
-    parts += _refused(acceptor, relay)
+    parts += _refused(acceptor.refusals, relay)
     parts += _failed(upstreams, relay.now_ms)
     if datagrams is not None:
         parts += _datagrams_dropped(datagrams, relay.now_ms)
@@ -80,17 +81,17 @@ def _outage(group: str, upstreams: list[Upstream], now_ms: int) -> str:
     return ""
 
 
-def _refused(acceptor: Acceptor, relay: Relay) -> list[str]:
+def _refused(refusals: Refusals, relay: Relay) -> list[str]:
     """Return how many clients were refused, by reason."""
     by_source = relay.refused_by_source
-    others = acceptor.unknown + acceptor.headerless + by_source
-    at_limit = relay.totals().refused + acceptor.refused - others
+    others = refusals.unknown + refusals.headerless + by_source
+    at_limit = relay.totals().refused + refusals.count - others
     now_ms = relay.now_ms
     reasons = (
-        (at_limit, f"at the limit{_ago(acceptor.refused_ms, now_ms)}"),
-        (by_source, f"at the limit of their source{_ago(acceptor.source_refused_ms, now_ms)}"),
-        (acceptor.unknown, "without an address to announce"),
-        (acceptor.headerless, f"without a PROXY header{_ago(acceptor.headerless_ms, now_ms)}"),
+        (at_limit, f"at the limit{_ago(refusals.limit_ms, now_ms)}"),
+        (by_source, f"at the limit of their source{_ago(refusals.source_limit_ms, now_ms)}"),
+        (refusals.unknown, "without an address to announce"),
+        (refusals.headerless, f"without a PROXY header{_ago(refusals.headerless_ms, now_ms)}"),
     )
     return [f"{count} refused {why}" for count, why in reasons if count]
 
@@ -153,6 +154,7 @@ def _ago(when_ms: int | None, now_ms: int) -> str:
 
 
 def draining(
+    acceptor: Acceptor,
     relay: Relay,
     upstreams: list[Upstream],
     stop_ms: int | None,
@@ -160,7 +162,8 @@ def draining(
 ) -> str:
     """Return the line for STATUS= while connections drain; `stop_ms`: None for no limit."""
     flows = datagrams.flows if datagrams is not None else 0
-    count = relay.connections - flows + sum(len(one.held) for one in upstreams)
+    held = sum(len(one.held) for one in upstreams) + acceptor.awaiting_header
+    count = relay.connections - flows + held
     left = [_counted(count, "connection")] + ([_counted(flows, "flow")] if flows else [])
     until = "" if stop_ms is None else f", until {clock_text(stop_ms, relay.now_ms)}"
     return f"Draining: {', '.join(left)} left{until}"
@@ -186,7 +189,8 @@ def totals(
 ) -> list[str]:
     """Return what all connections and flows were, for the end; nothing if there were none."""
     lines = []
-    if relay.totals().accepted:  # with Accept=yes it would be a line for each connection
+    # With Accept=yes it would be a line for each connection.
+    if relay.totals().accepted or acceptor.taken_over:
         lines.append(f"Totals: {summary(acceptor, relay, upstreams)[0]}.")
     if datagrams is not None and datagrams.totals().flows:
         lines.append(f"Totals: {_datagram_summary(datagrams)[0]}.")
@@ -212,7 +216,7 @@ def summary(
     accepted = sums.accepted + acceptor.passed_in + acceptor.taken_over
     line = (
         f"{accepted} accepted, {relay.connections - flows} open, "
-        f"{held} waiting, {kept}{sums.refused + acceptor.refused} refused, {failed} failed; "
+        f"{held} waiting, {kept}{sums.refused + acceptor.refusals.count} refused, {failed} failed; "
         f"{sums.bytes_to_targets} bytes to targets, {sums.bytes_to_clients} bytes to clients, "
         f"{sums.spliced} spliced, {sums.copied} copied; {', '.join(endings) or 'none ended'}"
     )

@@ -32,18 +32,19 @@ FIRST_FEW = 4
 class Upstream:
     """Connects clients to one target.
 
-    Belongs to the main loop, which calls step() after every batch of events while clients are held,
-    and when next_ms() says so.
+    The main loop calls step() after each batch while clients are held, and when next_ms() says so.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913, PLR0917 - the parts that it ties together
         self,
         loop: EventLoop,
         resolver: "Resolver | None",
         target: Target,
         port: int,
         timeout_ms: int | None,
+        client: bytes = b"",
     ) -> None:
+        """`client`: the packed address of all its clients, if sockets are bound to that."""
         self._loop = loop
         self._relay = loop.relay
         self.target = target
@@ -63,6 +64,7 @@ class Upstream:
         """Of all of these, connects that have failed."""
         self._source = address_source(target, port, resolver)
         self._attempts = HappyEyeballs(loop, self.held.expects_end, repeats=timeout_ms != 0)
+        self._attempts.client = client
         self._proven = True
         """Whether the target counts as up as soon as it accepts a connection."""
         self.outage = Outage(self.text)
@@ -70,8 +72,6 @@ class Upstream:
         """When the next round of attempts may begin …"""
         self._round_is_set = False
         """… even though the current one goes on."""
-        self._expects_header = False
-        """Whether clients come with a PROXY header."""
         self._late_error = 0
         """Of a connect of the relay; left to step(), because others of the batch may fail too."""
 
@@ -106,47 +106,46 @@ class Upstream:
     @property
     def waiting(self) -> int:
         """The number of clients that wait longer than a prompt look-up and connect take."""
-        oldest = self.held.oldest
-        if oldest is None:
-            return 0
-        prompt = self.outage.up and self._relay.now_ms - oldest.since_ms < STAGGER_MS
+        oldest, now_ms = self.held.oldest, self._relay.now_ms
+        prompt = oldest is None or (self.outage.up and now_ms - oldest.since_ms < STAGGER_MS)
         return 0 if prompt else len(self.held)
 
     # ── clients ───────────────────────────────────────────────────────────────────────────────────
 
     def take(  # noqa: PLR0913, PLR0917 - all that is known about a client
-        self, fd: int, family: int, index: int, header: bytes | None, name: str, peer: bytes = b""
-    ) -> None:
-        """Serve a client of the listener `index`; the fd is owned from now on.
+        self, fd: int, family: int, index: int, header: bytes | None, name: str,
+        peer: bytes = b"", connection: int = 0,
+    ) -> None:  # fmt: skip
+        """Serve a client of the listener `index`, with this packed address; the fd is owned now.
 
-        `peer`: its packed address; b"" if only its socket knows it. If the target is up, that is
-        one call of the relay, and Python keeps no state.
+        `connection`: its id, if it has one already. If the target is up, that is one call of the
+        relay, and Python keeps no state.
         """
-        self._expects_header = bool(header)
         address = self._source.prompt(self._relay.now_ms)
         if address is None or not self.outage.up or not self._proven or self.held:
             client = HeldClient(fd, family, header, name, self._relay.now_ms, peer)
             client.listener = index
+            client.id = connection
             self.hold(client)
             return
         terms = index, self.connect_ms, self.target.index, peer or socket_names(fd)[0]
-        outcome = self._relay.connect(fd, family, address, header, *terms)
+        outcome = self._relay.connect(fd, family, address, header, *terms, connection=connection)
         if isinstance(outcome, ConnectFailed):
             self.served += 1  # like a connect that fails later
-            self.take_back(outcome, family, name)
+            self.take_back(outcome, family, name, connection)
         else:
             self._connected(outcome, name)
 
-    def take_back(self, failed: ConnectFailed, family: int, name: str = "") -> None:
-        """Hold a client whose connect has failed, at once or later."""
+    def take_back(self, failed: ConnectFailed, family: int, name: str = "", new: int = 0) -> None:
+        """Hold a client whose connect has failed, at once or later; `new`: its id, if at once."""
         self.returned += 1
         name = name or self._loop.pop_label(failed.connection).partition(" → ")[0]
         about = name, failed.opened_ms, failed.peer
         client = HeldClient(failed.client, family, failed.pending, *about)
         client.listener = failed.listener
         client.connection = failed.connection
-        # The relay reads nothing from a client before its PROXY header has been sent.
-        client.has_unsent = bool(failed.pending) and not self._expects_header
+        client.id = failed.connection or new
+        client.has_unsent = failed.has_unsent
         self.hold(client)
         waited_ms = self._relay.now_ms - failed.opened_ms
         silent = failed.error == errno.ETIMEDOUT and waited_ms >= self.connect_ms
@@ -197,8 +196,8 @@ class Upstream:
 
     def next_ms(self) -> int | None:
         """When to call step() at the latest; None: not before the next event."""
-        own = self._deadline_ms, self._next_round_ms()
-        times = [*own, self._attempts.next_ms, self.outage.next_ms]
+        times = [self._deadline_ms, self._next_round_ms(), self._attempts.next_ms]
+        times.append(self.outage.next_ms)
         return min((time for time in times if time is not None), default=None)
 
     def _next_round_ms(self) -> int | None:
@@ -358,11 +357,11 @@ class Upstream:
 
     def _note_congestion(self, error: int) -> None:
         """The target is up, but its backlog is full."""
-        reason = self._reason(error)
-        self._round_ms = self.outage.congest(reason, self._relay.now_ms, len(self.held))
+        now_ms, held = self._relay.now_ms, len(self.held)
+        self._round_ms = self.outage.congest(self._reason(error), now_ms, held)
 
     def _reason(self, error: int) -> str:
-        return describe(error, self._source.only, self.text)
+        return describe(error, self._source.only, self.text, source=self.target.source)
 
     def _give_up(self, client: HeldClient, reason: str) -> None:
         self.held.give_up(client, reason)

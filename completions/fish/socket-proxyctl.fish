@@ -29,7 +29,7 @@ complete -c $ctl -n "__fish_seen_subcommand_from $commands" -l user \
 complete -c $ctl -n '__fish_seen_subcommand_from list' -l target -x \
     -d 'Only connections to this target'
 complete -c $ctl -n '__fish_seen_subcommand_from list' -l state -x \
-    -a 'held connecting open lingering flow' -d 'Only connections in this state'
+    -a 'header held connecting open lingering flow' -d 'Only connections in this state'
 complete -c $ctl -n '__fish_seen_subcommand_from list status' -l full -d 'Cut nothing'
 complete -c $ctl -n '__fish_seen_subcommand_from top' -l interval -x -k -a '500ms 1s 2s 5s' \
     -d 'Time between two looks'

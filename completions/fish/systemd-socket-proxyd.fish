@@ -190,7 +190,7 @@ end
 # Prints the operands before the cursor, and "listen NAME=" for the names that --listen= has given.
 function __fish_systemd_socket_proxyd_said
     set -l with_value -c --connections-max --connections-max-per-source --exit-idle-time \
-        --proxy-protocol --accept-proxy-protocol --connect-timeout --settle-time --idle-timeout --drain-timeout --listen --threads --hand-over --buffer-size \
+        --proxy-protocol --accept-proxy-protocol --source --connect-timeout --settle-time --idle-timeout --drain-timeout --listen --threads --hand-over --buffer-size \
         --inspect --log-addresses
     set -l option
     set -l ended
@@ -238,6 +238,14 @@ function __fish_systemd_socket_proxyd_listen
     __fish_systemd_socket_proxyd_named_addresses (__fish_systemd_socket_proxyd_word) listen
 end
 
+# Prints `client`, and the network interfaces.
+function __fish_systemd_socket_proxyd_sources
+    echo client
+    for file in /sys/class/net/*/ifindex
+        string replace -r '.*/([^/]+)/ifindex$' '$1' -- $file
+    end
+end
+
 set -l spans 0 10s 30s 1min 5min 15min 1h infinity
 complete -c systemd-socket-proxyd -f -a '(__fish_systemd_socket_proxyd_operands)'
 complete -c systemd-socket-proxyd -s c -l connections-max -x -k -a '64 256 1024 4096' \
@@ -250,6 +258,8 @@ complete -c systemd-socket-proxyd -l proxy-protocol -x -a 'v1 v2' -d 'Send the a
 complete -c systemd-socket-proxyd -l accept-proxy-protocol -x -k \
     -a 'unix 10.0.0.0/8 172.16.0.0/12 192.168.0.0/16 fd00::/8' \
     -d 'Expect a PROXY header from these networks'
+complete -c systemd-socket-proxyd -l source -x -k -a '(__fish_systemd_socket_proxyd_sources)' \
+    -d 'Connect to targets from here'
 complete -c systemd-socket-proxyd -l connect-timeout -x -k -a "$spans" \
     -d 'Hold clients this long while the target cannot be reached'
 complete -c systemd-socket-proxyd -l settle-time -x -k -a '0 50ms 100ms 500ms 1s' \

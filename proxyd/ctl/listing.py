@@ -9,9 +9,9 @@ from proxyd.ctl.table import Column, Paper, Row, render
 from proxyd.ctl.text import escape, short_span
 from proxyd.sizes import bytes_text
 
-STATES = ("open", "held", "connecting", "lingering", "flow")
+STATES = ("open", "held", "connecting", "lingering", "header", "flow")
 
-_STYLES = {"held": "warn", "connecting": "warn", "lingering": "dim"}
+_STYLES = {"header": "warn", "held": "warn", "connecting": "warn", "lingering": "dim"}
 
 
 def rows_of(answers: list[tuple[Proxy, list[dict[str, Any]]]]) -> list[Row]:
@@ -44,7 +44,8 @@ def _text_of(key: str) -> "_Text":
 
 
 def _halves(row: Row) -> str:
-    return "-" if row.get("state") == "held" else f"{row['up']['state']}/{row['down']['state']}"
+    waits = row.get("state") in ("header", "held")
+    return "-" if waits else f"{row['up']['state']}/{row['down']['state']}"
 
 
 _Text = Any

@@ -91,7 +91,7 @@ _ARGUMENTS: Arguments = (
         "list",
         "--state",
         {
-            "choices": ("open", "held", "connecting", "lingering", "flow"),
+            "choices": ("open", "held", "connecting", "lingering", "header", "flow"),
             "help": "only connections in this state",
         },
     ),

@@ -175,7 +175,7 @@ def frame(sample: Sample, view: View, sheet: Paper, height: int) -> list[str]:
 
 def _head(sample: Sample, view: View) -> list[str]:
     states = Counter(str(row.get("state")) for row in sample.rows)
-    shown = [state for state in listing.STATES if state != "flow" or states[state]]
+    shown = [one for one in listing.STATES if one not in ("header", "flow") or states[one]]
     counts = ", ".join(f"{states[state]} {state}" for state in shown)
     up, down = (sum(row[f"{way}Rate"] for row in sample.rows) for way in ("up", "down"))
     proxies = f"{sample.proxies} prox{'y' if sample.proxies == 1 else 'ies'}"

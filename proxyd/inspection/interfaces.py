@@ -44,13 +44,14 @@ type Half (
   datagrams: ?int
 )
 
-# A client. held: it waits for its target; connecting; open; lingering: one side is closed, and the
-# other has not taken all yet; flow: it has sent datagrams. id: the same from the accept, or the
-# first datagram, to the end. client: "" if the address is not known. localAddress: our own, towards
-# the target. thread: 0 is the main one, -1 that for connections which may block.
+# A client. header: its PROXY header is not complete; held: it waits for its target; connecting;
+# open; lingering: one side is closed, and the other has not taken all yet; flow: it has sent
+# datagrams. id: the same from the accept, or the first datagram, to the end. client: "" if the
+# address is not known; that of the sender until its header is complete. localAddress: our own,
+# towards the target. thread: 0 is the main one, -1 that for connections which may block.
 type Connection (
   id: int,
-  state: (held, connecting, open, lingering, flow),
+  state: (header, held, connecting, open, lingering, flow),
   listener: string,
   client: string,
   clientPID: ?int,
@@ -109,13 +110,14 @@ type Datagrams (
 # user of the service. Ends with Incomplete, after all others, if some could not be listed.
 method List(target: ?string, state: ?string) -> (connection: Connection)
 
-# Reports clients and flows that come and go from now on, each once: a client when it is held for
-# its target or, if it is not, when it is being connected; and when it has left. Takes 'more'. For
-# root and the user of the service. A caller that does not read is dropped. how: of an end, as in
-# the log; "failed" if the client was given up.
+# Reports clients and flows that come and go from now on, each once: a client when it waits for its
+# PROXY header or its target or, if it does not, when it is being connected; and when it has left.
+# Takes 'more'. For root and the user of the service. A caller that does not read is dropped. how:
+# of an end, as in the log; "failed" if the client was given up, "refused" if its header was bad or
+# late, or its source had no place left.
 method Watch() -> (event: (begin, end), connection: Connection, how: ?string)
 
-# Resets a connection, or a client that is held, or ends a flow. For root and the user of the
+# Resets a connection, or a client that waits, or ends a flow. For root and the user of the
 # service.
 method Terminate(id: int) -> ()
 

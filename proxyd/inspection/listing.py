@@ -26,12 +26,12 @@ class ListStream(SharedStream):
         "_at",
         "_datagrams",
         "_flow",
-        "_held_at",
         "_kept",
         "_snapshot",
         "_snapshots",
         "_state",
         "_target",
+        "_waiting_at",
     )
 
     def __init__(
@@ -50,7 +50,7 @@ class ListStream(SharedStream):
         super().__init__(self._snapshot.wakes)
         self._target = None if target is None else json.dumps(target)
         self._state = state
-        self._at = self._held_at = 0
+        self._at = self._waiting_at = 0
         self._kept: Row | None = None
         """The last row, which is sent after the next one or as the end of all."""
 
@@ -70,13 +70,13 @@ class ListStream(SharedStream):
             )
         if not snapshot.complete:
             return None
-        held = snapshot.held[self._held_at : self._held_at + ROWS_MAX]
-        self._held_at += len(held)
-        if held:
+        waiting = snapshot.waiting[self._waiting_at : self._waiting_at + ROWS_MAX]
+        self._waiting_at += len(waiting)
+        if waiting:
             return self._take(
-                snapshot.makes.held(target, client)
-                for target, client in held
-                if self._wants(target, "held")
+                snapshot.makes.waiting(target, client)
+                for target, client in waiting
+                if self._wants(target, client.state)
             )
         flows = self._next_flows()
         if flows:

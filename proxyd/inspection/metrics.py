@@ -205,9 +205,9 @@ def _overall(
     endings = all_endings(acceptor, totals, upstreams)
     yield "Ended", {}, "how", [*endings], [*endings.values()]
     yield _single("Open", relay.connections - flows)
-    yield _single("Refused", totals.refused + acceptor.refused)
+    yield _single("Refused", totals.refused + acceptor.refusals.count)
     yield _single("RefusedBySource", relay.refused_by_source)
-    yield _single("RefusedWithoutHeader", acceptor.headerless)
+    yield _single("RefusedWithoutHeader", acceptor.refusals.headerless)
     yield _single("Threads", relay.thread_count)
 
 

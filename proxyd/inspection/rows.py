@@ -10,13 +10,14 @@ from _socket import inet_ntop
 
 from proxyd import address as sockaddr
 from proxyd.acceptor import Acceptor
-from proxyd.held import HeldClient
 from proxyd.inspection.varlink import plain
 
 TYPE_CHECKING = False  # as in typing
 if TYPE_CHECKING:
     from proxyd._datagram import FlowInfo
     from proxyd._relay import ConnectionInfo
+    from proxyd.header_reader import Sender
+    from proxyd.held import HeldClient
 
 Row = str
 """A JSON object."""
@@ -25,7 +26,7 @@ _TEXTS_MAX = 1000
 """How many texts are kept."""
 
 _NOTHING = '{"bytes":0,"inFlight":0,"state":"flowing","datagrams":null}'
-"""A half of a client that is held."""
+"""A half of a client that waits."""
 
 _INET = sockaddr.AF_INET.to_bytes(2, sys.byteorder)
 
@@ -61,17 +62,19 @@ class RowMaker:
             f'"thread":{info.thread}}}'
         )
 
-    def held(self, target: str, client: HeldClient) -> Row:
-        """Return the row of a client that is held, or was at this moment."""
+    def waiting(self, target: str, client: "HeldClient | Sender") -> Row:
+        """Return the row of a client that waits, or did at this moment."""
         names = self._names
         age_us = self._span(client.since_ms)
+        held = age_us if client.state == "held" else "null"
+        listener = client.listener
+        name = names.listener(listener) if isinstance(listener, int) else listener.text
         return (
-            f'{{"id":{client.id},"state":"held",'
-            f'"listener":{names.quoted(names.listener(client.listener))},'
+            f'{{"id":{client.id},"state":"{client.state}","listener":{names.quoted(name)},'
             f'"client":{_quoted_address(client.peer)},"clientPID":{client.pid or "null"},'
             f'"target":{names.quoted(target)},"targetAddress":null,"localAddress":null,'
             f'"sinceUSec":{self.since_us(client.since_ms)},"ageUSec":{age_us},'
-            f'"idleUSec":{age_us},"heldUSec":{age_us},"connectUSec":null,'
+            f'"idleUSec":{age_us},"heldUSec":{held},"connectUSec":null,'
             f'"up":{_NOTHING},"down":{_NOTHING},"thread":0}}'
         )
 

@@ -23,15 +23,17 @@ from proxyd.upstream import Upstream
 
 TYPE_CHECKING = False  # as in typing
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from proxyd.datagram_upstream import DatagramUpstream
     from proxyd.datagrams import DatagramPolicy
     from proxyd.event_loop import InspectionEvent
+    from proxyd.header_reader import Sender
+    from proxyd.held import HeldClient
 
 _FOR_EVERYBODY = (f"{PROXY}.Status", f"{METRICS}.List", f"{METRICS}.Describe")
 
-_STATES = ("held", "connecting", "open", "lingering", "flow")
+_STATES = ("header", "held", "connecting", "open", "lingering", "flow")
 
 
 class Service:
@@ -63,7 +65,7 @@ class Service:
         }
         self._names = Names(acceptor)
         clock = lambda: loop.relay.now_ms  # noqa: E731
-        self._snapshots = Snapshots(self._relay, clock, self._names, upstreams)
+        self._snapshots = Snapshots(self._relay, clock, self._names, self._waiting)
         self._passes = Passes(
             self._relay, lambda: collect(acceptor, loop.relay, upstreams, datagrams)
         )
@@ -80,6 +82,14 @@ class Service:
             f"{METRICS}.List": self._list_metrics,
             f"{METRICS}.Describe": self._describe_metrics,
         }
+
+    def _waiting(self) -> "Iterator[tuple[str, HeldClient | Sender]]":
+        """Return the target of each client that Python has, and the client."""
+        for sender in self._acceptor.header_reader or ():
+            yield sender.target, sender
+        for upstream in self._upstreams:
+            for client in upstream.held:
+                yield upstream.text, client
 
     def _make_rows(self) -> RowMaker:
         return RowMaker(self._names, self._loop.relay.now_ms)
@@ -133,6 +143,9 @@ class Service:
                     return reply({})
         if connection <= 0:
             raise CallError(f"{PROXY}.NoSuchConnection")
+        reader = self._acceptor.header_reader
+        if reader is not None and reader.terminate(connection):
+            return reply({})
         if self._datagrams is not None and self._datagrams.relay_part.terminate(connection):
             return reply({})
         return self._terminations.begin(connection)

@@ -1,19 +1,19 @@
 """Snapshots: the clients of one moment, without stopping the proxy.
 
-The relay copies its connections in pieces, and forwards in between. Held clients are Python's. One
-whose connect fails meanwhile may have left the relay before it was copied, so the held ones are
-looked at once more at the end.
+The relay copies its connections in pieces, and forwards in between. Clients that wait, for their
+target or with a header that has not come, are Python's. One whose connect fails meanwhile may have
+left the relay before it was copied, so the held ones are looked at once more at the end.
 """
 
 from proxyd.held import HeldClient
 from proxyd.inspection.rows import Names, RowMaker
-from proxyd.upstream import Upstream
 
 TYPE_CHECKING = False  # as in typing
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterator
 
     from proxyd._relay import ConnectionInfo, Relay, SnapshotRows
+    from proxyd.header_reader import Sender
 
 SNAPSHOTS_MAX = 2
 """How many may be in memory. Further callers wait, and share the next one."""
@@ -24,7 +24,6 @@ class Snapshot:
 
     __slots__ = (
         "complete",
-        "held",
         "last_id",
         "makes",
         "missing",
@@ -32,6 +31,7 @@ class Snapshot:
         "number",
         "rows",
         "users",
+        "waiting",
         "wakes",
     )
 
@@ -41,8 +41,8 @@ class Snapshot:
         """The relay's; 0: it has not been started."""
         self.rows: list[ConnectionInfo] = []
         """Those that the relay has sent so far."""
-        self.held: list[tuple[str, HeldClient]] = []
-        """Target and client, for those that were held then; final once it is complete."""
+        self.waiting: list[tuple[str, HeldClient | Sender]] = []
+        """Target and client, for those that waited then; final once it is complete."""
         self.missing = 0
         """How many connections the relay could not tell of; final once it is complete."""
         self.complete = False
@@ -65,7 +65,7 @@ class Snapshots:
         "_relay",
         "_running",
         "_start_ms",
-        "_upstreams",
+        "_waiting",
     )
 
     def __init__(
@@ -73,13 +73,13 @@ class Snapshots:
         relay: "Relay",
         clock: "Callable[[], int]",
         names: Names,
-        upstreams: "Iterable[Upstream]",
+        waiting: "Callable[[], Iterator[tuple[str, HeldClient | Sender]]]",
     ) -> None:
-        """`clock` returns the relay's time in milliseconds; `upstreams` may change."""
+        """`clock` returns the relay's time in milliseconds, `waiting` the clients that wait."""
         self._relay = relay
         self._clock = clock
         self._names = names
-        self._upstreams = upstreams
+        self._waiting = waiting
         self._running: Snapshot | None = None
         self._next: Snapshot | None = None
         """Asked for, but not started."""
@@ -115,7 +115,7 @@ class Snapshots:
         self._alive.append(snapshot)
         self._start_ms = self._clock()
         snapshot.makes = RowMaker(self._names, self._start_ms)
-        snapshot.held = list(self._all_held())
+        snapshot.waiting = list(self._waiting())
         snapshot.last_id = self._relay.new_id()
         snapshot.number = self._relay.start_snapshot()
 
@@ -135,20 +135,17 @@ class Snapshots:
     def _complete(self, snapshot: Snapshot) -> None:
         returned = [
             (target, client)
-            for target, client in self._all_held()
-            if client.connection and client.since_ms <= self._start_ms
+            for target, client in self._waiting()
+            if isinstance(client, HeldClient)
+            and client.connection
+            and client.since_ms <= self._start_ms
         ]
         if returned:
             told = {info.connection for info in snapshot.rows}
-            told |= {client.id for _, client in snapshot.held}
-            snapshot.held += [one for one in returned if one[1].id not in told]
+            told |= {client.id for _, client in snapshot.waiting}
+            snapshot.waiting += [one for one in returned if one[1].id not in told]
         snapshot.complete = True
         self._running = None
         if not snapshot.users:
             self._alive.remove(snapshot)
         self._start_next()
-
-    def _all_held(self) -> "Iterator[tuple[str, HeldClient]]":
-        for upstream in self._upstreams:
-            for client in upstream.held:
-                yield upstream.text, client

@@ -1,7 +1,6 @@
 """Watch: connections that begin and end. Nothing is told, or paid, without a watcher."""
 
 from proxyd.event_loop import EventLoop
-from proxyd.held import HeldClient
 from proxyd.inspection.caller import Stream
 from proxyd.inspection.rows import Row, RowMaker
 from proxyd.inspection.varlink import message
@@ -13,6 +12,8 @@ if TYPE_CHECKING:
     from proxyd._datagram import FlowInfo
     from proxyd._relay import ConnectionInfo, Ended, Relay
     from proxyd.datagrams import DatagramPolicy
+    from proxyd.header_reader import Sender
+    from proxyd.held import HeldClient
 
 UNREAD_MAX = 256 * 1024
 """A watcher for which more bytes than this wait is dropped."""
@@ -43,7 +44,7 @@ class Watchers:
         stream = WatchStream(self._remove)
         self._streams.append(stream)
         self._relay.report_begins = self._relay.report_ends = True
-        self._loop.on_held = self._held
+        self._loop.on_held = self._waiting
         if self._datagrams is not None:
             self._datagrams.report(wanted=True)
         return stream
@@ -73,9 +74,9 @@ class Watchers:
         if self._streams:
             self._tell("begin" if how is None else "end", self._make_rows().flow(info), how or "")
 
-    def _held(self, target: str, client: HeldClient, how: str) -> None:
-        """Tell that a client is held from its accept on, or how one that was held has ended."""
-        row = self._make_rows().held(target, client)
+    def _waiting(self, target: str, client: "HeldClient | Sender", how: str) -> None:
+        """Tell that a client waits from its accept on, or how one that has waited ends."""
+        row = self._make_rows().waiting(target, client)
         self._tell("end" if how else "begin", row, how)
 
     def _tell(self, event: str, row: Row, how: str) -> None:

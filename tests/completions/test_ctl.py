@@ -36,6 +36,7 @@ def test_commands(shell):
     [
         ("list --json=pr", "list --json=pretty "),
         ("list --state l", "list --state lingering "),
+        ("list --state hea", "list --state header "),
         ("top --interval=5s", "top --interval=5s "),
         ("ter", "terminate "),
     ],

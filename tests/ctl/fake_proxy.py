@@ -1,5 +1,6 @@
 """A Varlink server in a thread: answers as a proxy does, or as a test wants it to."""
 
+import contextlib
 import json
 import os
 import socket
@@ -83,16 +84,15 @@ class FakeProxy:
         self._listener.bind(self.path)
         self._listener.listen()
         self._callers = []
-        threading.Thread(target=self._serve, daemon=True).start()
+        self._acceptor = threading.Thread(target=self._serve, daemon=True)
+        self._acceptor.start()
 
     def close(self):
         """Close every socket, as a proxy that ends."""
-        for sock in (self._listener, *self._callers):
-            try:
-                sock.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass
-            sock.close()
+        end(self._listener)
+        self._acceptor.join()  # it may just have accepted another
+        for caller in self._callers:
+            end(caller)
 
     def _serve(self):
         while True:
@@ -136,6 +136,13 @@ class FakeProxy:
                 reply["continues"] = True
             caller.sendall(json.dumps(reply).encode() + b"\0")
         return True
+
+
+def end(sock):
+    """Close a socket, and wake the thread that waits for it."""
+    with contextlib.suppress(OSError):
+        sock.shutdown(socket.SHUT_RDWR)
+    sock.close()
 
 
 SYSTEMCTL = """#!{python}
