@@ -11,6 +11,7 @@ from proxyd.units import (
     rules_healing,
     rules_isolation,
     rules_life,
+    rules_restart,
     rules_socket,
     running,
     verify,
@@ -24,6 +25,7 @@ from proxyd.units.unitfile import Problem
 RULES: tuple[Rule, ...] = (
     *rules_healing.RULES,
     *rules_life.RULES,
+    *rules_restart.RULES,
     *rules_isolation.RULES,
     *rules_socket.RULES,
     *rules_command.RULES,

@@ -15,6 +15,9 @@ DROP_IN = "50-socket-proxyd.conf"
 
 HEALS = [("StartLimitIntervalSec", "0")]
 RESTARTS = [("Restart", "on-failure"), ("RestartSec", "1s")]
+GOES_ON = [("FileDescriptorStoreMax", "1"), ("ExecReload", "kill -HUP $MAINPID")]
+"""For a proxy: neither a restart nor a reload costs a connection."""
+
 ON_DEMAND = [("StopWhenUnneeded", "yes"), ("StartLimitIntervalSec", "0")]
 ALWAYS = [("Restart", "always"), ("RestartSec", "1s")]
 
@@ -175,7 +178,8 @@ def _proxy(request: Request, sockets: list[str]) -> Text:
         unit.append(("CollectMode", "inactive-or-failed"))
     else:
         unit += HEALS
-        service += [*RESTARTS, ("RuntimeDirectory", runtime_directory(request.unit("service")))]
+        service += [*RESTARTS, *([] if request.only_datagrams else GOES_ON)]
+        service.append(("RuntimeDirectory", runtime_directory(request.unit("service"))))
     if request.namespace:
         service.append(("PrivateNetwork", "yes"))
     return Text(request.unit("service"), [("Unit", unit), ("Service", service)], [])

@@ -185,6 +185,47 @@ def _allowed_families(values: list[str]) -> set[str]:
     return allowed or set()
 
 
+def _no_capability(rule: Rule, found: Set) -> Iterator[Finding]:
+    proxy, options = found.proxy, found.command.options
+    if options is None or options.source is None or not options.source.client:
+        return
+    if proxy.choice("Service", "PrivateUsers", "no") not in ("no", "false", "off", "0", "n", "f"):
+        yield rule.found(
+            proxy.where(("Service", "PrivateUsers")),
+            "with PrivateUsers= no capability counts for the network of the machine",
+        )
+        return
+    ambient, bounding = (
+        [setting.value for setting in proxy.entries("Service", key)]
+        for key in ("AmbientCapabilities", "CapabilityBoundingSet")
+    )
+    is_root = proxy.value("Service", "User", "root") in ("root", "0")
+    is_root = is_root and not proxy.flag("Service", "DynamicUser") and not proxy.user
+    if proxy.all("Service", "CapabilityBoundingSet") and not _has_capability(bounding):
+        key, why = "CapabilityBoundingSet", "CapabilityBoundingSet= lacks it"
+    elif not is_root and not _has_capability(ambient):
+        key, why = "AmbientCapabilities", "a user other than root has none"
+    else:
+        return
+    yield rule.found(
+        proxy.where(("Service", key), ("Service", "ExecStart")),
+        f"--source=client needs a capability: {why}",
+    )
+
+
+def _has_capability(values: list[str]) -> bool:
+    """Tell whether a list of capabilities has one that --source=client can do with."""
+    wanted = {"CAP_NET_ADMIN", "CAP_NET_RAW"}
+    held: set[str] = set()
+    for number, value in enumerate(values):
+        words = set(value.removeprefix("~").upper().split()) & wanted
+        if value.startswith("~"):
+            held = (held if number else wanted) - words
+        else:
+            held |= words
+    return bool(held)
+
+
 RULES = (
     Rule(
         "private-network-alone",
@@ -245,5 +286,15 @@ RULES = (
         "starting until its start times out, or fails because the proxy ends when idle.\n"
         "Seen as: activating in `systemctl status PROXY`; 'Failed with result 'protocol''.",
         _families,
+    ),
+    Rule(
+        "source-without-capability",
+        "error",
+        "AmbientCapabilities=CAP_NET_RAW, the same in CapabilityBoundingSet=, no PrivateUsers=",
+        "--source=client sends from addresses that are not this machine's. That needs CAP_NET_RAW "
+        "or CAP_NET_ADMIN, which a user other than root has only by AmbientCapabilities=, and "
+        "which counts for nothing in a user namespace of its own.\n"
+        "Seen as: '--source=client needs the capability CAP_NET_ADMIN or CAP_NET_RAW'.",
+        _no_capability,
     ),
 )

@@ -18,15 +18,20 @@ _IGNORED = ("ignoring", "Ignoring", "ignored", "deprecated", "obsolete")
 _NEWER = (
     "DeferTrigger",
     "DelegateSubgroup",
+    "FileDescriptorStorePreserve",
     "PassFileDescriptorsToExec",
     "PollLimitBurst",
     "PollLimitIntervalSec",
+    "ReloadSignal",
     "RestartMaxDelaySec",
     "RestartMode",
     "RestartSteps",
     "UpheldBy",
 )
 """Settings that are too new for some installed versions of systemd."""
+
+_NEWER_TYPE = "service type, ignoring: notify-reload"
+"""The end of a line about another such one."""
 
 
 class Line:
@@ -85,6 +90,7 @@ def _not_asked(folder: str, why: str) -> Line:
 def _is_of_machine(message: str) -> bool:
     """Tell whether a line is about this machine rather than about the units."""
     unknown = message.startswith("Unknown key") and any(f"'{key}'" in message for key in _NEWER)
+    unknown = unknown or message.endswith(_NEWER_TYPE)
     return unknown or "is not executable" in message
 
 
