@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Callable
 
 from e2e.machine import TOOLS, Failure, Machine, check, same
+from e2e.streams import Streams, reload, restart
 
 CURL = "curl -sS --max-time 10"
 
@@ -198,6 +199,23 @@ def cut(proxy: Proxy) -> None:
     client = slow_download(m)
     proxy.end()
     check("curl: (" in client.communicate(timeout=20)[0], "the download was not cut")
+
+
+@path
+def go_on(proxy: Proxy) -> None:
+    """Restarted, and reloaded, with connections open; sockets of its own go along."""
+    m = proxy.start(
+        "127.0.0.1:9000",
+        "127.0.0.1:8010",
+        "--listen=127.0.0.1:9001",
+        "FileDescriptorStoreMax=1\nExecReload=kill -HUP $MAINPID\n",
+    )
+    m.start("proxy.service")
+    open_ones = Streams(m, {"talk": 2, "stalled": 2}, "9000,9001", 8010)
+    restart(m)
+    reload(m)
+    open_ones.end_well()
+    proxy.end()
 
 
 def slow_download(m: Machine) -> subprocess.Popen:

@@ -1,5 +1,6 @@
 """What is to be seen of a mistake in units, and of its mend: each takes the set, or fails."""
 
+import subprocess
 import time
 from collections.abc import Callable
 
@@ -289,3 +290,58 @@ def healed_after_a_failed_start(s: Subject) -> None:
     s.ask(3)
     s.cancel("fail")
     s.served("after the repair")
+
+
+def waits_for_drain(s: Subject) -> None:
+    """A restart does not come to an end while a client is there."""
+    client = restart_with_a_client(s)
+    check(s.show("SubState") == "stop-sigterm", f"it does not drain: {s.states()}")
+    client.kill()
+    s.wait("the restart", lambda: s.show("ActiveState") == "active")
+
+
+def goes_on_at_once(s: Subject) -> None:
+    client = restart_with_a_client(s)
+    s.wait("the next process goes on", lambda: "Going on with" in s.machine.journal(s.proxy))
+    client.kill()
+
+
+def restart_with_a_client(s: Subject) -> subprocess.Popen:
+    client = connected(s)
+    s.machine.sh(f"{s.systemctl} restart --no-block {s.proxy}; {s.systemctl} daemon-reload")
+    return client
+
+
+def connected(s: Subject) -> subprocess.Popen:
+    """A client that stays, and is connected to the backend."""
+    client = s.machine.client("exec socat -u TCP:127.0.0.1:9000 -")
+    s.wait("it is served", lambda: s.machine.sh("ss -Htn state established dport = 8000"))
+    return client
+
+
+def left_in_the_store(s: Subject) -> None:
+    """A client hangs after a stop: its connection is kept for nobody."""
+    client = connected(s)
+    s.machine.stop(s.proxy)
+    stored = s.show("NFileDescriptorStore")
+    s.machine.sh(f"systemctl clean --what=fdstore {s.proxy}")
+    check(stored == "1", f"{stored} descriptors are stored")
+    s.wait("it is cut at last", lambda: client.poll() is not None)
+
+
+def cut_by_a_stop(s: Subject) -> None:
+    client = connected(s)
+    s.machine.stop(s.sockets, s.proxy)
+    s.wait("it is cut", lambda: client.poll() is not None)
+
+
+def killed_at_a_stop(s: Subject) -> None:
+    s.served("at first")
+    s.machine.run(f"{s.systemctl} stop {s.sockets} {s.proxy}")
+    check(s.show("Result") == "timeout", f"it has ended in order: {s.states()}")
+
+
+def ends_at_a_stop(s: Subject) -> None:
+    s.served("at first")
+    s.machine.stop(s.sockets, s.proxy)
+    check(s.show("Result") == "success", f"it was killed: {s.states()}")

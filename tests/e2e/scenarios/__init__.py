@@ -5,6 +5,8 @@ from e2e.scenarios import transfers  # isort: skip  # noqa: F401
 from e2e.scenarios import clients  # isort: skip  # noqa: F401
 from e2e.scenarios import activation  # isort: skip  # noqa: F401
 from e2e.scenarios import service_manager  # isort: skip  # noqa: F401
+from e2e.scenarios import continuity  # isort: skip  # noqa: F401
+from e2e.scenarios import store  # isort: skip  # noqa: F401
 from e2e.scenarios import limits  # isort: skip  # noqa: F401
 from e2e.scenarios import on_demand  # isort: skip  # noqa: F401
 from e2e.scenarios import datagrams  # isort: skip  # noqa: F401

@@ -17,9 +17,12 @@ from e2e.seen import (
     active_without_a_client,
     after_a_failed_start,
     cut_at_a_time,
+    cut_by_a_stop,
     dead_socket,
     does_not_start,
+    ends_at_a_stop,
     fast_loop,
+    goes_on_at_once,
     gone_with_the_backend,
     gone_with_the_proxy,
     healed_after_a_failed_start,
@@ -28,6 +31,8 @@ from e2e.seen import (
     in_its_own_network,
     in_the_hosts_network,
     inspected_after_a_stop_of_the_other,
+    killed_at_a_stop,
+    left_in_the_store,
     left_out_at_boot,
     looping,
     lost_when_slow,
@@ -50,6 +55,7 @@ from e2e.seen import (
     stopped_at_once,
     there_without_the_proxy,
     unserved,
+    waits_for_drain,
     wants_a_backend_first,
     without_an_address,
 )
@@ -123,6 +129,9 @@ JOIN_B = [
     ("[Service]", "[Service]\nPrivateNetwork=yes"),
 ]
 JOINED = {P: JOIN_P, B: JOIN_B}
+STAYS_AND_GIVES_UP = [("20s --exit-idle-time=2s", "3s --exit-idle-time=1min")]
+"""On a busy machine, six crashes of the backend take more than 2 s."""
+
 OTHER = {
     "other.service": [
         ("", "[Unit]\nRequires={0}\nAfter={0}\n[Service]\nExecStart=/bin/sleep 600\n")
@@ -161,6 +170,8 @@ OTHER_PROXY = [
 REQUIRES = [("Wants=back.service\nUpholds", "Requires")]
 RESTARTS = [("[Service]", "[Service]\nRestart=on-failure\nRestartSec=1s")]
 DIRECT = [("[Service]", "[Service]\nRestart=on-failure\nRestartSec=1s\nRestartMode=direct")]
+STAYS = ("--idle-timeout=2s", "--idle-timeout=1h")
+DRAINS = ("--idle-timeout=2s", "--idle-timeout=1h --drain-timeout=1h")
 AT_BOOT = (":9000\n", ":9000\n[Install]\nWantedBy=sockets.target\n")
 REVIVES = [("", "[Unit]\nUpholds=heal.socket\n")]
 
@@ -207,13 +218,10 @@ CASES = (
     ),
     Case(
         "backend-start-limit",
-        {
-            B: [("StartLimitIntervalSec=0\n", "")],
-            P: [("connect-timeout=20s", "connect-timeout=3s")],
-        },
+        {B: [("StartLimitIntervalSec=0\n", "")], P: STAYS_AND_GIVES_UP},
         not_healed(started_often),
         started_often,
-        {P: [("connect-timeout=20s", "connect-timeout=3s")]},
+        {P: STAYS_AND_GIVES_UP},
     ),
     Case(
         "trigger-limit-off-alone",
@@ -430,6 +438,28 @@ CASES = (
         {P: [("--idle-timeout=2s", "--idle-timeout=1h"), *add("RuntimeMaxSec=2s")]},
         cut_at_a_time,
         served,
+    ),
+    Case(
+        "drain-delays-restart",
+        {P: [DRAINS, *add("FileDescriptorStoreMax=1")]},
+        waits_for_drain,
+        goes_on_at_once,
+        {P: [DRAINS, *add("FileDescriptorStoreMax=1\nRestartKillSignal=SIGUSR2")]},
+    ),
+    Case(
+        "store-preserved",
+        {P: [STAYS, *add("FileDescriptorStoreMax=1\nFileDescriptorStorePreserve=yes")]},
+        left_in_the_store,
+        cut_by_a_stop,
+        {P: [STAYS, *add("FileDescriptorStoreMax=1")]},
+        since=254,
+    ),
+    Case(
+        "wrong-signal",
+        {P: add("KillSignal=SIGUSR1\nTimeoutStopSec=1s")},
+        killed_at_a_stop,
+        ends_at_a_stop,
+        {P: add("RestartKillSignal=SIGUSR2\nTimeoutStopSec=1min")},
     ),
     Case("bad-command", {P: [("--idle-timeout=2s", "--idle-timeouts=2s")]}, does_not_start, served),
     Case(
