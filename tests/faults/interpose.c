@@ -45,10 +45,11 @@
     X(accept4) X(bind) X(calloc) X(chmod) X(close) X(connect) X(epoll_create1) X(epoll_ctl_add) \
     X(epoll_ctl_mod) X(epoll_ctl_del) X(epoll_wait) X(eventfd) X(eventfd_read) X(eventfd_write) \
     X(fcntl) X(fcntl_setpipe) X(fstat) X(getaddrinfo) X(getpeername) X(getrlimit) X(getsockname) \
-    X(getsockopt) X(getsockopt_error) X(ioctl) X(listen) X(lseek) X(lstat) X(malloc) X(open) \
-    X(opendir) X(pidfd_open) X(pipe2) X(poll) X(pthread_create) X(read) X(read_file) X(readlink) X(recv) \
+    X(getsockopt) X(getsockopt_error) X(ioctl) X(listen) X(lseek) X(lstat) X(malloc) \
+    X(memfd_create) X(open) X(opendir) X(pidfd_open) X(pipe2) X(poll) X(pread) X(pthread_create) \
+    X(pwrite) X(read) X(read_file) X(readlink) X(recv) \
     X(recvfrom) X(recvmmsg) X(recvmsg) X(send) X(sendmmsg) X(sendmsg) X(sendto) X(setrlimit) \
-    X(setsockopt) X(shutdown) X(pthread_sigmask) X(realloc) X(socket) X(splice_in) X(splice_out) \
+    X(setsockopt) X(shutdown) X(pthread_sigmask) X(realloc) X(socket) X(socketpair) X(splice_in) X(splice_out) \
     X(stat) X(unlink) X(write)
 
 #define AS_ENUM(name) P_##name,
@@ -221,13 +222,15 @@ static void end_socket(int fd) {
     errno = error;
 }
 
-static int is_datagram(int fd) {
+static int has_kind(int fd, int wanted) {
     int kind = 0, error = errno;
     socklen_t size = sizeof(kind);
     int known = REAL(getsockopt)(fd, SOL_SOCKET, SO_TYPE, &kind, &size) == 0;
     errno = error;
-    return known && kind == SOCK_DGRAM;
+    return known && kind == wanted;
 }
+
+static int is_datagram(int fd) { return has_kind(fd, SOCK_DGRAM); }
 
 /* The consequences of a failed call on a connected socket. */
 static void follow_up(int fd) {
@@ -335,6 +338,9 @@ PLAIN(eventfd_read, eventfd_read, fd, int, (int fd, eventfd_t *value), (fd, valu
 PLAIN(eventfd_write, eventfd_write, fd, int, (int fd, eventfd_t value), (fd, value))
 PLAIN(pipe2, pipe2, -1, int, (int ends[2], int flags), (ends, flags))
 PLAIN(poll, poll, -1, int, (struct pollfd *fds, nfds_t count, int timeout), (fds, count, timeout))
+PLAIN(memfd_create, memfd_create, -1, int, (const char *name, unsigned int flags), (name, flags))
+PLAIN(socketpair, socketpair, -1, int, (int family, int kind, int protocol, int ends[2]),
+      (family, kind, protocol, ends))
 PLAIN(chmod, chmod, -1, int, (const char *path, mode_t mode), (path, mode))
 PLAIN(unlink, unlink, -1, int, (const char *path), (path))
 PLAIN(readlink, readlink, -1, ssize_t, (const char *path, char *buffer, size_t size), (path, buffer, size))
@@ -342,6 +348,7 @@ PLAIN(lseek64, lseek, fd, off64_t, (int fd, off64_t offset, int whence), (fd, of
 PLAIN(stat64, stat, -1, int, (const char *path, struct stat64 *s), (path, s))
 PLAIN(lstat64, lstat, -1, int, (const char *path, struct stat64 *s), (path, s))
 PLAIN(fstat64, fstat, fd, int, (int fd, struct stat64 *s), (fd, s))
+PLAIN(fstat, fstat, fd, int, (int fd, struct stat *s), (fd, s))
 PLAIN(fstatat64, stat, -1, int, (int fd, const char *path, struct stat64 *s, int flags), (fd, path, s, flags))
 PLAIN(getrlimit64, getrlimit, -1, int, (__rlimit_resource_t which, struct rlimit64 *limit), (which, limit))
 PLAIN(setrlimit64, setrlimit, -1, int, (__rlimit_resource_t which, const struct rlimit64 *limit), (which, limit))
@@ -515,11 +522,27 @@ ssize_t write(int fd, const void *buffer, size_t size) {
     }
 }
 
+/* The extension has 64 bits for offsets under the first name, and Python under the second. */
+#define AT_OFFSET(name, point, buffer_type) \
+    ssize_t name(int fd, buffer_type buffer, size_t size, off64_t offset) { \
+        switch (strike(P_##point, CALLER, fd)) { \
+        case NOTHING: return REAL(name)(fd, buffer, size, offset); \
+        case SHORTEN: return REAL(name)(fd, buffer, size > 1 ? size / 2 : size, offset); \
+        default: return -1; \
+        } \
+    }
+
+AT_OFFSET(pread, pread, void *)
+AT_OFFSET(pread64, pread, void *)
+AT_OFFSET(pwrite, pwrite, const void *)
+AT_OFFSET(pwrite64, pwrite, const void *)
+
 /* Short means one byte: half of what was asked for is often all that there is. */
 
 static int strike_stream(int point, uintptr_t caller, int fd) {
     int action = strike(point, caller, fd);
-    return action == SHORTEN && is_datagram(fd) ? NOTHING : action;
+    int whole = is_datagram(fd) || has_kind(fd, SOCK_SEQPACKET);
+    return action == SHORTEN && whole ? NOTHING : action;
 }
 
 ssize_t recv(int fd, void *buffer, size_t size, int flags) {

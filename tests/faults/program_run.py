@@ -41,7 +41,8 @@ NEVER_CLOSED = ("anon_inode:[eventfd]",)
 
 IMPORTED_LATE = (
     "timespan", "proxy_protocol", "resolver", "lookup", "ports", "inspection", "datagrams",
-    "datagram_upstream",
+    "datagram_upstream", "continuity", "header_reader", "received_header", "networks", "crc32c",
+    "sources", "user_namespace",
 )  # fmt: skip
 """Modules that the program imports only when it needs them: each run imports them again."""
 
@@ -54,6 +55,9 @@ THREADS_FACTOR = 8
 STEPS_MS = (50, 250, 1000, 1000, 6000, 6000, 12000, 30000)
 """The steps by which the clock is put forward."""
 
+LAST_STEPS_MS = (12000, 30000)
+"""The same once all has been judged: what is left only has to time out, in whatever order."""
+
 PATIENCE_S = 0.5
 """The program hangs if nothing has moved for this long after the last step."""
 
@@ -62,6 +66,19 @@ NAP_MS = 2
 
 LONGEST_S = 15.0
 """The longest run, whatever still moves."""
+
+PROCESSES_MAX = 6
+"""How often the program is started in a scenario that restarts it."""
+
+NOT_KEPT = (
+    "Failed to keep the connections",
+    "No store for connections",
+    "Failed to go on",
+    "Had to reset",
+    "parcel is bad",
+    "were cut",
+)
+"""Lines that tell that connections were lost between two processes."""
 
 LINES_MAX = 12
 """More lines on stderr are a flood."""
@@ -86,6 +103,46 @@ def is_unix_listener(fd):
         return bool(listens) and sock.family == socket.AF_UNIX
     finally:
         sock.detach()
+
+
+def is_of_worker(fd):
+    """Whether it may be one with which a thread waits for events."""
+    return os.readlink(f"/proc/self/fd/{fd}").startswith("anon_inode:")
+
+
+def reserve(fd):
+    """Have nothing else use an fd, which the program may have closed."""
+    try:
+        os.fstat(fd)
+    except OSError:
+        os.dup2(1, fd)
+
+
+def described(fds):
+    """What these fds are."""
+    return ", ".join(f"{fd} {os.readlink(f'/proc/self/fd/{fd}')}" for fd in sorted(fds, key=int))
+
+
+def count_ends(fds):
+    """How many of these fds are ends of pipes, or sockets.
+
+    Not the one for the service manager, which is the only one for datagrams: a process that could
+    not open it does without.
+    """
+    found = [(fd, os.readlink(f"/proc/self/fd/{fd}")) for fd in fds]
+    return sum(
+        what.startswith("pipe:") or (what.startswith("socket:") and not is_for_datagrams(int(fd)))
+        for fd, what in found
+    )
+
+
+def is_for_datagrams(fd):
+    """Whether a socket is."""
+    sock = socket.socket(fileno=os.dup(fd))
+    try:
+        return sock.type == socket.SOCK_DGRAM
+    finally:
+        sock.close()
 
 
 class Outcome(NamedTuple):
@@ -147,6 +204,10 @@ class ProgramRun:
         self.calls = None
         self.judged = self.judged_in_run = False
         self.troubled = []
+        self.died = False
+        """A later process has ended at its start, with the parcel that it had received."""
+        self.stored = []
+        """Descriptors in the store of the service manager, if the scenario has one."""
         self.satisfied = False
         """The script is done, a fresh client was served, and everything was released."""
 
@@ -164,6 +225,7 @@ class ProgramRun:
             self._afterwards(status, log)
         finally:
             self.control.begun = 0
+            self._empty_store()
             self.world.close()
             shutil.rmtree(self.directory, ignore_errors=True)
         left = self._left()
@@ -216,6 +278,11 @@ class ProgramRun:
         if self.scenario.opens:
             return
         os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="1")
+        if self.scenario.restarts:
+            os.environ["LISTEN_FDNAMES"] = "web"
+        if self.stored:
+            os.environ.update(LISTEN_FDS="2", LISTEN_FDNAMES="web:proxyd-parcel")
+            os.dup2(self.stored[0], PASSED_ON_TOO)
         if self.scenario.accepted:
             connection, _ = self.world.listen_socket.accept()
             self.world.sockets.append(connection)
@@ -258,6 +325,8 @@ class ProgramRun:
         self.control.pause(0)
         try:
             status = cli.main(arguments)
+            while self.scenario.restarts and self.ready and not self.satisfied:
+                status = self._next_process(arguments)
         except Hang as why:
             self.faults.append(f"hangs: {why}")
         except WalkError:
@@ -270,6 +339,42 @@ class ProgramRun:
             self.control.pause(1)
             self.control.struct.begun = 0
         return status
+
+    def _next_process(self, arguments):
+        """Start the program again, with what the last one has stored."""
+        self.control.pause(1)
+        self._obey()
+        gc.collect()
+        forget_modules()
+        self._pass_on()
+        if self.world.processes >= PROCESSES_MAX:
+            raise Hang("it does not start again")
+        self.world.processes += 1
+        self.control.pause(0)
+        status = cli.main(arguments)
+        self.died |= status != 0
+        return status
+
+    def _obey(self):
+        """Do what the program has asked of the service manager: FDSTORE=, FDSTOREREMOVE=,
+        BARRIER=."""
+        while True:
+            try:
+                data, fds, _, _ = socket.recv_fds(self.notify, 4096, 8)
+            except BlockingIOError:
+                return
+            if b"FDSTOREREMOVE=1" in data:
+                self._empty_store()
+            if b"FDSTORE=1" in data:
+                self.stored += fds
+                continue
+            for fd in fds:
+                os.close(fd)
+
+    def _empty_store(self):
+        for fd in self.stored:
+            os.close(fd)
+        self.stored.clear()
 
     def _wrapped(self, real_run):
         def run(program, timeout_ms):
@@ -288,6 +393,9 @@ class ProgramRun:
         """The world's turn; whether anything has moved."""
         if self.world.log_size() > 100_000:
             raise Hang("a flood of lines")
+        if self.scenario.restarts:
+            reserve(PASSED_ON_TOO)
+            self._obey()
         moved = self.world.step()
         next(self.play)
         now = time.monotonic()
@@ -303,8 +411,9 @@ class ProgramRun:
         return False
 
     def _put_forward(self, now):
-        if self.steps < len(STEPS_MS):
-            self.control.struct.clock_ms += STEPS_MS[self.steps]
+        steps = LAST_STEPS_MS if self.judged_in_run else STEPS_MS
+        if self.steps < len(steps):
+            self.control.struct.clock_ms += steps[self.steps]
             self.steps += 1
         elif now - self.moved > PATIENCE_S:
             raise Hang(self.wanted())
@@ -313,6 +422,7 @@ class ProgramRun:
         """Everything that happens in this run, with a yield for every turn of the program."""
         world = self.world
         first = open_fds()
+        self.ends_at_first = count_ends(first - world.fds())
         live = self.control.struct.live
         self.ready = True
         yield from self.script
@@ -329,18 +439,27 @@ class ProgramRun:
                 yield from self._call_freshly()
             self._judge()
             self.judged_in_run = True
+            self.still, self.steps, self.moved = 0, 0, time.monotonic()
             world.leave()
             self.wanted = lambda: (
-                f"open still: {open_fds() - first - world.fds()}, "
+                f"open still: {described(open_fds() - first - world.fds())}, "
                 f"blocks more than at first: {self.control.struct.live - live}"
             )
-            yield from world.until(
-                lambda: not open_fds() - first - world.fds() and self.control.struct.live == live
-            )
+            yield from world.until(lambda: self._is_released(first, live))
             os.kill(os.getpid(), signal.SIGTERM)
         self.satisfied = True
         while True:
             yield
+
+    def _is_released(self, first, live):
+        """Whether the program has given back what it has taken since its first turn."""
+        if self.world.processes > 1:  # it is another one, perhaps with more threads than the first
+            return count_ends(open_fds() - self.world.fds()) <= self.ends_at_first
+        left = open_fds() - first - self.world.fds()
+        blocks = self.control.struct.live - live
+        if self.scenario.quarantines and blocks > 0:
+            left = {fd for fd in left if not is_of_worker(fd)}
+        return not left and blocks <= self.scenario.blocks_kept
 
     # ── after the run ────────────────────────────────────────────────────────────────────────
 
@@ -431,6 +550,8 @@ class ProgramRun:
         ]
         if not self.ready or self._look_up_failed():
             return
+        if hits and self.scenario.restarts and (self.died or any(line in log for line in NOT_KEPT)):
+            return  # all of them may be lost, but none of them may see a clean end too soon
         if len(troubled) > hits:
             told = "; ".join(f"{conn}: {self.world.state(conn)}" for conn in troubled)
             self.faults.append(f"{hits} calls failed, but these are in trouble: {told}")

@@ -9,7 +9,7 @@ import socket
 
 from faults.callers import INFO, LIST, METRICS, STATUS, TERMINATE, WATCH
 from faults.datagrams import IDLE_OPTION
-from faults.world import CUT, REFUSED, half_close, reset_client, reset_far
+from faults.world import COMPLETE, CUT, REFUSED, half_close, reset_client, reset_far
 
 BULK = 1536 * 1024
 """More bytes than the sockets and a pipe hold."""
@@ -50,6 +50,15 @@ class Scenario:
         """The program has an inspection socket …"""
         self.inspected_by_default = more.pop("inspected_by_default", False)
         """… or is to have one if it can."""
+        self.restarts = more.pop("restarts", False)
+        """The service manager has a store, and starts the program again whenever it has ended."""
+        self.quarantines = more.pop("quarantines", False)
+        """A UNIX client may be closed in the quarantine, whose thread stays until the end."""
+        self.blocks_kept = 2 * self.quarantines + 4 * any(
+            "--connections-max-per-source" in one for one in self.options
+        )
+        """The number of blocks that the program may keep until its end: for this thread, and to
+        remember sources. An entry without a client is freed when another one is looked for."""
         self.datagrams = more.pop("datagrams", None)
         """(Families of a listener of datagrams and of its target); None: there is none."""
         self.environment = more.pop("environment", {})
@@ -187,6 +196,108 @@ def proxy_v1(world):
 def proxy_v2(world):
     """With a PROXY header, as bytes."""
     world.proxy_protocol = "v2"
+    yield from world.exchange()
+
+
+HEADERS = ["--accept-proxy-protocol=127.0.0.0/8,unix", "--proxy-protocol=v2"]
+V1_HEADER = b"PROXY TCP4 192.0.2.1 198.51.100.2 5000 443\r\n"
+UNIX_HEADER = (
+    b"\r\n\r\n\0\r\nQUIT\n\x21\x31\0\xe6"
+    + b"/run/a-client-with-quite-a-long-name".ljust(108, b"\0")
+    + b"/run/front".ljust(108, b"\0")
+    + b"\x04\0\x04noop"
+    + b"\x05\0\x04id-7"
+)
+
+
+@scenario(
+    pairs=[("tcp4", "tcp4"), ("unix", "unix")],
+    quick_pairs=2,
+    early=True,
+    quarantines=True,
+    options=HEADERS,
+)
+def headers(world):
+    """Clients begin with PROXY headers: at once, in pieces, bad ones, and none within 5 s."""
+    world.proxy_protocol = "v2"
+    world.header = V1_HEADER
+    world.connect(300, 500)
+    yield from world.turns(3)
+    late = world.connect(300, 500, header=UNIX_HEADER)
+    rest, late.sending.rest = late.sending.rest, late.sending.rest[:0]
+    late.sending.then, then = None, late.sending.then
+    world.connect(300, 300, expect=REFUSED, header=b"PROXY TCP4 192.0.2.1\r\n")
+    for size in (5, 100, len(rest)):
+        late.sending.rest, rest = rest[:size], rest[size:]
+        yield from world.turns(3)
+    late.sending.then = then
+    world.connect(0, 300, then=None, expect=REFUSED, header=V1_HEADER[:9])
+    yield from world.until_all_over()
+
+
+@scenario(
+    pairs=[("tcp4", "tcp4"), ("unix", "unix")],
+    listens=False,
+    inspected=True,
+    options=[*HEADERS, "--connections-max-per-source=3"],
+)
+def headers_hold(world):
+    """Clients with headers are listed before these are there, are held then, and share a limit."""
+    world.proxy_protocol = "v2"
+    world.header = V1_HEADER
+    world.call(WATCH)
+    late = world.connect(300, 500)
+    rest, late.sending.rest = late.sending.rest, late.sending.rest[:20]
+    late.sending.then, then = None, late.sending.then
+    yield from world.turns(5)
+    callers = [world.call(LIST), world.call(METRICS, STATUS)]
+    yield from world.until(lambda: all(caller.over for caller in callers))
+    late.sending.rest, late.sending.then = rest[20:], then
+    for header in (V1_HEADER, UNIX_HEADER):
+        world.connect(300, 500, header=header)
+    yield from world.turns(20)
+    caller = world.call(LIST)
+    yield from world.until(lambda: caller.over)
+    world.backend.listen(64)
+    yield from world.until_all_over()
+
+
+@scenario(
+    pairs=[("tcp4", "tcp4"), ("tcp6", "tcp4"), ("unix", "unix")],
+    quarantines=True,
+    options=["--connections-max-per-source=2"],
+)
+def per_source(world):
+    """More clients of one source than it may have; then there is a place again."""
+    stay = [world.connect(300, 300, then=None) for _ in range(2)]
+    yield from world.until(lambda: all(c.far is not None or c.hearing.end for c in stay))
+    world.connect(300, 300, expect=CUT)
+    yield from world.turns(20)
+    half_close(stay[0].client)
+    yield from world.until(lambda: stay[0].over)
+    yield from world.exchange()
+    half_close(stay[1].client)
+    yield from world.until_all_over()
+
+
+@scenario(
+    options=["--connections-max-per-source=2", "--proxy-protocol=v1"], listens=False, quick=False
+)
+def per_source_hold(world):
+    """Clients of one source are held, and count."""
+    world.proxy_protocol = "v1"
+    for expect in (COMPLETE, COMPLETE, CUT):
+        world.connect(300, 300, expect=expect)
+        yield from world.turns(10)
+    world.backend.listen(64)
+    yield from world.until_all_over()
+
+
+@scenario(datagram_pairs=[("udp4", "udp4")], options=["--connections-max-per-source=2"])
+def asked_by_one_source(world):
+    """The flows of one source make room for others of it."""
+    for _ in range(4):
+        yield from world.datagrams.asked(world.datagrams.asker())
     yield from world.exchange()
 
 
@@ -352,6 +463,47 @@ def threads_drain(world):
     yield from world.turns(5)
     for conn in conns:
         conn.reads = True
+
+
+@scenario(pairs=[("tcp4", "tcp4"), ("unix", "unix"), ("unix", "tcp4")], restarts=True)
+def restart(world):
+    """Connections in several states go on in the next process, and again in the one after it."""
+    conns = [world.connect(300, 300, then=None), world.connect(BULK, BULK)]
+    conns.append(world.connect(300, 100_000))
+    for conn in conns[1:]:
+        conn.reads = False
+    yield from world.until_still()
+    yield from next_process(world)
+    for conn in conns[1:]:
+        conn.reads = True
+    yield from next_process(world)
+    half_close(conns[0].client)
+    yield from world.until_all_over()
+
+
+def next_process(world):
+    """End the program, and let the next one have turns."""
+    before = world.processes
+    os.kill(os.getpid(), signal.SIGTERM)
+    yield from world.until(lambda: world.processes > before)
+    yield from world.until_still()
+
+
+@scenario(options=["--threads=2", "--hand-over=always"], restarts=True)
+def restart_threads(world):
+    """As restart, with two relay threads."""
+    yield from restart(world)
+
+
+@scenario(pairs=[("tcp4", "tcp4"), ("unix", "unix")], restarts=True, listens=False, early=True)
+def restart_hold(world):
+    """Clients are held, and served by the next process."""
+    world.connect(300, 500)
+    world.connect(300, 500)
+    yield from world.turns(40)
+    yield from next_process(world)
+    world.backend.listen(64)
+    yield from world.until_all_over()
 
 
 # ── datagrams, with streams beside them ──────────────────────────────────────────────────────────

@@ -39,13 +39,13 @@ def tcp_ports(own, peer):
 class Conn:
     """One client, what it sends and receives, and the backend's end once that is known."""
 
-    def __init__(self, client, number, up, down, *, then, answers_at_end, expect):
+    def __init__(self, client, number, up, down, *, then, answers_at_end, expect, header):
         self.name = b"conn%04d" % number
         self.up = self.name + up
         self.down = down
         self.client = client
         self.ports = tcp_ports(client.getpeername(), client.getsockname())
-        self.sending = Outgoing(client, self.up, then)
+        self.sending = Outgoing(client, header + self.up, then)
         self.hearing = Incoming(client)
         self.reads = True
         """Whether the client reads."""
@@ -153,6 +153,8 @@ class World:
         """Whether the backend continues to read once it has recognised the client."""
         self.left_on_unix = False
         """The program was told that a UNIX peer has closed: it must pass this on as a clean end."""
+        self.processes = 1
+        """How often the program was started."""
         self.listen_socket = self._keep(
             open_listener(client, directory, receive_buffer=RECEIVE_BUFFER, backlog=64)
         )
@@ -162,6 +164,8 @@ class World:
             self.backend.listen(64)
         self.client_family = client
         self.proxy_protocol = ""
+        self.header = b""
+        """What every client sends first, and the program takes."""
         self.datagrams = DatagramSide(directory, *datagrams, serves=listens) if datagrams else None
         """What is there for datagrams, if anything."""
 
@@ -218,8 +222,11 @@ class World:
 
     # ── for scenarios ────────────────────────────────────────────────────────────────────────
 
-    def connect(self, up, down, *, then=half_close, answers_at_end=False, expect=COMPLETE):
-        """A client that sends `up` bytes, and is answered with `down` bytes."""
+    def connect(
+        self, up, down, *, then=half_close, answers_at_end=False, expect=COMPLETE, header=None
+    ):
+        """A client that sends `up` bytes, and is answered with `down` bytes. `header`: another one
+        than that of the world."""
         client = self._keep(open_client(self.listen_socket, receive_buffer=RECEIVE_BUFFER))
         number = len(self.conns)
         self.conns.append(
@@ -231,6 +238,7 @@ class World:
                 then=then,
                 answers_at_end=answers_at_end,
                 expect=expect,
+                header=self.header if header is None else header,
             )
         )
         return self.conns[-1]

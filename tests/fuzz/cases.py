@@ -55,12 +55,17 @@ SOCKETS = (
     b"@notify", b"/nonexistent/notify", b"", b"@", b"/", b"vsock:2:9", b"vsock-stream:2:9",
     b"relative", b"/" + b"n" * 200, b"@\xff", b"/tmp",
 )  # fmt: skip
+SOURCES = (
+    b"127.0.0.1", b"127.0.0.1:9", b"::1", b"[::1]:9", b"lo", b"client", b"192.0.2.1", b"nosuch",
+    b"", b"[", b"0.0.0.0", b"fe80::1", b"fe80::1%lo", b"\xff", b"a" * 16, b"1.2.3", b"::1:",
+)  # fmt: skip
 OPTIONS = {
     b"--connections-max": NUMBERS,
     b"--connections-max-per-source": NUMBERS,
     b"--exit-idle-time": SPANS,
     b"--accept-proxy-protocol": NETWORKS,
     b"--proxy-protocol": (b"v1", b"v2", b"v3", b"", b"V1", b"v1v2", b"1"),
+    b"--source": SOURCES,
     b"--connect-timeout": SPANS,
     b"--settle-time": SPANS,
     b"--idle-timeout": SPANS,

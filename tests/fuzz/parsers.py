@@ -6,6 +6,7 @@ Each parser may return, or raise the errors that it documents. An input that tak
 a fault too.
 """
 
+import fcntl
 import os
 import socket
 import sys
@@ -15,6 +16,7 @@ import atheris
 with atheris.instrument_imports(include=["proxyd"]):
     from proxyd import activation, address, bind, log, networks, sd_notify, target, timespan
     from proxyd.command_line import parse_args
+    from proxyd.continuity import parcel
     from proxyd.errors import UsageError
     from proxyd.inspection import varlink
     from proxyd.inspection.caller import Caller, CallerGoneError
@@ -26,6 +28,8 @@ SLOWEST = 5
 NO_FDS = 2**16
 """Used instead of fd 3 as the first of LISTEN_FDS=, to leave the fuzzer's own fds alone."""
 
+
+HEAD = parcel._HEAD_SIZE
 
 CALL = b'{"method":"a"}\0'
 
@@ -185,9 +189,31 @@ def methods(stream):
     return found
 
 
+def text_of_a_parcel(data):
+    """Whatever the last process has written, it is read, or refused as a whole."""
+    version, text = data[:1], data[1:]
+    head = b"proxyd-parcel %s %d" % (version if version.isdigit() else b"1", HEAD + len(text))
+    file = os.memfd_create("parcel", os.MFD_ALLOW_SEALING)
+    os.write(file, head.ljust(HEAD) + text)
+    fcntl.fcntl(file, fcntl.F_ADD_SEALS, parcel._SEALS)
+    try:
+        received = parcel.Parcel(file, [])
+    except parcel.ParcelError:
+        return
+    for block in received.blocks:
+        assert not block.fds
+        for key in block.values:
+            for read in (block.number, block.text, block.raw):
+                try:
+                    read(key)
+                except ValueError:
+                    pass
+    received.close()
+
+
 PARSERS = (
     command_line, span, where_to, where_from, pair, passed_in, word_to_the_manager, logging, called,
-    header_networks, received_header,
+    header_networks, received_header, text_of_a_parcel,
 )  # fmt: skip
 
 

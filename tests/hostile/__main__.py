@@ -13,6 +13,9 @@ only during `flood`, which fills the limit. Response times are reported, but do 
 verdict. The program must log each kind of line at most once in 5 s, close all sockets afterwards,
 and exit with status 0 on SIGTERM.
 
+In `one-source` thousands of connections come from one address, which has a share of the limit. In
+`headers` thousands of clients that should begin with a PROXY header do not, or never end it.
+
 In `callers` other users attack the inspection socket: root's calls must be answered in full.
 
 `held` uses clients that send and never read, and targets that do the same. It compares what the

@@ -14,6 +14,7 @@ import struct
 import time
 
 from hostile.callers import callers
+from hostile.sources import PER_SOURCE, SOURCE, headers, one_source
 from kit.asynchronous import connect, open_socket
 
 PAIRS = ("tcp-to-tcp", "tcp-to-unix", "unix-to-tcp", "unix-to-unix")
@@ -21,6 +22,7 @@ ATTACKED = tuple(f"{pair}-attacked" for pair in PAIRS)
 """Listeners for attackers; their targets run in another process than those of the guests."""
 LINGER = struct.pack("ii", 1, 0)
 TCP_REPAIR = 19
+IP_BIND_ADDRESS_NO_PORT = 24
 MANY = 200
 GONE = (OSError, EOFError)
 STUCK = 0.5
@@ -46,15 +48,25 @@ class Place:
     def going_on(self):
         return time.monotonic() < self.until
 
+    def last(self, seconds):
+        """Go on for this time at least."""
+        self.until = time.monotonic() + max(self.seconds, seconds)
+
     def socket(self, listener):
         sock = open_socket(listener.split("-")[0])
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER)
         return sock
 
-    async def connect(self, listener, keep=True):
-        """Return a client's socket that resets when it is closed; None if it was refused."""
+    async def connect(self, listener, keep=True, source=None):
+        """Return a client's socket that resets when it is closed; None if it was refused.
+
+        `source`: its address.
+        """
         sock = self.socket(listener)
         try:
+            if source:
+                sock.setsockopt(socket.IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, 1)
+                sock.bind((source, 0))
             await connect(sock, self.addresses[listener])
         except OSError:
             return None
@@ -226,6 +238,8 @@ ATTACKS = {
     "60000": (connect_and_reset, ()),
     "half-open": (half_open, ("--idle-timeout=2s",)),
     "callers": (callers, ()),
+    "one-source": (one_source, (f"--connections-max-per-source={PER_SOURCE}",)),
+    "headers": (headers, (f"--accept-proxy-protocol={SOURCE}",)),
 }
 """Name → the attack, and the options of the attacked proxy."""
 

@@ -4,7 +4,7 @@
     ci/test soak -- --minutes 60
     ci/bench chart .cache/soak FILE.svg        draw the run: doc/reports/soak.svg is one of an hour
 
-Six proxies run at once, in a network of their own:
+Seven proxies run at once, in a network of their own:
 
     main     TCP, IPv6 and UNIX in every combination. Its targets stay up, so nothing may be lost.
              It also forwards one stream of 200 GB an hour, and connections of one byte a second
@@ -12,6 +12,7 @@ Six proxies run at once, in a network of their own:
     idle     --idle-timeout=3s; some readers stall for longer, and some connections are silent
     few      80 open files, often fewer: accept, socket and pipe2 fail
     shaky    the targets are killed or exit, and come back
+    new      restarted and reloaded all the time; as with main, nothing may be lost
     flows    datagrams over UDP and UNIX sockets, to targets of both sorts, with a stream
 
 Each exchange follows a random plan that both ends know: how many bytes each side sends and in

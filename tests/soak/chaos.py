@@ -1,4 +1,5 @@
-"""Disturbances: processes are stopped, targets restarted, and one proxy runs out of fds."""
+"""Disturbances: processes are stopped, targets restarted, one proxy runs out of fds, and one is
+restarted and reloaded."""
 
 import heapq
 import time
@@ -6,7 +7,7 @@ import time
 from soak.world import STOP_MS
 
 # The shortest and the longest pause before each disturbance, in seconds.
-_EVERY = {"stop": (2, 6), "restart": (5, 12), "squeeze": (3, 8)}
+_EVERY = {"stop": (2, 6), "restart": (5, 12), "squeeze": (3, 8), "renew": (1, 5)}
 
 _AWAY = 0.0, 3.0  # seconds that a restarted target is away
 _SQUEEZED = 0.3, 1.5  # seconds that fds are short
@@ -20,11 +21,15 @@ class Chaos:
         self.dice = dice
         self.counts = dict.fromkeys(_EVERY, 0)
         self.counts["kill"] = 0
+        self.counts["reload"] = 0
+        self.faults = []
+        """What went wrong when a proxy was renewed."""
         self._due = []
         self._undo = []
         self._serial = 0
         self._few = next(one for one in world.served if one.name == "few").proxy
         self._limit = self._few.fd_limit()
+        self._new = next(one for one in world.served if one.name == "new")
         self.resume()
 
     def resume(self):
@@ -73,6 +78,13 @@ class Chaos:
             target.cpu_before = target.cpu_seconds()
             target.process.wait(timeout=60)
         self._at(self._undo, self.dice.uniform(*_AWAY), target.start)
+
+    def renew(self):
+        """Restart or reload one proxy, whose connections go on."""
+        reloads = self.dice.random() < 0.5
+        self.counts["reload"] += reloads
+        faults = self._new.reload() if reloads else self._new.restart()
+        self.faults += [f"{self._new.name}: {text}" for text in faults]
 
     def squeeze(self):
         """Leave one proxy fewer fds than it needs, so that accept, socket and pipe2 fail."""

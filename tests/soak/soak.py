@@ -116,6 +116,9 @@ class Soak:
             self.samples.tick()
             if chaos:
                 self.chaos.tick()
+                for text in self.chaos.faults:
+                    self.fault(text)
+                self.chaos.faults.clear()
             if time.monotonic() > counts_at:
                 counts_at = time.monotonic() + 5
                 for load in self.world.loads:
@@ -275,15 +278,21 @@ class Soak:
         wanted = 200e9 / 3600 * self.seconds if self.seconds >= LONG else 1e6
         if moved < 0.9 * wanted:
             missing.append(f"the stream moved {moved / 1e9:.1f} GB instead of {wanted / 1e9:.1f}")
+        if not self.carried:
+            missing.append("no connection went from one process to the next")
         if not self.counts.get("bytes one at a time"):
             missing.append("the slow connections moved nothing")
         missing += [
             f"{one.name} inspected: no {what}"
             for one in self.world.served
             for what in ("list", "metrics", "watch")
-            if not self.counts.get(f"{one.name} inspected: {what}")
+            if one.name != "new" and not self.counts.get(f"{one.name} inspected: {what}")
         ]
         return missing
+
+    @property
+    def carried(self):
+        return sum(one.carried for one in self.world.served)
 
     # ── the report ───────────────────────────────────────────────────────────────────────────
 
@@ -308,6 +317,7 @@ class Soak:
             "faults": self.faults,
             "counts": dict(sorted(self.counts.items())),
             "disturbances": self.chaos.counts,
+            "carried": self.carried,
             "checkpoints": self.checkpoints,
             "ping_us": self.latencies,
             "growth": {one.name: self.gained(one.name, "private") for one in self.world.served},
@@ -338,6 +348,10 @@ class Soak:
         yield (
             f"disturbed by {done['stop']} stops, {done['restart']} restarts of targets "
             f"({done['kill']} killed), {done['squeeze']} times short of fds"
+        )
+        yield (
+            f"one proxy was restarted {done['renew'] - done['reload']} times and reloaded "
+            f"{done['reload']} times; {self.carried} connections went on in the next process"
         )
         if self.latencies:
             p50, p99, worst = self.latencies

@@ -3,14 +3,16 @@
 import os
 import queue
 import random
+import signal
 import socket
 import time
 
 from kit.load import Load
-from kit.notify import NotifySocket
+from kit.manager import Manager
 from kit.privileges import WITH_PARENT
 from kit.proxy import Proxy
 from kit.sockets import open_listener
+from kit.waiting import wait_until
 from soak import datagrams
 
 FIRST_PORT = 701  # not ephemeral, so that no socket takes it while a target is down
@@ -20,15 +22,56 @@ STOP_MS = 1200
 """Too short for the idle timeout to cut a connection in use while a process is stopped."""
 
 
+LOST = (
+    "Failed to keep the connections",
+    "No store for connections",
+    "Failed to go on",
+    "Had to reset",
+    "parcel is bad",
+    "Not reloaded",
+)
+"""Lines that tell that connections were lost between two processes, or might have been."""
+
+
 class Served:
     """A proxy under test, and what the clients are told about its listeners."""
 
-    def __init__(self, name, proxy, listeners):
+    def __init__(self, name, start, listeners):
+        """`start(stored)` starts it with (name, fd) of what the last one has stored."""
         self.name = name
-        self.proxy = proxy
+        self._start = start
+        self.proxy = start([])
         self.listeners = listeners
         self.sockets_at_start = 0
         self.last_log = ""
+        self.carried = 0
+        """Connections that went from one process to the next."""
+
+    def reload(self):
+        """Have it execute itself again; return what is wrong."""
+        self.proxy.notify.clear()
+        self.proxy.send_signal(signal.SIGHUP)
+        self.proxy.notify.wait_for("READY=1")
+        return self._lost()
+
+    def restart(self):
+        """Stop it, and start it with what it has stored; return what is wrong."""
+        last, manager = self.proxy, self.proxy.notify
+        last.send_signal(signal.SIGTERM)
+        faults = [] if last.wait() == 0 else [f"SIGTERM ended it with status {last.status}"]
+        manager.drop_hung_up()
+        manager.clear()
+        self.proxy = self._start(manager.stored)
+        self.proxy.wait_until_ready()
+        wait_until(lambda: not manager.stored, "FDSTOREREMOVE=1")
+        faults += [line for line in last.log_lines() if any(word in line for word in LOST)]
+        last.release()
+        return faults + self._lost()
+
+    def _lost(self):
+        going_on = self.proxy.log_lines("Going on with ")
+        self.carried += int(going_on[-1].split()[3]) if going_on else 0
+        return [line for line in self.proxy.log_lines() if any(word in line for word in LOST)]
 
 
 class World:
@@ -93,8 +136,18 @@ class World:
             prefix=["prlimit", "--nofile=80:80"],
         )
         self._proxy("shaky", ["--connect-timeout=5s"], pairs, shaky, rate=16)
+        self._proxy(
+            "new",
+            ["--threads=3", "--hand-over=always"],
+            pairs,
+            steady,
+            last={("tcp", "tcp"): ["drip", "ping"], ("unix", "unix"): ["drip", "ping"]},
+            strict=True,
+            rate=16,
+            prefix=["setsid"],  # with a terminal, SIGHUP would end it
+        )
         self._flows(steady, shaky)
-        self._clients("steady clients", ["main", "header"])
+        self._clients("steady clients", ["main", "header", "new"])
         self._clients("other clients", ["idle", "few", "shaky", "flows"])
         self._inspectors()
 
@@ -142,18 +195,22 @@ class World:
     def _serve(self, name, options, listeners, targets, told, prefix=()):
         """Start a proxy. `targets`: {name of a listener: target}; `told`: what the clients of
         streams are told of the listeners."""
-        proxy = Proxy(
-            [*WITH_PARENT, *prefix, str(self.executable), *options,
-             f"--inspect={self._inspection_path(name)}",
-             *(f"{label}={target}" for label, target in targets.items())],
-            inherit=listeners,
-            names=":".join(targets),
-            notify=NotifySocket(),
-        )  # fmt: skip
-        served = Served(name, proxy, told)
+        manager = Manager()
+
+        def start(stored):
+            return Proxy(
+                [*WITH_PARENT, *prefix, str(self.executable), *options,
+                 f"--inspect={self._inspection_path(name)}",
+                 *(f"{label}={target}" for label, target in targets.items())],
+                inherit=[*listeners, *[fd for _, fd in stored]],
+                names=":".join([*targets, *[name for name, _ in stored]]),
+                notify=manager,
+            )  # fmt: skip
+
+        served = Served(name, start, told)
         self.served.append(served)
-        proxy.wait_until_ready()
-        served.sockets_at_start = proxy.socket_count()
+        served.proxy.wait_until_ready()
+        served.sockets_at_start = served.proxy.socket_count()
 
     def _told(self, name, family, backend, listener, *, rate, header=False, last=(), **traffic):
         address = listener.getsockname()
@@ -227,7 +284,7 @@ class World:
             {
                 "name": f"{one.name} inspected",
                 "path": self._inspection_path(one.name),
-                "strict": one.name != "few",  # it is short of fds
+                "strict": one.name not in ("few", "new"),  # short of fds, and often away
                 "terminates": one.name == "shaky",
             }
             for one in self.served
