@@ -42,6 +42,7 @@ class Route:
     target: str
     proxy: str = ""
     drain: bool = False
+    reload: bool = False
 
     @property
     def datagrams(self) -> bool:
@@ -117,7 +118,8 @@ def haproxy(route: Route, folder: Path) -> list[str] | None:
         "  timeout connect 10s\n  timeout client 1h\n  timeout server 1h\n"
         f"listen proxy\n  bind {bind}\n  server target {target} {send}\n"
     )
-    return [shutil.which("haproxy") or "/usr/sbin/haproxy", "-db", "-f", str(settings)]
+    mode = ["-W"] if route.reload else []
+    return [shutil.which("haproxy") or "/usr/sbin/haproxy", *mode, "-db", "-f", str(settings)]
 
 
 def nginx(route: Route, folder: Path) -> list[str] | None:
@@ -454,6 +456,38 @@ def outlives(peer: Peer, number: signal.Signals) -> bool:
         return False
 
 
+def reloads(peer: Peer) -> str:
+    """An open connection goes on after a reload, and in the new program"""
+    with connected(peer, reload=True) as (program, client, server):
+        time.sleep(1)  # HAProxy's parent process is not ready for it when it serves
+        before = images(program)
+        os.kill(program.process.pid, OTHER_RELOADS.get(peer.name, signal.SIGHUP))
+        deadline = time.monotonic() + PATIENCE / 3
+        while time.monotonic() < deadline and not images(program) - before:
+            time.sleep(0.02)
+        if not images(program) - before:
+            return "no"
+        time.sleep(1)
+        client.sendall(b"still")
+        if server.recv(5) != b"still":
+            return "no"
+        program.connect().close()
+        stays = len({pid for pid, _ in images(program)}) > len(before)
+        return "in the old process, which stays" if stays else "yes"
+
+
+OTHER_RELOADS = {"haproxy": signal.SIGUSR2}
+
+
+def images(program: Running) -> set[tuple[int, bytes]]:
+    """The processes, each with what tells two programs apart that it has executed."""
+    found = set()
+    for pid in program.pids():
+        with suppress(OSError):
+            found.add((pid, Path(f"/proc/{pid}/auxv").read_bytes()))
+    return found
+
+
 def datagrams(peer: Peer) -> str:
     """Forwards datagrams (UDP), and gives each of two clients its own answer"""
     with closing(bound(socket.SOCK_DGRAM)) as target, ExitStack() as stack:
@@ -535,6 +569,7 @@ CHECKS = (
     proxy_protocol,
     abstract,
     drains,
+    reloads,
     datagrams,
     datagram_waits,
     at_rest,

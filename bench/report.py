@@ -140,7 +140,7 @@ def table(made: Sequence[Row]) -> str:
     """The report as text."""
     reference = made[0].contender if made else ""
     heading = (
-        f"{'work':<27}{'contender':<14}{'CPU per unit':>12}  {'[min – max]':<17}"
+        f"{'work':<33}{'contender':<14}{'CPU per unit':>12}  {'[min – max]':<17}"
         f"{reference + '/it':>11}  {'[quartiles]':<14}{'machine':>12}{'ratio':>7}{'rate':>13}"
         f"{'ratio':>7}{'p50':>11}{'p99':>11}{'ratio':>7}{'load':>6}"
     )
@@ -159,7 +159,7 @@ def line(one: Row, *, first: bool) -> str:
     cost, spread = costs(one)
     extras = "".join(f"  {key} {number(value)}" for key, value in one.extra.items())
     return (
-        f"{one.work.title if first else '':<27}{one.contender:<14}"
+        f"{one.work.title if first else '':<33}{one.contender:<14}"
         f"{cost:>12}  {spread:<17}"
         f"{quotient(one.ratio):>11}  {bounds(one.spread):<14}{machine_text(one):>12}"
         f"{quotient(one.machine_ratio):>7}{rate_text(one):>13}{quotient(one.rate_ratio):>7}"

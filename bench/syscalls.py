@@ -95,9 +95,9 @@ def table(chosen: Sequence[Contender], works: Sequence[Work], settings: Settings
                 try:
                     calls = count(work, contender, settings)
                 except Failed as error:
-                    yield f"{work.title:<27}{contender.name:<14}{error}"
+                    yield f"{work.title:<33}{contender.name:<14}{error}"
                 else:
-                    yield f"{work.title:<27}{contender.name:<14}{described(calls)}  per {unit}"
+                    yield f"{work.title:<33}{contender.name:<14}{described(calls)}  per {unit}"
 
 
 def described(calls: dict[str, tuple[float, float]]) -> str:
