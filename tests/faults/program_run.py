@@ -454,12 +454,20 @@ class ProgramRun:
     def _is_released(self, first, live):
         """Whether the program has given back what it has taken since its first turn."""
         if self.world.processes > 1:  # it is another one, perhaps with more threads than the first
-            return count_ends(open_fds() - self.world.fds()) <= self.ends_at_first
+            left = open_fds() - self.world.fds() - self._stored_for_ever()
+            return count_ends(left) <= self.ends_at_first
         left = open_fds() - first - self.world.fds()
         blocks = self.control.struct.live - live
         if self.scenario.quarantines and blocks > 0:
             left = {fd for fd in left if not is_of_worker(fd)}
         return not left and blocks <= self.scenario.blocks_kept
+
+    def _stored_for_ever(self):
+        """What a program that could not open the socket of the service manager cannot have removed
+        from its store."""
+        if "Ignoring NOTIFY_SOCKET" not in self._log():
+            return set()
+        return {str(fd) for fd in self.stored}
 
     # ── after the run ────────────────────────────────────────────────────────────────────────
 
