@@ -10,7 +10,7 @@ import pytest
 from kit.datagrams import status
 from kit.differences import differs
 from kit.proxy_header import LOCAL, SIGNATURE, V1, V2, V2_TLV
-from kit.sockets import open_connection, read_exactly, read_to_end
+from kit.sockets import free_port, open_connection, read_exactly, read_to_end
 from kit.traffic import Payload, expected, greet, is_served, receive_digest, send_payload
 from kit.varlink import PROXY
 from kit.waiting import patience, wait_until
@@ -537,11 +537,6 @@ class Programs:
 def listens(port):
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return probe.getsockname()[1]
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 from kit.differences import differs
-from kit.sockets import open_connection, read_exactly
+from kit.sockets import free_port, open_connection, read_exactly
 from kit.waiting import wait_until
 
 NO_SOCKETS = "Didn't get any sockets passed in."
@@ -447,14 +447,9 @@ class TestListen:
         client.sendall(b"hello")
         return read_exactly(client, 5) == b"hello"
 
-    def free_port(self):
-        """A TCP port that was free a moment ago, on IPv4 and IPv6."""
-        with socket.create_server(("::", 0), family=socket.AF_INET6, dualstack_ipv6=True) as probe:
-            return probe.getsockname()[1]
-
     def test_host_and_port(self, stage):
         """HOST:PORT."""
-        port = self.free_port()
+        port = free_port()
         stage.launch(f"--listen=127.0.0.1:{port}", stage.echo())
         assert self.served_at(stage, ("127.0.0.1", port))
 
@@ -469,13 +464,13 @@ class TestListen:
 
     def test_bracketed_ipv6_and_port(self, stage):
         """[V6]:PORT."""
-        port = self.free_port()
+        port = free_port()
         stage.launch(f"--listen=[::1]:{port}", stage.echo())
         assert self.served_at(stage, ("::1", port), socket.AF_INET6)
 
     def test_port_alone_is_both_protocols(self, stage):
         """PORT listens on every address, IPv6 and IPv4."""
-        port = self.free_port()
+        port = free_port()
         stage.launch("--listen", str(port), stage.echo())
         assert self.served_at(stage, ("127.0.0.1", port))
         assert self.served_at(stage, ("::1", port), socket.AF_INET6)
@@ -496,7 +491,7 @@ class TestListen:
 
     def test_several(self, stage):
         """The option may be repeated, and mixed with inherited sockets."""
-        path, port, inherited = stage.path("one"), self.free_port(), stage.listener("unix")
+        path, port, inherited = stage.path("one"), free_port(), stage.listener("unix")
         stage.launch(
             f"--listen={path}", f"--listen=127.0.0.1:{port}", stage.echo(), listeners=[inherited]
         )
@@ -587,7 +582,7 @@ class TestListen:
 
     def test_port_can_be_bound_again_at_once(self, stage):
         """A restart can bind its port although old connections are in TIME_WAIT."""
-        port = self.free_port()
+        port = free_port()
         target = stage.echo()
         first = stage.launch(f"--listen=127.0.0.1:{port}", target)
         assert self.served_at(stage, ("127.0.0.1", port))

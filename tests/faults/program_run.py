@@ -107,7 +107,15 @@ def is_unix_listener(fd):
 
 def is_of_worker(fd):
     """Whether it may be one with which a thread waits for events."""
-    return os.readlink(f"/proc/self/fd/{fd}").startswith("anon_inode:")
+    return kind_of(fd).startswith("anon_inode:")
+
+
+def kind_of(fd):
+    """What an fd is, as in socket:[1234]; empty if a thread has closed it meanwhile."""
+    try:
+        return os.readlink(f"/proc/self/fd/{fd}")
+    except FileNotFoundError:
+        return ""
 
 
 def reserve(fd):
@@ -120,7 +128,7 @@ def reserve(fd):
 
 def described(fds):
     """What these fds are."""
-    return ", ".join(f"{fd} {os.readlink(f'/proc/self/fd/{fd}')}" for fd in sorted(fds, key=int))
+    return ", ".join(f"{fd} {kind_of(fd)}" for fd in sorted(fds, key=int))
 
 
 def count_ends(fds):
@@ -129,7 +137,7 @@ def count_ends(fds):
     Not the one for the service manager, which is the only one for datagrams: a process that could
     not open it does without.
     """
-    found = [(fd, os.readlink(f"/proc/self/fd/{fd}")) for fd in fds]
+    found = [(fd, kind_of(fd)) for fd in fds]
     return sum(
         what.startswith("pipe:") or (what.startswith("socket:") and not is_for_datagrams(int(fd)))
         for fd, what in found
