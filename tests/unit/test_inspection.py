@@ -18,6 +18,7 @@ from proxyd.event_loop import EventLoop
 from proxyd.header_reader import HEADER_MS, Sender
 from proxyd.held import WAIT_BUCKETS_MS, HeldClient
 from proxyd.inspection import caller as caller_module
+from proxyd.inspection import callers as callers_module
 from proxyd.inspection.caller import CALL_MAX, STALL_MS
 from proxyd.inspection.callers import DISCARD_MS
 from proxyd.inspection.interfaces import METRICS, PROXY, TEXTS
@@ -748,7 +749,8 @@ def test_a_snapshot_forgets_the_callers_that_have_left(world):
     assert one.service._passes._running is None
 
 
-def test_callers_that_come_meanwhile_share_the_next_snapshot(world):
+def test_callers_that_come_meanwhile_share_the_next_snapshot(world, monkeypatch):
+    monkeypatch.setattr(callers_module, "TURN_S", 60)  # all in one turn, on any machine
     one = world()
     one.relay.infos = [connection_info(n) for n in range(5)]
     callers = [one.connect() for _ in range(6)]
