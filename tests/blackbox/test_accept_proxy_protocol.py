@@ -10,7 +10,7 @@ import pytest
 from kit.datagrams import status
 from kit.differences import differs
 from kit.proxy_header import LOCAL, SIGNATURE, V1, V2, V2_TLV
-from kit.sockets import free_port, open_connection, read_exactly, read_to_end
+from kit.sockets import open_connection, quiet_port, read_exactly, read_to_end
 from kit.traffic import Payload, expected, greet, is_served, receive_digest, send_payload
 from kit.varlink import PROXY
 from kit.waiting import patience, wait_until
@@ -547,7 +547,7 @@ def programs(stage):
 
 
 def haproxy(programs, target, *, send="", accept=""):
-    port = free_port()
+    port = quiet_port()
     values = {"listen": f"127.0.0.1:{port}", "accept": accept, "target": target, "send": send}
     text = HAPROXY
     for name, value in values.items():
@@ -557,7 +557,7 @@ def haproxy(programs, target, *, send="", accept=""):
 
 def nginx_in_front(programs, target):
     """nginx has one version of the header, the first."""
-    port = free_port()
+    port = quiet_port()
     text = NGINX_IN_FRONT.replace("{listen}", f"127.0.0.1:{port}").replace("{target}", target)
     module = f"load_module {STREAM_MODULE};" if os.path.exists(STREAM_MODULE) else ""
     programs.start("nginx", text.replace("{modules}", module), "-c", port=port)
@@ -565,7 +565,7 @@ def nginx_in_front(programs, target):
 
 
 def nginx(programs):
-    port = free_port()
+    port = quiet_port()
     text = NGINX.replace("{listen}", f"127.0.0.1:{port}")
     programs.start("nginx", text, "-c", port=port)
     return port, programs.stage.path("nginx/log")

@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 from kit.differences import differs
-from kit.sockets import free_port, open_connection, read_exactly
+from kit.sockets import open_connection, quiet_port, read_exactly
 from kit.waiting import wait_until
 
 NO_SOCKETS = "Didn't get any sockets passed in."
@@ -449,7 +449,7 @@ class TestListen:
 
     def test_host_and_port(self, stage):
         """HOST:PORT."""
-        port = free_port()
+        port = quiet_port()
         stage.launch(f"--listen=127.0.0.1:{port}", stage.echo())
         assert self.served_at(stage, ("127.0.0.1", port))
 
@@ -464,13 +464,13 @@ class TestListen:
 
     def test_bracketed_ipv6_and_port(self, stage):
         """[V6]:PORT."""
-        port = free_port()
+        port = quiet_port()
         stage.launch(f"--listen=[::1]:{port}", stage.echo())
         assert self.served_at(stage, ("::1", port), socket.AF_INET6)
 
     def test_port_alone_is_both_protocols(self, stage):
         """PORT listens on every address, IPv6 and IPv4."""
-        port = free_port()
+        port = quiet_port()
         stage.launch("--listen", str(port), stage.echo())
         assert self.served_at(stage, ("127.0.0.1", port))
         assert self.served_at(stage, ("::1", port), socket.AF_INET6)
@@ -491,7 +491,7 @@ class TestListen:
 
     def test_several(self, stage):
         """The option may be repeated, and mixed with inherited sockets."""
-        path, port, inherited = stage.path("one"), free_port(), stage.listener("unix")
+        path, port, inherited = stage.path("one"), quiet_port(), stage.listener("unix")
         stage.launch(
             f"--listen={path}", f"--listen=127.0.0.1:{port}", stage.echo(), listeners=[inherited]
         )
@@ -582,7 +582,7 @@ class TestListen:
 
     def test_port_can_be_bound_again_at_once(self, stage):
         """A restart can bind its port although old connections are in TIME_WAIT."""
-        port = free_port()
+        port = quiet_port()
         target = stage.echo()
         first = stage.launch(f"--listen=127.0.0.1:{port}", target)
         assert self.served_at(stage, ("127.0.0.1", port))

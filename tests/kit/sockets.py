@@ -26,12 +26,6 @@ UNIX = ("unix", "abstract")
 RESETS = (errno.ECONNRESET, errno.EPIPE)
 """The errors by which a reset shows, depending on whether a read or a write finds it first."""
 
-PORTS = range(10_000, 30_000)
-"""No port of these is given to a socket that does not ask for it (ip_local_port_range)."""
-
-_claims = []
-"""A socket for each port that free_port() has returned in this process."""
-
 every_pair = pytest.mark.parametrize(
     ("listen", "target"), [(a, b) for a in FAMILIES for b in FAMILIES]
 )
@@ -42,21 +36,6 @@ main_pairs = pytest.mark.parametrize(
     [("tcp4", "tcp4"), ("tcp4", "unix"), ("unix", "tcp4"), ("unix", "unix"), ("tcp6", "abstract")],
 )
 """Runs a test for pairs that together use every family and every mix of TCP and UNIX."""
-
-
-def free_port():
-    """A TCP port that nobody listens on, on IPv4 and IPv6, and that no other test gets, in whatever
-    process it runs."""
-    for port in random.sample(PORTS, len(PORTS)):
-        claim = socket.socket(socket.AF_UNIX)
-        try:
-            claim.bind(f"\0free-port-{port}")
-            with socket.create_server(("::", port), family=socket.AF_INET6, dualstack_ipv6=True):
-                _claims.append(claim)
-                return port
-        except OSError:
-            claim.close()
-    raise AssertionError("no port is free")
 
 
 def open_listener(family, directory, *, backlog=512, receive_buffer=None, host=None, port=0):
