@@ -29,6 +29,7 @@ from proxyd.relay.connect cimport (
     worker_discard, worker_hang_up, worker_new_id,
 )
 from proxyd.relay.endpoint cimport endpoint_lost
+from proxyd.relay.enter cimport resting_enter
 from proxyd.relay.freeze cimport (
     Import, connections_export, connections_import, connections_release, connections_resting,
     quarantine_has_gathered, workers_freeze, workers_thaw,
@@ -38,12 +39,13 @@ from proxyd.relay.list cimport link_init, list_empty, list_remove
 from proxyd.relay.loop cimport (
     worker_cut, worker_destroy, worker_init, worker_read_mailbox, worker_set_up, worker_turn,
 )
+from proxyd.relay.pages cimport pages_destroy
 from proxyd.relay.pipe cimport pool_clear
 from proxyd.relay.quarantine cimport quarantine_destroy, quarantine_due, quarantine_init
 from proxyd.relay.records cimport (
-    CONNECT_BUCKETS, CPUS_MAX, ENDING_COUNT, REPORT_BEGINS, REPORT_ENDS, SOURCE_WORDS, SWEEP_COUNT,
-    SWEEP_CUT, SWEEP_TELL, Binding, Machine, Network, Origin, Peer, Senders, Source, SourceTable,
-    UpstreamTotals,
+    CONNECT_BUCKETS, CPUS_MAX, ENDING_COUNT, REPORT_BEGINS, REPORT_ENDS, REPORT_OLD, SOURCE_WORDS,
+    SWEEP_COUNT, SWEEP_CUT, SWEEP_TELL, Binding, Machine, Network, Origin, Peer, Senders, Source,
+    SourceTable, UpstreamTotals,
 )
 from proxyd.relay.restore cimport client_take_place, descriptor_reset
 from proxyd.relay.row cimport batch_free, batches_keep, row_add
@@ -52,6 +54,8 @@ from proxyd.relay.self_connect cimport (
     self_connect_table_destroy, self_connect_table_init,
 )
 from proxyd.relay.sender cimport is_sender
+from proxyd.relay.slate cimport slate_map, slate_unmap, worker_take_slate
+from proxyd.relay.slate_types cimport Slate
 from proxyd.relay.socket cimport socket_guard, socket_unlinger
 from proxyd.relay.source cimport (
     source_enter, source_hold, source_of_address, source_table_destroy, source_table_init,
@@ -69,8 +73,8 @@ from proxyd.relay.types cimport (
 )
 from proxyd.relay.workers cimport (
     quarantine_start, sweep_advance, sweep_until, worker_close_mailbox, worker_free,
-    workers_answered, workers_order, workers_ping, workers_start_one, workers_stop, workers_sweep,
-    workers_wake,
+    workers_answered, workers_enter, workers_order, workers_ping, workers_start_one, workers_stop,
+    workers_sweep, workers_wake,
 )
 
 cdef enum:
@@ -165,6 +169,7 @@ cdef class Relay:
     cdef SelfConnectTable self_connects
     cdef Quarantine quarantine
     cdef SourceTable sources
+    cdef Slate slate
     cdef Senders senders
     cdef Binding binding
     cdef bint outlived                 # by the quarantine's thread, which cannot be ended
@@ -218,6 +223,9 @@ cdef class Relay:
             self.unwatch(fd)
         free(self.watches)  # GCOVR_EXCL_LINE - run, but gcov takes it for another function's
         worker_destroy(&self.worker)
+        if self.slate.map != NULL:
+            pages_destroy(&self.slate)
+            slate_unmap(&self.slate)
         for index in range(self.upstreams_size):
             free(self.upstreams[index])
         free(self.upstreams)
@@ -387,6 +395,27 @@ cdef class Relay:
     @report_begins.setter
     def report_begins(self, bint value):
         self.set_report(REPORT_BEGINS, value)
+
+    @property
+    def report_old(self):
+        """Whether run() returns an Old event, once; then this is False again."""
+        return bool(self.gauges.reports & REPORT_OLD)
+
+    @report_old.setter
+    def report_old(self, bint value):
+        self.set_report(REPORT_OLD, value)
+        if value:
+            workers_enter(&self.worker)
+
+    @property
+    def keeps_unix(self):
+        """Whether connections with a UNIX socket are kept in a slate, too: it costs them a little
+        with each message. Not asked for those that are kept already."""
+        return not self.gauges.tcp_alone
+
+    @keeps_unix.setter
+    def keeps_unix(self, bint value):
+        hint_set(&self.gauges.tcp_alone, not value)
 
     cdef void set_report(self, int report, bint wanted) noexcept:
         cdef int others = self.gauges.reports & ~report
@@ -835,11 +864,47 @@ cdef class Relay:
         with nogil:
             workers_thaw(&self.worker)
 
+    def use_slate(self, int file, int root, unsigned int generation):
+        """Keep connections for the next process in the slate of this file (slate_create()), which
+        may be closed then. `root` is the sending end that pages are announced to, as of this
+        generation; it stays the caller's, and must stay open. -1: there are no pages, and no pipes
+        are used for what is kept. Call it once. Raises OSError, ValueError.
+        """
+        cdef int failure
+        if self.slate.map != NULL:
+            raise ValueError("there is a slate already")
+        failure = slate_map(&self.slate, file)
+        if failure == -EPROTO or failure == 0 and (
+                self.slate.head.unit < self.worker.ctx.stream_unit):
+            if failure == 0:
+                slate_unmap(&self.slate)
+            raise ValueError("not a slate for this relay")
+        if failure < 0:
+            raise_errno(-failure)
+        self.slate.root = root
+        self.slate.generation = generation
+        worker_take_slate(&self.worker, &self.slate)
+        workers_enter(&self.worker)
+
     def release(self):
         """Forget the connections that rest, without a word to their peers: another process has
         copies of their descriptors, and goes on with them."""
         with nogil:
             connections_release(&self.worker)
+
+    def enter_all(self):
+        """Keep all that rest for the next process, whatever their age; how many these are. Those
+        that could not go on by themselves are left out. Raises OSError if the system refuses one.
+        """
+        cdef int failure = 0
+        cdef int count
+        if self.worker.ctx.slate == NULL:
+            return 0
+        with nogil:
+            count = resting_enter(&self.worker, &failure)
+        if failure < 0:
+            raise_errno(-failure)
+        return count
 
     # ── looking at connections ───────────────────────────────────────────────────────────────
 

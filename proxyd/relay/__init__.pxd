@@ -16,8 +16,9 @@
 # and the loop again for each batch of events. Below these are what they use: balance and quarantine
 # (which thread), half, endpoint, pipe (what is held, and where), mailbox, gauges, busy (threads and
 # their load), self_connect and rights (clients to beware of), sweep, row and upstream (what is told
-# of connections); types and records have every structure, sys every system call. workers, at the
-# top, runs the loop in further threads. Datagrams have a walk of their own, described in flows.pxd:
+# of connections), enter, pages, tidy, keep, slate and strike (what outlives a kill, for recover);
+# types and records have every structure, sys every system call. workers, at the top, runs the loop
+# in further threads. Datagrams have a walk of their own, described in flows.pxd:
 #
 #   flows ──▶ flow_listener ──▶ flow_send ──▶ flow_target
 #         └─▶ flow_replies

@@ -110,6 +110,7 @@ cdef inline void connection_move(Worker *worker, Worker *other, Connection *c) n
     list_remove(&c.ready)
     list_remove(&c.to_quarantine)
     list_remove(&c.member)
+    list_remove(&c.entering)
     worker_remove_connection(worker)
     atomic_add(&other.connection_count, 1)
     counter_add(&worker.handed_over, 1)

@@ -1,16 +1,25 @@
 # Functions for Python that need no relay: sockets, limits and signals. Included by _relay.pyx.
 
+from proxyd.relay.parcel cimport ParcelRecord, file_write
+from proxyd.relay.position cimport socket_given, socket_taken
+from proxyd.relay.recover cimport slate_recover
+from proxyd.relay.recover_entry cimport KeptEntry, KeptPipe, Recovery
 from proxyd.relay.rights cimport rights_forget_writers, rights_refuse
 from proxyd.relay.signals cimport (
     SIGNALS_MAX, signal_catch, signal_take, signals_clear, signals_open,
 )
+from proxyd.relay.slate cimport (
+    slate_check, slate_head_is_valid, slate_size, slate_text_at,
+)
+from proxyd.relay.slate_types cimport SLATE_MAGIC, SlateHead
 from proxyd.relay.socket cimport (
     socket_peer_pid, socket_self_connected, socket_take_error, socket_tune,
 )
 from proxyd.relay.sys cimport (
-    AF_VSOCK, ECONNREFUSED, ECONNRESET, EINPROGRESS, ELOOP, MSG_DONTWAIT, MSG_PEEK, RLIMIT_NOFILE,
-    errno, getpeername, getrlimit, getsockname, recv, rlimit, setrlimit, sockaddr, sockaddr_storage,
-    socklen_t,
+    AF_VSOCK, ECONNREFUSED, ECONNRESET, EINPROGRESS, ELOOP, F_ADD_SEALS, F_SEAL_GROW, F_SEAL_SEAL,
+    F_SEAL_SHRINK, MFD_ALLOW_SEALING, MFD_CLOEXEC, MSG_DONTWAIT, MSG_PEEK, RLIMIT_NOFILE, close,
+    errno, fcntl, ftruncate, getpeername, getrlimit, getsockname, int64_t, memfd_create, memset,
+    recv, rlimit, setrlimit, sockaddr, sockaddr_storage, socklen_t,
 )
 
 
@@ -54,6 +63,18 @@ def socket_names(int fd):
     return peer, own
 
 
+def stream_positions(int fd):
+    """(taken, given): how much of each stream a TCP socket has passed on, according to the kernel,
+    counted from where it likes. Raises OSError."""
+    cdef uint64_t taken = 0, given = 0
+    cdef int failure = socket_taken(fd, &taken)
+    if failure == 0:
+        failure = socket_given(fd, &given)
+    if failure < 0:
+        raise_errno(-failure)
+    return taken, given
+
+
 def peer_pid(int fd):
     """The process that has connected a UNIX socket; 0: not known."""
     return socket_peer_pid(fd)
@@ -84,6 +105,102 @@ def raise_fd_limit(long long wanted):
         setrlimit(RLIMIT_NOFILE, &limit)
         getrlimit(RLIMIT_NOFILE, &limit)
     return min(limit.rlim_cur, <unsigned long long>1 << 30)
+
+
+# ── slates ───────────────────────────────────────────────────────────────────────────────────────
+
+def slate_create(bytes text not None, unsigned int slots, unsigned int workers,
+                 unsigned long long unit):
+    """A new file for Relay.use_slate(), with room for that number of connections and threads; its
+    fd, the caller's. `unit` is the stream_unit of the relay or more, a multiple of 4096. `text` is
+    for the next process. Memory is taken as it is used. Raises OSError, ValueError."""
+    cdef SlateHead head
+    cdef int failure = 0
+    cdef int file
+    memset(&head, 0, sizeof(head))
+    head.magic = SLATE_MAGIC
+    head.record_size = sizeof(ParcelRecord)
+    head.slot_count = slots
+    head.worker_count = workers
+    head.unit = unit
+    head.text_size = <uint64_t>len(text)
+    if not slate_head_is_valid(&head):
+        raise ValueError("no such slate")
+    file = memfd_create("proxyd-slate", MFD_CLOEXEC | MFD_ALLOW_SEALING)
+    if file < 0:
+        raise_errno(errno)
+    if ftruncate(file, <int64_t>slate_size(&head)) < 0 or (
+            fcntl(file, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) < 0):
+        failure = -errno
+    if failure == 0:
+        failure = file_write(file, &head, sizeof(head), 0)
+    if failure == 0:
+        failure = file_write(
+            file, <const char *>text, <size_t>len(text), <int64_t>slate_text_at())
+    if failure < 0:
+        close(file)
+        raise_errno(-failure)
+    return file
+
+
+# ── recovery ─────────────────────────────────────────────────────────────────────────────────────
+
+def slate_text(int slate):
+    """(offset, size) of the text that was given to slate_create(). Raises ValueError if the file is
+    no slate of this version, and OSError if it cannot be read."""
+    cdef SlateHead head
+    cdef int failure = slate_check(slate, &head)
+    if failure == -EPROTO:
+        raise ValueError("not a slate of this version")
+    if failure < 0:
+        raise_errno(-failure)
+    return slate_text_at(), head.text_size
+
+
+def recover(int slate, list entries not None, dict pipes not None, int file, long long offset=0,
+            long long upstreams=1):
+    """Make of what a killed process has left what Relay.export() writes, in `file` from `offset`
+    on: (the descriptors that belong to it, the number of connections that cannot go on).
+
+    `entries` are (slot, entry, client fd, target fd), as the messages in its pages say; -1 for an
+    fd that was lost. `pipes` are the read ends of its pipes, by number. `upstreams`: how many
+    indexes of targets it had. All descriptors stay the caller's; those that are not returned are to
+    be closed. A connection that ended before is neither returned nor counted.
+
+    The slate is changed, but means the same afterwards: this can be done again, also if it was
+    killed meanwhile. Raises ValueError if it is no slate of this version, OSError, MemoryError.
+    """
+    cdef Recovery work
+    cdef int64_t result, i
+    memset(&work, 0, sizeof(work))
+    work.entry_count = <uint64_t>len(entries)
+    work.pipe_count = <uint64_t>len(pipes)
+    work.upstreams = <uint64_t>max(upstreams, 0)
+    work.entries = <KeptEntry *>calloc(work.entry_count + 1, sizeof(KeptEntry))
+    work.pipes = <KeptPipe *>calloc(work.pipe_count + 1, sizeof(KeptPipe))
+    work.fds = <int *>malloc((4 * work.entry_count + 1) * sizeof(int))
+    try:
+        if work.entries == NULL or work.pipes == NULL or work.fds == NULL:
+            raise MemoryError()
+        for i, (slot, entry, client, target) in enumerate(entries):
+            work.entries[i].slot = slot
+            work.entries[i].entry = entry
+            work.entries[i].fds[0] = client
+            work.entries[i].fds[1] = target
+        for i, number in enumerate(sorted(pipes)):
+            work.pipes[i].number = number
+            work.pipes[i].fd = pipes[number]
+        with nogil:
+            result = slate_recover(&work, slate, file, offset)
+        if result == -EPROTO:
+            raise ValueError("not a slate of this version")
+        if result < 0:
+            raise_errno(<int>-result)
+        return [work.fds[i] for i in range(result)], work.dropped
+    finally:
+        free(work.entries)
+        free(work.pipes)
+        free(work.fds)
 
 
 # ── signals ──────────────────────────────────────────────────────────────────────────────────────

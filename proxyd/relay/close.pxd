@@ -23,16 +23,19 @@ from proxyd.relay.endpoint cimport (
 )
 from proxyd.relay.half cimport half_abandon, half_drop, half_held
 from proxyd.relay.list cimport list_append, list_empty, list_remove
+from proxyd.relay.pages cimport connection_leave_pages, connection_warn_pages
 from proxyd.relay.quarantine cimport quarantine_put
 from proxyd.relay.records cimport ENDING_NORMAL, ENDING_RESET, REPORT_BEGINS, REPORT_ENDS
 from proxyd.relay.rights cimport rights_may_close
 from proxyd.relay.row cimport row_new
 from proxyd.relay.self_connect cimport self_connect_remove
-from proxyd.relay.socket cimport socket_reset
+from proxyd.relay.slate cimport slot_record
+from proxyd.relay.socket cimport socket_end_copies, socket_reset, socket_reset_copies
 from proxyd.relay.source cimport source_leave
+from proxyd.relay.strike cimport connection_strike
 from proxyd.relay.sys cimport (
     AF_INET, AF_INET6, AF_UNIX, EAGAIN, EINTR, SHUT_RDWR, SHUT_WR, SIOCOUTQ, atomic_add, close,
-    counter_add, errno, free, hint_get, int64_t, ioctl, shutdown, uint64_t,
+    counter_add, errno, fence, free, hint_get, int64_t, ioctl, shutdown, uint64_t,
 )
 from proxyd.relay.types cimport (
     CLOSED, CONNECTED, DEAD, DRAINING, KIND_CLIENT, LINGERING, RIGHTS_AHEAD, SHUT, Connection,
@@ -95,11 +98,20 @@ cdef inline void half_finish(Half *half, Half *other) noexcept nogil:
     UNIX socket does not linger. If the end cannot be passed on, the connection has failed: dst
     would wait for it for ever."""
     half.state = SHUT
+    half_note_end(half)
     endpoint_unguard(half.dst)  # before it: from then on a reset would cut what is complete
     if other.state == DEAD and half.dst.family == AF_UNIX:
         return
     if other.state != SHUT and shutdown(half.dst.fd, SHUT_WR) < 0:
         endpoint_lost(half.dst, errno)
+
+
+cdef inline void half_note_end(Half *half) noexcept nogil:
+    """The slate tells of an end that is about to be passed on: afterwards the positions that the
+    kernel tells are of no use."""
+    if half.kept != NULL:
+        slot_record((<Connection *>half.dst.connection).slot).halves[half.direction] = SHUT
+        fence()
 
 
 # ── linger ───────────────────────────────────────────────────────────────────────────────────────
@@ -157,8 +169,9 @@ cdef inline bint linger_over(Worker *worker, Connection *c) noexcept nogil:
 cdef inline bint endpoint_drain(Worker *worker, Connection *c, Endpoint *end) noexcept nogil:
     """Throw away what it sends, up to DRAIN_BYTES. True once it has ended."""
     cdef ssize_t size
+    connection_strike(c)
     while end.readable and c.drained < DRAIN_BYTES:
-        size = endpoint_recv(end, worker.ctx.buffer, worker.ctx.stream_unit)
+        size = endpoint_recv(end, worker.ctx.buffer, worker.ctx.stream_unit, NULL)
         if size > 0:
             c.drained += <size_t>size
         elif size < 0 and errno != EAGAIN and errno != EINTR:
@@ -197,6 +210,7 @@ cdef inline void connection_close(
     endpoint_close(worker, &c.client, reset)
     endpoint_close(worker, &c.target, reset)
     connection_unlink(worker, c)
+    connection_leave_pages(worker, c)
     c.ending = ending
     connection_count_end(c)
     counter_add(&worker.ends[ending], 1)
@@ -214,6 +228,7 @@ cdef inline void connection_unlink(Worker *worker, Connection *c) noexcept nogil
     list_remove(&c.ready)
     list_remove(&c.to_quarantine)
     list_remove(&c.member)
+    list_remove(&c.entering)
     self_connect_remove(worker.self_connects, &c.self_connect)
     half_drop(&c.up)
     half_drop(&c.down)
@@ -221,16 +236,25 @@ cdef inline void connection_unlink(Worker *worker, Connection *c) noexcept nogil
 
 
 cdef inline void endpoint_close(Worker *worker, Endpoint *end, int reset) noexcept nogil:
+    """The one way in which the socket of a connection ends. A page may have it as well (pages.pxd):
+    then close(2) alone would say nothing to its peer."""
+    cdef Connection *c = <Connection *>end.connection
     if end.fd < 0:
         return
+    connection_strike(c)
     endpoint_unregister(&worker.ctx, end)
     if not endpoint_may_close(end):
+        connection_warn_pages(worker, c)
         endpoint_orphan(worker, end)
     elif reset and not (reset == RESET_OWED and endpoint_finishes(end)):
+        if c.slot != NULL:
+            socket_reset_copies(end.fd, end.family)
         socket_reset(end.fd, end.family)
     else:
         if not endpoint_was_sent_an_end(end):
             endpoint_unguard(end)
+        if c.slot != NULL:
+            socket_end_copies(end.fd, end.family)
         close(end.fd)
     end.fd = -1
 

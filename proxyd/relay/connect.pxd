@@ -209,7 +209,7 @@ cdef inline void connection_first_pump(Worker *worker, Connection *c) noexcept n
     if c.up.unsent != NULL:
         connecting_send(worker, c, c.up.unsent, c.up.unsent_end)
     else:
-        size = endpoint_recv(&c.client, worker.ctx.buffer, worker.ctx.first_unit)
+        size = endpoint_recv(&c.client, worker.ctx.buffer, worker.ctx.first_unit, NULL)
         if size > 0:
             c.up.moved += <size_t>size
             connecting_send(worker, c, worker.ctx.buffer, <size_t>size)
@@ -345,6 +345,7 @@ cdef inline Connection *connection_new(
     link_init(&c.ready, c)
     link_init(&c.to_quarantine, c)
     link_init(&c.member, c)
+    link_init(&c.entering, c)
     c.quarantine = worker.quarantine
     endpoint_init(&c.client, KIND_CLIENT, client, client_family, c)
     endpoint_init(&c.target, KIND_TARGET, target, target_family, c)

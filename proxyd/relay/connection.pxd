@@ -15,6 +15,7 @@ from proxyd.relay.pump cimport half_pump
 from proxyd.relay.records cimport ENDING_CLIENT_GONE, ENDING_RESET
 from proxyd.relay.self_connect cimport self_connect_remove
 from proxyd.relay.socket cimport socket_self_connected, socket_take_error
+from proxyd.relay.strike cimport connection_strike
 from proxyd.relay.sys cimport (
     AF_UNIX, AF_VSOCK, ECONNREFUSED, ECONNRESET, ELOOP, EPIPE, EPOLLERR, EPOLLHUP, EPOLLIN,
     EPOLLOUT, EPOLLPRI, EPOLLRDHUP, ETIMEDOUT, MSG_DONTWAIT, MSG_PEEK, getpeername, recv, sockaddr,
@@ -78,6 +79,7 @@ cdef inline void endpoint_mark_ready(Connection *c, Endpoint *end, uint32_t even
     cdef int error
     cdef Half *towards = &c.down if end.kind == KIND_CLIENT else &c.up
     if events & EPOLLERR or c.state == CONNECTING and events & (EPOLLHUP | EPOLLRDHUP):
+        connection_strike(c)  # reading clears it
         error = socket_take_error(end.fd)
         if error != 0:
             endpoint_failed(end, error)
@@ -90,6 +92,7 @@ cdef inline void endpoint_mark_ready(Connection *c, Endpoint *end, uint32_t even
     if events & (EPOLLOUT | EPOLLHUP | EPOLLERR):
         end.writable = 1
     if events & EPOLLHUP and end.family == AF_UNIX and towards.state != SHUT:
+        connection_strike(c)
         end.gone = 1
 
 
@@ -174,6 +177,7 @@ cdef inline void connect_failed(Worker *worker, Connection *c, int error) noexce
     endpoint_close(worker, &c.target, True)  # it may have accepted, but was sent nothing
     list_remove(&c.live)
     list_remove(&c.member)
+    list_remove(&c.entering)
     list_remove(&c.timed)
     self_connect_remove(worker.self_connects, &c.self_connect)
     c.state = CLOSED

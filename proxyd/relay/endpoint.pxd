@@ -1,15 +1,20 @@
 # One side of a connection: its socket, and what is known of it. pump.pxd has the rules.
 
-from proxyd.relay.rights cimport PEEK_MAX, rights_recv, rights_recv_any, rights_refuse
+from proxyd.relay.rights cimport (
+    PEEK_MAX, rights_look, rights_recv_any, rights_refuse, rights_took,
+)
+from proxyd.relay.slate cimport intent_recv
+from proxyd.relay.slate_types cimport Intent
 from proxyd.relay.socket cimport socket_unlinger
+from proxyd.relay.strike cimport connection_strike
 from proxyd.relay.sys cimport (
-    AF_INET, AF_INET6, AF_UNIX, EAGAIN, EPIPE, EPOLLET, EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP,
-    EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLL_CTL_MOD, MSG_CTRUNC, MSG_DONTWAIT, SOCK_CLOEXEC,
+    AF_INET, AF_INET6, AF_UNIX, EAGAIN, EINTR, EPIPE, EPOLLET, EPOLLIN, EPOLLOUT, EPOLLPRI,
+    EPOLLRDHUP, EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLL_CTL_MOD, MSG_CTRUNC, MSG_DONTWAIT, SOCK_CLOEXEC,
     SOCK_STREAM, SOL_SOCKET, SO_SNDBUF, close, epoll_ctl, epoll_event, errno, getsockopt, iovec,
     memset, msghdr, recv, recvmsg, setsockopt, socket, socklen_t, uint32_t,
 )
 from proxyd.relay.types cimport (
-    RIGHTS_ANY, RIGHTS_MAYBE, RIGHTS_NONE, RIGHTS_QUEUED, Endpoint, PumpContext,
+    RIGHTS_ANY, RIGHTS_MAYBE, RIGHTS_NONE, RIGHTS_QUEUED, Connection, Endpoint, PumpContext,
 )
 
 cdef enum:
@@ -71,40 +76,73 @@ cdef inline void endpoint_unguard(const Endpoint *end) noexcept nogil:
 
 # ── reading ──────────────────────────────────────────────────────────────────────────────────────
 
-cdef inline ssize_t endpoint_recv(Endpoint *end, char *buffer, size_t size) noexcept nogil:
-    """As recv(2), and `readable` is true afterwards only if there may be more to read.
+cdef inline ssize_t endpoint_recv(
+    Endpoint *end, char *buffer, size_t size, Intent *intent
+) noexcept nogil:
+    """As recv(2), and `readable` is true afterwards only if there may be more to read. `intent`: in
+    which the kernel is to note how much was taken; NULL: nowhere.
 
     A message with credentials ends a recv from a UNIX socket, whatever is behind it. There is no
     room for them here, so MSG_CTRUNC tells of them."""
     cdef ssize_t got
-    cdef iovec piece
-    cdef msghdr message
+    cdef int flags = 0
     if end.family != AF_UNIX:
         got = recv(end.fd, buffer, size, MSG_DONTWAIT)
-        message.msg_flags = 0
     elif end.rights.state == RIGHTS_ANY:
         got = rights_recv_any(&end.rights, end.fd, buffer, min(size, <size_t>PEEK_MAX))
-        message.msg_flags = MSG_CTRUNC  # read on: what was seen is yet to be taken
-    elif not endpoint_is_plain(end):
-        size = min(size, <size_t>PEEK_MAX)
-        got = rights_recv(&end.rights, end.fd, buffer, size)
-        message.msg_flags = 0
+        flags = MSG_CTRUNC  # read on: what was seen is yet to be taken
+    elif endpoint_is_plain(end):
+        got = endpoint_take(end, buffer, size, intent, &flags)
     else:
-        memset(&message, 0, sizeof(message))
-        piece.iov_base = buffer
-        piece.iov_len = size
-        message.msg_iov = &piece
-        message.msg_iovlen = 1
-        got = recvmsg(end.fd, &message, MSG_DONTWAIT)
+        size = min(size, <size_t>PEEK_MAX)
+        got = endpoint_take_with_care(end, buffer, size, intent)
     if got < 0:
         if errno == EAGAIN:
             end.readable = end.urgent = 0
     elif got == 0:
         end.readable = 0
         end.ended = 1
-    elif <size_t>got < size and not (
-            end.ending or end.urgent or message.msg_flags & MSG_CTRUNC):
+    elif <size_t>got < size and not (end.ending or end.urgent or flags & MSG_CTRUNC):
         end.readable = 0
+    return got
+
+
+cdef inline ssize_t endpoint_take_with_care(
+    Endpoint *end, char *buffer, size_t size, Intent *intent
+) noexcept nogil:
+    """As recv(2), of a UNIX socket whose queue may hold descriptors."""
+    cdef int flags = 0
+    cdef ssize_t got = rights_look(&end.rights, end.fd, buffer, size)
+    if got > 0:
+        if intent == NULL:
+            got = recv(end.fd, buffer, <size_t>got, MSG_DONTWAIT)
+        else:
+            got = endpoint_take(end, buffer, <size_t>got, intent, &flags)
+        rights_took(&end.rights, end.fd, <size_t>max(got, 0))
+    return got
+
+
+cdef inline ssize_t endpoint_take(
+    Endpoint *end, char *buffer, size_t size, Intent *intent, int *flags
+) noexcept nogil:
+    """As recv(2), of a UNIX socket; `flags`: as recvmsg(2) returns them."""
+    cdef ssize_t got
+    cdef iovec piece
+    cdef msghdr message
+    if intent != NULL:
+        got = intent_recv(intent, end.fd, buffer, size, flags)
+        if got >= 0 or errno == EAGAIN or errno == EINTR:
+            return got
+        # recvmmsg(2) tells of an error before it gives what is queued. That is yet to be read.
+        endpoint_failed(end, errno)
+        end.ending = 1
+    memset(&message, 0, sizeof(message))
+    piece.iov_base = buffer
+    piece.iov_len = size
+    message.msg_iov = &piece
+    message.msg_iovlen = 1
+    got = recvmsg(end.fd, &message, MSG_DONTWAIT)
+    flags[0] = message.msg_flags
     return got
 
 
@@ -131,6 +169,7 @@ cdef inline void endpoint_lost(Endpoint *end, int error) noexcept nogil:
     EPIPE from a UNIX socket means that its peer has closed, or has only stopped reading: no error
     when that is read."""
     if error == EPIPE and end.family == AF_UNIX:
+        connection_strike(<Connection *>end.connection)
         end.gone = end.refused = 1
     else:
         endpoint_failed(end, error)
@@ -139,6 +178,7 @@ cdef inline void endpoint_lost(Endpoint *end, int error) noexcept nogil:
 
 cdef inline void endpoint_failed(Endpoint *end, int error) noexcept nogil:
     """A read or write said that the peer is gone, without a clean end."""
+    connection_strike(<Connection *>end.connection)
     end.gone = 1
     if end.error == 0:
         end.error = error

@@ -5,8 +5,8 @@ from proxyd.relay cimport records
 from proxyd.relay.records cimport CONNECT_BUCKETS, Address, HalfRow, Peer, Row
 from proxyd.relay.sys cimport int64_t, uint64_t
 from proxyd.relay.types cimport (
-    EVENT_ACCEPTED, EVENT_ACCEPT_FAILED, EVENT_DATAGRAMS_CHANGED, EVENT_READY, EVENT_REFUSED,
-    EVENT_WORKERS_WANTED, TO_CLIENT, TO_TARGET, Connection, PolicyEvent,
+    EVENT_ACCEPTED, EVENT_ACCEPT_FAILED, EVENT_DATAGRAMS_CHANGED, EVENT_NOT_KEPT, EVENT_OLD,
+    EVENT_READY, EVENT_REFUSED, EVENT_WORKERS_WANTED, TO_CLIENT, TO_TARGET, Connection, PolicyEvent,
 )
 from proxyd.relay.upstream cimport connect_bucket_us
 
@@ -177,6 +177,21 @@ cdef class DatagramsChanged:
     """Datagrams.take_events() has something to tell."""
 
 
+cdef class Old:
+    """There is a connection that the next process should go on with if this one is killed, and no
+    slate: see Relay.report_old."""
+
+
+cdef class NotKept:
+    """A connection could not be kept for the next process. Only the first one is told of; all are
+    tried again."""
+
+    cdef readonly int error                # errno; EUSERS: there are too many UNIX sockets
+
+    def __init__(self, int error):
+        self.error = error
+
+
 # ── what a connection is ─────────────────────────────────────────────────────────────────────────
 
 cdef class HalfInfo:
@@ -274,6 +289,10 @@ cdef object make_event(const PolicyEvent *event, int64_t now_ms):
         return WorkersWanted()
     if event.kind == EVENT_DATAGRAMS_CHANGED:
         return DatagramsChanged()
+    if event.kind == EVENT_OLD:
+        return Old()
+    if event.kind == EVENT_NOT_KEPT:
+        return NotKept(event.value)
     return ConnectFailed(
         event.listener, event.fd, event.value, b"", now_ms, 0, peer_bytes(&event.peer))
 

@@ -21,16 +21,17 @@ from proxyd.relay.parcel cimport (
     PARCEL_MAGIC, ParcelHead, ParcelRecord, file_read, file_write, record_fd_count, record_fill,
     record_is_valid, record_take_fds,
 )
+from proxyd.relay.pipe cimport pipe_close
 from proxyd.relay.quarantine cimport connection_was_in_quarantine, quarantine_take_waiting
 from proxyd.relay.restore cimport client_take_place, connection_restore, descriptor_reset
 from proxyd.relay.self_connect cimport self_connect_remove
 from proxyd.relay.source cimport source_leave
 from proxyd.relay.sys cimport (
-    AF_UNIX, EPROTO, ETIMEDOUT, atomic_add, atomic_get, atomic_set, close, errno, fstat, int64_t,
+    EPROTO, ETIMEDOUT, atomic_add, atomic_get, atomic_set, close, errno, fstat, int64_t,
     memset, stat_t, uint64_t,
 )
 from proxyd.relay.types cimport (
-    ORDER_GATHER, Connection, Endpoint, Link, UpstreamTotals, Worker,
+    ORDER_GATHER, Connection, Endpoint, Half, Link, UpstreamTotals, Worker,
 )
 from proxyd.relay.workers cimport workers_order
 
@@ -315,6 +316,7 @@ cdef inline void connections_release(Worker *main) noexcept nogil:
     while not list_empty(&main.resting):
         c = <Connection *>main.resting.next.owner
         list_remove(&c.live)
+        connection_leave_slot(c)
         endpoint_release(&c.client)
         endpoint_release(&c.target)
         self_connect_remove(main.self_connects, &c.self_connect)
@@ -322,6 +324,23 @@ cdef inline void connections_release(Worker *main) noexcept nogil:
         worker_remove_connection(main)
         connections_decrement(main)
         connection_free(c)
+
+
+cdef inline void connection_leave_slot(Connection *c) noexcept nogil:
+    """It is kept as it is: until the other process keeps it itself, there is nothing else to go on
+    from but slate and pages. So its pipes are not emptied either."""
+    half_leave_slot(&c.up)
+    half_leave_slot(&c.down)
+    c.slot = NULL
+
+
+cdef inline void half_leave_slot(Half *half) noexcept nogil:
+    half.pipe.page_alive = NULL
+    pipe_close(&half.pipe)
+    if half.kept != NULL:
+        half.unsent = NULL
+        half.unsent_start = half.unsent_end = 0
+        half.kept = NULL
 
 
 cdef inline void endpoint_release(Endpoint *end) noexcept nogil:

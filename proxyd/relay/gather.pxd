@@ -44,6 +44,7 @@ cdef inline void connection_rest(Worker *worker, Connection *c) noexcept nogil:
     list_remove(&c.ready)
     list_remove(&c.to_quarantine)
     list_remove(&c.member)
+    list_remove(&c.entering)
     c.has_rested = True
 
 

@@ -12,6 +12,9 @@ from proxyd.relay.close cimport (
 )
 from proxyd.relay.connect cimport connection_begin
 from proxyd.relay.connection cimport connection_advance, connection_event, connection_timer_expired
+from proxyd.relay.enter cimport (
+    main_tell_policy, worker_enter_at, worker_enter_old, worker_tidy,
+)
 from proxyd.relay.gather cimport (
     connection_rest, worker_end_rest, worker_gather, worker_hand_to_rest,
 )
@@ -23,6 +26,7 @@ from proxyd.relay.pump cimport COPY_UNIT, FIRST_UNIT
 from proxyd.relay.quarantine cimport worker_quarantine
 from proxyd.relay.records cimport ENDING_CUT, ENDING_IDLE, Sweep
 from proxyd.relay.row cimport batches_free
+from proxyd.relay.slate cimport worker_use_slate
 from proxyd.relay.sweep cimport sweep_begin, sweep_can_walk, sweep_walk
 from proxyd.relay.sys cimport (
     EINTR, ENOMEM, EPOLL_CLOEXEC, atomic_get, atomic_set, close, epoll_create1, epoll_event,
@@ -30,8 +34,9 @@ from proxyd.relay.sys cimport (
 )
 from proxyd.relay.types cimport (
     CLOSED, CONNECTED, EPOLL_EVENTS_MAX, EVENT_READY, KIND_FLOW_LISTENER, KIND_LISTENER,
-    KIND_MAILBOX, KIND_WATCH, ORDER_ANSWER, ORDER_GATHER, ORDER_STOP, ORDER_SWEEP, ORDER_SWEEP_END,
-    ORDER_TRIM, Connection, Endpoint, Gauges, Link, Listener, SelfConnectTable, Watch, Worker,
+    KIND_MAILBOX, KIND_WATCH, ORDER_ANSWER, ORDER_ENTER, ORDER_GATHER, ORDER_STOP, ORDER_SWEEP,
+    ORDER_SWEEP_END, ORDER_TIDY, ORDER_TRIM, Connection, Endpoint, Gauges, Link, Listener,
+    SelfConnectTable, Watch, Worker,
 )
 
 cdef enum:
@@ -55,6 +60,7 @@ cdef inline int worker_turn(Worker *worker, int64_t deadline_ms) noexcept nogil:
         count = 0
     worker.ctx.now_ms = clock_ms()
     worker.turns += 1
+    worker_use_slate(worker)
     overflows = worker_is_overloaded(worker)
     for i in range(count):
         worker_dispatch(worker, &worker.events[i])
@@ -70,6 +76,10 @@ cdef inline int worker_turn(Worker *worker, int64_t deadline_ms) noexcept nogil:
         worker_close_idle(worker)
     if not list_empty(&worker.cursor):
         sweep_walk(worker)
+    if worker.enter_ms != 0 and worker.enter_ms <= worker.ctx.now_ms:
+        worker_enter_old(worker)
+    if worker.tidy_ms != 0 and worker.tidy_ms <= worker.ctx.now_ms:
+        worker_tidy(worker)
     connections_free(&worker.dead)
     if not list_empty(&worker.to_quarantine):
         worker_quarantine(worker)
@@ -92,6 +102,10 @@ cdef inline int worker_timeout(Worker *worker, int64_t deadline_ms) noexcept nog
         until = earlier(until, worker.next_timer_ms)
     if worker.room_ms != 0:
         until = earlier(until, worker.room_ms)
+    if worker.enter_ms != 0:
+        until = earlier(until, worker.enter_ms)
+    if worker.tidy_ms != 0:
+        until = earlier(until, worker.tidy_ms)
     if worker.idle_ms > 0 and not list_empty(&worker.live):
         until = earlier(until, (<Connection *>worker.live.next.owner).active_ms + worker.idle_ms)
     if worker.flows != NULL:
@@ -160,8 +174,14 @@ cdef inline void worker_read_mailbox(Worker *worker) noexcept nogil:
         sweep_begin(worker, &sweep)
     if orders & ORDER_SWEEP_END:
         worker.sweep_answer = 2 * worker.sweep.number + 1
+    if orders & ORDER_ENTER:
+        worker_enter_at(worker, clock_ms())
+    if orders & ORDER_TIDY:
+        worker.tidy_ms = clock_ms()
     if orders & ORDER_STOP:
         worker.stopping = True
+    if worker.main == NULL:
+        main_tell_policy(worker)
 
 
 cdef inline void worker_obey_gather(Worker *worker) noexcept nogil:
@@ -256,6 +276,9 @@ cdef inline void worker_init(
     link_init(&worker.live, NULL)
     link_init(&worker.members, NULL)
     link_init(&worker.cursor, NULL)
+    link_init(&worker.enter_cursor, NULL)
+    link_init(&worker.enter_later, NULL)
+    link_init(&worker.enter_again, NULL)
     link_init(&worker.batches, NULL)
     link_init(&worker.begun, NULL)
     link_init(&worker.timed, NULL)
@@ -300,7 +323,8 @@ cdef inline void worker_destroy(Worker *worker) noexcept nogil:
     pool_clear(&worker.ctx.pool)
     if worker.ctx.epoll >= 0:
         close(worker.ctx.epoll)
-    free(worker.ctx.buffer)
+    if worker.ctx.intent == NULL:  # otherwise it is the slate's
+        free(worker.ctx.buffer)
 
 
 cdef inline int worker_cut(Worker *worker, bint reset) noexcept nogil:

@@ -5,13 +5,15 @@
 # came from another process: only its read end is passed on (parcel.pxd).
 
 from proxyd.relay.sys cimport (
-    EAGAIN, F_GETPIPE_SZ, F_SETPIPE_SZ, O_CLOEXEC, O_NONBLOCK, close, errno, fcntl, int64_t, pipe2,
+    EAGAIN, F_GETPIPE_SZ, F_SETPIPE_SZ, O_CLOEXEC, O_NONBLOCK, atomic_add, close, errno, fcntl,
+    int64_t, pipe2, read,
 )
 from proxyd.relay.types cimport POOL_MAX, Pipe, PipePool
 
 cdef enum:
     PIPE_SIZE_MIN = 16 * 4096  # bytes; past pipe-user-pages-soft new pipes have 1 or 2 slots
     PIPE_RETRY_MS = 1000       # after a pipe was refused, none is asked for during this time
+    SCRAP = 4096               # bytes
 
 
 cdef inline int pipe_get(PipePool *pool, Pipe *pipe, int64_t now_ms) noexcept nogil:
@@ -66,14 +68,29 @@ cdef inline void pool_clear(PipePool *pool) noexcept nogil:
         pipe_close(&pool.idle[pool.count])
 
 
+cdef inline void pipe_drop(Pipe *pipe) noexcept nogil:
+    """Close a pipe, whatever it has. It does not stay in memory for as long as a page has it."""
+    cdef char scrap[SCRAP]
+    if pipe.page_alive != NULL and pipe.filled > 0:
+        while read(pipe.rd, scrap, SCRAP) > 0:
+            pass
+    pipe_close(pipe)
+
+
 cdef inline void pipe_close(Pipe *pipe) noexcept nogil:
+    if pipe.page_alive != NULL:
+        fcntl(pipe.rd, F_SETPIPE_SZ, SCRAP)  # what a page has counts for the user; not if filled
     if pipe.rd >= 0:
         close(pipe.rd)
     if pipe.wr >= 0:
         close(pipe.wr)
+    if pipe.page_alive != NULL:
+        atomic_add(pipe.page_alive, -1)
     pipe_init(pipe)
 
 
 cdef inline void pipe_init(Pipe *pipe) noexcept nogil:
     pipe.rd = pipe.wr = -1
     pipe.filled = pipe.capacity = 0
+    pipe.number = 0
+    pipe.page_alive = NULL

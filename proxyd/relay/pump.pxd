@@ -30,12 +30,16 @@ from proxyd.relay.endpoint cimport (
     endpoint_blocked, endpoint_failed, endpoint_grow_sndbuf, endpoint_is_plain, endpoint_lost,
     endpoint_recv,
 )
-from proxyd.relay.half cimport half_abandon, half_held, half_keep, unsent_free
+from proxyd.relay.half cimport half_abandon, half_delivered, half_held, half_keep, half_took_unsent
+from proxyd.relay.pages cimport pipe_keep
 from proxyd.relay.pipe cimport pipe_get, pipe_put
+from proxyd.relay.slate cimport intent_close, intent_open, intent_send
+from proxyd.relay.slate_types cimport INTENT_COPY, INTENT_FLUSH, INTENT_SPLICE, Intent
+from proxyd.relay.strike cimport half_strike
 from proxyd.relay.sys cimport (
     AF_UNIX, AF_VSOCK, EAGAIN, EINTR, EINVAL, ENOMEM, ENOSYS, EOPNOTSUPP, EPERM, EPIPE,
-    MSG_DONTWAIT, MSG_NOSIGNAL, SPLICE_F_MOVE, SPLICE_F_NONBLOCK, counter_add, errno, read, send,
-    splice,
+    MSG_DONTWAIT, MSG_NOSIGNAL, SPLICE_F_MOVE, SPLICE_F_NONBLOCK, counter_add, errno, fence, read,
+    send, splice,
 )
 from proxyd.relay.types cimport DRAINING, FLOWING, Half, PumpContext
 
@@ -54,6 +58,8 @@ cdef inline bint half_pump(PumpContext *ctx, Half *half) noexcept nogil:
     True: the budget is spent and there is more to do."""
     cdef size_t budget = PUMP_BUDGET
     cdef size_t size
+    if half.kept != NULL and ctx.intent == NULL:
+        half_strike(half)
     while half.state == FLOWING or half.state == DRAINING:
         if half.dst.gone:
             half_abandon(half)
@@ -98,51 +104,72 @@ cdef inline ssize_t half_splice(PumpContext *ctx, Half *half) noexcept nogil:
     that is out of slots is never asked to take more. A result of 0 is not the end by itself, for
     splice also returns it at an urgent mark with the end behind it. recv tells the two apart."""
     cdef ssize_t size
-    cdef int error
-    if half.pipe.rd < 0 and pipe_get(&ctx.pool, &half.pipe, ctx.now_ms) < 0:
+    if half_get_pipe(ctx, half) < 0:
         return half_copy(ctx, half, ctx.stream_unit)
+    size = half_splice_in(ctx, half)
+    if size > 0:
+        half_classify(half, <size_t>size, half.pipe.capacity)
+        half_splice_out(ctx, half)
+        return size
+    half_put_pipe(ctx, half)
+    half.copy_only |= splice_refused(-<int>size)
+    if size == 0 or half.copy_only:
+        return half_copy(ctx, half, ctx.stream_unit)
+    return 0
+
+
+cdef inline ssize_t half_splice_in(PumpContext *ctx, Half *half) noexcept nogil:
+    """Bytes that are in the pipe now, 0 or -errno."""
+    cdef Intent *intent = NULL
+    cdef ssize_t size
+    if half.kept != NULL and half.src.family == AF_UNIX:
+        intent = intent_open(ctx, half, INTENT_SPLICE, 0)
     size = splice(half.src.fd, NULL, half.pipe.wr, NULL, half.pipe.capacity,
                   SPLICE_F_MOVE | SPLICE_F_NONBLOCK)
     if size > 0:
         half.moved += <size_t>size
         half.pipe.filled = <size_t>size
-        half_classify(half, <size_t>size, half.pipe.capacity)
-        half_splice_out(ctx, half)
-        return size
-    error = errno
-    pipe_put(&ctx.pool, &half.pipe)
-    if size == 0:
-        return half_copy(ctx, half, ctx.stream_unit)
-    if error == EAGAIN:
-        half.src.readable = 0
-    elif splice_refused(error):
-        half.copy_only = 1
-        return half_copy(ctx, half, ctx.stream_unit)
-    elif error != EINTR:
-        half_read_failed(half, error)
-    return 0
+    elif size < 0:
+        size = -errno
+        if size == -EAGAIN:
+            half.src.readable = 0
+        elif size != -EINTR and not splice_refused(-<int>size):
+            half_read_failed(half, -<int>size)
+    if intent != NULL:
+        intent_close(intent, half)
+    return size
 
 
 cdef inline ssize_t half_copy(PumpContext *ctx, Half *half, size_t unit) noexcept nogil:
     """One recv and one send. Bytes taken; 0 at the end, or if there are none now."""
-    cdef ssize_t size = endpoint_recv(half.src, ctx.buffer, unit)
-    cdef ssize_t sent
-    if size < 0:
-        if errno != EAGAIN and errno != EINTR:
-            half_read_failed(half, errno)
-        return 0
-    if size == 0:
+    cdef Intent *intent = NULL
+    cdef ssize_t size
+    if half.kept != NULL:
+        intent = intent_open(ctx, half, INTENT_COPY, half.moved + half.given)
+    size = endpoint_recv(half.src, ctx.buffer, unit, intent)
+    if size > 0:
+        half.moved += <size_t>size
+        half_classify(half, <size_t>size, unit)
+        half_pass_on(ctx, half, <size_t>size, intent)
+    elif size == 0:
         half.state = DRAINING
-        return 0
-    half.moved += <size_t>size
-    half_classify(half, <size_t>size, unit)
-    sent = half_send(ctx, half, ctx.buffer, <size_t>size)
+    elif errno != EAGAIN and errno != EINTR:
+        half_read_failed(half, errno)
+    if intent != NULL:
+        intent_close(intent, half)
+    return max(size, <ssize_t>0)
+
+
+cdef inline void half_pass_on(
+    PumpContext *ctx, Half *half, size_t size, Intent *intent
+) noexcept nogil:
+    """Send what has just been taken, and keep what is left of it."""
+    cdef ssize_t sent = half_send(ctx, half, ctx.buffer, size, intent)
     if sent < 0:
-        half.lost += <size_t>size
-    elif sent < size and half_keep(half, ctx.buffer + sent, <size_t>(size - sent)) < 0:
-        half.lost += <size_t>(size - sent)
+        half.lost += size
+    elif <size_t>sent < size and half_keep(half, ctx.buffer + sent, size - <size_t>sent) < 0:
+        half.lost += size - <size_t>sent
         half_broke(half)
-    return size
 
 
 cdef inline void half_classify(Half *half, size_t size, size_t asked) noexcept nogil:
@@ -183,55 +210,71 @@ cdef inline void half_flush(PumpContext *ctx, Half *half) noexcept nogil:
 cdef inline void half_splice_out(PumpContext *ctx, Half *half) noexcept nogil:
     """Empty the pipe into dst. Asks for exactly what is inside: a larger length may be taken for a
     promise of more to come, and the last segment is then held back."""
+    cdef Intent *intent = NULL
     cdef ssize_t moved
-    cdef int error
+    cdef int error = 0
+    if half.kept != NULL and half.dst.family == AF_UNIX:
+        intent = intent_open(ctx, half, INTENT_SPLICE, 0)
     while half.pipe.filled > 0:
         moved = splice(half.pipe.rd, NULL, half.dst.fd, NULL, half.pipe.filled,
                        SPLICE_F_MOVE | SPLICE_F_NONBLOCK)
         if moved <= 0:
             error = errno if moved < 0 else EPIPE
-            if error == EAGAIN:
-                endpoint_blocked(ctx, half.dst)
-            elif splice_refused(error):
-                half_unpipe(ctx, half)
-            elif error != EINTR:
-                half_write_failed(half, error)
-            return
+            break
         half.pipe.filled -= min(<size_t>moved, half.pipe.filled)
         counter_add(&ctx.counters.forwarded[half.direction], <size_t>moved)
         counter_add(&ctx.counters.spliced, <size_t>moved)
-    pipe_put(&ctx.pool, &half.pipe)
+    if error == EAGAIN:
+        endpoint_blocked(ctx, half.dst)
+    elif error != 0 and error != EINTR and not splice_refused(error):
+        half_write_failed(half, error)
+    if intent != NULL:
+        intent_close(intent, half)
+    if error == 0:
+        half_put_pipe(ctx, half)
+    elif splice_refused(error):
+        half_unpipe(ctx, half)
 
 
 cdef inline void half_unpipe(PumpContext *ctx, Half *half) noexcept nogil:
-    """dst refuses splice: read back what the pipe holds, and copy from now on."""
-    cdef ssize_t size = read(half.pipe.rd, ctx.buffer, ctx.stream_unit)
+    """dst refuses splice: read back what the pipe holds, and copy from now on. No intent says so.
+    """
+    cdef ssize_t size
+    half_strike(half)
+    size = read(half.pipe.rd, ctx.buffer, ctx.stream_unit)
     half.copy_only = 1
     if size <= 0 or half_keep(half, ctx.buffer, <size_t>size) < 0:
         half_broke(half)  # GCOVR_EXCL_LINE - two failures at once: no splice, and no memory
         return  # GCOVR_EXCL_LINE - the same
     half.pipe.filled -= min(<size_t>size, half.pipe.filled)
     if half.pipe.filled == 0:
-        pipe_put(&ctx.pool, &half.pipe)
+        half_put_pipe(ctx, half)
     half_send_unsent(ctx, half)
 
 
 cdef inline void half_send_unsent(PumpContext *ctx, Half *half) noexcept nogil:
-    cdef ssize_t sent = half_send(
-        ctx, half, half.unsent + half.unsent_start, half.unsent_end - half.unsent_start)
-    if sent <= 0:
-        return
-    half.unsent_start += <size_t>sent
-    if half.unsent_start == half.unsent_end:
-        unsent_free(half)
+    cdef Intent *intent = NULL
+    cdef ssize_t sent
+    if half.kept != NULL:
+        intent = intent_open(ctx, half, INTENT_FLUSH, half_delivered(half))
+    sent = half_send(ctx, half, half.unsent + half.unsent_start,
+                     half.unsent_end - half.unsent_start, intent)
+    if sent > 0:
+        half_took_unsent(half, <size_t>sent)
+    if intent != NULL:
+        intent_close(intent, half)
 
 
 cdef inline ssize_t half_send(
-    PumpContext *ctx, Half *half, const char *data, size_t size
+    PumpContext *ctx, Half *half, const char *data, size_t size, Intent *intent
 ) noexcept nogil:
     """Bytes that dst took, 0 if it takes none now, -errno if it is gone."""
-    cdef ssize_t sent = send(half.dst.fd, data, size, MSG_DONTWAIT | MSG_NOSIGNAL)
+    cdef ssize_t sent
     cdef int error
+    if intent != NULL and half.dst.family == AF_UNIX:
+        sent = intent_send(intent, half.dst.fd, data, size)
+    else:
+        sent = send(half.dst.fd, data, size, MSG_DONTWAIT | MSG_NOSIGNAL)
     if sent < 0:
         error = errno
         if error == EINTR:
@@ -245,6 +288,35 @@ cdef inline ssize_t half_send(
     counter_add(&ctx.counters.forwarded[half.direction], <size_t>sent)
     counter_add(&ctx.counters.copied, <size_t>sent)
     return sent
+
+
+cdef inline int half_get_pipe(PumpContext *ctx, Half *half) noexcept nogil:
+    """An empty pipe; 0 or -errno. One of a kept half outlives this process, and the slate tells
+    which it is."""
+    cdef int failure = 0
+    if half.pipe.rd < 0:
+        failure = pipe_get(&ctx.pool, &half.pipe, ctx.now_ms)
+    if half.kept == NULL or failure < 0:
+        return failure
+    if half.pipe.number == 0:
+        failure = pipe_keep(ctx, &half.pipe)
+    if failure < 0:
+        pipe_put(&ctx.pool, &half.pipe)
+        return failure
+    fence()
+    half.kept.pipe = half.pipe.number
+    fence()
+    return 0
+
+
+cdef inline void half_put_pipe(PumpContext *ctx, Half *half) noexcept nogil:
+    """Give an empty pipe up."""
+    if half.kept != NULL:
+        fence()
+        half.kept.taken = half.moved + half.given
+        half.kept.pipe = 0
+        fence()
+    pipe_put(&ctx.pool, &half.pipe)
 
 
 cdef inline void half_write_failed(Half *half, int error) noexcept nogil:

@@ -13,13 +13,16 @@
 from proxyd.relay.bookkeeping cimport worker_remove_connection
 from proxyd.relay.endpoint cimport endpoint_unregister
 from proxyd.relay.list cimport link_init, list_append, list_move_all, list_remove
-from proxyd.relay.mailbox cimport mailbox_put, mailbox_wake
+from proxyd.relay.mailbox cimport mailbox_order, mailbox_put, mailbox_wake
+from proxyd.relay.pages cimport connection_warn_pages
+from proxyd.relay.strike cimport connection_strike
 from proxyd.relay.sys cimport (
     atomic_add, atomic_get, atomic_set, int64_t, pthread_mutex_destroy,
     pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock,
 )
 from proxyd.relay.types cimport (
-    CLOSED, CONNECTING, RIGHTS_ANY, Connection, Endpoint, Link, Mailbox, Quarantine, Worker,
+    CLOSED, CONNECTING, ORDER_TIDY, RIGHTS_ANY, Connection, Endpoint, Link, Mailbox, Quarantine,
+    Worker,
 )
 
 cdef enum:
@@ -47,11 +50,14 @@ cdef inline void worker_quarantine(Worker *worker) noexcept nogil:
 cdef inline void connection_quarantine(Worker *worker, Connection *c) noexcept nogil:
     """Move a connection with all it holds, including its timer. It begins there as new ones do."""
     cdef Worker *main = worker if worker.main == NULL else worker.main
+    connection_strike(c)
+    connection_warn_pages(worker, c)
     endpoint_quarantine(worker, &c.client)
     endpoint_quarantine(worker, &c.target)
     list_remove(&c.ready)
     list_remove(&c.to_quarantine)
     list_remove(&c.member)
+    list_remove(&c.entering)
     list_remove(&c.timed)
     worker_remove_connection(worker)
     atomic_add(&main.workers.quarantine.connection_count, 1)
@@ -124,6 +130,14 @@ cdef inline bint quarantine_runs(Quarantine *quarantine) noexcept nogil:
     runs = quarantine.mailbox != NULL
     pthread_mutex_unlock(&quarantine.lock)
     return runs
+
+
+cdef inline void quarantine_order_tidy(Quarantine *quarantine) noexcept nogil:
+    """Have it empty pages, if there is a thread; otherwise they are left as they are."""
+    pthread_mutex_lock(&quarantine.lock)
+    if quarantine.mailbox != NULL:
+        mailbox_order(quarantine.mailbox, ORDER_TIDY)
+    pthread_mutex_unlock(&quarantine.lock)
 
 
 cdef inline void quarantine_want(Quarantine *quarantine) noexcept nogil:

@@ -109,6 +109,7 @@ ctypedef struct Sweep:
 cdef enum:
     REPORT_BEGINS = 1          # connections that begin, and rows of those that end
     REPORT_ENDS = 2            # connections that have ended
+    REPORT_OLD = 4             # once: that there is a connection that is to be kept
 
 
 # ── load ─────────────────────────────────────────────────────────────────────────────────────────

@@ -42,8 +42,9 @@ cdef inline bint rights_refuse(int fd) noexcept nogil:
 
 # ── reading ──────────────────────────────────────────────────────────────────────────────────────
 
-cdef inline ssize_t rights_recv(Rights *rights, int fd, char *buffer, size_t size) noexcept nogil:
-    """As recv(2) without waiting, with care: EAGAIN also if descriptors come next."""
+cdef inline ssize_t rights_look(Rights *rights, int fd, char *buffer, size_t size) noexcept nogil:
+    """How much may be taken, of at most `size` bytes, which rights_took() is to be told; otherwise
+    as recv(2) without waiting. EAGAIN also if descriptors come next."""
     cdef bint some = False
     cdef ssize_t got = -1
     errno_set(EAGAIN)
@@ -53,10 +54,7 @@ cdef inline ssize_t rights_recv(Rights *rights, int fd, char *buffer, size_t siz
         rights.state = RIGHTS_AHEAD
         errno_set(EAGAIN)
         return -1
-    if got > 0:
-        got = recv(fd, buffer, <size_t>got, MSG_DONTWAIT)
-        rights_took(rights, fd, <size_t>max(got, 0))
-    elif got == 0 or rights.state < RIGHTS_MAYBE and errno == EAGAIN:
+    if got == 0 or got < 0 and rights.state < RIGHTS_MAYBE and errno == EAGAIN:
         rights.state = RIGHTS_NONE
     return got
 

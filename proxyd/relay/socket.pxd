@@ -1,10 +1,11 @@
 # Sockets: options and questions that several files share.
 
 from proxyd.relay.sys cimport (
-    AF_INET, AF_INET6, AF_UNIX, AF_UNSPEC, AF_VSOCK, IPPROTO_TCP, SOCK_STREAM, SOL_SOCKET,
-    SO_COOKIE, SO_DOMAIN, SO_ERROR, SO_KEEPALIVE, SO_LINGER, SO_OOBINLINE, SO_PEERCRED, SO_TYPE,
-    TCP_NODELAY, close, connect, errno, getpeername, getsockname, getsockopt, linger, memcmp,
-    memset, setsockopt, sockaddr, sockaddr_storage, socklen_t, ucred, uint64_t,
+    AF_INET, AF_INET6, AF_UNIX, AF_UNSPEC, AF_VSOCK, IPPROTO_TCP, SHUT_RDWR, SIOCINQ, SOCK_STREAM,
+    SOL_SOCKET, SO_COOKIE, SO_DOMAIN, SO_ERROR, SO_KEEPALIVE, SO_LINGER, SO_OOBINLINE, SO_PEERCRED,
+    SO_TYPE, TCP_NODELAY, close, connect, errno, getpeername, getsockname, getsockopt, ioctl,
+    linger, memcmp, memset, setsockopt, shutdown, sockaddr, sockaddr_storage, socklen_t, ucred,
+    uint64_t,
 )
 
 
@@ -25,12 +26,35 @@ cdef inline void socket_tune(int fd, int family) noexcept nogil:
 cdef inline void socket_reset(int fd, int family) noexcept nogil:
     """Close with RST, which throws away what was not acknowledged yet. AF_UNIX has no reset: there
     it is a plain close."""
-    cdef sockaddr nowhere
-    if family != AF_UNIX:
-        if socket_reset_at_close(fd) < 0:
-            nowhere.sa_family = AF_UNSPEC  # where that is forbidden: this disconnects, tcp(7)
-            connect(fd, &nowhere, sizeof(nowhere))
+    if family != AF_UNIX and socket_reset_at_close(fd) < 0:
+        socket_disconnect(fd)  # where that is forbidden
     close(fd)
+
+
+cdef inline void socket_reset_copies(int fd, int family) noexcept nogil:
+    """Before socket_reset(): another process has the socket as well, or a queue, and its peer is to
+    see the reset now."""
+    if family == AF_UNIX:
+        shutdown(fd, SHUT_RDWR)
+    else:
+        socket_disconnect(fd)
+
+
+cdef inline void socket_end_copies(int fd, int family) noexcept nogil:
+    """Likewise, before a clean close(2). With input that was not read, that would be a reset."""
+    cdef int unread = 0
+    if family != AF_UNIX and ioctl(fd, SIOCINQ, &unread) == 0 and unread > 0:
+        socket_disconnect(fd)
+    else:
+        shutdown(fd, SHUT_RDWR)
+
+
+cdef inline void socket_disconnect(int fd) noexcept nogil:
+    """Reset a TCP socket that stays open: see tcp(7), AF_UNSPEC."""
+    cdef sockaddr nowhere
+    memset(&nowhere, 0, sizeof(nowhere))
+    nowhere.sa_family = AF_UNSPEC
+    connect(fd, &nowhere, sizeof(nowhere))
 
 
 cdef inline void socket_guard(int fd, int family) noexcept nogil:

@@ -10,6 +10,7 @@
 # and has to answer twice (sweep_advance() in workers.pxd).
 
 from proxyd.relay.close cimport connection_close
+from proxyd.relay.enter cimport enter_expect
 from proxyd.relay.list cimport list_append, list_empty, list_insert_after, list_remove
 from proxyd.relay.records cimport ENDING_CUT, ROWS_MAX, SWEEP_CUT, SWEEP_TELL, Sweep
 from proxyd.relay.row cimport BATCHES_MAX, row_add
@@ -43,6 +44,8 @@ cdef inline void sweep_walk(Worker *worker) noexcept nogil:
             return
         list_insert_after(link, &worker.cursor)
         c = <Connection *>link.owner
+        if c == NULL:
+            continue  # the cursor of enter.pxd
         if c.sweep < worker.sweep.number:
             sweep_pass(worker, c)
             told += worker.sweep.what == SWEEP_TELL
@@ -58,6 +61,7 @@ cdef inline bint sweep_can_walk(Worker *worker) noexcept nogil:
 cdef inline void sweep_arrive(Worker *worker, Connection *c) noexcept nogil:
     """A connection begins in this worker."""
     list_append(&worker.members, &c.member)
+    enter_expect(worker, c)
     if c.sweep < worker.sweep.number and list_empty(&worker.cursor):
         sweep_pass(worker, c)
 

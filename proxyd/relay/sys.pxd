@@ -4,9 +4,10 @@
 
 cdef extern from "errno.h" nogil:
     int errno
-    int EADDRINUSE, EADDRNOTAVAIL, EAFNOSUPPORT, EAGAIN, EBADF, ECONNREFUSED, ECONNRESET
+    int EADDRINUSE, EADDRNOTAVAIL, EAFNOSUPPORT, EAGAIN, EALREADY, EBADF, ECONNREFUSED, ECONNRESET
+    int ETOOMANYREFS
     int EHOSTUNREACH, EINPROGRESS, EINTR, EINVAL, EIO, ELOOP, EMSGSIZE, ENETUNREACH, ENOBUFS, ENOMEM
-    int ENOSYS, ENOTCONN, ENOTSOCK, EOPNOTSUPP, EPERM, EPIPE, EPROTO, ETIMEDOUT, EUSERS
+    int ENOSPC, ENOSYS, ENOTCONN, ENOTSOCK, EOPNOTSUPP, EPERM, EPIPE, EPROTO, ETIMEDOUT, EUSERS
 
 cdef extern from * nogil:
     """
@@ -21,6 +22,9 @@ cdef extern from "stdint.h" nogil:
     ctypedef int int32_t
     ctypedef long long int64_t
     ctypedef unsigned long long uint64_t
+
+cdef extern from "stdio.h" nogil:
+    int snprintf(char *text, size_t size, const char *format, ...)
 
 cdef extern from "stdlib.h" nogil:
     void *malloc(size_t size)
@@ -47,13 +51,15 @@ cdef extern from "unistd.h" nogil:
     ssize_t read(int fd, void *buffer, size_t size)
     ssize_t pread(int fd, void *buffer, size_t size, long offset)
     ssize_t pwrite(int fd, const void *buffer, size_t size, long offset)
+    int ftruncate(int fd, int64_t size)
     int getpid()
-    int _SC_CLK_TCK
+    int _SC_CLK_TCK, _SC_PAGESIZE
     long sysconf(int name)
 
 cdef extern from "fcntl.h" nogil:
     int O_CLOEXEC, O_NONBLOCK
     int F_DUPFD_CLOEXEC, F_GETFL, F_SETFL, F_SETPIPE_SZ, F_GETPIPE_SZ
+    int F_ADD_SEALS, F_GET_SEALS, F_SEAL_GROW, F_SEAL_SEAL, F_SEAL_SHRINK
     unsigned int SPLICE_F_MOVE, SPLICE_F_NONBLOCK
     int fcntl(int fd, int command, ...)
     int pipe2(int *ends, int flags)
@@ -72,11 +78,22 @@ cdef extern from "sys/stat.h" nogil:
     bint S_ISFIFO(unsigned int mode)
     int fstat(int fd, stat_t *about)
 
+cdef extern from "sys/mman.h" nogil:
+    unsigned int MFD_ALLOW_SEALING, MFD_CLOEXEC
+    int MADV_REMOVE, MAP_SHARED, PROT_READ, PROT_WRITE
+    void *MAP_FAILED
+    int memfd_create(const char *name, unsigned int flags)
+    void *mmap(void *place, size_t size, int protection, int flags, int fd, long offset)
+    int munmap(void *place, size_t size)
+    int mlock(const void *place, size_t size)
+    int madvise(void *place, size_t size, int advice)
+
 cdef extern from "poll.h" nogil:
     struct pollfd:
         int fd
         short events
-    short POLLIN
+        short revents
+    short POLLHUP, POLLIN
     int poll(pollfd *fds, unsigned long count, int timeout)
 
 cdef extern from "linux/sockios.h" nogil:
@@ -114,12 +131,15 @@ cdef extern from "sys/socket.h" nogil:
         int cmsg_level
         int cmsg_type
     int AF_INET, AF_INET6, AF_UNIX, AF_UNSPEC, AF_VSOCK
-    int SOCK_DGRAM, SOCK_STREAM, SOCK_NONBLOCK, SOCK_CLOEXEC
+    int SOCK_DGRAM, SOCK_SEQPACKET, SOCK_STREAM, SOCK_NONBLOCK, SOCK_CLOEXEC
     int SOL_SOCKET, SO_COOKIE, SO_DOMAIN, SO_ERROR, SO_KEEPALIVE, SO_LINGER, SO_OOBINLINE
-    int SO_BINDTODEVICE, SO_PASSCRED, SO_PASSSEC, SO_PEERCRED, SO_REUSEADDR, SO_SNDBUF, SO_TYPE
+    int SO_BINDTODEVICE, SO_PASSCRED, SO_PASSSEC, SO_PEERCRED, SO_PROTOCOL, SO_REUSEADDR, SO_SNDBUF
+    int SO_TYPE
+    int MSG_CMSG_CLOEXEC, SCM_RIGHTS
     int MSG_CTRUNC, MSG_DONTWAIT, MSG_ERRQUEUE, MSG_NOSIGNAL, MSG_PEEK, MSG_TRUNC
     int SHUT_RD, SHUT_RDWR, SHUT_WR
     int socket(int family, int kind, int protocol)
+    int socketpair(int family, int kind, int protocol, int *ends)
     int bind(int fd, const sockaddr *address, socklen_t size)
     int connect(int fd, const sockaddr *address, socklen_t size)
     int accept4(int fd, sockaddr *address, socklen_t *size, int flags)
@@ -172,6 +192,8 @@ cdef extern from "netinet/in.h" nogil:
 
 cdef extern from "netinet/tcp.h" nogil:
     int TCP_INFO, TCP_NODELAY
+    int TCP_CLOSE, TCP_CLOSE_WAIT, TCP_CLOSING, TCP_ESTABLISHED, TCP_FIN_WAIT1, TCP_FIN_WAIT2
+    int TCP_LAST_ACK, TCP_TIME_WAIT
     struct tcp_info:
         uint32_t tcpi_unacked
 
@@ -301,6 +323,8 @@ cdef extern from * nogil:
     #define hint_set(place, to) __atomic_store_n((place), (to), __ATOMIC_RELAXED)
     #define moment_get(place) __atomic_load_n((place), __ATOMIC_RELAXED)
     #define moment_set(place, to) __atomic_store_n((place), (to), __ATOMIC_RELAXED)
+    #define pointer_get(place) __atomic_load_n((place), __ATOMIC_ACQUIRE)
+    #define pointer_set(place, to) __atomic_store_n((place), (to), __ATOMIC_RELEASE)
     """
     void counter_add(uint64_t *place, uint64_t by)
     void counter_add_shared(uint64_t *place, uint64_t by)
@@ -313,3 +337,13 @@ cdef extern from * nogil:
     void hint_set(int *place, int to)
     int64_t moment_get(int64_t *place)
     void moment_set(int64_t *place, int64_t to)
+    void *pointer_get(void **place)  # what it points to has been set before, by another thread
+    void pointer_set(void **place, void *to)
+
+# Memory that outlives this process is to be written in order: no store is moved across this by the
+# compiler. The CPU needs nothing, since a killed thread has executed all before some instruction.
+cdef extern from * nogil:
+    """
+    #define fence() __asm__ volatile("" ::: "memory")
+    """
+    void fence()

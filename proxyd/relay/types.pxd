@@ -8,6 +8,7 @@ from proxyd.relay.records cimport (
     ENDING_COUNT, ROWS_MAX, Binding, Busy, Machine, Origin, Peer, Row, Senders, SourceTable, Sweep,
     UpstreamTotals,
 )
+from proxyd.relay.slate_types cimport Intent, KeptHalf, Slate, Slot
 from proxyd.relay.sys cimport (
     epoll_event, int64_t, pthread_mutex_t, pthread_t, sockaddr_storage, socklen_t, uint16_t,
     uint32_t, uint64_t, uint8_t,
@@ -32,6 +33,8 @@ ctypedef struct Pipe:
     int wr                     # -1: nothing more is to go in
     size_t filled              # bytes inside; may exceed capacity (slots hold whole fragments)
     size_t capacity            # bytes, as F_GETPIPE_SZ says
+    uint32_t number            # in a page; 0: in none …
+    int *page_alive            # … and what that counts it in
 
 ctypedef struct PipePool:
     Pipe idle[POOL_MAX]        # empty pipes
@@ -80,6 +83,8 @@ ctypedef struct PumpContext:
     bint may_splice            # False: everything is copied
     bint may_refuse            # descriptors: the kernel has SO_PASSRIGHTS, as far as is known
     const Binding *binding     # of sockets to targets; NULL: the kernel is to choose
+    Slate *slate               # the program's; NULL: nothing is kept for the next process
+    Intent *intent             # of this worker, in it; NULL: this worker keeps nothing
     PipePool pool              # idle pipes
     Counters counters          # of this worker
 
@@ -114,6 +119,9 @@ ctypedef struct Half:
     char *unsent               # bytes that recv has taken and send has not; NULL: none
     size_t unsent_start        # offset of the first of them
     size_t unsent_end          # … and behind the last
+    KeptHalf *kept             # its part of a slot; NULL: it is not kept for the next process
+    char *spill_limit          # behind the spill of its slot. What is unsent is there, at its end
+    size_t spill_most          # bytes that were in it at once
     uint64_t moved             # bytes taken from src
     uint64_t given             # bytes for dst that are not from src: the preamble
     uint64_t lost              # bytes that dst can no longer be given
@@ -166,6 +174,8 @@ cdef enum:
     ORDER_SWEEP = 8            # begin with Mailbox.sweep
     ORDER_SWEEP_END = 16       # answer that sweep, since nothing more can come for it
     ORDER_GATHER = 32          # give all connections to the main worker, where they rest
+    ORDER_ENTER = 64           # see whether connections are to be entered
+    ORDER_TIDY = 128           # empty a page, which may block
 
 ctypedef struct Mailbox:
     int kind                   # KIND_MAILBOX
@@ -188,6 +198,9 @@ ctypedef struct Gauges:
     int terminated             # the sweep has found what it was to cut
     int rows_lost              # rows of this sweep for which there was no memory
     int gathering              # connections begin nowhere: they rest in the main worker
+    int old                    # a worker has a connection that is to be kept
+    int not_kept               # errno: why a connection could not be entered; 0: told, or none
+    int tcp_alone              # connections with a UNIX socket are never entered
 
 ctypedef struct Quarantine:
     pthread_mutex_t lock       # of `waiting` and `mailbox`
@@ -211,6 +224,7 @@ ctypedef struct Connection:
     Link ready                 # in Worker.ready
     Link to_quarantine         # in Worker.to_quarantine
     Link member                # in Worker.members
+    Link entering              # in Worker.enter_later or Worker.enter_again
     Quarantine *quarantine     # the program's
     Origin origin
     int sweep                  # the last one that has passed it, or that began before it
@@ -240,11 +254,12 @@ ctypedef struct Connection:
     bint has_orphans           # a socket of it is left to the quarantine to close
     bint orphan_only           # … and it is no more than that: a socket without a connection
     bint placeless             # … which takes no place in the limit
+    Slot *slot                 # of the slate; NULL: it is not kept for the next process
 
 # kinds of PolicyEvent; connects that fail later, and ends, are lists of connections
 cdef enum:
     EVENT_READY, EVENT_ACCEPTED, EVENT_ACCEPT_FAILED, EVENT_REFUSED, EVENT_CONNECT_FAILED
-    EVENT_WORKERS_WANTED, EVENT_DATAGRAMS_CHANGED
+    EVENT_WORKERS_WANTED, EVENT_DATAGRAMS_CHANGED, EVENT_OLD, EVENT_NOT_KEPT
 
 ctypedef struct PolicyEvent:
     int kind                   # EVENT_*
@@ -355,6 +370,12 @@ ctypedef struct Worker:
     int cut                    # the quarantine's: connections that it has cut in the end
     Sweep sweep                # the last one that this worker knows of
     Link cursor                # in `members`, before the connections that it has yet to pass
+    Link enter_cursor          # likewise, before those that are yet to be entered: see enter.pxd
+    Link enter_later           # old ones that could not be entered
+    Link enter_again           # of these, those that are to be tried in this round
+    int64_t enter_ms           # when to pass them; 0: not
+    int64_t enter_round_ms     # when the next round begins
+    int64_t tidy_ms            # when to empty pages; 0: not
     int sweep_answer           # what answered_sweep is to be after this turn
     int answered_sweep         # 2 × number: all were passed; 2 × number + 1: … and none can come
     Link batches               # rows for the policy

@@ -31,7 +31,7 @@ from proxyd.relay.sys cimport (
     sigfillset, sigset_t, timespec, uint32_t,
 )
 from proxyd.relay.types cimport (
-    KIND_MAILBOX, ORDER_ANSWER, ORDER_STOP, ORDER_SWEEP_END, Worker, Workers,
+    KIND_MAILBOX, ORDER_ANSWER, ORDER_ENTER, ORDER_STOP, ORDER_SWEEP_END, Worker, Workers,
 )
 
 cdef enum:
@@ -375,6 +375,13 @@ cdef inline void worker_close_mailbox(Worker *worker) noexcept nogil:
     if worker.mailbox.wake_fd >= 0:
         epoll_ctl(worker.ctx.epoll, EPOLL_CTL_DEL, worker.mailbox.wake_fd, NULL)
     mailbox_destroy(&worker.mailbox)
+
+
+cdef inline void workers_enter(Worker *main) noexcept nogil:
+    """There is a slate, or the policy wants to know that one is needed: have every worker look for
+    old connections."""
+    main.enter_ms = main.ctx.now_ms
+    workers_order(main, ORDER_ENTER)
 
 
 cdef inline void workers_wake(const Worker *main) noexcept nogil:
