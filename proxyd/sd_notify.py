@@ -34,8 +34,9 @@ RETRY_GONE_MS_MAX = 10_000
 _TEMPORARY = (errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM, errno.EINTR)
 """Errors that mean that the service manager, or this machine, is busy."""
 
-_ORDER = ("REMOVE", "RELOADING", "READY", "STOPPING", "WATCHDOG", "EXTEND", "STATUS")
-"""READY=1 precedes STOPPING=1 even if both are late; the watchdog precedes what can wait."""
+_ORDER = ("REMOVE", "STORE", "RELOADING", "READY", "STOPPING", "WATCHDOG", "EXTEND", "STATUS")
+"""There may be room for one descriptor only. READY=1 precedes STOPPING=1 even if both are late; the
+watchdog precedes what can wait."""
 
 
 class Notifier:
@@ -50,6 +51,8 @@ class Notifier:
         self._status = status
         self._sent_status = ""
         """The last STATUS= that was sent."""
+        self._removals: set[str] = set()
+        """Names of what the service manager is to drop."""
         self._due: dict[str, Callable[[], bool]] = {}
         """Kind → what sends it."""
         self._pause_ms = RETRY_MS
@@ -79,14 +82,42 @@ class Notifier:
         text = f"RELOADING=1\nMONOTONIC_USEC={usec}"
         self._send("RELOADING", lambda: self._sock.send(text), self._relay.now_ms)
 
-    def remove_stored(self) -> None:
-        """Have the service manager drop the parcel, which was received."""
-        text = "FDSTOREREMOVE=1\nFDNAME=proxyd-parcel"
-        self._send("REMOVE", lambda: self._sock.send(text), self._relay.now_ms)
+    def remove_stored(self, name: str) -> None:
+        """Have the service manager drop what is stored under this name."""
+        self._removals.add(name)
+        self._send("REMOVE", self._remove, self._relay.now_ms)
+
+    def _remove(self) -> bool:
+        while self._removals:
+            (name, *_) = self._removals
+            if not self._sock.send(f"FDSTOREREMOVE=1\nFDNAME={name}"):
+                return False
+            self._removals.remove(name)
+        return True
+
+    @property
+    def removes(self) -> bool:
+        """Tell whether the service manager has yet to be told what to drop."""
+        return "REMOVE" in self._due
+
+    def store(self, send: "Callable[[], bool]") -> None:
+        """Have `send` called after all removals, until it returns that it has sent all."""
+        self._send("STORE", send, self._relay.now_ms)
+
+    def forget_store(self) -> None:
+        """Do not call it any more."""
+        self._due.pop("STORE", None)
 
     def send_fd(self, text: str, fd: int) -> bool:
-        """Send a message with a descriptor, which stays the caller's; tell whether it was sent."""
-        return self._sock.send(text, fd)
+        """Send a message with a descriptor, which stays the caller's; tell whether it was sent.
+
+        False: the service manager is busy. Raises OSError if it cannot be sent at all.
+        """
+        if self._sock.send(text, fd):
+            return True
+        if self._sock.error not in _TEMPORARY:
+            raise OSError(self._sock.error, posix.strerror(self._sock.error))
+        return False
 
     def stopping(self, now_ms: int, waits: bool) -> None:
         """Report that no more clients are accepted; with `waits`, connections drain.
