@@ -15,8 +15,14 @@ if TYPE_CHECKING:
 PARCEL_NAME = "proxyd-parcel"
 """How connections are called that are kept for the next start: see continuity/parcel.py."""
 
+PAGES_NAME = "proxyd-pages"
+"""How that is called which the next process needs if this one is killed: see continuity/root.py."""
+
 _STORED = "stored"
 """How systemd calls a stored descriptor without a name."""
+
+_OF_A_VERSION = "proxyd-"
+"""How the name begins of what any version has stored: a later one may know more than this."""
 
 _FDS_START = 3
 _FDS_MAX = 1 << 30  # more than a process can have
@@ -41,21 +47,20 @@ def inherited(
     pid: int,
     *,
     by_name: bool = False,
-    stored: list[int] | None = None,
+    stored: dict[str, list[int]] | None = None,
 ) -> list[Listener]:
     """Return the sockets passed to process `pid`, checked, close-on-exec and non-blocking.
 
     With `by_name`, each of them must have a name. The LISTEN_ variables are removed from `environ`,
     so that no child takes them for its own. If the sockets are meant for another process, the list
-    is empty. The parcels of an earlier process are appended to `stored`. Raises UsageError.
+    is empty. What an earlier process has stored is added to `stored`, by its name. Raises
+    UsageError.
     """
     values = {name: environ.pop(name) for name in _VARIABLES if name in environ}
     if not values or not _meant_for(values, pid):
         return []
     count = _number(values, "LISTEN_FDS", 1)
-    count, parcels = _split_stored(values, count)
-    if stored is not None:
-        stored += parcels
+    count = _split_stored(values, count, {} if stored is None else stored)
     if count == 0:
         return []
     names = _names(values, count, by_name)
@@ -105,19 +110,18 @@ def _meant_for(values: dict[str, str], pid: int) -> bool:
     return "LISTEN_FDS" in values
 
 
-def _split_stored(values: dict[str, str], count: int) -> tuple[int, list[int]]:
-    """Return how many of the descriptors are sockets, and which are parcels; drop their names.
+def _split_stored(values: dict[str, str], count: int, stored: dict[str, list[int]]) -> int:
+    """Return how many of the descriptors are sockets, drop the other names, and add what is ours.
 
     Stored descriptors come last. Their names tell ours apart, and those that systemd calls "stored"
     because who stored them did not name them. Of others, what is no socket is skipped, too.
     """
     names = values.get("LISTEN_FDNAMES", "").split(":")
-    parcels = []
     while 0 < count <= _FDS_MAX and names:
         fd = _FDS_START + count - 1
-        if names[-1] == PARCEL_NAME:
-            parcels.append(fd)
-        elif not _is_file(names[-1], fd) and (names[-1] != _STORED or _is_useful(fd)):
+        if names[-1] in (PARCEL_NAME, PAGES_NAME):
+            stored.setdefault(names[-1], []).append(fd)
+        elif not _is_file(names[-1], fd) and (not _may_be_stored(names[-1]) or _is_useful(fd)):
             break
         else:
             log.warning(f"Ignoring the stored file descriptor {fd}, which is no socket to serve.")
@@ -125,7 +129,7 @@ def _split_stored(values: dict[str, str], count: int) -> tuple[int, list[int]]:
         count -= 1
     if "LISTEN_FDNAMES" in values:
         values["LISTEN_FDNAMES"] = ":".join(names)
-    return count, parcels
+    return count
 
 
 def _is_file(name: str, fd: int) -> bool:
@@ -137,6 +141,11 @@ def _is_file(name: str, fd: int) -> bool:
         return bool(name) and posix.fstat(fd).st_mode & 0o170000 in (0o100000, 0)
     except OSError:
         return False
+
+
+def _may_be_stored(name: str) -> bool:
+    """Tell whether it is the name of what no socket unit passes; but units have such names, too."""
+    return name == _STORED or name.startswith(_OF_A_VERSION)
 
 
 def _is_useful(fd: int) -> bool:

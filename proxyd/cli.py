@@ -8,7 +8,13 @@ import posix
 import sys
 
 from proxyd import log, os_text
-from proxyd.activation import inherited, on_standard_fds, reject_mixture
+from proxyd.activation import (
+    PAGES_NAME,
+    PARCEL_NAME,
+    inherited,
+    on_standard_fds,
+    reject_mixture,
+)
 from proxyd.command_line import parse_args
 from proxyd.errors import UsageError, reason
 from proxyd.listen import Listener, close_listener, list_names, match_targets
@@ -18,10 +24,13 @@ from proxyd.target import looks_like_a_port
 
 TYPE_CHECKING = False  # as in typing, which is slow to import
 if TYPE_CHECKING:
-    from typing import NoReturn
+    from typing import NoReturn, TypeVar
 
     from proxyd.bind import ListenAddress
     from proxyd.continuity.parcel import Parcel
+    from proxyd.continuity.root import Root
+
+    Left = TypeVar("Left", Parcel, Root)
 
 _USAGE = """\
 systemd-socket-proxyd [OPTIONS...] HOST:PORT
@@ -102,9 +111,10 @@ def _run(argv: list[str], environ: dict[str, str]) -> int:
     by_name = any(name is not None for name, _ in options.targets)
     passed = {name: environ.get(name, "") for name in ("LISTEN_FDS", "LISTEN_PID")}
     log_addresses(wanted=options.log_addresses)
-    stored: list[int] = []
+    stored: dict[str, list[int]] = {}
     listeners = inherited(environ, posix.getpid(), by_name=by_name, stored=stored)
-    parcel = _take_parcel(environ, stored)
+    parcel = _take_parcel(environ, stored.get(PARCEL_NAME, []))
+    root = _find_root(environ, stored.get(PAGES_NAME, []))
     entrance: Listener | None = None
     try:
         if options.inspect is not None and options.inspect.startswith("fd:"):
@@ -119,8 +129,11 @@ def _run(argv: list[str], environ: dict[str, str]) -> int:
         entrance = _open_entrance(options, listeners, entrance, environ)
         from proxyd import server  # late: importing it takes longest
 
-        return server.run(options, listeners, environ, entrance, parcel, stored=bool(stored))
+        useless = [name for name in stored if name != PAGES_NAME or root is None]
+        return server.run(options, listeners, environ, entrance, parcel, root, stored=useless)
     finally:
+        if root is not None:
+            root.close()
         if parcel is not None:
             parcel.close()
         for listener in [*listeners, *([entrance] if entrance is not None else [])]:
@@ -136,13 +149,29 @@ def _take_parcel(environ: dict[str, str], stored: list[int]) -> "Parcel | None":
     from proxyd.continuity.parcel import receive_or_warn
 
     found = inherited_parcel(where, posix.getpid()) if where is not None else None
-    for fd in stored:
-        received = receive_or_warn(fd)
-        if found is None:
-            found = received
-        elif received is not None:
-            received.close()
-    return found
+    return _first(found, [receive_or_warn(fd) for fd in stored])
+
+
+def _find_root(environ: dict[str, str], stored: list[int]) -> "Root | None":
+    """Find what there is in case that the last process was killed; at a reload this one has it."""
+    where = environ.pop("PROXYD_PAGES", None)
+    if where is None and not stored:
+        return None
+    from proxyd.continuity.root import inherited as inherited_root
+    from proxyd.continuity.root import stored as stored_root
+
+    found = inherited_root(where, posix.getpid()) if where is not None else None
+    return _first(found, [stored_root(fd) for fd in stored])
+
+
+def _first(one: "Left | None", others: "list[Left | None]") -> "Left | None":
+    """Return the first that there is, and close the others."""
+    for other in others:
+        if one is None:
+            one = other
+        elif other is not None:
+            other.close()
+    return one
 
 
 def _print(text: str) -> int:

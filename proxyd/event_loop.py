@@ -16,6 +16,8 @@ if TYPE_CHECKING:
         DatagramsChanged,
         Ended,
         Event,
+        NotKept,
+        Old,
         Refused,
         SnapshotRows,
         Terminated,
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
         | ConnectFailed
         | DatagramsChanged
         | WorkersWanted
+        | Old
+        | NotKept
         | InspectionEvent
     )
 

@@ -29,6 +29,7 @@ class Options:
         "connect_timeout",
         "connections_max",
         "connections_max_per_source",
+        "crash_recovery",
         "drain_timeout",
         "exit_idle_time",
         "idle_timeout",
@@ -53,6 +54,8 @@ class Options:
         self.connections_max = 256
         self.connections_max_per_source = 0
         """0: no limit."""
+        self.crash_recovery = "tcp"
+        """Which connections outlive a kill, if there is a store: "tcp", "all" or "no"."""
         self.drain_timeout: int | None = 0
         self.exit_idle_time: int | None = None
         self.idle_timeout: int | None = None
@@ -202,6 +205,12 @@ def _set_hand_over(options: Options, text: str) -> None:
     options.always_hand_over = text == "always"
 
 
+def _set_crash_recovery(options: Options, text: str) -> None:
+    if text not in ("tcp", "all", "no"):
+        raise ValueError(text)
+    options.crash_recovery = text
+
+
 def _set_buffer_size(options: Options, text: str) -> None:
     if text == "auto":
         options.buffer_size = 0
@@ -312,6 +321,13 @@ OPTIONS: tuple[Option, ...] = (
         "SPAN",
     ),
     Option(
+        "crash-recovery",
+        "With a descriptor store, go on after a crash with\n"
+        "connections over TCP, with all, or with none (tcp)",
+        _set_crash_recovery,
+        "tcp|all|no",
+    ),
+    Option(
         "listen",
         "Listen here as well: PORT, HOST:PORT, [V6]:PORT,\n"
         "/PATH, @NAME or vsock:CID:PORT; for datagrams\n"
@@ -360,6 +376,7 @@ OPTIONS: tuple[Option, ...] = (
 _ALLOWED = {
     "BYTES": "a number of bytes from 4096 to 2047M, with K or M for KiB or MiB, or auto",
     "N": "a number from 1 to 1024, or auto",  # --connections-max= has a message of its own
+    "crash-recovery": "tcp, all or no",
     "connections-max-per-source": "a number of connections from 1 to 2147483647",
     "inspect": "an absolute path, fd:NAME for an inherited socket, or no",
     "SPAN": "a time span, such as 90, 5min 20s or infinity",

@@ -14,6 +14,8 @@ from proxyd._relay import (
     ConnectFailed,
     DatagramsChanged,
     Ended,
+    NotKept,
+    Old,
     Refused,
     WorkersWanted,
     signal_fd,
@@ -30,10 +32,11 @@ from proxyd.succession import Succession
 
 TYPE_CHECKING = False  # as in typing, which is slow to import
 if TYPE_CHECKING:
-    from collections.abc import MutableMapping
+    from collections.abc import MutableMapping, Sequence
 
     from proxyd.continuity.parcel import Parcel
     from proxyd.continuity.parts import Parts
+    from proxyd.continuity.root import Root
     from proxyd.datagrams import DatagramPolicy
     from proxyd.event_loop import PolicyEvent
     from proxyd.inspection.entrance import Entrance
@@ -46,23 +49,24 @@ STATUS_AGES_MS = 60_000
 """How long STATUS= says when the last client was refused or has failed."""
 
 
-def run(  # noqa: PLR0913 - all that the program has at its start
+def run(  # noqa: PLR0913, PLR0917 - all that the program has at its start
     options: "Options",
     listeners: list[Listener],
     environ: "MutableMapping[str, str]",
     entrance: Listener | None = None,
     parcel: "Parcel | None" = None,
+    root: "Root | None" = None,
     *,
-    stored: bool = False,
+    stored: "Sequence[str]" = (),
 ) -> int:
     """Serve until the end; return the exit status. The listeners stay the caller's.
 
-    `entrance`: the inspection socket. `parcel`: the connections of the last process; `stored`: it
-    was in the store of the service manager.
+    `entrance`: the inspection socket. `parcel`: the connections of the last process; `root`: these
+    connections, if it was killed. `stored`: names in the store of what is of no use any more.
     """
     server = Server(options, listeners, environ, entrance)
     try:
-        server.succession.take(parcel, stored=stored)
+        server.succession.take(parcel, root, stored=stored)
         return server.serve()
     finally:
         server.relay.close_all()  # after an error, too: a client that is cut must not see a FIN
@@ -129,6 +133,9 @@ class Server:
         self.notifier = Notifier(NotifySocket(environ), self._status, self.relay)
         self.inspection = self._make_inspection(entrance) if entrance is not None else None
         self.succession = Succession(self.notifier, lambda: self._parts(routes.targets, entrance))
+        recovers = self.notifier.has_store and options.crash_recovery != "no"
+        self.relay.report_old = recovers and not single
+        self.relay.keeps_unix = options.crash_recovery == "all"
         self.relay.wake_on_first = self.notifier.enabled or (
             self.datagrams is not None and self.datagrams.needs_first_flow()
         )
@@ -227,12 +234,12 @@ class Server:
                 self.inspection.handle(event)
         elif isinstance(event, WorkersWanted):
             self._start_threads()
+        elif isinstance(event, Old | NotKept):
+            self.succession.handle(event)
         elif isinstance(event, Accepted | AcceptFailed | Refused):
             self.acceptor.handle(event)
-        elif isinstance(event, DatagramsChanged):
-            pass  # _tick() is what it calls for
-        elif self.inspection is not None:
-            self.inspection.handle(event)
+        elif self.inspection is not None and not isinstance(event, DatagramsChanged):
+            self.inspection.handle(event)  # the other one calls for _tick(), and no more
 
     def _log_end(self, event: Ended) -> None:
         log.debug(stats.ending(self.loop.pop_label(event.connection), event))
@@ -292,7 +299,8 @@ class Server:
         if self.succession.waits_for_store:
             return False
         if self.stopping:
-            return not self._busy() or (self.stop_ms is not None and now_ms >= self.stop_ms)
+            over = not self._busy() or (self.stop_ms is not None and now_ms >= self.stop_ms)
+            return over and self.succession.may_leave(busy=self._busy())
         if self.acceptor.broken and not self._busy():
             return True
         end_ms = self._idle_exit_ms()

@@ -190,7 +190,7 @@ end
 # Prints the operands before the cursor, and "listen NAME=" for the names that --listen= has given.
 function __fish_systemd_socket_proxyd_said
     set -l with_value -c --connections-max --connections-max-per-source --exit-idle-time \
-        --proxy-protocol --accept-proxy-protocol --source --connect-timeout --settle-time --idle-timeout --drain-timeout --listen --threads --hand-over --buffer-size \
+        --proxy-protocol --accept-proxy-protocol --source --connect-timeout --settle-time --idle-timeout --drain-timeout --crash-recovery --listen --threads --hand-over --buffer-size \
         --inspect --log-addresses
     set -l option
     set -l ended
@@ -268,6 +268,8 @@ complete -c systemd-socket-proxyd -l idle-timeout -x -k -a "$spans[2..]" \
     -d 'Close a connection over which nothing has moved for this long'
 complete -c systemd-socket-proxyd -l drain-timeout -x -k -a "$spans" \
     -d 'Let open connections finish this long on SIGTERM'
+complete -c systemd-socket-proxyd -l crash-recovery -x -k -a 'tcp all no' \
+    -d 'Connections that outlive a crash'
 complete -c systemd-socket-proxyd -l listen -x -a '(__fish_systemd_socket_proxyd_listen)' \
     -d 'Listen here as well'
 complete -c systemd-socket-proxyd -l threads -x -k -a 'auto 1 2 4' -d 'Number of relay threads'

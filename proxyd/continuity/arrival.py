@@ -28,11 +28,43 @@ _INDEXES_MAX = 1 << 16
 """More listeners or targets than there can be."""
 
 
-def take(parts: "Parts", parcel: "Parcel") -> None:
+def take(
+    parts: "Parts", parcel: "Parcel", before_thaw: "Callable[[], object]" = lambda: None
+) -> None:
     """Go on with the connections and held clients of a parcel, which is closed.
 
-    What cannot go on is reset, with one line. Clients are accepted only afterwards.
+    What cannot go on is reset, with one line. Clients are accepted only afterwards. `before_thaw`
+    is called while all that goes on still rests.
     """
+    connections, waiting, dropped = _take_all(parts, parcel)
+    before_thaw()
+    parts.loop.relay.thaw()
+    parts.acceptor.taken_over = connections + waiting
+    if connections or waiting:
+        log.info(f"Going on with {connections} open and {waiting} waiting connections.")
+    _log_dropped(dropped)
+
+
+def take_recovered(
+    parts: "Parts", parcel: "Parcel", dropped: int, before_thaw: "Callable[[], object]"
+) -> None:
+    """Likewise, after the last process was killed; `dropped`: connections reset by now."""
+    connections, _, more = _take_all(parts, parcel)
+    before_thaw()
+    parts.loop.relay.thaw()
+    parts.acceptor.taken_over = connections
+    if connections:
+        log.info(f"Going on with {connections} open connections: the last process was killed.")
+    _log_dropped(dropped + more)
+
+
+def _log_dropped(count: int) -> None:
+    if count:
+        log.warning(f"Had to reset {count} connections of the last process.")
+
+
+def _take_all(parts: "Parts", parcel: "Parcel") -> tuple[int, int, int]:
+    """Return (connections that rest, clients that wait, how many of both were reset)."""
     try:
         connections, failed = _take_connections(parts, parcel)
         waiting, dropped = _take_waiting(parts, parcel)
@@ -42,12 +74,7 @@ def take(parts: "Parts", parcel: "Parcel") -> None:
         waiting = sum(len(one.held) for one in parts.upstreams) + parts.acceptor.awaiting_header
     finally:
         parcel.close()
-    parts.loop.relay.thaw()
-    parts.acceptor.taken_over = connections + waiting
-    if connections or waiting:
-        log.info(f"Going on with {connections} open and {waiting} waiting connections.")
-    if failed or dropped:
-        log.warning(f"Had to reset {failed + dropped} connections of the last process.")
+    return connections, waiting, failed + dropped
 
 
 def _take_connections(parts: "Parts", parcel: "Parcel") -> tuple[int, int]:

@@ -32,8 +32,7 @@ def pack(parts: "Parts", sender: "_socket.socket") -> str:
     senders = [_sender(one) for one in parts.acceptor.header_reader or ()]
     blocks = [
         *[_listener(parts, one) for one in parts.acceptor.listeners],
-        *[Block("target", {"index": one.index, "text": one.text}) for one in parts.targets],
-        Block("target", {"index": len(parts.targets)}),  # see arrival.former_index()
+        *_targets(parts),
         *[Block("label", {"id": id_, "text": text}) for id_, text in parts.loop.labels()],
         *held,
         *senders,
@@ -64,21 +63,36 @@ def resume(parts: "Parts") -> None:
     parts.acceptor.resume_soon()
 
 
+def places(parts: "Parts") -> list[Block]:
+    """Describe where connections come from and lead to, without any descriptor."""
+    listeners = [Block("listener", _values(one)) for one in parts.acceptor.listeners]
+    return [*listeners, *_targets(parts)]
+
+
+def _targets(parts: "Parts") -> list[Block]:
+    targets = [Block("target", {"index": one.index, "text": one.text}) for one in parts.targets]
+    return [*targets, Block("target", {"index": len(parts.targets)})]  # see arrival.former_index()
+
+
 def _listener(parts: "Parts", listener: "Listener") -> Block:
     """Describe a listener. One of --listen= goes along: clients may wait in its backlog."""
     place = listener.index - (len(parts.acceptor.listeners) - len(parts.options.listen))
     own = place >= 0 and listener.fd >= 0
-    values: dict[str, Value] = {
-        "index": listener.index,
-        "name": listener.name,
-        "address": listener.address,
-        "datagram": listener.datagram,
-    }
+    values = _values(listener)
     if own:
         values["wanted"] = parts.options.listen[place].text
         if listener.inode is not None:
             values["device"], values["inode"] = listener.inode
     return Block("listener", values, [listener.fd] if own else [])
+
+
+def _values(listener: "Listener") -> "dict[str, Value]":
+    return {
+        "index": listener.index,
+        "name": listener.name,
+        "address": listener.address,
+        "datagram": listener.datagram,
+    }
 
 
 def _held_client(client: "HeldClient", target: int) -> Block:

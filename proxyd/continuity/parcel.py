@@ -12,18 +12,19 @@ descriptor, however many connections there are.
 """
 
 import _socket
-import errno
 import fcntl
 import posix
-import sys
 
 from proxyd import log
 from proxyd._relay import raise_fd_limit
 from proxyd.continuity import blocks as text_blocks
+from proxyd.continuity import fd_queue
 from proxyd.continuity.blocks import Block
 
 TYPE_CHECKING = False  # as in typing, which is slow to import
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from proxyd._relay import Relay
 
 NAME = "proxyd-parcel"
@@ -36,17 +37,8 @@ _HEAD_SIZE = 40
 
 _TEXT_MAX = 1 << 30
 
-_FDS_MAX = 253
-"""Descriptors of one message (SCM_MAX_FD)."""
-
 _DATA_MAX = 16
 """Bytes of one message."""
-
-_OTHERS = 64
-"""Descriptors that are open besides those of a parcel."""
-
-_QUEUE_BYTES = 1 << 23
-"""The send buffer that is asked for; each message takes about 800 bytes of it."""
 
 _SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 
@@ -58,28 +50,26 @@ class ParcelError(Exception):
 # ── sending ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def pair() -> tuple[_socket.socket, _socket.socket]:
-    """Return (sending end, receiving end) of a queue. Raises OSError."""
-    return _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
-
-
 def send(sender: _socket.socket, blocks: list[Block], relay: "Relay") -> None:
     """Send everything. The relay has been frozen.
 
     All descriptors stay the caller's. Raises OSError.
     """
-    file = _make_file(blocks)
+    file = make_file(blocks)
     try:
         connections = relay.export(file, posix.fstat(file).st_size)
-        fcntl.fcntl(file, fcntl.F_ADD_SEALS, _SEALS)
+        seal(file)
         own = [fd for block in blocks for fd in block.fds]
-        _send_fds(sender, [file, *own, *connections])
+        fd_queue.send(sender, _messages([file, *own, *connections]))
     finally:
         posix.close(file)
 
 
-def _make_file(blocks: list[Block]) -> int:
-    """Return the fd of a new file with the text of `blocks`. Raises OSError."""
+def make_file(blocks: list[Block]) -> int:
+    """Return the fd of a new file with the text of `blocks`; what export() writes is to follow.
+
+    Raises OSError.
+    """
     text = text_blocks.write(blocks)
     head = f"{NAME} {_VERSION} {_HEAD_SIZE + len(text)}".ljust(_HEAD_SIZE - 1) + "\n"
     file = posix.memfd_create(NAME, posix.MFD_CLOEXEC | posix.MFD_ALLOW_SEALING)
@@ -93,35 +83,15 @@ def _make_file(blocks: list[Block]) -> int:
     return file
 
 
-def _send_fds(sender: _socket.socket, fds: list[int]) -> None:
-    import resource
-
-    # The kernel compares the descriptors in flight of this user with the soft limit (ETOOMANYREFS).
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    _set_limit((limits[1], limits[1]))
-    try:
-        _send_parts(sender, fds)
-    finally:
-        _set_limit(limits)
+def seal(file: int) -> None:
+    """Nothing in it can be changed any more. Raises OSError."""
+    fcntl.fcntl(file, fcntl.F_ADD_SEALS, _SEALS)
 
 
-def _set_limit(limits: tuple[int, int]) -> None:
-    import resource
-
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-    except (OSError, ValueError):
-        pass  # a security module forbids it: as a rule the limit is high enough as it is
-
-
-def _send_parts(sender: _socket.socket, fds: list[int]) -> None:
-    sender.setsockopt(_socket.SOL_SOCKET, _socket.SO_SNDBUF, _QUEUE_BYTES)
-    for start in range(0, len(fds), _FDS_MAX):
-        part = fds[start : start + _FDS_MAX]
-        packed = b"".join([fd.to_bytes(4, sys.byteorder) for fd in part])
-        data = f"{len(part)} {len(fds)}".encode()
-        rights = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, packed)]
-        sender.sendmsg([data], rights, _socket.MSG_DONTWAIT | _socket.MSG_NOSIGNAL)
+def _messages(fds: list[int]) -> "Iterator[tuple[bytes, list[int]]]":
+    for start in range(0, len(fds), fd_queue.FDS_MAX):
+        part = fds[start : start + fd_queue.FDS_MAX]
+        yield f"{len(part)} {len(fds)}".encode(), part
 
 
 # ── receiving ─────────────────────────────────────────────────────────────────────────────────────
@@ -232,31 +202,23 @@ def receive(fd: int) -> Parcel | None:
 
 
 def _check_queue(receiver: _socket.socket) -> None:
-    if receiver.type != _socket.SOCK_SEQPACKET or receiver.family != _socket.AF_UNIX:
+    if not fd_queue.is_queue(receiver):
         raise ParcelError("it is no queue")
 
 
 def _receive_some(receiver: _socket.socket, fds: list[int]) -> bool:
     """Append the descriptors of one message; return False at the end of the queue."""
-    size = _socket.CMSG_SPACE(4 * _FDS_MAX)
-    flags = _socket.MSG_DONTWAIT | _socket.MSG_CMSG_CLOEXEC
     try:
         if not fds:
             _make_room(receiver)
-        data, ancillary, _, _ = receiver.recvmsg(_DATA_MAX, size, flags)
-    except OSError as error:
-        if error.errno == errno.EAGAIN:
-            raise ParcelError("its sender has not finished it") from None
-        raise
+        data, got = fd_queue.receive(receiver, _DATA_MAX)
+    except BlockingIOError:
+        raise ParcelError("its sender has not finished it") from None
     if not data:
         return False
-    count, _ = _numbers(data)
-    got: list[int] = []
-    for level, kind, packed in ancillary:
-        if level == _socket.SOL_SOCKET and kind == _socket.SCM_RIGHTS:
-            got += memoryview(packed[: len(packed) // 4 * 4]).cast("i").tolist()
     fds += got
-    if not len(got) <= count <= _FDS_MAX:
+    count, _ = _numbers(data)
+    if not len(got) <= count <= fd_queue.FDS_MAX:
         raise ParcelError("descriptors are missing")
     fds += [-1] * (count - len(got))
     return True
@@ -266,7 +228,7 @@ def _make_room(receiver: _socket.socket) -> None:
     """Raise the limit of descriptors to what the first message says."""
     data = receiver.recv(_DATA_MAX, _socket.MSG_DONTWAIT | _socket.MSG_PEEK)
     if data:
-        raise_fd_limit(_numbers(data)[1] + _OTHERS)
+        raise_fd_limit(_numbers(data)[1] + fd_queue.OTHERS)
 
 
 def _numbers(data: bytes) -> tuple[int, int]:

@@ -13,16 +13,22 @@ import sys
 
 from proxyd import log
 from proxyd._relay import take_signals
-from proxyd.continuity import departure, parcel
+from proxyd.continuity import departure, fd_queue
 from proxyd.errors import reason
 
 TYPE_CHECKING = False  # as in typing, which is slow to import
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from proxyd.acceptor import Acceptor
+    from proxyd.continuity.keep import Keeper
     from proxyd.continuity.parts import Parts
 
-VARIABLE = "PROXYD_PARCEL"
+PARCEL_VARIABLE = "PROXYD_PARCEL"
 """Tells the new program which descriptor is the parcel, and whose: FD:PID."""
+
+PAGES_VARIABLE = "PROXYD_PAGES"
+"""Likewise, the receiving end of root, if there is one (root.py)."""
 
 _SIGNALS = (
     _signal.SIGHUP,
@@ -57,10 +63,14 @@ def is_possible(acceptor: "Acceptor") -> bool:
 class Reload:
     """One SIGHUP: first the trial, then the new program. Ends with `done` if it has failed."""
 
-    __slots__ = ("_parts", "_pid", "_pidfd", "_status", "done", "until_ms")
+    __slots__ = ("_keeper", "_parts", "_pid", "_pidfd", "_status", "done", "until_ms")
 
-    def __init__(self, parts: "Parts") -> None:
+    def __init__(
+        self, parts: "Parts", keeper: "Callable[[], Keeper | None]" = lambda: None
+    ) -> None:
+        """`keeper`: what keeps connections by then in case of a kill."""
         self._parts = parts
+        self._keeper = keeper
         self.done = False
         self.until_ms = parts.loop.relay.now_ms + _TRIAL_MS
         """When the trial counts as failed."""
@@ -82,9 +92,11 @@ class Reload:
 
         Not sooner, for the rest of the batch may have clients that were accepted just now.
         """
+        late = now_ms >= self.until_ms
         if self._status is not None:
-            self._go_on(self._status)
-        elif not self.done and now_ms >= self.until_ms:
+            if late or self._status != 0 or self._is_settled():
+                self._go_on(self._status)
+        elif not self.done and late:
             self._reap(kill=True)
             self._fail("does not start within 10 s")
 
@@ -94,6 +106,11 @@ class Reload:
 
     def _tried(self) -> None:
         self._status = self._reap(kill=False)
+
+    def _is_settled(self) -> bool:
+        """Tell whether the service manager knows all that it has to: the new program does not."""
+        keeper = self._keeper()
+        return not self._parts.notifier.removes and not (keeper is not None and keeper.waits)
 
     def _go_on(self, status: int) -> None:
         if status != 0:
@@ -127,9 +144,13 @@ class Reload:
     def _execute(self) -> None:
         """Become the new program. Raises OSError."""
         parts = self._parts
-        sender, receiver = parcel.pair()
+        sender, receiver = fd_queue.pair()
         inherited = _inherited(parts)
-        fds = [receiver.fileno(), *[fd for fd, _ in inherited]]
+        left = {PARCEL_VARIABLE: receiver.fileno()}
+        keeper = self._keeper()
+        if keeper is not None:
+            left[PAGES_VARIABLE] = keeper.bequeath()
+        fds = [fd for fd in [*left.values(), *[fd for fd, _ in inherited]] if fd >= 0]
         # They would end the new program before it is ready for them; it unblocks them.
         blocked = _signal.pthread_sigmask(_signal.SIG_BLOCK, _SIGNALS)
         for number in take_signals():  # come meanwhile: they wait, and are for the new program, too
@@ -144,7 +165,7 @@ class Reload:
             for fd in fds:
                 posix.set_inheritable(fd, True)
             command = [sys.executable, *sys.orig_argv[1:]]
-            posix.execve(sys.executable, command, _environ(receiver.fileno(), inherited))
+            posix.execve(sys.executable, command, _environ(left, inherited))
         finally:  # it has failed
             for fd in fds:
                 posix.set_inheritable(fd, False)
@@ -192,12 +213,20 @@ def _explain(status: int) -> str:
     return f"it was ended by signal {-code}" if code < 0 else f"its exit status is {code}"
 
 
-def _environ(parcel_fd: int, inherited: list[tuple[int, str]]) -> dict[bytes, bytes]:
-    """Return the environment for the new program, with the listeners of this one."""
+def _environ(left: dict[str, int], inherited: list[tuple[int, str]]) -> dict[bytes, bytes]:
+    """Return the environment for the new program, with the listeners of this one.
+
+    `left`: what else it is told of, by the name of the variable.
+    """
+    ours = PARCEL_VARIABLE.encode(), PAGES_VARIABLE.encode()  # perhaps of an earlier reload
     environ = {
-        name: value for name, value in posix.environ.items() if not name.startswith(b"LISTEN_")
+        name: value
+        for name, value in posix.environ.items()
+        if not name.startswith(b"LISTEN_") and name not in ours
     }
-    environ[VARIABLE.encode()] = b"%d:%d" % (parcel_fd, posix.getpid())
+    for variable, fd in left.items():
+        if fd >= 0:
+            environ[variable.encode()] = b"%d:%d" % (fd, posix.getpid())
     if inherited:
         environ[b"LISTEN_PID"] = str(posix.getpid()).encode()
         environ[b"LISTEN_FDS"] = str(len(inherited)).encode()
