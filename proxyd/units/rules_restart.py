@@ -1,8 +1,9 @@
-"""Rules: what becomes of connections at a restart, a reload and a stop of the proxy."""
+"""Rules: what becomes of connections at a restart, a reload, a stop and a crash of the proxy."""
 
 import signal
 from collections.abc import Iterator
 
+from proxyd.units import facts
 from proxyd.units.rule import Finding, Rule
 from proxyd.units.sets import Set
 from proxyd.units.unit import Unit
@@ -35,6 +36,18 @@ def _preserved(rule: Rule, found: Set) -> Iterator[Finding]:
             proxy.where(("Service", "FileDescriptorStorePreserve")),
             "after a stop of the proxy, clients and targets wait in open connections that nobody "
             "serves",
+        )
+
+
+def _crash_resets(rule: Rule, found: Set) -> Iterator[Finding]:
+    proxy = found.proxy
+    options = found.command.options
+    if options is not None and options.crash_recovery == "no":
+        return
+    if _is_ours(found) and has_store(proxy) and not facts.restarts(proxy):
+        yield rule.found(
+            proxy.where(("Service", "Restart"), ("Service", "FileDescriptorStoreMax")),
+            "when the proxy crashes, all its connections are reset, though they are stored",
         )
 
 
@@ -105,13 +118,24 @@ RULES = (
         _preserved,
     ),
     Rule(
+        "crash-resets",
+        "warning",
+        "Restart=on-failure and RestartSec=1s in the proxy's service",
+        "With FileDescriptorStoreMax= the connections of a proxy outlive it when it is killed, as "
+        "for want of memory. But the service manager drops them unless it starts the proxy again "
+        "by itself, which takes Restart=. A client that comes later starts it too late.\n"
+        "Seen as: clients are reset after a crash.",
+        _crash_resets,
+    ),
+    Rule(
         "wrong-signal",
         "error",
         "no KillSignal= and no ReloadSignal=; SIGUSR2 in RestartKillSignal=",
         "The proxy ends on SIGTERM, SIGINT and SIGUSR2: it leaves its connections to the next "
         "process, or resets them. On SIGHUP it reloads, on SIGUSR1 it logs counters, and goes on: "
         "a stop waits for TimeoutStopSec=, and then kills it. Any other signal kills it at once. "
-        "What it had is lost then, also if there is a store.\n"
+        "Then connections younger than a second and clients that wait are lost, also if there is "
+        "a store.\n"
         "Seen as: a stop that takes TimeoutStopSec=; connections that a restart cuts.",
         _wrong_signal,
     ),
