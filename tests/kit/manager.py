@@ -22,6 +22,7 @@ class Manager(NotifySocket):
         """(name, fd) of each descriptor, the newest first, as they are passed on."""
         self.polled = set()
         self.barriers = []
+        self._settled = 0
         super().__init__()
 
     def receive_one(self):
@@ -55,6 +56,19 @@ class Manager(NotifySocket):
         for fd in fds:
             os.close(fd)
 
+    def settle(self):
+        """Wait until all has been obeyed that was sent before."""
+        self._settled += 1
+        line = f"SETTLED={self._settled}"
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+            sender.connect(self._socket.getsockname())
+            sender.send(line.encode())
+        self.wait_for(line)
+
+    def has(self, name):
+        """Whether anything is stored under this name."""
+        return any(one == name for one, _ in list(self.stored))
+
     def drop_hung_up(self):
         """Drop what reports HUP or ERR, unless it was stored with FDPOLL=0."""
         for each in list(self.stored):
@@ -86,7 +100,7 @@ def restart(stage, manager, *arguments, **options):
     manager.drop_hung_up()
     assert len(manager.stored) == 1
     start(stage, manager, *arguments, **options)
-    wait_until(lambda: not manager.stored, "FDSTOREREMOVE=1")
+    wait_until(lambda: not manager.has("proxyd-parcel"), "FDSTOREREMOVE=1")
 
 
 def stop(stage, number=signal.SIGTERM):
@@ -95,11 +109,12 @@ def stop(stage, number=signal.SIGTERM):
     assert stage.proxy.wait() == 0, stage.proxy.log()
 
 
-def start(stage, manager, *arguments, **options):
-    """Start the program with what is stored."""
+def start(stage, manager, *arguments, listener_names=None, **options):
+    """Start the program with what is stored; its listeners are all called "web" by default."""
     listeners = stage.proxy.listeners if stage.proxies else [stage.listener()]
     listeners = [one for one in listeners if isinstance(one, socket.socket)]
-    names = ":".join(["web"] * len(listeners) + [name for name, _ in manager.stored])
+    own = listener_names or ["web"] * len(listeners)
+    names = ":".join([*own, *[name for name, _ in manager.stored]])
     stored = [fd for _, fd in manager.stored]
     manager.clear()
     options = {"names": names, "notify": manager} | options

@@ -1,5 +1,7 @@
 """Command prefixes that need privileges or drop them. Where they cannot work, the test skips."""
 
+import ctypes
+import mmap
 import os
 import subprocess
 
@@ -10,6 +12,29 @@ UNUSED_UID = 61200 + os.getpid() % 1000
 
 WITH_PARENT = ["setpriv", "--pdeathsig", "KILL"]
 """A prefix that has the program killed when its parent ends in any way."""
+
+
+def may_lock_memory():
+    """Whether mlock(2) is allowed: package builds in systemd-nspawn filter it away."""
+    with mmap.mmap(-1, mmap.PAGESIZE) as page:
+        place = ctypes.c_char.from_buffer(page)
+        allowed = ctypes.CDLL(None).mlock(ctypes.byref(place), 1) == 0
+        del place
+    return allowed
+
+
+locks_memory = pytest.mark.skipif(
+    not may_lock_memory(), reason="SKIPPED LOUDLY: no memory can be locked, so UNIX is not kept"
+)
+"""For tests that need connections with a UNIX socket to be kept for the next process."""
+
+
+def skip_unix_unless_kept(items):
+    """Apply locks_memory to all of these tests that have a UNIX socket among their parameters."""
+    for item in items:
+        values = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        if any("unix" in str(value) or "abstract" in str(value) for value in values):
+            item.add_marker(locks_memory)
 
 
 def need_root(what):

@@ -23,6 +23,9 @@ exec "$@"
 """
 """LISTEN_PID must be the pid of the program, which only the child process knows."""
 
+SEQPACKET = b"0005"
+"""The type of a socket in /proc/net/unix."""
+
 SIGNS_OF_A_CRASH = ("Traceback (most recent call last)", "Sanitizer", "runtime error:")
 
 
@@ -243,8 +246,15 @@ class Proxy:
         return found
 
     def socket_count(self):
-        """The number of its fds that are sockets."""
-        return sum(link.startswith("socket:") for link in self.fds().values())
+        """The number of its fds that are sockets, without those with which it keeps others."""
+        sockets = [link for link in self.fds().values() if link.startswith("socket:")]
+        return len(sockets) - len(self._queues().intersection(sockets))
+
+    def _queues(self):
+        """Its SEQPACKET sockets, as fds() names them: in their queues it keeps its connections."""
+        with open(f"/proc/{self.worker}/net/unix", "rb") as table:
+            words = [line.split() for line in table]  # of other tests, names of any bytes
+        return {f"socket:[{word[6].decode()}]" for word in words if word[4:5] == [SEQPACKET]}
 
     def fd_flags(self, fd):
         """The open(2) flags of one of its fds, O_CLOEXEC included."""

@@ -62,3 +62,13 @@ def kernel_refuses():
 def thread_ids():
     """The ids of the threads of this process; /proc may show a joined one for a moment longer."""
     return set(os.listdir("/proc/self/task"))
+
+
+def waits_in_close(thread):
+    """Whether the kernel has it wait elsewhere than in epoll_wait(2)."""
+    try:
+        with open(f"/proc/self/task/{thread}/wchan") as wchan:
+            place = wchan.read()
+    except OSError:
+        return False
+    return place not in ("0", "") and "epoll" not in place and "ep_poll" not in place

@@ -13,7 +13,7 @@ import tempfile
 import pytest
 from kit.child import in_child
 from kit.rig import PATIENCE_S, Rigs
-from kit.rights import kernel_refuses, send_slow, thread_ids
+from kit.rights import kernel_refuses, send_slow, thread_ids, waits_in_close
 from kit.socket_state import write_error
 from kit.sockets import reset
 from kit.stepped import Incoming, Outgoing, half_close, open_client
@@ -60,16 +60,6 @@ class Scene:
             return any(waits_in_close(thread) for thread in thread_ids() - before)
 
         self.rig.until(blocked, "a close that waits")
-
-
-def waits_in_close(thread):
-    """Whether the kernel has it wait elsewhere than in epoll_wait(2)."""
-    try:
-        with open(f"/proc/self/task/{thread}/wchan") as wchan:
-            place = wchan.read()
-    except OSError:
-        return False
-    return place not in ("0", "") and "epoll" not in place and "ep_poll" not in place
 
 
 def play(act, target="tcp4", workers=0, **options):

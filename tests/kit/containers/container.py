@@ -185,6 +185,7 @@ def start_nspawn(folder: Path, log: Path, groups: list[Path]) -> subprocess.Pope
         f"--machine=e2e-{os.getpid()}",
         f"--directory={folder}",
         "--private-network",
+        "--capability=CAP_IPC_LOCK",  # without it mlock(2) is filtered out, whatever the limit
         "--console=pipe",
         "--link-journal=no",
         "--resolv-conf=off",
