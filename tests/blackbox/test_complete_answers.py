@@ -8,6 +8,7 @@ from kit.differences import differs
 from kit.manager import restart, stop
 from kit.sockets import read_to_end
 from kit.traffic import in_background, payload
+from kit.waiting import wait_until
 
 pytestmark = differs("original", reason="it cuts its connections when it ends", run=False)
 
@@ -67,4 +68,4 @@ def test_a_restart_in_the_middle(stage, manager, how):
     assert read_slowly(client)
     sending.result()
     stop(stage)
-    assert not manager.stored
+    wait_until(lambda: not manager.stored, "FDSTOREREMOVE=1")

@@ -132,7 +132,7 @@ def test_a_restart_after_a_failed_one(stage, manager):
     greet(client)
     stage.proxy.leave_no_fd()
     stop(stage)
-    assert not manager.stored
+    wait_until(lambda: not manager.stored, "what was stored to be removed")
     start(stage, manager, echo)
     assert read_to_end(client) == (b"", "reset")
     client = stage.connect()

@@ -386,9 +386,9 @@ def parcel():
 
 def with_stored(environ):
     """(names of the listeners, the parcels)."""
-    stored = []
+    stored = {}
     listeners = activation.inherited(environ, os.getpid(), stored=stored)
-    return [one.name for one in listeners], stored
+    return [one.name for one in listeners], stored.get("proxyd-parcel", [])
 
 
 def test_a_parcel(passed):
@@ -435,10 +435,18 @@ def test_what_others_have_stored_by_a_name(passed, capfd, names):
     assert f"Ignoring the stored file descriptor {place}" in capfd.readouterr().err
 
 
-def test_a_listener_that_is_called_stored(passed):
+def test_what_another_version_has_stored(passed, capfd):
+    environ = passed(tcp(), parcel(), parcel())
+    environ["LISTEN_FDNAMES"] = "web:proxyd-parcel:proxyd-later"
+    assert with_stored(environ) == (["web"], [START + 1])
+    assert f"Ignoring the stored file descriptor {START + 2}" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["stored", "proxyd-web.socket"])
+def test_a_listener_that_is_called_like_something_stored(passed, name):
     environ = passed(tcp(), tcp())
-    environ["LISTEN_FDNAMES"] = "web:stored"
-    assert with_stored(environ) == (["web", "stored"], [])
+    environ["LISTEN_FDNAMES"] = f"web:{name}"
+    assert with_stored(environ) == (["web", name], [])
 
 
 @pytest.mark.parametrize("name", ["proxyd-parcel", "stored"])

@@ -124,7 +124,7 @@ def test_main_serves(served, tmp_path):
     assert cli.main([PROG, f"--listen={path}", "--listen=a=127.0.0.1:0", "host:*"]) == 1
     assert served == []
     assert cli.main([PROG, f"--listen={path}", "--listen=a=127.0.0.1:0", "/t"]) == 0
-    ((options, listeners, environ, entrance, _),) = served
+    ((options, listeners, environ, entrance, *_),) = served
     assert options.connections_max == 256
     assert entrance is None
     assert [(listener.name, listener.target.text) for listener in listeners] == [

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from kit.child import in_child
 
 from proxyd.continuity import blocks as text_blocks
-from proxyd.continuity import parcel
+from proxyd.continuity import fd_queue, parcel
 from proxyd.continuity.blocks import Block
 from proxyd.continuity.parcel import Parcel, ParcelError
 
@@ -43,7 +43,7 @@ def relay():
 
 @pytest.fixture
 def queue():
-    sender, receiver = parcel.pair()
+    sender, receiver = fd_queue.pair()
     yield sender, receiver
     sender.close()
     receiver.close()
@@ -180,7 +180,7 @@ def test_descriptors_that_do_not_fit():
     """The limit is too low for all: it is known which are missing."""
 
     def run():
-        sender, receiver = parcel.pair()
+        sender, receiver = fd_queue.pair()
         relay = FakeRelay(20)
         parcel.send(sender, [], relay)
         relay.close()

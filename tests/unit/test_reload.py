@@ -36,6 +36,7 @@ class World:
             notifier=SimpleNamespace(
                 reloading=lambda: self.said.append("reloading"),
                 ready=lambda: self.said.append("ready"),
+                removes=False,
             ),
             options=SimpleNamespace(listen=[], inspect=None),
             entrance=None,
@@ -60,12 +61,13 @@ class World:
     def execute_with(self, execve):
         self.patch.setattr(reload_module.posix, "execve", execve)
 
-    def run(self):
+    def run(self, *arguments, steps=1):
         """Reload, and wait for the end of the trial."""
-        reload = Reload(self.parts)
+        reload = Reload(self.parts, *arguments)
         while reload._status is None and not reload.done:
             self.loop.run(5000)
-        reload.step(self.loop.relay.now_ms)
+        for _ in range(steps):
+            reload.step(self.loop.relay.now_ms)
         return reload
 
 
@@ -85,6 +87,46 @@ def why(capfd):
     start = "Not reloaded, going on with the same version: the program "
     assert line.startswith(start)
     return line.removeprefix(start)
+
+
+class Keeper:
+    """What keeps connections in case of a kill; its root is descriptor 2."""
+
+    waits = True
+
+    def bequeath(self):
+        return 2
+
+
+def test_what_the_service_manager_has_to_be_told_comes_first(world):
+    """It is asked to store root while the trial runs: the new program has to know of it."""
+    environs = []
+
+    def execve(_path, _command, environ):
+        environs.append(environ)
+        raise OSError(errno.EIO, "not really")
+
+    world.execute_with(execve)
+    keepers = []
+    reload = world.run(lambda: keepers[0] if keepers else None, steps=0)
+    keepers.append(Keeper())
+    world.parts.notifier.removes = True
+    for attribute in (keepers[0], "waits"), (world.parts.notifier, "removes"):
+        reload.step(world.loop.relay.now_ms)
+        assert not reload.done
+        setattr(*attribute, False)
+    reload.step(world.loop.relay.now_ms)
+    assert [one[b"PROXYD_PAGES"] for one in environs] == [b"2:%d" % os.getpid()]
+
+
+def test_a_service_manager_that_does_not_listen(world):
+    world.execute_with(fails)
+    world.parts.notifier.removes = True
+    reload = world.run(steps=0)
+    reload.step(reload.until_ms - 1)
+    assert not reload.done
+    reload.step(reload.until_ms)
+    assert reload.done
 
 
 def fails(*_arguments):
@@ -205,10 +247,21 @@ def test_the_listeners_that_were_passed_in(world):
     world.parts.entrance = listener(4, "b")
     found = reload_module._inherited(world.parts)
     assert found == [(3, "a"), (4, "b"), (5, "c")]
-    environ = reload_module._environ(7, found)
+    environ = reload_module._environ({"PROXYD_PARCEL": 7, "PROXYD_PAGES": -1}, found)
+    assert environ[b"PROXYD_PARCEL"] == b"7:%d" % os.getpid()
+    assert b"PROXYD_PAGES" not in environ
     assert environ[b"LISTEN_FDS"] == b"3"
     assert environ[b"LISTEN_FDNAMES"] == b"a:b:c"
     assert environ[b"LISTEN_PID"] == str(os.getpid()).encode()
+
+
+def test_what_an_earlier_reload_has_told(world):
+    """Its descriptors have other numbers by now."""
+    for name in ("PROXYD_PARCEL", "PROXYD_PAGES"):
+        world.patch.setitem(posix.environ, name.encode(), b"99:%d" % os.getpid())
+    environ = reload_module._environ({"PROXYD_PARCEL": 7}, [])
+    assert environ[b"PROXYD_PARCEL"] == b"7:%d" % os.getpid()
+    assert b"PROXYD_PAGES" not in environ
 
 
 def test_a_listener_that_is_not_where_it_was(world):

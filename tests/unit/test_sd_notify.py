@@ -397,10 +397,55 @@ def test_what_was_received_is_removed_from_the_store_first(world):
     one = world()
     one.fill()
     one.notifier.ready()
-    one.notifier.remove_stored()
+    for name in ("proxyd-parcel", "proxyd-pages", "proxyd-parcel"):
+        one.notifier.remove_stored(name)
     one.hear()
-    heard = [text.splitlines()[0] for _, text in one.run(5 * RETRY_MS_MAX)]
-    assert heard == ["FDSTOREREMOVE=1", "READY=1"]
+    heard = [text for _, text in one.run(5 * RETRY_MS_MAX)]
+    removed = ["FDSTOREREMOVE=1\nFDNAME=proxyd-pages", "FDSTOREREMOVE=1\nFDNAME=proxyd-parcel"]
+    assert sorted(heard[:2]) == removed
+    assert [text.splitlines()[0] for text in heard[2:]] == ["READY=1"]
+
+
+def storing(one, *texts):
+    """Sends messages with a descriptor, one after the other."""
+    texts = list(texts)
+
+    def send():
+        while texts and one.notifier.send_fd(texts[0], 0):
+            texts.pop(0)
+        return not texts
+
+    return send
+
+
+def test_what_is_stored_waits_for_room_in_the_store(world):
+    """A manager that was busy hears of what is removed first: there may be room for one."""
+    one = world()
+    one.fill()
+    one.notifier.store(storing(one, "FDSTORE=1", "BARRIER=1"))
+    one.notifier.remove_stored("proxyd-pages")
+    assert one.notifier.removes
+    one.hear()
+    heard = [text for _, text in one.run(5 * RETRY_MS_MAX)]
+    assert heard == ["FDSTOREREMOVE=1\nFDNAME=proxyd-pages", "FDSTORE=1", "BARRIER=1"]
+    assert not one.notifier.removes
+
+
+def test_what_is_not_to_be_stored_any_more(world):
+    one = world()
+    one.fill()
+    one.notifier.store(storing(one, "FDSTORE=1"))
+    one.notifier.forget_store()
+    one.hear()
+    assert one.run(5 * RETRY_MS_MAX) == []
+
+
+def test_a_descriptor_for_a_manager_that_is_gone(world, tmp_path, capfd):
+    one = world()
+    (tmp_path / "notify").unlink()
+    with pytest.raises(OSError, match="."):
+        one.notifier.send_fd("FDSTORE=1", 0)
+    assert "NOTIFY_SOCKET" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """A service manager that refuses to store late. What others do is in the black-box tests."""
 
+import os
 import socket
 from types import SimpleNamespace
 
@@ -13,6 +14,13 @@ class Refusing:
 
     def __init__(self):
         self.stored = None
+        self.send = None
+
+    def store(self, send):
+        self.send = None if send() else send
+
+    def forget_store(self):
+        self.send = None
 
     def send_fd(self, text, fd):
         if text.startswith("FDSTORE"):
@@ -48,7 +56,7 @@ def steps(parts, monkeypatch):
 @pytest.mark.parametrize("late", [False, True])
 def test_a_refusal_while_everything_is_sent(parts, steps, monkeypatch, late):
     one = store.Store(parts)
-    one._answered()
+    one._deposit._answered()
 
     def pack(_parts, _sender):
         steps.append("pack")
@@ -60,3 +68,58 @@ def test_a_refusal_while_everything_is_sent(parts, steps, monkeypatch, late):
     assert steps == (["pack", "resume", "stop"] if late else ["pack", "leave"])
     one.close()
     parts.notifier.refuse()
+
+
+class Busy(Refusing):
+    """One that takes a message only when it is told to, or is gone."""
+
+    def __init__(self):
+        super().__init__()
+        self.takes = 0
+        self.taken = []
+        self.gone = False
+
+    def send_fd(self, text, fd):
+        if self.gone:
+            raise ConnectionRefusedError
+        if self.takes == 0:
+            return False
+        self.takes -= 1
+        self.taken.append(text.partition("=")[0])
+        os.fstat(fd)
+        return True
+
+
+@pytest.fixture
+def busy(parts):
+    before = set(os.listdir("/proc/self/fd"))
+    parts.notifier = Busy()
+    yield parts.notifier
+    assert set(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("taken", [0, 1, 2])
+def test_a_busy_service_manager_is_waited_for(parts, busy, taken):
+    one = store.Store(parts)
+    assert one.waits
+    for _ in range(taken):
+        assert busy.send is not None
+        busy.takes = 1
+        if busy.send():
+            busy.send = None
+    assert busy.taken == ["FDSTORE", "BARRIER"][:taken]
+    assert (busy.send is None) == (taken == 2)
+    one.step(1999)
+    assert one.waits
+    one.step(2000)
+    assert not one.waits
+    assert busy.send is None
+
+
+def test_a_service_manager_that_is_gone_is_not_waited_for(parts, busy):
+    busy.gone = True
+    one = store.Store(parts)
+    assert busy.send is None
+    one.step(0)
+    assert not one.waits
+    assert not one.fill()
