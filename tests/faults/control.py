@@ -74,11 +74,16 @@ class Control:
         self._names_at = ctypes.sizeof(_Struct) + ctypes.sizeof(self._calls)
         self.pause = self._library.faults_pause
 
-    def reset(self, strike=NO_STRIKE, begun=False):
-        """Count from 0 again, and make the calls of `strike` fail."""
+    def reset(self, strike=NO_STRIKE):
+        """Count from 0 again, and make the calls of `strike` fail, once the program begins."""
+        self.struct.clock_ms = 0
+        self.arm(strike, begun=False)
+
+    def arm(self, strike, *, begun=True):
+        """Likewise, at once. The time goes on."""
         self.lift()
         self.struct.begun = begun
-        self.struct.hits = self.struct.clock_ms = 0
+        self.struct.hits = 0
         self.struct.hit_fd = -1
         ctypes.memset(self._calls, 0, ctypes.sizeof(self._calls))
         if strike.point is not None:

@@ -10,7 +10,7 @@
  *   F_SETPIPE_SZ short the pipe really has one page, as beyond pipe-user-pages-soft
  *   connect EINTR      continues in the background
  * Datagrams have no short calls, their connect never waits, and a refusal is all that ends a peer;
- * recvmmsg and sendmmsg that come up short have taken one message.
+ * recvmmsg and sendmmsg that come up short have taken one message, or of a stream one byte.
  * Calls of the extensions are counted separately from those of everything else, mostly Python.
  */
 #define _GNU_SOURCE
@@ -44,9 +44,10 @@
 #define POINTS(X) \
     X(accept4) X(bind) X(calloc) X(chmod) X(close) X(connect) X(epoll_create1) X(epoll_ctl_add) \
     X(epoll_ctl_mod) X(epoll_ctl_del) X(epoll_wait) X(eventfd) X(eventfd_read) X(eventfd_write) \
-    X(fcntl) X(fcntl_setpipe) X(fstat) X(getaddrinfo) X(getpeername) X(getrlimit) X(getsockname) \
-    X(getsockopt) X(getsockopt_error) X(ioctl) X(listen) X(lseek) X(lstat) X(malloc) \
-    X(memfd_create) X(open) X(opendir) X(pidfd_open) X(pipe2) X(poll) X(pread) X(pthread_create) \
+    X(fcntl) X(fcntl_setpipe) X(fstat) X(ftruncate) X(getaddrinfo) X(getpeername) X(getrlimit) \
+    X(getsockname) X(getsockopt) X(getsockopt_error) X(ioctl) X(listen) X(lseek) X(lstat) X(madvise) \
+    X(malloc) X(memfd_create) X(mlock) X(mmap) X(open) X(opendir) X(pidfd_open) X(pipe2) X(poll) \
+    X(pread) X(pthread_create) \
     X(pwrite) X(read) X(read_file) X(readlink) X(recv) \
     X(recvfrom) X(recvmmsg) X(recvmsg) X(send) X(sendmmsg) X(sendmsg) X(sendto) X(setrlimit) \
     X(setsockopt) X(shutdown) X(pthread_sigmask) X(realloc) X(socket) X(socketpair) X(splice_in) X(splice_out) \
@@ -286,6 +287,17 @@ void free(void *memory) {
     NEXT(free)(memory);
 }
 
+/* Likewise: the interpreter takes its memory so, and the dynamic loader maps files. */
+#define MMAP(name, offset_type) \
+    void *name(void *place, size_t size, int protection, int flags, int fd, offset_type offset) { \
+        if (from_relay(CALLER) && strike(P_mmap, CALLER, fd)) \
+            return MAP_FAILED; \
+        return REAL(name)(place, size, protection, flags, fd, offset); \
+    }
+
+MMAP(mmap, off_t)
+MMAP(mmap64, off64_t)
+
 /* ── time ────────────────────────────────────────────────────────────────────────────────────── */
 
 int clock_gettime(clockid_t clock, struct timespec *now) {
@@ -338,6 +350,10 @@ PLAIN(eventfd_read, eventfd_read, fd, int, (int fd, eventfd_t *value), (fd, valu
 PLAIN(eventfd_write, eventfd_write, fd, int, (int fd, eventfd_t value), (fd, value))
 PLAIN(pipe2, pipe2, -1, int, (int ends[2], int flags), (ends, flags))
 PLAIN(poll, poll, -1, int, (struct pollfd *fds, nfds_t count, int timeout), (fds, count, timeout))
+PLAIN(madvise, madvise, -1, int, (void *memory, size_t size, int advice), (memory, size, advice))
+PLAIN(mlock, mlock, -1, int, (const void *memory, size_t size), (memory, size))
+PLAIN(ftruncate, ftruncate, fd, int, (int fd, off_t size), (fd, size))
+PLAIN(ftruncate64, ftruncate, fd, int, (int fd, off64_t size), (fd, size))
 PLAIN(memfd_create, memfd_create, -1, int, (const char *name, unsigned int flags), (name, flags))
 PLAIN(socketpair, socketpair, -1, int, (int family, int kind, int protocol, int ends[2]),
       (family, kind, protocol, ends))
@@ -541,13 +557,18 @@ AT_OFFSET(pwrite64, pwrite, const void *)
 
 static int strike_stream(int point, uintptr_t caller, int fd) {
     int action = strike(point, caller, fd);
-    int whole = is_datagram(fd) || has_kind(fd, SOCK_SEQPACKET);
-    return action == SHORTEN && whole ? NOTHING : action;
+    return action == SHORTEN && (is_datagram(fd) || has_kind(fd, SOCK_SEQPACKET)) ? NOTHING : action;
+}
+
+/* A queue that says EAGAIN is empty: a message that is in it is there. */
+static int strike_queue(int point, uintptr_t caller, int fd) {
+    int action = strike_stream(point, caller, fd);
+    return action == FAIL && errno == EAGAIN && has_kind(fd, SOCK_SEQPACKET) ? NOTHING : action;
 }
 
 ssize_t recv(int fd, void *buffer, size_t size, int flags) {
     ssize_t got;
-    switch (strike_stream(P_recv, CALLER, fd)) {
+    switch (strike_queue(P_recv, CALLER, fd)) {
     case NOTHING:
         return REAL(recv)(fd, buffer, size, flags);
     case SHORTEN:
@@ -565,7 +586,8 @@ ssize_t recvmsg(int fd, struct msghdr *message, int flags) {
     ssize_t got;
     if (message->msg_iovlen > 0)
         whole = message->msg_iov[0];
-    switch (strike_stream(P_recvmsg, CALLER, fd)) {
+    int looks = flags & MSG_PEEK;
+    switch (looks ? strike_queue(P_recvmsg, CALLER, fd) : strike_stream(P_recvmsg, CALLER, fd)) {
     case NOTHING:
         return REAL(recvmsg)(fd, message, flags);
     case SHORTEN:
@@ -603,13 +625,30 @@ ssize_t sendmsg(int fd, const struct msghdr *message, int flags) {
     return REAL(sendmsg)(fd, message, flags);
 }
 
+/* The first of these messages; of a stream, which has but one, its first byte. */
+static size_t shorten_first(struct mmsghdr *messages, int fd) {
+    struct msghdr *first = &messages->msg_hdr;
+    size_t whole = first->msg_iovlen > 0 ? first->msg_iov[0].iov_len : 0;
+    if (whole > 1 && !is_datagram(fd))
+        first->msg_iov[0].iov_len = 1;
+    return whole;
+}
+
+static void restore_first(struct mmsghdr *messages, size_t whole) {
+    if (messages->msg_hdr.msg_iovlen > 0)
+        messages->msg_hdr.msg_iov[0].iov_len = whole;
+}
+
 int recvmmsg(int fd, struct mmsghdr *messages, unsigned int count, int flags, struct timespec *until) {
+    size_t whole;
     int got;
     switch (strike(P_recvmmsg, CALLER, fd)) {
     case NOTHING:
         return REAL(recvmmsg)(fd, messages, count, flags, until);
     case SHORTEN:
+        whole = shorten_first(messages, fd);
         got = REAL(recvmmsg)(fd, messages, 1, flags, until);
+        restore_first(messages, whole);
         announce(fd);
         return got;
     default:
@@ -619,11 +658,18 @@ int recvmmsg(int fd, struct mmsghdr *messages, unsigned int count, int flags, st
 }
 
 int sendmmsg(int fd, struct mmsghdr *messages, unsigned int count, int flags) {
+    size_t whole;
+    int sent;
     switch (strike(P_sendmmsg, CALLER, fd)) {
     case NOTHING:
         return REAL(sendmmsg)(fd, messages, count, flags);
     case SHORTEN:
-        return REAL(sendmmsg)(fd, messages, 1, flags);
+        whole = shorten_first(messages, fd);
+        sent = REAL(sendmmsg)(fd, messages, 1, flags);
+        restore_first(messages, whole);
+        if (!is_datagram(fd))
+            announce(fd);
+        return sent;
     default:
         follow_up(fd);
         return -1;

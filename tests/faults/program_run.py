@@ -12,6 +12,7 @@ import errno
 import functools
 import gc
 import os
+import re
 import shutil
 import signal
 import socket
@@ -23,7 +24,10 @@ from typing import NamedTuple
 from faults.callers import INFO, LIST, STATUS
 from faults.control import NO_STRIKE
 from faults.datagrams import Asker
+from faults.killed import KilledProcess
+from faults.store import Store
 from faults.world import CUT, World
+from kit.kept import kept
 from kit.rig import open_fds
 
 from proxyd import cli, event_loop
@@ -32,9 +36,12 @@ PASSED_ON = 3
 """The fd at which the service manager passes a socket …"""
 
 PASSED_ON_TOO = 4
-"""… and one for datagrams, if the scenario has any."""
+"""… and one for datagrams, if the scenario has any; or what is stored …"""
 
-PASSED_FDS = {str(PASSED_ON), str(PASSED_ON_TOO)}
+PASSED_ON_LAST = 5
+"""… in either place."""
+
+PASSED_FDS = {str(PASSED_ON), str(PASSED_ON_TOO), str(PASSED_ON_LAST)}
 
 NEVER_CLOSED = ("anon_inode:[eventfd]",)
 """What the program opens once and keeps open until its process ends."""
@@ -70,15 +77,23 @@ LONGEST_S = 15.0
 PROCESSES_MAX = 6
 """How often the program is started in a scenario that restarts it."""
 
-NOT_KEPT = (
+NOT_KEPT = ("kept in case of a kill", "Ignoring NOTIFY_SOCKET")
+"""Lines that tell that connections would be lost by a kill."""
+
+LOST = (
     "Failed to keep the connections",
     "No store for connections",
     "Failed to go on",
-    "Had to reset",
     "parcel is bad",
     "were cut",
+    "Cannot use what the last process has left",
+    "Not all that the last process has left",
+    "Resetting the connections of the last process",
 )
-"""Lines that tell that connections were lost between two processes."""
+"""Lines that tell that connections were lost between two processes …"""
+
+RESET = re.compile(r"Had to reset (\d+) connections")
+"""… and how many."""
 
 LINES_MAX = 12
 """More lines on stderr are a flood."""
@@ -126,6 +141,12 @@ def reserve(fd):
         os.dup2(1, fd)
 
 
+def close_passed_fds():
+    """Close what was passed on, and have nothing else use these fds."""
+    for fd in PASSED_FDS:
+        os.dup2(1, int(fd))
+
+
 def described(fds):
     """What these fds are."""
     return ", ".join(f"{fd} {kind_of(fd)}" for fd in sorted(fds, key=int))
@@ -135,22 +156,34 @@ def count_ends(fds):
     """How many of these fds are ends of pipes, or sockets.
 
     Not the one for the service manager, which is the only one for datagrams: a process that could
-    not open it does without.
+    not open it does without. Nor queues, which last as long as the process, if it has them.
     """
     found = [(fd, kind_of(fd)) for fd in fds]
     return sum(
-        what.startswith("pipe:") or (what.startswith("socket:") and not is_for_datagrams(int(fd)))
+        what.startswith("pipe:")
+        or (what.startswith("socket:") and type_of(fd) != socket.SOCK_DGRAM and not is_queue(fd))
         for fd, what in found
     )
 
 
-def is_for_datagrams(fd):
-    """Whether a socket is."""
-    sock = socket.socket(fileno=os.dup(fd))
+def is_queue(fd):
+    """Whether it may be an end of root, or of one of its pages."""
+    return kind_of(fd).startswith("socket:") and type_of(fd) == socket.SOCK_SEQPACKET
+
+
+def type_of(fd):
+    """The type of a socket."""
+    sock = socket.socket(fileno=os.dup(int(fd)))
     try:
-        return sock.type == socket.SOCK_DGRAM
+        return sock.type
     finally:
         sock.close()
+
+
+def sockets_in_use():
+    """How many sockets there are in this network, wherever they are: also in queues."""
+    with open("/proc/self/net/sockstat") as file:
+        return int(file.readline().split()[2])
 
 
 class Outcome(NamedTuple):
@@ -210,12 +243,12 @@ class ProgramRun:
         """What the run waits for, in words."""
         self.keeps = None
         self.calls = None
+        self.ends_at_first = 0
         self.judged = self.judged_in_run = False
         self.troubled = []
         self.died = False
         """A later process has ended at its start, with the parcel that it had received."""
-        self.stored = []
-        """Descriptors in the store of the service manager, if the scenario has one."""
+        self.store = Store()
         self.satisfied = False
         """The script is done, a fresh client was served, and everything was released."""
 
@@ -224,6 +257,7 @@ class ProgramRun:
         self.strike = strike
         self.control.pause(1)
         self.before = open_fds()
+        self.sockets_before = sockets_in_use()
         self.log_file.seek(0)
         self.log_file.truncate()
         self.world = self._make_world()
@@ -233,12 +267,14 @@ class ProgramRun:
             self._afterwards(status, log)
         finally:
             self.control.begun = 0
-            self._empty_store()
+            self.store.empty()
             self.world.close()
             shutil.rmtree(self.directory, ignore_errors=True)
         left = self._left()
         if left and self.judged_in_run:
             self.faults.append(f"open at the end: {', '.join(left)}")
+        if self.scenario.keeps and not self.faults:
+            self._judge_sockets()
         hits = self.control.struct.hits
         return Outcome(
             self._kind(status), self.faults, hits, log, self.calls or self.control.calls()
@@ -256,6 +292,9 @@ class ProgramRun:
             datagrams=one.datagrams,
         )
         world.log_size = lambda: os.fstat(2).st_size
+        world.put_forward = self._put_forward
+        world.kept = lambda: kept(self.store)
+        world.tells_not_kept = lambda: any(line in self._log() for line in NOT_KEPT)
         if world.datagrams:
             world.datagrams.now_ms = lambda: self.control.struct.clock_ms
         self.script = one.script(world)
@@ -288,9 +327,11 @@ class ProgramRun:
         os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="1")
         if self.scenario.restarts:
             os.environ["LISTEN_FDNAMES"] = "web"
-        if self.stored:
-            os.environ.update(LISTEN_FDS="2", LISTEN_FDNAMES="web:proxyd-parcel")
-            os.dup2(self.stored[0], PASSED_ON_TOO)
+        if self.store.stored:
+            names = ["web", *self.store.names]
+            os.environ.update(LISTEN_FDS=str(len(names)), LISTEN_FDNAMES=":".join(names))
+            for number, (_, fd) in enumerate(self.store.stored):
+                os.dup2(fd, PASSED_ON_TOO + number)
         if self.scenario.accepted:
             connection, _ = self.world.listen_socket.accept()
             self.world.sockets.append(connection)
@@ -320,19 +361,21 @@ class ProgramRun:
         self.play = self._play()
         if self.scenario.early:
             next(self.script)
-        self._pass_on()
         real_run, real_relay = event_loop.EventLoop.run, event_loop.Relay
         event_loop.EventLoop.run = self._wrapped(real_run)
         if self.scenario.copies:
             event_loop.Relay = functools.partial(real_relay, may_splice=False)
         self.live_before = self.control.struct.live
         status = None
-        self.control.reset(strike, begun=True)
+        self.control.reset()
         self.control.struct.nap_ms = NAP_MS
         self.control.struct.pid = os.getpid() + 1  # or UNIX clients would be taken for itself
-        self.control.pause(0)
         try:
-            status = cli.main(arguments)
+            for number in range(self.scenario.kills):
+                self._run_until_killed(arguments, strike if number else None)
+            if self.scenario.kills < 2:
+                self.control.arm(strike)
+            status = self._start_process(arguments)
             while self.scenario.restarts and self.ready and not self.satisfied:
                 status = self._next_process(arguments)
         except Hang as why:
@@ -351,44 +394,81 @@ class ProgramRun:
     def _next_process(self, arguments):
         """Start the program again, with what the last one has stored."""
         self.control.pause(1)
-        self._obey()
         gc.collect()
-        forget_modules()
-        self._pass_on()
+        self._count_process()
+        return self._start_process(arguments)
+
+    def _count_process(self):
+        self.store.obey(self.notify)
         if self.world.processes >= PROCESSES_MAX:
             raise Hang("it does not start again")
         self.world.processes += 1
+
+    def _start_process(self, arguments):
+        """Run it until its end; its exit status."""
+        forget_modules()
+        self._pass_on()
+        self.wait = self._turn
         self.control.pause(0)
         status = cli.main(arguments)
-        self.died |= status != 0
+        self.died |= self.world.processes > 1 and status != 0
         return status
 
-    def _obey(self):
-        """Do what the program has asked of the service manager: FDSTORE=, FDSTOREREMOVE=,
-        BARRIER=."""
-        while True:
+    def _run_until_killed(self, arguments, strike):
+        """Run a process in a child until the script has it killed. Start it again if it ends before
+        that. `strike`: make calls fail."""
+        if strike is not None:
+            self.control.arm(strike)
+        killed = False
+        while not killed:
+            live = self.control.struct.live
+            child = KilledProcess(
+                functools.partial(self._start_in_child, arguments), self._report, LONGEST_S
+            )
             try:
-                data, fds, _, _ = socket.recv_fds(self.notify, 4096, 8)
-            except BlockingIOError:
-                return
-            if b"FDSTOREREMOVE=1" in data:
-                self._empty_store()
-            if b"FDSTORE=1" in data:
-                self.stored += fds
-                continue
-            for fd in fds:
-                os.close(fd)
+                killed = self._have_turns(child)
+            except TimeoutError:
+                raise Hang("a process that is to be killed does not come back") from None
+            finally:
+                child.kill()
+                self.control.struct.live = live  # the kernel has freed what it had
+            self._count_process()
 
-    def _empty_store(self):
-        for fd in self.stored:
-            os.close(fd)
-        self.stored.clear()
+    def _start_in_child(self, arguments, wait):
+        self.wait = wait
+        forget_modules()
+        self._pass_on()
+        self.control.pause(0)
+        return cli.main(arguments)
+
+    def _report(self):
+        """The number of ends that a process has open at its first turn. One is the channel's."""
+        return b"%d" % (count_ends(open_fds() - self.world.fds() - self.store.fds) - 1)
+
+    def _have_turns(self, child):
+        """Let both the child and the world have turns; whether it was killed."""
+        while child.takes_turn():
+            self.ends_at_first = self.ends_at_first or int(child.report)
+            try:
+                moved = self._turn()
+            except Exception as error:
+                raise WalkError from error
+            if self.world.wants_kill:
+                self.world.wants_kill = False
+                child.kill()
+                return True
+            child.go_on(moved=moved)
+        status = child.end()
+        if status <= 0:
+            self.faults.append(f"a process that was not killed yet has ended: {status}")
+        self.died = True
+        return False
 
     def _wrapped(self, real_run):
         def run(program, timeout_ms):
             self.control.pause(1)
             try:
-                moved = self._turn()
+                moved = self.wait()
             except Exception as error:  # the walk's: the program must not catch it
                 raise WalkError from error
             finally:
@@ -403,7 +483,8 @@ class ProgramRun:
             raise Hang("a flood of lines")
         if self.scenario.restarts:
             reserve(PASSED_ON_TOO)
-            self._obey()
+            reserve(PASSED_ON_LAST)
+            self.store.obey(self.notify)
         moved = self.world.step()
         next(self.play)
         now = time.monotonic()
@@ -415,22 +496,26 @@ class ProgramRun:
         self.still += 1
         if self.still >= STILL_TURNS * (THREADS_FACTOR if self.scenario.has_threads else 1):
             self.still = 0
-            self._put_forward(now)
+            self._step_forward(now)
         return False
 
-    def _put_forward(self, now):
+    def _step_forward(self, now):
         steps = LAST_STEPS_MS if self.judged_in_run else STEPS_MS
         if self.steps < len(steps):
-            self.control.struct.clock_ms += steps[self.steps]
+            self._put_forward(steps[self.steps])
             self.steps += 1
         elif now - self.moved > PATIENCE_S:
             raise Hang(self.wanted())
+
+    def _put_forward(self, milliseconds):
+        self.control.struct.clock_ms += milliseconds
 
     def _play(self):
         """Everything that happens in this run, with a yield for every turn of the program."""
         world = self.world
         first = open_fds()
-        self.ends_at_first = count_ends(first - world.fds())
+        if not self.scenario.kills:
+            self.ends_at_first = count_ends(first - world.fds())
         live = self.control.struct.live
         self.ready = True
         yield from self.script
@@ -465,6 +550,8 @@ class ProgramRun:
             left = open_fds() - self.world.fds() - self._stored_for_ever()
             return count_ends(left) <= self.ends_at_first
         left = open_fds() - first - self.world.fds()
+        if self.scenario.keeps:
+            left = {fd for fd in left - self.store.fds if not is_queue(fd)}
         blocks = self.control.struct.live - live
         if self.scenario.quarantines and blocks > 0:
             left = {fd for fd in left if not is_of_worker(fd)}
@@ -473,9 +560,9 @@ class ProgramRun:
     def _stored_for_ever(self):
         """What a program that could not open the socket of the service manager cannot have removed
         from its store."""
-        if "Ignoring NOTIFY_SOCKET" not in self._log():
-            return set()
-        return {str(fd) for fd in self.stored}
+        if "Ignoring NOTIFY_SOCKET" in self._log() or self.scenario.keeps:
+            return self.store.fds
+        return set()
 
     # ── after the run ────────────────────────────────────────────────────────────────────────
 
@@ -522,15 +609,20 @@ class ProgramRun:
             self._judge()
         self._judge_hits(log)
         self._judge_end(status, log)
+        if self.scenario.keeps and self.satisfied:
+            self.store.obey(self.notify)
+            if self.store.names and "NOTIFY_SOCKET" not in log:
+                self.faults.append(f"in the store at the end: {', '.join(self.store.names)}")
         if self.control.struct.live != self.live_before:
             self.faults.append(
                 f"{self.control.struct.live - self.live_before} blocks are not freed"
             )
 
     def _end_of_process(self, status):
-        """Do what the end of the process would: close everything that the program has open."""
-        os.dup2(1, PASSED_ON)
-        os.dup2(1, PASSED_ON_TOO)
+        """Do what the end of the process would: close everything that the program has open. The
+        service manager drops what is stored, as after a stop."""
+        self.store.empty()
+        close_passed_fds()
         left = self._left()
         if left and status == 0:
             self.faults.append(f"open at the end: {', '.join(left)}")
@@ -566,15 +658,21 @@ class ProgramRun:
         ]
         if not self.ready or self._look_up_failed():
             return
-        if hits and self.scenario.restarts and (self.died or any(line in log for line in NOT_KEPT)):
-            return  # all of them may be lost, but none of them may see a clean end too soon
-        if len(troubled) > hits:
+        if hits and self.scenario.restarts and self._all_may_be_lost(log):
+            return  # but none of them may see a clean end too soon
+        if len(troubled) > hits + sum(int(count) for count in RESET.findall(log)):
             told = "; ".join(f"{conn}: {self.world.state(conn)}" for conn in troubled)
             self.faults.append(f"{hits} calls failed, but these are in trouble: {told}")
         ports = self.control.hit_ports()
         hit = [conn for conn in self.world.conns if conn.has(ports)]
         if hits == 1 and hit and set(troubled) - set(hit):
             self.faults.append(f"{troubled[0]} is in trouble, but {hit[0]} was hit")
+
+    def _all_may_be_lost(self, log):
+        """Whether the log tells so; or a process has died with a parcel, which it had taken out of
+        the store. What a killed process has left is only looked at."""
+        told = (*LOST, *NOT_KEPT) if self.scenario.kills > 1 else LOST
+        return (self.died and not self.scenario.kills) or any(line in log for line in told)
 
     def _judge_end(self, status, log):
         lines = log.splitlines()
@@ -591,6 +689,15 @@ class ProgramRun:
         elif not self.satisfied and not self.scenario.ends and not self.faults:
             self.faults.append(f"exit {status}, without being asked to end")
 
+    def _judge_sockets(self):
+        """No socket may live on anywhere. The kernel takes a moment to close what was in queues."""
+        close_passed_fds()
+        end = time.monotonic() + PATIENCE_S
+        while (left := sockets_in_use() - self.sockets_before) > 0 and time.monotonic() < end:
+            time.sleep(0.001)
+        if left > 0:
+            self.faults.append(f"{left} sockets live on")
+
     def _kind(self, status):
         if status == 1 and not self.ready:
             return REFUSED_TO_START
@@ -599,7 +706,7 @@ class ProgramRun:
     def _left(self):
         """Close what the program has left open; returns what it should have closed."""
         left = []
-        for fd in open_fds() - self.before - self.world.fds() - PASSED_FDS:
+        for fd in open_fds() - self.before - self.world.fds() - self.store.fds - PASSED_FDS:
             what = os.readlink(f"/proc/self/fd/{fd}")
             kept = what.startswith("socket:") and is_unix_listener(int(fd))
             os.close(int(fd))

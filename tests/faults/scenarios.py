@@ -50,15 +50,20 @@ class Scenario:
         """The program has an inspection socket …"""
         self.inspected_by_default = more.pop("inspected_by_default", False)
         """… or is to have one if it can."""
-        self.restarts = more.pop("restarts", False)
+        self.kills = more.pop("kills", 0)
+        """The number of processes that are killed, one after the other. The second one is the first
+        whose calls fail."""
+        self.keeps = more.pop("keeps", False) or self.kills > 0
+        """What keeps connections in case of a kill may stay until the end of the program."""
+        self.restarts = more.pop("restarts", False) or self.keeps
         """The service manager has a store, and starts the program again whenever it has ended."""
         self.quarantines = more.pop("quarantines", False)
         """A UNIX client may be closed in the quarantine, whose thread stays until the end."""
-        self.blocks_kept = 2 * self.quarantines + 4 * any(
-            "--connections-max-per-source" in one for one in self.options
-        )
-        """The number of blocks that the program may keep until its end: for this thread, and to
-        remember sources. An entry without a client is freed when another one is looked for."""
+        per_source = any("--connections-max-per-source" in one for one in self.options)
+        self.blocks_kept = 2 * self.quarantines + 4 * per_source + 6 * self.keeps
+        """The number of blocks that the program may keep until its end: for this thread, to
+        remember sources, and for a slate and its pages. An entry without a client is freed when
+        another one is looked for."""
         self.datagrams = more.pop("datagrams", None)
         """(Families of a listener of datagrams and of its target); None: there is none."""
         self.environment = more.pop("environment", {})

@@ -1,6 +1,6 @@
 """Let every call of the program that can fail fail once, in many runs, and check what happens.
 
-    ci/test faults                           all scenarios, up to 40 calls of each kind: 15 minutes
+    ci/test faults                           all scenarios, up to 40 calls of each kind: 25 minutes
     ci/test --quick faults                   a part of it, in a few minutes
     ci/test faults -- SCENARIO...            these scenarios
     ci/test faults -- --only SCOPE.CALL      these calls (relay.recv, python.open=EMFILE)
@@ -26,8 +26,8 @@ import time
 from collections import Counter
 
 from faults import left_out, points
+from faults.continuity import SCENARIOS
 from faults.program_run import ONE_WAS_HIT, REFUSED_TO_START, SERVED_ON
-from faults.scenarios import SCENARIOS
 from faults.startup import KINDS, QUICK, StartupRuns
 from faults.table import LEFT_OUT
 from faults.workers import Worker, for_each

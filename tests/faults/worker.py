@@ -13,7 +13,7 @@ import tempfile
 import traceback
 from pathlib import Path
 
-PASSED_ON = (3, 4)
+PASSED_ON = (3, 4, 5)
 """The fds at which a service manager passes sockets; nothing else may use them."""
 
 SMALL_BUFFERS = "4096 65536 131072"
@@ -41,9 +41,9 @@ def main():
     os.dup2(log.fileno(), 2)
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1))
 
+    from faults.continuity import SCENARIOS
     from faults.control import NO_STRIKE, Control, Strike
     from faults.program_run import ProgramRun
-    from faults.scenarios import SCENARIOS
 
     control = Control(os.environ["FAULTS_LIBRARY"], os.environ["FAULTS_FILE"])
     gc.collect()

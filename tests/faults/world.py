@@ -31,6 +31,13 @@ def half_close(connection):
         connection.shutdown(socket.SHUT_WR)
 
 
+def has_hung_up(connection):
+    """Whether poll(2) says so."""
+    poll = select.poll()
+    poll.register(connection, 0)
+    return bool(poll.poll(0))
+
+
 def tcp_ports(own, peer):
     """(own, peer's) port of a socket of the program with these names; None for a UNIX socket."""
     return (own[1], peer[1]) if isinstance(own, tuple) else None
@@ -67,6 +74,17 @@ class Conn:
             self.gone = True
         elif self.reads:
             self.hearing.step()
+
+    def say(self, data, then=half_close):
+        """The client, which has sent all so far, sends more."""
+        self.up += data
+        self.sending = Outgoing(self.client, data, then)
+
+    @property
+    def hangs_up(self):
+        """Whether an end has nothing more to expect, or an error, even if it has not read it."""
+        ends = [self.client] if self.far is None else [self.client, self.far.connection]
+        return any(has_hung_up(one) for one in ends)
 
     def has(self, ports):
         """Whether these are the TCP ports (own, peer's) of one of the program's two sockets for it.
@@ -149,6 +167,14 @@ class World:
         self.callers = []
         self.sockets = []
         self.log_size = lambda: 0
+        self.put_forward = lambda milliseconds: None
+        """Puts the clock forward. It is done anyway once nothing has moved for a while."""
+        self.kept = lambda: 0
+        """How many connections the next process would find if this one was killed now."""
+        self.tells_not_kept = lambda: False
+        """Whether the log tells that not all are kept."""
+        self.wants_kill = False
+        """The program is to be killed."""
         self.backend_reads = True
         """Whether the backend continues to read once it has recognised the client."""
         self.left_on_unix = False
