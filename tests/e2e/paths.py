@@ -10,7 +10,7 @@ import subprocess
 from collections.abc import Callable
 
 from e2e.machine import TOOLS, Failure, Machine, check, same
-from e2e.streams import Streams, reload, restart
+from e2e.streams import AGAIN, Streams, kill, reload, restart, wait_until_kept
 
 CURL = "curl -sS --max-time 10"
 
@@ -214,6 +214,28 @@ def go_on(proxy: Proxy) -> None:
     open_ones = Streams(m, {"talk": 2, "stalled": 2}, "9000,9001", 8010)
     restart(m)
     reload(m)
+    open_ones.end_well()
+    proxy.end()
+
+
+@path
+def survive(proxy: Proxy) -> None:
+    """Killed, with connections open whose bytes are copied and spliced, and with all kinds of ends.
+
+    They are over before the stop.
+    """
+    m = proxy.start(
+        "127.0.0.1:9000",
+        "127.0.0.1:8010",
+        "--listen=127.0.0.1:9001",
+        "FileDescriptorStoreMax=1\nRestart=on-failure\nRuntimeDirectory=proxy\n" + AGAIN,
+    )
+    m.start("proxy.service")
+    counts = {"talk": 2, "bulk": 2, "stalled": 2, "half": 1, "answer": 1}
+    open_ones = Streams(m, counts, "9000,9001", 8010)
+    wait_until_kept(m, sum(counts.values()))
+    kill(m)
+    kill(m)
     open_ones.end_well()
     proxy.end()
 

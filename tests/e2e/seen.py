@@ -203,7 +203,9 @@ def started_often(s: Subject) -> None:
     """Six crashes within the interval, then a client that is held for 3 s."""
     s.served("at first")
     for _ in range(6):
+        before = s.machine.main_pid(s.backend)
         s.machine.run(f"systemctl kill --signal=KILL {s.backend}")
+        s.wait("its end", lambda pid=before: pid == 0 or s.machine.main_pid(s.backend) != pid)
         active = s.machine.run(
             f"for i in $(seq 20); do systemctl -q is-active {s.backend} && exit; sleep .05; done"
         )
@@ -333,6 +335,25 @@ def cut_by_a_stop(s: Subject) -> None:
     client = connected(s)
     s.machine.stop(s.sockets, s.proxy)
     s.wait("it is cut", lambda: client.poll() is not None)
+
+
+def cut_by_a_kill(s: Subject) -> None:
+    client = killed_with_a_client(s)
+    s.wait("it is cut", lambda: client.poll() is not None)
+
+
+def goes_on_after_a_kill(s: Subject) -> None:
+    client = killed_with_a_client(s)
+    s.wait("the next process goes on", lambda: "Going on with" in s.machine.journal(s.proxy))
+    check(client.poll() is None, "the client was cut")
+    client.kill()
+
+
+def killed_with_a_client(s: Subject) -> subprocess.Popen:
+    client = connected(s)
+    s.wait("its connection is kept", lambda: s.show("NFileDescriptorStore") == "1")
+    s.machine.sh(f"{s.systemctl} kill --signal=KILL {s.proxy}")
+    return client
 
 
 def killed_at_a_stop(s: Subject) -> None:

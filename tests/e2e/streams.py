@@ -1,6 +1,7 @@
 """A proxy with two listeners, and many connections through it that inside/streams.py compares."""
 
 import json
+import re
 import select
 from pathlib import Path
 
@@ -16,9 +17,15 @@ StartLimitIntervalSec=0
 [Service]
 Type=notify
 RuntimeDirectory=%N
-ExecStart={program} -c 4000 --connect-timeout=1h {options} web=127.0.0.1:8000 held=127.0.0.1:8001
+ExecStart={program} -c 4000 --connect-timeout=1h --crash-recovery=all {options} \
+    web={target} held=127.0.0.1:8001
 {service}
 """
+
+TARGET = "127.0.0.1:8000"
+
+AGAIN = "RestartSec=0\nLimitCORE=0\n"
+"""For a service that is killed."""
 
 MIX = {"ping": 2, "talk": 18, "idle": 20, "bulk": 5, "half": 20, "answer": 20, "stalled": 5}
 HELD = {"held": 10}
@@ -31,13 +38,13 @@ class Streams:
     """The connections, all of them open; `end` compares what has come of them."""
 
     def __init__(
-        self, m: Machine, counts: dict[str, int], listeners: str = "9000", port: int = 8000
+        self, m: Machine, counts: dict[str, int], listeners: str = "9000", target: int | str = 8000
     ):
         self.counts = counts
         self.pauses_ms: list[int] = []
         """Of each `ping`, the five longest times that it waited; after the end."""
         kinds = " ".join(f"{kind}={count}" for kind, count in counts.items())
-        command = f"exec python3 {TOOLS}/streams.py {listeners} {port} {kinds}"
+        command = f"exec python3 {TOOLS}/streams.py {listeners} {target} {kinds}"
         self.process = m.client(command)
         said = ""
         if select.select([self.process.stdout], [], [], PATIENCE)[0]:
@@ -67,7 +74,13 @@ def times(factor: int, counts: dict[str, int]) -> dict[str, int]:
     return {kind: factor * count for kind, count in counts.items()}
 
 
-def start_proxy(m: Machine, options: str = "", service: str = "", drop_in: str = RESTART) -> None:
+def start_proxy(
+    m: Machine,
+    options: str = "",
+    service: str = "",
+    drop_in: str = RESTART,
+    target: str = TARGET,
+) -> None:
     """proxy.service on port 9000 and a path for the server, on port 9001 for what is held."""
     m.unit(
         "proxy.socket",
@@ -80,7 +93,7 @@ def start_proxy(m: Machine, options: str = "", service: str = "", drop_in: str =
         "[Socket]\nListenStream=127.0.0.1:9001\nFileDescriptorName=held\nService=proxy.service\n",
         load=False,
     )
-    text = PROXY.format(program=m.program, options=options, service=service)
+    text = PROXY.format(program=m.program, options=options, target=target, service=service)
     m.unit("proxy.service", text, load=False)
     m.unit("proxy.service.d/restart.conf", drop_in)
     m.start("proxy.socket", "held.socket")
@@ -100,6 +113,13 @@ def restart(m: Machine) -> None:
     m.wait_for("another process", lambda: active_pid(m) not in (0, before), 20)
 
 
+def kill(m: Machine, signal: str = "KILL") -> None:
+    """Kill the program, and wait for the next process."""
+    before = m.main_pid("proxy.service")
+    m.sh(f"systemctl kill --kill-whom=main --signal={signal} proxy.service")
+    m.wait_for("another process", lambda: active_pid(m) not in (0, before), 20)
+
+
 def active_pid(m: Machine) -> int:
     """The main process of an active proxy.service; 0 if it is not, or nobody can tell now."""
     said = m.run("systemctl show --value -p ActiveState -p MainPID proxy.service").stdout.split()
@@ -116,6 +136,34 @@ def reload(m: Machine) -> None:
 
 WENT_ON = "Going on with"
 """What the log says when a process has taken connections over."""
+
+
+KEPT_MS = 2000
+"""At this age each connection is kept, also on a machine with other work: it begins at 1000."""
+
+
+def wait_until_kept(m: Machine, count: int, pid: int = 0, which: str = "") -> None:
+    """Wait until `count` connections would outlive the process: each is old enough, and its two
+    sockets lie in a page. `pid` and `which`, for socket-proxyctl, are those of another service."""
+    pid = pid or m.main_pid("proxy.service")
+    command = f"{m.ctl} list --json=short {which or '--unit=proxy.service'}"
+
+    def are_kept() -> bool:
+        ages = [row["ageUSec"] for row in json.loads(m.sh(command))]
+        old = len(ages) >= count and min(ages) > 1000 * KEPT_MS
+        return old and queued(m, pid) >= 2 * count
+
+    m.wait_for("all are kept", are_kept, 30)
+
+
+def queued(m: Machine, pid: int) -> int:
+    """The number of descriptors that lie in queues of the process, but for what is stored."""
+    manager = m.sh(f"sed -n 's/^PPid:\\s*//p' /proc/{pid}/status").strip()
+    stored = set(re.findall(r"socket:\S+", m.run(f"ls -l /proc/{manager}/fd").stdout))
+    own = dict(re.findall(r"(\d+) -> (socket:\S+)", m.run(f"ls -l /proc/{pid}/fd").stdout))
+    told = m.run(f"grep -H ^scm_fds: /proc/{pid}/fdinfo/*").stdout
+    counts = re.findall(r"/(\d+):scm_fds:\s*(\d+)", told)
+    return sum(int(count) for fd, count in counts if own.get(fd, "") not in stored)
 
 
 def stored(m: Machine) -> str:

@@ -71,6 +71,7 @@ OPTIONS = {
     b"--idle-timeout": SPANS,
     b"--drain-timeout": SPANS,
     b"--threads": (*NUMBERS[:6], b"auto", b"2", b"3"),
+    b"--crash-recovery": (b"tcp", b"all", b"no", b"", b"All", b"tcp,unix"),
     b"--hand-over": (b"busy", b"always", b"", b"Always", b"always "),
     b"--buffer-size": SIZES,
     b"--inspect": (b"@inspect", b"/nonexistent/i", b"", b"fd:web", b"fd:", b"x", *PATHS),

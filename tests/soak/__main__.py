@@ -4,7 +4,7 @@
     ci/test soak -- --minutes 60
     ci/bench chart .cache/soak FILE.svg        draw the run: doc/reports/soak.svg is one of an hour
 
-Seven proxies run at once, in a network of their own:
+Eight proxies run at once, in a network of their own:
 
     main     TCP, IPv6 and UNIX in every combination. Its targets stay up, so nothing may be lost.
              It also forwards one stream of 200 GB an hour, and connections of one byte a second
@@ -13,6 +13,7 @@ Seven proxies run at once, in a network of their own:
     few      80 open files, often fewer: accept, socket and pipe2 fail
     shaky    the targets are killed or exit, and come back
     new      restarted and reloaded all the time; as with main, nothing may be lost
+    killed   killed all the time: no old connection may be lost, and young ones only be reset
     flows    datagrams over UDP and UNIX sockets, to targets of both sorts, with a stream
 
 Each exchange follows a random plan that both ends know: how many bytes each side sends and in

@@ -1,5 +1,5 @@
-"""Disturbances: processes are stopped, targets restarted, one proxy runs out of fds, and one is
-restarted and reloaded."""
+"""Disturbances: processes are stopped, targets restarted, one proxy runs out of fds, one is
+restarted and reloaded, and one is killed."""
 
 import heapq
 import time
@@ -7,7 +7,7 @@ import time
 from soak.world import STOP_MS
 
 # The shortest and the longest pause before each disturbance, in seconds.
-_EVERY = {"stop": (2, 6), "restart": (5, 12), "squeeze": (3, 8), "renew": (1, 5)}
+_EVERY = {"stop": (2, 6), "restart": (5, 12), "squeeze": (3, 8), "renew": (1, 5), "crash": (2, 6)}
 
 _AWAY = 0.0, 3.0  # seconds that a restarted target is away
 _SQUEEZED = 0.3, 1.5  # seconds that fds are short
@@ -30,11 +30,15 @@ class Chaos:
         self._few = next(one for one in world.served if one.name == "few").proxy
         self._limit = self._few.fd_limit()
         self._new = next(one for one in world.served if one.name == "new")
-        self.resume()
+        self._killed = next(one for one in world.served if one.name == "killed")
+        self._begin(_EVERY.keys() - {"crash"})  # the lasting connections are too young for it
 
     def resume(self):
+        self._begin(_EVERY)
+
+    def _begin(self, disturbances):
         self._due = []
-        for what in _EVERY:
+        for what in sorted(disturbances):
             self._again(what)
 
     def tick(self):
@@ -85,6 +89,10 @@ class Chaos:
         self.counts["reload"] += reloads
         faults = self._new.reload() if reloads else self._new.restart()
         self.faults += [f"{self._new.name}: {text}" for text in faults]
+
+    def crash(self):
+        """Kill one proxy, whose connections go on if they are old enough."""
+        self.faults += [f"{self._killed.name}: {text}" for text in self._killed.kill()]
 
     def squeeze(self):
         """Leave one proxy fewer fds than it needs, so that accept, socket and pipe2 fail."""

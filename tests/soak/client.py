@@ -1,7 +1,7 @@
 """The clients: exchanges at a steady rate, and connections that last as long as the run.
 
 Settings: `name`, `seed`, `seconds`; `listeners`: [{"name", "family", "address", "backend" (its
-family), "strict", "header", "rate" (a second), "open_max", "stall_ms", "sleeps_ms",
+family), "strict", "only_resets", "header", "rate" (a second), "open_max", "stall_ms", "sleeps_ms",
 "last": [kinds of lasting connections]}]. Orders on stdin: "pause" (answered by "quiet" once only
 lasting connections are open), "resume", "counts", "finish".
 """
@@ -131,7 +131,8 @@ class Clients:
         finally:
             sock.close()
         resets = listener.family != "unix" and listener.backend != "unix"
-        side.judge(strict=listener.strict, resets=resets)
+        cuts = not (resets and listener.only_resets)
+        side.judge(strict=listener.strict, resets=resets, cuts=cuts)
         return side
 
     async def sleep(self, listener):

@@ -55,12 +55,14 @@ class Side:
             for task in done:
                 task.result()
 
-    def judge(self, *, strict, resets):
+    def judge(self, *, strict, resets, cuts=True):
         """Raise Fault if the peer's end arrived as another kind of end.
 
         Not `strict`: the target may be killed, or the proxy may cut the connection. `resets`: both
-        legs distinguish a reset from a close.
+        legs distinguish a reset from a close. Not `cuts`: what is cut is reset, never just ended.
         """
+        if not cuts and self.is_cut:
+            raise Fault(f"ended before its end: {self}")
         if self.received > self.peer.length:
             raise Fault(f"too many bytes: {self}")
         if self.mine.fate != END or not strict:
@@ -72,6 +74,15 @@ class Side:
         # A failed write has consumed the error of the reset; a later read sees only the end.
         if self.peer.fate == RESET and resets and self.end == "eof" and not self.write_failed:
             raise Fault(f"a reset came as a clean end: {self}")
+
+    @property
+    def is_cut(self):
+        """Whether the peer's data has ended as if it were complete, and is not.
+
+        A failed write has consumed the error of a reset.
+        """
+        missing = self.peer.fate == END and self.received < self.peer.length
+        return missing and self.end == "eof" and not self.write_failed
 
     def __str__(self):
         return (

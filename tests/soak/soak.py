@@ -11,7 +11,7 @@ import time
 from kit.logs import too_many_lines
 from soak.chaos import Chaos
 from soak.sampling import Samples, growth, growth_max, warm_up
-from soak.world import World
+from soak.world import GO_ON, World
 
 CHECKPOINTS = 3, 12
 """Minimum and maximum; in between, one every five minutes."""
@@ -278,21 +278,23 @@ class Soak:
         wanted = 200e9 / 3600 * self.seconds if self.seconds >= LONG else 1e6
         if moved < 0.9 * wanted:
             missing.append(f"the stream moved {moved / 1e9:.1f} GB instead of {wanted / 1e9:.1f}")
-        if not self.carried:
-            missing.append("no connection went from one process to the next")
+        missing += [
+            f"{one.name}: no connection went from one process to the next"
+            for one in self.world.served
+            if one.name in GO_ON and not one.carried
+        ]
         if not self.counts.get("bytes one at a time"):
             missing.append("the slow connections moved nothing")
         missing += [
             f"{one.name} inspected: no {what}"
             for one in self.world.served
             for what in ("list", "metrics", "watch")
-            if one.name != "new" and not self.counts.get(f"{one.name} inspected: {what}")
+            if one.name not in GO_ON and not self.counts.get(f"{one.name} inspected: {what}")
         ]
         return missing
 
-    @property
-    def carried(self):
-        return sum(one.carried for one in self.world.served)
+    def total(self, what):
+        return sum(getattr(one, what) for one in self.world.served)
 
     # ── the report ───────────────────────────────────────────────────────────────────────────
 
@@ -317,7 +319,8 @@ class Soak:
             "faults": self.faults,
             "counts": dict(sorted(self.counts.items())),
             "disturbances": self.chaos.counts,
-            "carried": self.carried,
+            "carried": self.total("carried"),
+            "reset": self.total("reset"),
             "checkpoints": self.checkpoints,
             "ping_us": self.latencies,
             "growth": {one.name: self.gained(one.name, "private") for one in self.world.served},
@@ -351,7 +354,9 @@ class Soak:
         )
         yield (
             f"one proxy was restarted {done['renew'] - done['reload']} times and reloaded "
-            f"{done['reload']} times; {self.carried} connections went on in the next process"
+            f"{done['reload']} times, another one killed {done['crash']} times; "
+            f"{self.total('carried')} connections went on in the next process, and "
+            f"{self.total('reset')} that were kept could not"
         )
         if self.latencies:
             p50, p99, worst = self.latencies

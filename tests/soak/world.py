@@ -22,6 +22,9 @@ STOP_MS = 1200
 """Too short for the idle timeout to cut a connection in use while a process is stopped."""
 
 
+GO_ON = ("new", "killed")
+"""Proxies that end all the time; another process goes on with their connections."""
+
 LOST = (
     "Failed to keep the connections",
     "No store for connections",
@@ -46,6 +49,8 @@ class Served:
         self.last_log = ""
         self.carried = 0
         """Connections that went from one process to the next."""
+        self.reset = 0
+        """Connections that were kept, and could not go on after a kill."""
 
     def reload(self):
         """Have it execute itself again; return what is wrong."""
@@ -53,6 +58,19 @@ class Served:
         self.proxy.send_signal(signal.SIGHUP)
         self.proxy.notify.wait_for("READY=1")
         return self._lost()
+
+    def kill(self):
+        """Kill it, and start it with what it has stored; return what is wrong."""
+        last, manager = self.proxy, self.proxy.notify
+        last.kill()
+        manager.settle()  # as a service manager, which reads what was sent before it sees the end
+        manager.drop_hung_up()
+        manager.clear()
+        self.proxy = self._start(manager.stored)
+        self.proxy.wait_until_ready()
+        last.release()
+        self.reset += sum(map(_number, self.proxy.log_lines("Had to reset")))
+        return [line for line in self._lost() if "Had to reset" not in line]
 
     def restart(self):
         """Stop it, and start it with what it has stored; return what is wrong."""
@@ -63,15 +81,20 @@ class Served:
         manager.clear()
         self.proxy = self._start(manager.stored)
         self.proxy.wait_until_ready()
-        wait_until(lambda: not manager.stored, "FDSTOREREMOVE=1")
+        wait_until(lambda: not manager.has("proxyd-parcel"), "FDSTOREREMOVE=1")
         faults += [line for line in last.log_lines() if any(word in line for word in LOST)]
         last.release()
         return faults + self._lost()
 
     def _lost(self):
         going_on = self.proxy.log_lines("Going on with ")
-        self.carried += int(going_on[-1].split()[3]) if going_on else 0
+        self.carried += _number(going_on[-1]) if going_on else 0
         return [line for line in self.proxy.log_lines() if any(word in line for word in LOST)]
+
+
+def _number(line):
+    """The number in a line of the log."""
+    return next(int(word) for word in line.split() if word.isdigit())
 
 
 class World:
@@ -146,8 +169,17 @@ class World:
             rate=16,
             prefix=["setsid"],  # with a terminal, SIGHUP would end it
         )
+        self._proxy(
+            "killed",
+            ["--threads=2", "--hand-over=always", "--crash-recovery=all"],
+            pairs,
+            steady,
+            last={pair: ["drip", "ping"] for pair in pairs},
+            only_resets=True,
+            rate=16,
+        )
         self._flows(steady, shaky)
-        self._clients("steady clients", ["main", "header", "new"])
+        self._clients("steady clients", ["main", "header", "new", "killed"])
         self._clients("other clients", ["idle", "few", "shaky", "flows"])
         self._inspectors()
 
@@ -219,6 +251,7 @@ class World:
             "address": address if family == "unix" else address[:2],
             "rate": rate, "header": header,
             "open_max": traffic.get("open_max", 24), "strict": traffic.get("strict", False),
+            "only_resets": traffic.get("only_resets", False),
             "stall_ms": traffic.get("stall_ms", 1500),
             "sleeps_ms": traffic.get("sleeps_ms", 0),
             "last": list(last),
@@ -284,7 +317,7 @@ class World:
             {
                 "name": f"{one.name} inspected",
                 "path": self._inspection_path(one.name),
-                "strict": one.name not in ("few", "new"),  # short of fds, and often away
+                "strict": one.name not in ("few", *GO_ON),  # short of fds, and often away
                 "terminates": one.name == "shaky",
             }
             for one in self.served

@@ -3,8 +3,9 @@
     streams.py LISTENERS TARGET KIND=COUNT...
 
 Clients connect to LISTENERS in turn, with `,` between them: ports of 127.0.0.1, and paths. This
-program is the server behind them as well, on port TARGET. It says "open" once every connection is
-in its state, and ends them when it has read a line. Then one JSON object says how that went,
+program is the server behind them as well, on port TARGET or at that path. It says "open" once every
+connection is in its state, and ends them when it has read a line. Then one JSON object says how
+that went,
 {KIND: {outcome: count}}, with the five longest times that each `ping` waited in "pauses_ms".
 
     ping     some bytes there and back, all the time
@@ -190,8 +191,8 @@ KINDS = {
 class Run:
     """All connections, by number: first those of the first kind."""
 
-    def __init__(self, listeners: list[str], port: int, counts: dict[str, int]):
-        self.listeners, self.port = listeners, port
+    def __init__(self, listeners: list[str], target: str, counts: dict[str, int]):
+        self.listeners, self.target = listeners, target
         self.kinds = [kind for kind, count in counts.items() for _ in range(count)]
         self.ending = asyncio.Event()
         self.pauses_ms: list[int] = []
@@ -211,21 +212,26 @@ class Run:
         return False
 
     async def run(self) -> dict:
-        server = await asyncio.start_server(self.serve, "127.0.0.1", self.port, backlog=4096)
+        server = await self.listen(self.target)
         clients = [asyncio.create_task(self.outcome(one)) for one in range(len(self.kinds))]
         opened = asyncio.create_task(self.all_open.wait())
         await asyncio.wait([opened, *clients], return_when=asyncio.FIRST_COMPLETED)
         print("open" if opened.done() else "failed", flush=True)
         await asyncio.get_running_loop().run_in_executor(None, sys.stdin.readline)
-        late = await asyncio.start_server(self.serve, "127.0.0.1", self.port + 1, backlog=4096)
+        others = [await self.listen(str(int(self.target) + 1))] if "held" in self.kinds else []
         self.ending.set()
         outcomes = await asyncio.gather(*clients)
-        server.close()
-        late.close()
+        for each in (server, *others):
+            each.close()
         counts: dict[str, collections.Counter] = {}
         for kind, how in zip(self.kinds, outcomes, strict=True):
             counts.setdefault(kind, collections.Counter())[how] += 1
         return {**counts, "pauses_ms": sorted(self.pauses_ms)}
+
+    async def listen(self, target: str) -> asyncio.Server:
+        if target.isdigit():
+            return await asyncio.start_server(self.serve, "127.0.0.1", int(target), backlog=4096)
+        return await asyncio.start_unix_server(self.serve, target, backlog=4096)
 
     async def outcome(self, number: int) -> str:
         """Open a connection, and tell how it has ended: "ok", or what went wrong."""
@@ -280,7 +286,7 @@ async def main() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     listeners, target, *counts = sys.argv[1:]
     kinds = {kind: int(count) for kind, count in (one.split("=") for one in counts)}
-    print(json.dumps(await Run(listeners.split(","), int(target), kinds).run()))
+    print(json.dumps(await Run(listeners.split(","), target, kinds).run()))
 
 
 asyncio.run(main())

@@ -7,6 +7,7 @@ from e2e.scenarios import activation  # isort: skip  # noqa: F401
 from e2e.scenarios import service_manager  # isort: skip  # noqa: F401
 from e2e.scenarios import continuity  # isort: skip  # noqa: F401
 from e2e.scenarios import store  # isort: skip  # noqa: F401
+from e2e.scenarios import kills  # isort: skip  # noqa: F401
 from e2e.scenarios import limits  # isort: skip  # noqa: F401
 from e2e.scenarios import on_demand  # isort: skip  # noqa: F401
 from e2e.scenarios import datagrams  # isort: skip  # noqa: F401

@@ -187,12 +187,15 @@ def under_way(m: Machine) -> int:
 @scenario()
 def iperf3(m: Machine) -> str:
     """iperf3: one and four streams, both ways and both at once"""
-    m.unit("backend.service", "[Service]\nExecStart=iperf3 -s -B 127.0.0.1 -p 8000\n")
+    command = "iperf3 -s -B 127.0.0.1 -p 8000 --forceflush"
+    m.unit("backend.service", f"[Service]\nExecStart={command}\n")
     m.start("backend.service")
-    m.wait_for("iperf3 listens", lambda: m.listens(8000))
     m.proxy("proxy", "127.0.0.1:9000", "127.0.0.1:8000")
     rates, most = [], under_way(m)
     for how in (f"-n {SENT}", f"-n {SENT} -R", f"-n {SENT} -P {STREAMS}", "-t 2 --bidir"):
+        # It has a listener for each test: one that comes to the last one is reset.
+        listens = f"Server listening on 8000 (test #{len(rates) + 1})"
+        m.wait_for("iperf3 listens", lambda line=listens: line in m.journal("backend.service"))
         report = json.loads(m.run(f"iperf3 -c 127.0.0.1 -p 9000 -J {how}").stdout)
         check("error" not in report, f"{how}: {report.get('error')}")
         end = report["end"]

@@ -17,11 +17,13 @@ from e2e.seen import (
     active_without_a_client,
     after_a_failed_start,
     cut_at_a_time,
+    cut_by_a_kill,
     cut_by_a_stop,
     dead_socket,
     does_not_start,
     ends_at_a_stop,
     fast_loop,
+    goes_on_after_a_kill,
     goes_on_at_once,
     gone_with_the_backend,
     gone_with_the_proxy,
@@ -171,6 +173,7 @@ REQUIRES = [("Wants=back.service\nUpholds", "Requires")]
 RESTARTS = [("[Service]", "[Service]\nRestart=on-failure\nRestartSec=1s")]
 DIRECT = [("[Service]", "[Service]\nRestart=on-failure\nRestartSec=1s\nRestartMode=direct")]
 STAYS = ("--idle-timeout=2s", "--idle-timeout=1h")
+OF_PROXY = "Restart=on-failure\nRestartSec=1s\n"
 DRAINS = ("--idle-timeout=2s", "--idle-timeout=1h --drain-timeout=1h")
 AT_BOOT = (":9000\n", ":9000\n[Install]\nWantedBy=sockets.target\n")
 REVIVES = [("", "[Unit]\nUpholds=heal.socket\n")]
@@ -227,7 +230,7 @@ CASES = (
         "trigger-limit-off-alone",
         {
             S: [("[Socket]", "[Socket]\nTriggerLimitIntervalSec=0")],
-            P: [("Restart=on-failure\nRestartSec=1s\n", "")],
+            P: [(OF_PROXY, "")],
         },
         fast_loop,
         slow_loop,
@@ -453,6 +456,13 @@ CASES = (
         cut_by_a_stop,
         {P: [STAYS, *add("FileDescriptorStoreMax=1")]},
         since=254,
+    ),
+    Case(
+        "crash-resets",
+        {P: [STAYS, (OF_PROXY, "FileDescriptorStoreMax=1\n")]},
+        cut_by_a_kill,
+        goes_on_after_a_kill,
+        {P: [STAYS, (OF_PROXY, f"{OF_PROXY}FileDescriptorStoreMax=1\n")]},
     ),
     Case(
         "wrong-signal",
