@@ -28,6 +28,8 @@ from bench.report import Run
 from bench.works import Work
 
 EXECUTABLE = Path(__file__).parent.parent / ".venv/bin/systemd-socket-proxyd"
+OLD = 2.5
+"""Seconds until a connection is in the store, and would outlive a kill."""
 FORKS_MAX = 16
 """Clients of a program that makes a process for each: socat sleeps for a second after each."""
 
@@ -49,6 +51,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--options", default="", help="of this program, such as --buffer-size=4K")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured")
     parser.add_argument("--syscalls", action="store_true", help="count system calls instead")
+    parser.add_argument("--store", action="store_true", help="with and without a descriptor store")
     parser.add_argument("--two-cpus", action="store_true", help="one and two threads, not pinned")
     parser.add_argument("--list", action="store_true", help="list the works and end")
     return parser.parse_args(arguments)
@@ -62,7 +65,7 @@ def settings_of(options: argparse.Namespace) -> Settings:
         note("only one CPU: the load and the proxy disturb each other, do not quote these numbers")
     return Settings(
         seconds=options.seconds or (0.6 if options.long else 0.5),
-        warmup=0.15,
+        warmup=OLD if options.store else 0.15,
         proxy_cpu=proxy_cpu,
         load_cpu=load_cpu,
         idle=9000,
@@ -81,12 +84,14 @@ def choose(options: argparse.Namespace) -> list[Contender]:
     found = contenders.find(options.executable, shlex.split(options.options), options.before)
     originals = [name for name in found if name.startswith("original-")]
     default = ["ours", "control", *originals[-1:], "nginx", "socat"]
-    if options.before:
+    if options.store:
+        default = ["ours", "store", "control"]
+    elif options.before:
         default = ["ours", "before", "control"]
     elif options.two_cpus:
         default = ["ours-2", "ours"]
     elif options.long:
-        default = [name for name in found if name != "ours-2"]
+        default = [name for name in found if name not in ("ours-2", "store")]
     wanted = options.contenders.split(",") if options.contenders else default
     for name in wanted:
         if name not in found:

@@ -15,12 +15,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from bench import contenders, memory, sockets
+from bench.store import Store
 
 PATIENCE = 15.0
 """Seconds after which something that has not come counts as missing."""
@@ -174,6 +175,7 @@ class Running:
 
     process: subprocess.Popen[bytes]
     port: int
+    argv: list[str]
 
     def pids(self) -> list[int]:
         """Its processes: those of the session that it was started in."""
@@ -183,6 +185,13 @@ class Running:
                 if int(stat.read_text().rpartition(")")[2].split()[3]) == self.process.pid:
                     found.append(int(stat.parent.name))
         return found
+
+    def kill(self) -> None:
+        """End all of them."""
+        for pid in self.pids():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.wait()
 
     def connect(self) -> socket.socket:
         """A client; it waits until the program listens."""
@@ -202,7 +211,12 @@ class Running:
 
 @contextmanager
 def running(
-    peer: Peer, target: str, *, activated: bool = False, **asked: object
+    peer: Peer,
+    target: str,
+    *,
+    activated: bool = False,
+    environment: Mapping[str, str] | None = None,
+    **asked: object,
 ) -> Iterator[Running]:
     """Start ``peer``, and end it afterwards. Raises LookupError if it cannot do what is asked.
 
@@ -233,15 +247,13 @@ def running(
             preexec_fn=(lambda: os.dup2(listener.fileno(), 3)) if inherits else None,  # noqa: PLW1509 - no threads here
             pass_fds=[3] if inherits else [],
             start_new_session=True,
+            env=os.environ | (environment or {}),
         )
-        program = Running(process, port)
+        program = Running(process, port, argv)
         try:
             yield program
         finally:
-            for pid in program.pids():
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            process.wait()
+            program.kill()
 
 
 def bound(kind: socket.SocketKind, port: int = 0) -> socket.socket:
@@ -488,6 +500,39 @@ def images(program: Running) -> set[tuple[int, bytes]]:
     return found
 
 
+def survives(peer: Peer) -> str:
+    """An open connection after the program was killed by SIGKILL, 3 s after its start"""
+    with tempfile.TemporaryDirectory(prefix="cmp-") as folder:
+        store = Store(Path(folder) / "notify")
+        with closing(store), connected(peer, environment=store.environment) as ends:
+            program, client, server = ends
+            time.sleep(3)
+            program.kill()
+            if not store.kept:
+                return {"end": "ends as if complete"}.get(read_all(client)[1], "is reset")
+            next_one = start_again(program, store)
+            try:
+                client.sendall(b"still")
+                return "goes on in the next process" if server.recv(5) == b"still" else "no"
+            finally:
+                next_one.kill()
+                next_one.wait()
+
+
+def start_again(program: Running, store: Store) -> "subprocess.Popen[bytes]":
+    """Start it once more, with the descriptor that it has stored."""
+    name, fd = store.kept[0]
+    return subprocess.Popen(
+        ["/bin/sh", "-c", ACTIVATED, "sh", *program.argv],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: os.dup2(fd, 3),  # noqa: PLW1509 - the store's thread forks nothing
+        pass_fds=[3],
+        env=os.environ | store.environment | {"LISTEN_FDNAMES": name},
+    )
+
+
 def datagrams(peer: Peer) -> str:
     """Forwards datagrams (UDP), and gives each of two clients its own answer"""
     with closing(bound(socket.SOCK_DGRAM)) as target, ExitStack() as stack:
@@ -570,6 +615,7 @@ CHECKS = (
     abstract,
     drains,
     reloads,
+    survives,
     datagrams,
     datagram_waits,
     at_rest,

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from bench import sockets
+from bench.store import Store
 
 CACHE = Path(__file__).parent.parent / ".cache" / "bench"  # made by ci/bench
 LAUNCH = str(CACHE / "bin" / "launch")
@@ -32,6 +33,7 @@ class Contender:
     ``activated``: it inherits its listening socket as fd 3 instead of opening one itself.
     ``streams``, ``datagrams``: what it is measured with.
     ``forks``: it makes a process for each client.
+    ``stores``: a service manager with a descriptor store has started it.
     """
 
     name: str
@@ -41,13 +43,14 @@ class Contender:
     streams: bool = True
     datagrams: bool = True
     forks: bool = False
+    stores: bool = False
 
 
 @dataclass
 class Proxy:
     """A running contender; ``pids`` are all its processes, and empty for a direct connection.
 
-    ``forks``: there is one for each client, too.
+    ``forks``: there is one for each client, too. ``store``: where it may leave descriptors.
     """
 
     address: str
@@ -55,22 +58,30 @@ class Proxy:
     pids: list[int] = field(default_factory=list)
     log: Path | None = None
     forks: bool = False
+    store: Store | None = None
 
     def stop(self) -> None:
         """End it with SIGTERM, then SIGKILL. Raises Failed if it had exited before."""
         if self.process is None:
             return
-        ended = self.process.poll()
+        try:
+            self._end(self.process)
+        finally:
+            if self.store:
+                self.store.close()
+
+    def _end(self, process: subprocess.Popen[bytes]) -> None:
+        ended = process.poll()
         if self.forks:
-            for pid in children(self.process.pid):
+            for pid in children(process.pid):
                 os.kill(pid, signal.SIGTERM)
         if ended is None:
-            self.process.send_signal(signal.SIGTERM)
+            process.send_signal(signal.SIGTERM)
             try:
-                self.process.wait(2)
+                process.wait(2)
             except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
+                process.kill()
+                process.wait()
         if ended is not None:
             raise Failed(f"ended by itself with {ended}: {self.last_words()}")
 
@@ -101,6 +112,7 @@ def start(
         listener.close()
         (folder / "front").unlink(missing_ok=True)
     command = contender.argv(address, target, folder)
+    store = Store(folder / "notify") if contender.stores else None
     with log.open("wb") as stderr:
         process = subprocess.Popen(
             [LAUNCH, str(cpu), str(fd if contender.activated else -1), *command],
@@ -108,14 +120,17 @@ def start(
             stdin=subprocess.DEVNULL,
             stdout=stderr,
             stderr=stderr,
+            env=os.environ | (store.environment if store else {}),
         )
     listener.close()
-    proxy = Proxy(address, process, [process.pid], log, contender.forks)
+    proxy = Proxy(address, process, [process.pid], log, contender.forks, store)
     try:
         await_service(proxy, backend if sockets.is_datagram(front) else None)
     except Failed:
         process.kill()
         process.wait()
+        if store:
+            store.close()
         raise
     if not contender.forks:
         proxy.pids += children(process.pid)
@@ -176,6 +191,7 @@ def find(
     candidates = [
         ours(executable, options),
         control(executable, options),
+        with_store(executable, options),
         earlier(before, options),
         *originals,
         haproxy(),
@@ -210,6 +226,12 @@ def control(executable: Path, options: Sequence[str]) -> Contender | None:
     """The program of this repository once more: how far two equal programs are apart."""
     one = ours(executable, options)
     return one and replace(one, name="control")
+
+
+def with_store(executable: Path, options: Sequence[str]) -> Contender | None:
+    """The program of this repository, with a descriptor store: its connections outlive a kill."""
+    one = ours(executable, options)
+    return one and replace(one, name="store", stores=True)
 
 
 def two_threads(executable: Path, options: Sequence[str]) -> Contender | None:

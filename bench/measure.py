@@ -107,7 +107,14 @@ def run(work: Work, contender: Contender, settings: Settings) -> Sample:
         )
         if done.returncode != 0:
             raise Failed(f"{done.stderr.strip()} {place.proxy.last_words()}")
+        check_store(work, place.proxy)
     return sample(work, json.loads(done.stdout))
+
+
+def check_store(work: Work, proxy: Proxy) -> None:
+    """Raise Failed if what is measured was to be kept in a store, and was not."""
+    if proxy.store and work.lasts and not proxy.store.names:
+        raise Failed(f"nothing was stored: {proxy.last_words()}")
 
 
 def sample(work: Work, result: dict[str, float]) -> Sample:

@@ -52,6 +52,12 @@ class Work:
         return clients or 1000
 
     @property
+    def lasts(self) -> bool:
+        """Whether its connections are streams that outlast the warm-up."""
+        counts = ("pings=", "uploads=", "downloads=")
+        return not self.pair.startswith("udp") and any(one.startswith(counts) for one in self.load)
+
+    @property
     def latency_of(self) -> str:
         """The unit that percentiles are reported for; empty if there are none."""
         return self.unit if self.counter != "bytes" else ""
