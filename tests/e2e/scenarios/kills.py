@@ -7,6 +7,7 @@ from pathlib import Path
 from e2e import streams
 from e2e.harness import CannotRun, scenario
 from e2e.machine import TOOLS, Machine, check, same
+from e2e.scenarios import transfers
 from e2e.scenarios.continuity import BETWEEN, USERS_SOCKET
 from e2e.scenarios.privilege import HARDENING, KILL, not_killed
 from e2e.scenarios.store import FEW, STORE, see_resets
@@ -96,6 +97,29 @@ def killed_unix_target(m: Machine) -> str:
     for _ in range(4):
         kill(m)
     return end_well(m, open_ones)
+
+
+@scenario(needs="--threads")
+def killed_in_a_transfer(m: Machine) -> str:
+    """1 GiB down and up at once by curl and nginx, and kills in the middle"""
+    wanted = transfers.gigabyte(m)
+    files = f"{m.folder}/files"
+    m.sh(f"install -d -o www-data {files}; ln {transfers.GIGABYTE_FILE} {files}/down")
+    transfers.start_dav(m)
+    start_proxy(m, service=AGAIN)
+    curl = "curl -sS --limit-rate 60M"
+    upload = m.client(f"exec {curl} -T {files}/down http://127.0.0.1:9000/up")
+    download = m.client(f"{curl} http://127.0.0.1:9000/down | {transfers.SHA256}")
+    kills = 0
+    while kills < 5:
+        wait_until_kept(m, 2)
+        check(upload.poll() is None and download.poll() is None, f"over after {kills} kills")
+        kill(m)
+        kills += 1
+    same("output of the upload", upload.communicate(timeout=120)[0], "")
+    same("downloaded", download.communicate(timeout=120)[0].split()[0], wanted)
+    same("uploaded", transfers.sha256(m, f"{files}/up"), wanted)
+    return f"{kills} kills"
 
 
 @scenario(needs="--threads")
