@@ -129,8 +129,8 @@ def _run(argv: list[str], environ: dict[str, str]) -> int:
         entrance = _open_entrance(options, listeners, entrance, environ)
         from proxyd import server  # late: importing it takes longest
 
-        useless = [name for name in stored if name != PAGES_NAME or root is None]
-        return server.run(options, listeners, environ, entrance, parcel, root, stored=useless)
+        taken = [name for name in stored if name != PAGES_NAME or root is None]  # root stays there
+        return server.run(options, listeners, environ, entrance, parcel, root, stored=taken)
     finally:
         if root is not None:
             root.close()
