@@ -14,6 +14,7 @@ from kit import manager as managers
 from kit.at_call import HELD_BACK, RECVMSG, kill_at_call
 from kit.differences import differs
 from kit.kept import attempts, wait_kept
+from kit.privileges import locks_memory
 from kit.sockets import read_exactly, read_to_end
 from kit.traffic import greet, in_background, payload
 from kit.waiting import wait_until
@@ -28,7 +29,12 @@ KILLS = int(os.environ.get("KILLS", "40"))
 MB = 1 << 20
 
 some_pairs = pytest.mark.parametrize(
-    ("listen", "target"), [("tcp4", "tcp4"), ("unix", "unix"), ("tcp4", "unix")]
+    ("listen", "target"),
+    [
+        ("tcp4", "tcp4"),
+        pytest.param("unix", "unix", marks=locks_memory),
+        pytest.param("tcp4", "unix", marks=locks_memory),
+    ],
 )
 
 

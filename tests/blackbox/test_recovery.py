@@ -9,6 +9,7 @@ import pytest
 from kit.differences import differs
 from kit.kept import add_attempts, attempts, kept, kill_and_start, wait_kept
 from kit.manager import Manager, restart, start, stop
+from kit.privileges import locks_memory, may_lock_no_memory
 from kit.sockets import read_exactly, read_to_end
 from kit.traffic import greet, in_background, payload
 from kit.waiting import wait_until
@@ -17,7 +18,9 @@ pytestmark = differs("original", reason="it cuts its connections", run=False)
 
 ALL = "--crash-recovery=all"
 
-families = pytest.mark.parametrize("family", ["tcp4", "tcp6", "unix"])
+UNIX = pytest.param("unix", marks=locks_memory)
+
+families = pytest.mark.parametrize("family", ["tcp4", "tcp6", UNIX])
 in_threads = pytest.mark.parametrize(
     "threads", [["--threads=1"], ["--threads=3", "--hand-over=always"]], ids=["1", "3"]
 )
@@ -53,8 +56,8 @@ def test_connections_go_on(stage, manager, family):
 
 
 @in_threads
-@pytest.mark.parametrize("target", ["tcp4", "unix"])
-@pytest.mark.parametrize("listen", ["tcp4", "unix"])
+@pytest.mark.parametrize("target", ["tcp4", UNIX])
+@pytest.mark.parametrize("listen", ["tcp4", UNIX])
 def test_streams_go_on(stage, manager, listen, target, threads):
     """Killed in the middle of everything, several times."""
     backend = stage.backend(target)
@@ -242,6 +245,26 @@ def test_by_default_tcp_alone(stage, manager, listen, target):
     tcp.sendall(b"hello")
     assert read_exactly(server, 5) == b"hello"
     assert read_to_end(mixed) == (b"", "reset" if listen == "tcp4" else "eof")
+
+
+def test_memory_that_cannot_be_locked(stage, manager):
+    """Then no connection with a UNIX socket is kept, which is said once; TCP is kept."""
+    prefix = may_lock_no_memory()
+    backends = stage.backend("tcp4"), stage.backend("unix")
+    arguments = [ALL, f"tcp={backends[0].target}", f"mixed={backends[1].target}"]
+    listeners = [stage.listener("tcp4"), stage.listener("tcp4")]
+    stage.launch(*arguments, listeners=listeners, names="tcp:mixed", notify=manager, prefix=prefix)
+    pairs = [(stage.connect(listeners[end]), backends[end].accept()) for end in (0, 0, 1, 1)]
+    wait_kept(manager, 2)
+    stage.proxy.wait_for_log("Not all connections are kept in case of a kill: ")
+    assert len(stage.proxy.log_lines()) == 1
+    kill_and_start(stage, manager, *arguments, listener_names=["tcp", "mixed"])
+    assert "Going on with 2 open" in stage.proxy.log()
+    for client, server in pairs[:2]:
+        client.sendall(b"hello")
+        assert read_exactly(server, 5) == b"hello"
+    for client, _ in pairs[2:]:
+        assert read_to_end(client) == (b"", "reset")
 
 
 def test_what_cannot_be_used(stage, manager):

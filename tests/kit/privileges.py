@@ -37,6 +37,13 @@ def skip_unix_unless_kept(items):
             item.add_marker(locks_memory)
 
 
+def may_lock_no_memory():
+    """A prefix that runs the program where mlock(2) is refused."""
+    need_root("to take a capability away")
+    without = [f"--{which}=-ipc_lock" for which in ("bounding-set", "inh-caps")]
+    return ["prlimit", "--memlock=0:0", "setpriv", *without]
+
+
 def need_root(what):
     """Skip the test unless it runs as root; `what` says what root is needed for."""
     if os.geteuid() != 0:
