@@ -3,12 +3,11 @@
 import os
 import struct
 
+from kit.slate_layout import PAGE, SLOT_SIZE
 from proxyd._relay import Relay, slate_create, stream_positions
 
 UNIT = 8192
-PAGE = 4096
 ALIGN = 65536
-SLOT_SIZE = 1024
 SLOT_RECORD = 128
 HEAD = "=IIIIQQq"
 HALF_SIZE = 40
