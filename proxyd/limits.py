@@ -36,6 +36,13 @@ _PER_FLOW = 1
 _WITH_PIPES = 6
 """A connection that stalls in both directions holds two pipes."""
 
+_KEEPING = 8
+"""With a descriptor store: both ends of root, of the page that is being filled and of one with
+pipes, and two for a message to the service manager."""
+
+_PER_KEPT = 1 / 16
+"""With a descriptor store: both ends of a page, of 32 to 128 connections (relay/tidy.pxd)."""
+
 
 CALLERS_MAX = 64
 """How many callers the inspection socket has at once, if the limit of open files allows …"""
@@ -59,13 +66,15 @@ def fit_connections(  # noqa: PLR0913 - each of them needs fds
     unix: bool = False,
     inspected: bool = False,
     streams: bool = True,
+    kept: bool = False,
 ) -> int:
     """Raise the soft RLIMIT_NOFILE to what `wanted` connections need; return how many fit.
 
     `names`: the number of names to look up; `inspected`: there is an inspection socket, whose
     callers take no place of a connection; `streams`: there are not only flows of datagrams, which
-    have one socket each. The limit is never lowered, and never raised beyond the hard one. If it is
-    too small, a warning is logged and fewer connections fit, at least one.
+    have one socket each; `kept`: connections may be kept in case of a kill, as flows never are. The
+    limit is never lowered, and never raised beyond the hard one. If it is too small, a warning is
+    logged and fewer connections fit, at least one.
     """
     base = _BASE + SPARE_ATTEMPTS + listeners + _PER_LOOKUP * names
     if unix:
@@ -74,9 +83,13 @@ def fit_connections(  # noqa: PLR0913 - each of them needs fds
         base += 1 + _STAT + _PER_THREAD * (threads - 1)
     if inspected:
         base += 1 + CALLERS_MIN
+    pages = 0.0
+    if kept and streams:
+        base += _KEEPING
+        pages = _PER_KEPT
     most, least = (_WITH_PIPES, _PER_CONNECTION) if streams else (_PER_FLOW, _PER_FLOW)
-    limit = raise_fd_limit(base + inspected * CALLERS_MAX + most * wanted)
-    fitting = max((limit - base) // least, 1)
+    limit = raise_fd_limit(base + inspected * CALLERS_MAX + int((most + pages) * wanted))
+    fitting = max(int((limit - base) / (least + pages)), 1)
     if fitting >= wanted:
         return wanted
     what = "connections" if streams else "flows"

@@ -107,6 +107,9 @@ class Server:
         routes = Routes(self.loop, options, listeners, self.resolver)
         self.upstreams = routes.upstreams
         streams = [one for one in listeners if not one.datagram]
+        single = len(listeners) == 1 and listeners[0].connected
+        self.notifier = Notifier(NotifySocket(environ), self._status, self.relay)
+        recovers = self.notifier.has_store and options.crash_recovery != "no" and not single
         connections_max = fit_connections(
             options.connections_max,
             len(listeners),
@@ -115,6 +118,7 @@ class Server:
             unix=any(one.involves_unix for one in listeners),
             inspected=entrance is not None,
             streams=bool(streams),
+            kept=recovers,
         )
         self.acceptor = Acceptor(self.loop, listeners, connections_max, options.proxy_protocol)
         self.datagrams = self._make_datagrams() if len(streams) < len(listeners) else None
@@ -125,16 +129,13 @@ class Server:
             from proxyd.sources import limit_sources
 
             limit_sources(self.acceptor, self.datagrams, options.connections_max_per_source)
-        single = len(listeners) == 1 and listeners[0].connected
         if options.threads > 1 and not single:
             from proxyd import workers
 
             workers.use(self.relay, options.threads, at_once=options.always_hand_over)
-        self.notifier = Notifier(NotifySocket(environ), self._status, self.relay)
         self.inspection = self._make_inspection(entrance) if entrance is not None else None
         self.succession = Succession(self.notifier, lambda: self._parts(routes.targets, entrance))
-        recovers = self.notifier.has_store and options.crash_recovery != "no"
-        self.relay.report_old = recovers and not single
+        self.relay.report_old = recovers
         self.relay.keeps_unix = options.crash_recovery == "all"
         self.relay.wake_on_first = self.notifier.enabled or (
             self.datagrams is not None and self.datagrams.needs_first_flow()
@@ -168,10 +169,9 @@ class Server:
     def _make_datagrams(self) -> "DatagramPolicy":
         from proxyd.datagrams import DatagramPolicy
 
+        parts = self.loop, self.acceptor.listeners, self.resolver
         timeout_ms = milliseconds(self.options.connect_timeout)
-        proxy = self.options.proxy_protocol != 0
-        parts = self.loop, self.acceptor.listeners, self.resolver, timeout_ms
-        return DatagramPolicy(*parts, proxy=proxy)
+        return DatagramPolicy(*parts, timeout_ms, proxy=self.options.proxy_protocol != 0)
 
     def _make_inspection(self, entrance: Listener) -> "Entrance":
         from proxyd.inspection.entrance import Entrance

@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import signal
 import socket
 
@@ -245,6 +246,30 @@ def test_by_default_tcp_alone(stage, manager, listen, target):
     tcp.sendall(b"hello")
     assert read_exactly(server, 5) == b"hello"
     assert read_to_end(mixed) == (b"", "reset" if listen == "tcp4" else "eof")
+
+
+def test_as_many_as_the_limit_of_open_files_allows(stage, manager):
+    """What keeps them needs fds, too: no client is promised one of these."""
+    arguments, prefix = ["-c1000", stage.echo()], ["prlimit", "--nofile=1500:1500"]
+    listeners = [stage.listener()]
+    stage.launch(*arguments, listeners=listeners, names="web", notify=manager, prefix=prefix)
+    (line,) = stage.proxy.log_lines()
+    count = int(re.search(r"allows (\d+) connections", line)[1])
+    clients = []
+    for total in (count // 2, count):
+        clients += [stage.connect() for _ in range(total - len(clients))]
+        for client in clients:
+            greet(client)
+        wait_kept(manager, total)
+    assert stage.proxy.log_lines() == [line]
+    for begin in (kill_and_start, restart):
+        begin(stage, manager, *arguments, prefix=prefix)
+        for client in clients:
+            greet(client)
+        assert stage.proxy.log_lines()[0] == line
+        assert stage.proxy.log_lines()[1].startswith(f"Going on with {count} open ")
+        wait_kept(manager, count)
+        assert len(stage.proxy.log_lines()) == 2
 
 
 def test_memory_that_cannot_be_locked(stage, manager):

@@ -5,12 +5,12 @@ import fcntl
 import os
 import re
 import resource
-import select
 import signal
 import tempfile
 import time
 from pathlib import Path
 
+from kit.socket_state import state_of
 from kit.waiting import wait_until
 
 PASSED_ON = re.compile(r"^(PATH|LANG|HOME|PYTHON\w+|LD_\w+|\w+SAN_OPTIONS|COVERAGE_\w+)$")
@@ -142,7 +142,7 @@ class Proxy:
 
     def has_ended(self):
         """True once it has exited; `status` is then its exit status, negative for a signal."""
-        if self.status is None and select.select([self.pidfd], [], [], 0)[0]:
+        if self.status is None and state_of(self.pidfd):  # select() knows no fd beyond 1023
             self.status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
         return self.status is not None
 

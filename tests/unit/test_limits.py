@@ -12,19 +12,19 @@ from proxyd import limits, log
 
 PROGRAM = """
 import resource, sys
-soft, hard, wanted, listeners, threads, names = map(int, sys.argv[1:])
+soft, hard, wanted, listeners, threads, names, kept = map(int, sys.argv[1:])
 from proxyd.limits import fit_connections
 resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-print(fit_connections(wanted, listeners, threads, names=names))
+print(fit_connections(wanted, listeners, threads, names=names, kept=bool(kept)))
 print(*resource.getrlimit(resource.RLIMIT_NOFILE))
 """
 
 
-def fit(soft, hard, wanted, listeners=1, threads=1, names=0):
+def fit(soft, hard, wanted, listeners=1, threads=1, names=0, kept=False):
     """(connections that fit, soft limit afterwards, what was logged)."""
     if resource.getrlimit(resource.RLIMIT_NOFILE)[1] < hard:
         pytest.skip(f"SKIPPED LOUDLY: the hard limit here is below {hard} open files")
-    arguments = [str(number) for number in (soft, hard, wanted, listeners, threads, names)]
+    arguments = [str(int(one)) for one in (soft, hard, wanted, listeners, threads, names, kept)]
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, *arguments],
         capture_output=True,
@@ -83,6 +83,12 @@ def test_threads_need_fds_too():
     assert fit(64, 64, 256, threads=11)[0] == base - 11  # sixteen more
 
 
+def test_what_is_kept_in_case_of_a_kill_needs_fds_too():
+    assert fit(64, 64, 256, kept=True)[0] == fit(64, 64, 256)[0] - 5  # root, and two pages
+    assert 470 < fit(1024, 1024, 1000, kept=True)[0] < fit(1024, 1024, 1000)[0] - 15
+    assert fit(256, 4096, 256, kept=True)[0] == 256
+
+
 def test_the_largest_number_of_connections():
     fitting, soft, logged = fit(1024, 4096, 2**32 - 1)
     assert soft == 4096
@@ -96,8 +102,11 @@ def test_the_largest_number_of_connections():
     st.integers(1, 1024),
     st.integers(0, 20),
     st.integers(3, 1 << 30),
+    st.booleans(),
 )
-def test_what_fits_never_needs_more_fds_than_there_are(wanted, listeners, threads, names, hard):
+def test_what_fits_never_needs_more_fds_than_there_are(
+    wanted, listeners, threads, names, hard, kept
+):
     asked, logged = [], []
 
     def raise_fd_limit(number):
@@ -107,8 +116,10 @@ def test_what_fits_never_needs_more_fds_than_there_are(wanted, listeners, thread
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(limits, "raise_fd_limit", raise_fd_limit)
         patch.setattr(log, "_log", lambda level, text, fields=None: logged.append(text))
-        fitting = limits.fit_connections(wanted, listeners, threads, names=names)
+        fitting = limits.fit_connections(wanted, listeners, threads, names=names, kept=kept)
     assert 1 <= fitting <= wanted
-    assert fitting == 1 or listeners + 2 * (threads - 1) + 4 * names + 2 * fitting < hard
+    needed = listeners + 2 * (threads - 1) + 4 * names + 2 * fitting
+    pages = 2 * (fitting // 32) + 2 if kept else 0
+    assert fitting == 1 or needed + pages < hard
     assert len(logged) == (fitting < wanted)
     assert asked[0] > 2 * wanted
