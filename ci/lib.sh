@@ -199,10 +199,16 @@ make_venv() {
 
 pip_into_venv() { "$TOOLS/bin/python" -m pip --python "$VENV/bin/python" install "$@"; }
 
-# Build and install, unless these sources are installed. PROXYD_WERROR=1 counts as another build.
+# Build and install, unless these sources are installed. PROXYD_WERROR=1 counts as another build. The
+# sdist has all files, so that one more or less counts, too.
 install_project() {
     local key
-    key=$({ python_identity; cd "$ROOT"; built_files | xargs -0 sha256sum; } | hash_of)
+    key=$({
+        python_identity
+        cd "$ROOT"
+        source_files | LC_ALL=C sort -z
+        built_files | xargs -0 sha256sum
+    } | hash_of)
     if [ -x "$COMMAND" ] && [ -n "$(ls "$ROOT"/dist/*.whl 2>/dev/null)" ] &&
         { is_current installed "$key werror" || is_current installed "$key$werror"; }; then
         return
