@@ -64,6 +64,12 @@ want() {
     have "$1" || { apt_install "$2" && have "$1"; }
 }
 
+# nginx, with its module for streams, which Debian has apart.
+want_nginx() {
+    want nginx nginx-light || return 1
+    [ -e /usr/lib/nginx/modules/ngx_stream_module.so ] || apt_install libnginx-mod-stream
+}
+
 # --- the interpreter ------------------------------------------------------------------------------
 
 python_is_new_enough() {

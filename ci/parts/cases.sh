@@ -76,8 +76,7 @@ contender_haproxy-copy() {
 }
 
 contender_nginx() {
-    want nginx nginx-light || return 1
-    [ -e /usr/lib/nginx/modules/ngx_stream_module.so ] || apt_install libnginx-mod-stream || return 1
+    want_nginx || return 1
     command=$CONTENDERS/nginx is=nginx
     version=$(nginx -v 2>&1 | sed -n 's,.*nginx/\([^ ]*\).*,nginx \1,p')
     arguments=()

@@ -496,7 +496,7 @@ http {{
 
 NGINX_IN_FRONT = """
 daemon off; master_process off; pid {folder}/pid-front; error_log {folder}/error-front;
-{modules}
+load_module {module};
 events {{}}
 stream {{
   server {{ listen {listen}; proxy_pass {target}; proxy_protocol on; }}
@@ -521,11 +521,14 @@ class Programs:
         os.makedirs(folder, exist_ok=True)
         conf = f"{folder}/conf{len(self.running)}"
         with open(conf, "w") as file:
-            file.write(text.format(folder=folder, patience=int(patience())))
+            values = {"folder": folder, "patience": int(patience()), "module": STREAM_MODULE}
+            file.write(text.format(**values))
         command = [program, *arguments, conf]
         with open(f"{conf}.log", "w") as log:
             self.running.append(subprocess.Popen(command, stdout=log, stderr=subprocess.DEVNULL))
-        wait_until(lambda: listens(port), f"{name} at {port}")
+        running = self.running[-1]
+        wait_until(lambda: listens(port) or running.poll() is not None, f"{name} at {port}")
+        assert running.poll() is None, f"{name} has ended with {running.poll()}"
         return f"{conf}.log"
 
     def close(self):
@@ -557,10 +560,11 @@ def haproxy(programs, target, *, send="", accept=""):
 
 def nginx_in_front(programs, target):
     """nginx has one version of the header, the first."""
+    if not os.path.exists(STREAM_MODULE):
+        pytest.skip("nginx has no module for streams (Debian: libnginx-mod-stream)")
     port = quiet_port()
     text = NGINX_IN_FRONT.replace("{listen}", f"127.0.0.1:{port}").replace("{target}", target)
-    module = f"load_module {STREAM_MODULE};" if os.path.exists(STREAM_MODULE) else ""
-    programs.start("nginx", text.replace("{modules}", module), "-c", port=port)
+    programs.start("nginx", text, "-c", port=port)
     return port
 
 

@@ -12,6 +12,7 @@ import pytest
 from kit.child import in_child
 from kit.datagram_rig import receive_all
 from kit.namespaces import Namespace, enter_own_network
+from kit.waiting import wait_until
 
 from proxyd._datagram import TargetDown, TargetUp
 
@@ -41,6 +42,16 @@ class Remote:
         self.address = address + socket.inet_aton(host) + bytes(8)
         self.rig.target.set_address(self.address)
 
+    def refuses(self, send):
+        """`send` something, run turns until it is forwarded, and wait for its refusal.
+
+        No turn may see that silence has lasted, however long a busy machine takes for that.
+        """
+        send()
+        sent, refused = counter("Udp", "OutDatagrams"), counter("Icmp", "InDestUnreachs")
+        self.rig.until(lambda: counter("Udp", "OutDatagrams") > sent, "the datagram in hand")
+        wait_until(lambda: counter("Icmp", "InDestUnreachs") > refused, "the refusal")
+
     def serve(self, host=THERE):
         """Begin to serve there."""
 
@@ -51,6 +62,13 @@ class Remote:
             return server
 
         self.rig.server = self.rig.keep(self.network.enter(begin))
+
+
+def counter(protocol, name):
+    """What this network has counted so far, by the names of /proc/net/snmp."""
+    with open("/proc/thread-self/net/snmp") as file:
+        names, values = (line.split() for line in file if line.startswith(f"{protocol}: "))
+    return int(values[names.index(name)])
 
 
 def on_another_host(scenario, host=THERE):
@@ -72,11 +90,10 @@ def test_a_refusal_comes_in_time_for_the_datagram_in_hand(datagram_rigs):
     def scenario(remote):
         rig = remote.rig
         client = rig.client()
-        for number in range(5):
-            client.send(b"%d" % number)
+        remote.refuses(lambda: [client.send(b"%d" % number) for number in range(5)])
         assert rig.wait_for(TargetDown).error == errno.ECONNREFUSED
         assert rig.target.held == 1
-        rig.target.probe()
+        remote.refuses(rig.target.probe)
         rig.wait_for(TargetDown, 2)
         remote.serve()
         rig.target.probe()
@@ -132,7 +149,7 @@ def test_a_server_that_goes_away_is_missed(datagram_rigs):
         rig.server.close()
         client.send(b"lost")
         rig.until(lambda: rig.target.state == "doubt", "the refusal")
-        client.send(b"held")
+        remote.refuses(lambda: client.send(b"held"))
         rig.wait_for(TargetDown)
         remote.serve()
         rig.target.probe()
