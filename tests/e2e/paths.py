@@ -356,8 +356,9 @@ def inspection(proxy: Proxy) -> None:
     """Every method on the inspection socket, a watcher that leaves, and callers of another user."""
     m = proxy.start("127.0.0.1:9000", "127.0.0.1:8000", service="RuntimeDirectory=proxy\n")
     client = m.client("exec socat -u TCP:127.0.0.1:9000 -")
-    m.wait_for("it is listed", lambda: m.sh(f"{m.ctl} list --json=short") not in ("", "[]\n"))
-    (row,) = json.loads(m.sh(f"{m.ctl} list --json=short"))
+    listed = f"{m.ctl} list --json=short"  # fails until the client has started the proxy
+    m.wait_for("it is listed", lambda: m.run(listed).stdout not in ("", "[]\n"))
+    (row,) = json.loads(m.sh(listed))
     watch = m.client(f"exec {m.ctl} watch --json=short")
     m.wait_for("it watches", lambda: m.sh(f"{CURL} http://127.0.0.1:9000/small") and ended(watch))
     check("accepted_total" in m.sh(f"{m.ctl} metrics"), "no metrics")
