@@ -19,37 +19,37 @@ cdef enum:
 
 
 cdef inline int socket_taken(int fd, uint64_t *position) noexcept nogil:
-    """How much was read from it; 0 or -errno. What arrives meanwhile changes nothing."""
+    """How much was read from it; 0 or -errno. What arrives meanwhile changes nothing, but both
+    numbers have to be of the same moment."""
     cdef uint64_t info[INFO_WORDS]
+    cdef uint64_t received
     cdef int queued = 0
-    cdef int failure = socket_count(fd, info, WORD_RECEIVED, SIOCINQ, &queued)
+    cdef int failure = socket_info(fd, info)
+    while failure == 0:
+        received = info[WORD_RECEIVED]
+        if ioctl(fd, SIOCINQ, &queued) < 0:
+            return -errno
+        failure = socket_info(fd, info)
+        if info[WORD_RECEIVED] == received:
+            break
     position[0] = info[WORD_RECEIVED] - <uint64_t>queued - state_has_received_end(info_state(info))
     return failure
 
 
 cdef inline int socket_given(int fd, uint64_t *position) noexcept nogil:
-    """How much was written to it; 0 or -errno. What is acknowledged meanwhile changes nothing."""
+    """How much was written to it; 0 or -errno. Likewise, while its peer acknowledges."""
     cdef uint64_t info[INFO_WORDS]
+    cdef uint64_t acked
     cdef int queued = 0
-    cdef int failure = socket_count(fd, info, WORD_ACKED, SIOCOUTQ, &queued)
-    position[0] = info[WORD_ACKED] + <uint64_t>queued - state_has_sent_end(info_state(info))
-    return failure
-
-
-cdef inline int socket_count(
-    int fd, uint64_t *info, int word, unsigned long request, int *queued
-) noexcept nogil:
-    """What the kernel has counted, in a word of `info`, and what is queued, of the same moment;
-    0 or -errno."""
-    cdef uint64_t before
     cdef int failure = socket_info(fd, info)
     while failure == 0:
-        before = info[word]
-        if ioctl(fd, request, queued) < 0:
+        acked = info[WORD_ACKED]
+        if ioctl(fd, SIOCOUTQ, &queued) < 0:
             return -errno
         failure = socket_info(fd, info)
-        if info[word] == before:
+        if info[WORD_ACKED] == acked:
             break
+    position[0] = info[WORD_ACKED] + <uint64_t>queued - state_has_sent_end(info_state(info))
     return failure
 
 
