@@ -36,12 +36,9 @@ _PER_FLOW = 1
 _WITH_PIPES = 6
 """A connection that stalls in both directions holds two pipes."""
 
-_KEEPING = 8
-"""With a descriptor store: both ends of root, of the page that is being filled and of one with
-pipes, and two for a message to the service manager."""
-
 _PER_KEPT = 1 / 16
-"""With a descriptor store: both ends of a page, of 32 to 128 connections (relay/tidy.pxd)."""
+"""With a descriptor store: both ends of a page, of 32 to 128 connections (relay/tidy.pxd). Root and
+the first page have what is to spare: the fewer connections are possible, the more they matter."""
 
 
 CALLERS_MAX = 64
@@ -83,10 +80,7 @@ def fit_connections(  # noqa: PLR0913 - each of them needs fds
         base += 1 + _STAT + _PER_THREAD * (threads - 1)
     if inspected:
         base += 1 + CALLERS_MIN
-    pages = 0.0
-    if kept and streams:
-        base += _KEEPING
-        pages = _PER_KEPT
+    pages = _PER_KEPT if kept and streams else 0
     most, least = (_WITH_PIPES, _PER_CONNECTION) if streams else (_PER_FLOW, _PER_FLOW)
     limit = raise_fd_limit(base + inspected * CALLERS_MAX + int((most + pages) * wanted))
     fitting = max(int((limit - base) / (least + pages)), 1)

@@ -13,10 +13,9 @@ from kit.traffic import Payload, expected, greet, is_served, receive_digest, sen
 from kit.waiting import wait_until
 
 MIB = 1 << 20
-RESERVE = 21
+RESERVE = 13
 """The maximum of fds that an idle program keeps in reserve: for attempts (4), the thread of the
-quarantine (3), what keeps connections in case of a kill (8), a client to refuse, and so on
-(proxyd/limits.py)."""
+quarantine (3), a client to refuse, and so on (proxyd/limits.py)."""
 REFUSED = "Hit connection limit, refusing connection."
 
 
