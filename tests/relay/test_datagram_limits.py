@@ -250,7 +250,11 @@ def test_a_loop_is_found(datagram_rigs, kind):
 
 @pytest.mark.parametrize("kind", ["udp4", "unix"])
 def test_a_loop_of_more_datagrams_than_flows_ends(datagram_rigs, kind):
-    """Each comes back from a flow that was evicted for another one."""
+    """Each comes back from a flow that was evicted for another one.
+
+    Of two evicted addresses that have the same place among the 1024 of the table, the older one is
+    forgotten: then a datagram goes round twice.
+    """
     rig = datagram_rigs(kind, kind)
     rig.relay.connections_max = 4
     rig.target.set_address(socket_names(rig.listen_socket.fileno())[1])
@@ -258,7 +262,7 @@ def test_a_loop_of_more_datagrams_than_flows_ends(datagram_rigs, kind):
     for client in clients:
         client.send(b"round and round")
     rig.until(lambda: rig.dropped().get(DROP_LOOP) == len(clients), "all are dropped")
-    assert rig.target.totals().flows == len(clients)
+    assert len(clients) <= rig.target.totals().flows < 2 * len(clients)
     assert rig.is_calm()
 
 
