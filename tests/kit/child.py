@@ -1,5 +1,6 @@
 """Run part of a test in a process of its own, where it may crash, hang, or run out of resources."""
 
+import faulthandler
 import os
 import signal
 import sys
@@ -19,6 +20,7 @@ def in_child(function, patience=10.0):
     child = os.fork()
     if child == 0:
         status = 1
+        faulthandler.enable(file=2)
         try:
             function()
             status = 0
@@ -38,7 +40,7 @@ def in_child(function, patience=10.0):
 
 
 def wait_for(child, patience):
-    """The wait status of a child. One that hangs is killed, with an AssertionError."""
+    """The wait status of a child. One that hangs tells where and is killed: AssertionError."""
     found = []
 
     def has_ended():
@@ -49,7 +51,11 @@ def wait_for(child, patience):
     try:
         wait_until(has_ended, "the end of the child", patience)
     except AssertionError:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        os.kill(child, signal.SIGABRT)  # faulthandler writes its stacks to stderr
+        try:
+            wait_until(has_ended, "the end of the child", 5)
+        except AssertionError:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
         raise
     return found[-1]
