@@ -250,7 +250,7 @@ def test_by_default_tcp_alone(stage, manager, listen, target):
 
 def test_as_many_as_the_limit_of_open_files_allows(stage, manager):
     """What keeps them needs fds, too: no client is promised one of these."""
-    arguments, prefix = ["-c1000", stage.echo()], ["prlimit", "--nofile=1500:1500"]
+    arguments, prefix = ["-c1000", stage.echo()], ["prlimit", "--nofile=900:900"]
     listeners = [stage.listener()]
     stage.launch(*arguments, listeners=listeners, names="web", notify=manager, prefix=prefix)
     (line,) = stage.proxy.log_lines()
