@@ -262,7 +262,7 @@ def test_a_loop_of_more_datagrams_than_flows_ends(datagram_rigs, kind):
     for client in clients:
         client.send(b"round and round")
     rig.until(lambda: rig.dropped().get(DROP_LOOP) == len(clients), "all are dropped")
-    assert len(clients) <= rig.target.totals().flows < 2 * len(clients)
+    assert 0 <= rig.target.totals().flows - len(clients) <= 2
     assert rig.is_calm()
 
 
